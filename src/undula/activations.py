@@ -1,0 +1,183 @@
+"""Elementwise activations of LoRAN and its ablation (Li, Song, Hou 2024, EMNLP Findings, pp. 3134-3143).
+
+Each is the published function minus its value at 0, so that B = 0 leaves the base unchanged: `centred` in the formula
+marks where that changes anything.  `constants` are numbers that a method may train.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .choice import Choice
+
+Constants = Mapping[str, "float | Tensor"]
+
+
+class Activation(Choice):
+    """f(u), elementwise, with f(0) = 0."""
+
+    formula: ClassVar[str] = ""
+    trainable: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        """f(u) with the constants c."""
+
+    def __call__(self, u: Tensor, c: Constants | None = None) -> Tensor:
+        """f(u); c replaces trained constants."""
+        return self.value(u, {**self.constants(), **(c or {})})
+
+    def constants(self) -> dict[str, float]:
+        """The published numbers in the formula that can be trained."""
+        return {name: getattr(self, name) for name in self.trainable}
+
+    def slope_at_zero(self) -> float:
+        """f'(0), as autograd sees it: what B = 0 learns through."""
+        u = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        return float(torch.autograd.grad(self(u), u)[0])
+
+
+@Activation.register
+@dataclass(frozen=True)
+class Sinter(Activation):
+    """LoRAN's own: u + a u sin(w u).  a is a relative amplitude, |f(u) - u| <= a |u|; keep a w |u| <= 0.5, beyond
+    that f' swings so far that training becomes unstable.  Published: a = 5e-5, w = 1e4 (invisible in bf16)."""
+
+    formula = "u + a u sin(w u)"
+    trainable = ("a", "w")
+    a: float = 5e-5
+    w: float = 1e4
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return u + c["a"] * (u * torch.sin(c["w"] * u))
+
+
+@Activation.register
+@dataclass(frozen=True)
+class Sine(Activation):
+    """Sine-LoRA's (Ji et al. 2024, arXiv:2403.19243): sin(w u)."""
+
+    formula = "sin(w u)"
+    trainable = ("w",)
+    w: float = 200.0
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return torch.sin(c["w"] * u)
+
+
+@Activation.register
+@dataclass(frozen=True)
+class Identity(Activation):
+    """u: plain LoRA."""
+
+    formula = "u"
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return u
+
+
+@Activation.register
+@dataclass(frozen=True)
+class Sigmoid(Activation):
+    """1/(1 + exp(-u)) - 1/2 (centred)."""
+
+    formula = "1/(1+exp(-u)) - 1/2"
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return torch.sigmoid(u) - 0.5
+
+
+@Activation.register
+@dataclass(frozen=True)
+class Tanh(Activation):
+    """tanh(u)."""
+
+    formula = "tanh(u)"
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return torch.tanh(u)
+
+
+@Activation.register
+@dataclass(frozen=True)
+class ReLU(Activation):
+    """max(u, 0).  Its derivative at 0 is 0: from B = 0 nothing ever learns."""
+
+    formula = "max(u, 0)"
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return torch.relu(u)
+
+
+@Activation.register
+@dataclass(frozen=True)
+class LeakyReLU(Activation):
+    """max(u, 0) + slope min(u, 0)."""
+
+    formula = "max(u, 0) + slope min(u, 0)"
+    slope: float = 0.01
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return torch.nn.functional.leaky_relu(u, self.slope)
+
+
+@Activation.register
+@dataclass(frozen=True)
+class SiLU(Activation):
+    """u / (1 + exp(-u))."""
+
+    formula = "u/(1+exp(-u))"
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return torch.nn.functional.silu(u)
+
+
+@Activation.register
+@dataclass(frozen=True)
+class Swish(Activation):
+    """u / (1 + exp(-beta u)), beta = 25 in the ablation."""
+
+    formula = "u/(1+exp(-beta u))"
+    beta: float = 25.0
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return u * torch.sigmoid(self.beta * u)
+
+
+@Activation.register
+@dataclass(frozen=True)
+class Cos(Activation):
+    """u cos(w u) + u."""
+
+    formula = "u cos(w u) + u"
+    trainable = ("w",)
+    w: float = 1e4
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return u * torch.cos(c["w"] * u) + u
+
+
+@Activation.register
+@dataclass(frozen=True)
+class GaussianBump(Activation):
+    """u exp(-u^2) / 2: the ablation's "Gaussian"."""
+
+    formula = "u exp(-u^2)/2"
+
+    def value(self, u: Tensor, c: Constants) -> Tensor:
+        return 0.5 * u * torch.exp(-u * u)
+
+
+def gain_at_zero(activation: Activation) -> float:
+    """|f'(0)|; raises ValueError where f(0) != 0 (a third party's activation), which would damage the base."""
+    at_zero = float(activation(torch.zeros((), dtype=torch.float64)))
+    if not math.isclose(at_zero, 0.0, abs_tol=1e-12):
+        raise ValueError(f"{activation!r} is {at_zero:g} at 0: B = 0 would shift every weight. Subtract its value at 0")
+    return abs(activation.slope_at_zero())

@@ -1,0 +1,132 @@
+"""Configuration as values: a choice is a frozen dataclass, registered by name, that goes to JSON and back.
+
+`Method`, `Start`, `Scaling`, `Activation` ... are families; each family keeps its own registry, so a file can name
+only what exists, and decoding never imports or runs anything that a file asks for.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+JSON_VALUES = (bool, int, float, str)
+
+
+def plain(name: str) -> str:
+    """`Sine-LoRA`, `sine_lora` and `SineLoRA` are one name."""
+    return name.replace("-", "").replace("_", "").lower()
+
+
+class Choice(abc.ABC):
+    """One of several interchangeable things.  A direct subclass is a family, a concrete one a member of it."""
+
+    family: ClassVar[type[Choice]]
+    registry: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if Choice in cls.__bases__:
+            cls.family, cls.registry = cls, {}
+
+    @classmethod
+    def register(cls, member: type) -> type:
+        """Class decorator of every member: `@Start.register`.  A name can be taken once."""
+        taken = cls.registry.setdefault(plain(member.__name__), member)
+        if (taken.__module__, taken.__qualname__) != (member.__module__, member.__qualname__):
+            raise ValueError(f"two {cls.__name__}s named {member.__name__}: {taken.__module__} and {member.__module__}")
+        return member
+
+    @classmethod
+    def named(cls, name: str) -> type[Self]:
+        """The member of this family called `name`.  Raises LookupError that lists the members."""
+        member = cls.registry.get(plain(name))
+        if member is None:
+            known = ", ".join(sorted(m.__name__ for m in cls.registry.values()))
+            raise LookupError(f"no {cls.__name__.lower()} is called {name!r}; there are: {known}")
+        return member
+
+    @classmethod
+    def build(cls, name: str, options: Mapping[str, Any]) -> Self:
+        """A member from its name and its fields as JSON values (or as text, from a command line)."""
+        member = cls.named(name)
+        hints, fields = typing.get_type_hints(member), {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]
+        unknown = sorted(set(options) - set(fields))
+        if unknown:
+            raise LookupError(
+                f"{member.__name__} has no option {', '.join(unknown)}; it has: {', '.join(fields) or 'none'}"
+            )
+        values = {k: _value(v, hints[k], f"{member.__name__}.{k}") for k, v in options.items()}
+        missing = [
+            f.name
+            for f in fields.values()
+            if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise ValueError(f"{member.__name__} needs {', '.join(missing)}")
+        return member(**values)
+
+    @classmethod
+    def decode(cls, data: Any) -> Self:
+        """The inverse of `encode`: `{"is": name, field: value, ...}`."""
+        if not isinstance(data, dict) or not isinstance(data.get("is"), str):
+            raise ValueError(f'a {cls.__name__.lower()} is written {{"is": name, ...}}, found {data!r:.80}')
+        return cls.build(data["is"], {k: v for k, v in data.items() if k != "is"})
+
+    def encode(self) -> dict[str, Any]:
+        """This choice as JSON values."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {"is": self.public().__name__, **{f.name: _json(getattr(self, f.name)) for f in fields}}
+
+    @classmethod
+    def public(cls) -> type:
+        """The registered class that this one is, or is a variant of (a wrapper has one variant per rung)."""
+        return next(c for c in cls.__mro__ if cls.registry.get(plain(c.__name__)) is c)
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return value.encode()
+    return [_json(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`; text is parsed, so that one rule serves files and command lines."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _value(value, next(a for a in arguments if a is not type(None)), where)
+    if inspect.isclass(hint) and issubclass(hint, Choice):
+        return _member(value, hint)
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ValueError(f"{where} is a list, found {value!r:.80}")
+        return tuple(_value(v, arguments[0], where) for v in items)
+    return _number(value, hint, where)
+
+
+def _member(value: Any, hint: type[Choice]) -> Choice:
+    if isinstance(value, Choice):
+        return value
+    if isinstance(value, str):
+        return hint.family.build(value, {})
+    return hint.family.decode(value)
+
+
+def _number(value: Any, hint: Any, where: str) -> Any:
+    assert hint in JSON_VALUES, f"{where}: fields are numbers, strings, choices, tuples of these, or None; not {hint}"
+    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    fits = hint is float and isinstance(value, int) and not isinstance(value, bool) or type(value) is hint
+    try:
+        if fits or (isinstance(value, str) and hint is not bool):
+            return hint(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{where} is {'an integer' if hint is int else hint.__name__}, found {value!r:.80}")

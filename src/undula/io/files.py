@@ -1,0 +1,96 @@
+"""Reading and writing the two files of an adapter directory: atomically, and trusting nothing that is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before every name
+LARGEST_CONFIG = 16 << 20
+LARGEST_HEADER = 100 << 20
+
+
+def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: Mapping[str, str]) -> None:
+    """Writes config, tensors and text files into the directory `path`.  Each file is complete or not there; the config
+    comes last, so a directory with a config is whole."""
+    path.mkdir(parents=True, exist_ok=True)
+    held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    _atomic(path / TENSORS, lambda temporary: save_file(held, temporary, metadata={"format": "pt"}))
+    for name, text in extra.items():
+        _atomic(path / name, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
+    text = json.dumps(config, indent=2) + "\n"
+    _atomic(path / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _atomic(path: Path, produce) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        produce(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of an adapter directory.  Raises FileNotFoundError, or ValueError for what is malformed."""
+    for name in (CONFIG, TENSORS):
+        if not (path / name).is_file():
+            there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such directory"
+            raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}")
+    if (path / CONFIG).stat().st_size > LARGEST_CONFIG:
+        raise ValueError(f"{path / CONFIG} is larger than {LARGEST_CONFIG >> 20} MiB: not an adapter's")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / CONFIG} holds a {type(config).__name__}, not an object")
+    check_header(path / TENSORS)
+    tensors = load_file(path / TENSORS)
+    for key, t in tensors.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ValueError(f"{path / TENSORS}: {key} holds NaN or infinity; the adapter is damaged or diverged")
+    return config, tensors
+
+
+def check_header(path: Path) -> None:
+    """Refuses a file whose header claims more than the file holds, before anything is allocated for it."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 0 < length <= min(size - 8, LARGEST_HEADER):
+            raise ValueError(f"{path} is no safetensors file: its header claims {length} of {size} bytes")
+        try:
+            header = json.loads(f.read(length))
+            entries = [e for k, e in header.items() if k != "__metadata__"]
+            claimed = sum(e["data_offsets"][1] - e["data_offsets"][0] for e in entries)
+            elements = max((math.prod(e["shape"]) for e in entries), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is no safetensors file: its header is malformed ({error!r})") from None
+    if claimed != size - 8 - length or elements > size:
+        raise ValueError(f"{path} is cut or damaged: its header claims {claimed} bytes, it holds {size - 8 - length}")
+
+
+def check_name(name: str, what: str) -> str:
+    """A module or factor name from a file: dotted identifiers, nothing that walks a file system."""
+    parts = name.split(".")
+    if not name or len(name) > 1000 or any(not p or not p.replace("_", "a").replace("-", "a").isalnum() for p in parts):
+        raise ValueError(f"{what} {name!r:.100} is not a name of modules joined by dots")
+    return name

@@ -1,0 +1,189 @@
+"""The ladder of laws: what a method can name decides what it gets for free.
+
+    Method       forward(x, layer, f)   train, save, load, route rows
+      Reweight   weight(W, f) -> W'     + exact merge and unmerge, export of the merged model
+        Additive delta(f) -> dW         + combine, subtract, collapse by truncation
+          LowRank pair(f) -> (B, A)     + batched serving, exact truncation, export as a plain PEFT LoRA
+
+A method is a frozen dataclass: it *is* its configuration.  It stands on the highest rung that it can honestly name,
+and the rung is the only place that says what can be merged, combined or exported.
+
+Shape suffixes: O = d_out, I = d_in, R = rank, T = tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .choice import Choice
+from .kernels import reference
+from .kernels.bottleneck import bottleneck
+
+Factors = Mapping[str, Tensor]
+
+
+class Layer(Protocol):
+    """The frozen layer underneath, seen as a matrix W (O x I)."""
+
+    training: bool
+    channel: int  # where the output keeps its channels: -1 (linear, embedding) or -3 (conv)
+    plain: bool  # layer(x) is exactly F.linear(x, weight, bias) on an ordinary dense weight
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def weight(self) -> Tensor:
+        """W (O, I); a quantised layer dequantises here."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        """M x for any matrix M with I columns, channels last: (..., K)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where: one matrix of the model.  `shared` is one dictionary per attach, for tied tensors and frozen bases."""
+
+    name: str
+    layer: Layer
+    shape: tuple[int, int]  # (O, I)
+    dtype: torch.dtype  # of the factors: float32, or float64 over a float64 base
+    device: torch.device
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def W(self) -> Tensor:
+        """The frozen matrix (O, I), detached and dense, in the factors' type."""
+        return self.layer.weight.detach().to(self.dtype)
+
+    def outline(self) -> Site:
+        """The same site without numbers (on the meta device): `init` on it tells names and shapes of factors."""
+        return replace(self, layer=Outline(self.shape, self.dtype), device=torch.device("meta"), shared={})
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        return self.zeros(*shape).uniform_(-bound, bound)
+
+    def normal(self, *shape: int, std: float) -> Tensor:
+        return self.zeros(*shape).normal_(0.0, std)
+
+
+class Outline:
+    """A layer that has a shape (O, I) and nothing else."""
+
+    training, channel, plain, bias = False, -1, False, None
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype):
+        self.weight = torch.empty(shape, dtype=dtype, device="meta")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.project(x, self.weight)
+
+    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        return x @ M_KI.T
+
+
+class Method(Choice):
+    """A law of one adapted layer: y = forward(x, layer, f)."""
+
+    formula: ClassVar[str] = ""
+    parameters: ClassVar[str] = ""  # per site, in O, I and the fields: an expression that the tests evaluate
+    source: ClassVar[str] = ""  # authors, year, arXiv number
+    grade: ClassVar[str] = "exact"  # or "interpretation": what the sources leave open is said in the docstring
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__ != __name__ and not cls.__name__.startswith("_"):  # neither a rung nor a helper
+            Method.register(cls)
+
+    @abc.abstractmethod
+    def init(self, site: Site) -> dict[str, Tensor]:
+        """Factors at which the layer is unchanged; `requires_grad` marks what trains."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        """The adapted layer's output for x."""
+
+    @classmethod
+    def rung(cls) -> str:
+        """The name of the highest rung that this method stands on."""
+        return next(r.__name__ for r in (LowRank, Additive, Reweight, Method) if issubclass(cls, r))
+
+
+class Reweight(Method):
+    """W' = weight(W, f): merges exactly."""
+
+    @abc.abstractmethod
+    def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
+        """The adapted weight (O, I)."""
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        return reference.reweighted(x, layer, self.weight(layer.weight, f))
+
+
+class Additive(Reweight):
+    """W' = W + delta(f): adapters of this rung can be added and subtracted."""
+
+    @abc.abstractmethod
+    def delta(self, f: Factors) -> Tensor:
+        """The update dW (O, I)."""
+
+    def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
+        return W_OI + self.delta(f)
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        return reference.additive(x, layer, self.delta(f))
+
+
+class LowRank(Additive):
+    """W' = W + B A, every scale folded in: leaves as a plain LoRA."""
+
+    @abc.abstractmethod
+    def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
+        """(B (O, R), A (R, I))."""
+
+    def delta(self, f: Factors) -> Tensor:
+        B_OR, A_RI = self.pair(f)
+        return B_OR @ A_RI
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        B_OR, A_RI = self.pair(f)
+        return bottleneck(x, layer, A_RI, B_OR)
+
+
+RUNGS: tuple[type[Method], ...] = (LowRank, Additive, Reweight, Method)
+
+
+class Wrapper(Method):
+    """A method around methods.  It stands where they stand: `Dropout(LoRA())` is LowRank, `Dropout(DoRA())` Reweight.
+
+    A public wrapper chooses its variant in `__new__` by `on_rung`; copies and files name the public class alone.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.public(), tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{self.public().__name__}({shown})"
+
+
+def on_rung(wrapper: type[Method], inner: Method) -> type[Method]:
+    """The variant of `wrapper` for the rung of `inner`: the one of its subclasses that stands there."""
+    variants = {variant.rung(): variant for variant in wrapper.__subclasses__()}
+    for rung in RUNGS:
+        if isinstance(inner, rung) and rung.__name__ in variants:
+            return variants[rung.__name__]
+    raise TypeError(
+        f"{wrapper.__name__} takes methods on the rungs {', '.join(variants)}; {inner!r} stands on {inner.rung()}"
+    )

@@ -1,0 +1,52 @@
+"""Centred: any start without touching the base.
+
+    W' = W + delta(f) - delta(f0),   f0 the factors at the start, frozen
+
+So PiSSA-like and random starts begin at the base, and activations that cannot leave B = 0 learn.  LowRank methods stay
+LowRank, at twice the rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..method import Additive, Factors, LowRank, Method, Site, Wrapper, on_rung
+from ..starts import Gaussian, Start
+
+
+@dataclass(frozen=True, repr=False)
+class Centred(Wrapper):
+    """`inner` (Additive, with a `start`) begun at `start` and counted from there."""
+
+    formula = "W' = W + dW(f) - dW(f0)"
+    parameters = "inner"
+
+    inner: Method
+    start: Start = Gaussian()
+
+    def __new__(cls, inner: Method, start: Start = Gaussian()) -> Self:
+        return object.__new__(on_rung(Centred, inner))  # type: ignore[return-value]
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        f = self.inner.init(site, self.start)  # type: ignore[call-arg]
+        return {**f, **{f"{k}0": t.detach().clone() for k, t in f.items()}}
+
+    def both(self, f: Factors) -> tuple[Factors, Factors]:
+        """(the factors, the factors at the start)."""
+        return {k: t for k, t in f.items() if f"{k}0" in f}, {k: f[f"{k}0"] for k in f if f"{k}0" in f}
+
+
+class _LowRankCentred(Centred, LowRank):
+    def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
+        (B, A), (B0, A0) = (self.inner.pair(g) for g in self.both(f))  # type: ignore[attr-defined]
+        return torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
+
+
+class _AdditiveCentred(Centred, Additive):
+    def delta(self, f: Factors) -> Tensor:
+        now, start = (self.inner.delta(g) for g in self.both(f))  # type: ignore[attr-defined]
+        return now - start

@@ -1,0 +1,70 @@
+"""LoRA (Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen 2021, arXiv:2106.09685).
+
+W' = W + s B A,   A (r x I), B (O x r), s = alpha / r  (or alpha / sqrt r: rsLoRA)
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..choice import Choice
+from ..method import Factors, LowRank, Site
+from ..starts import Kaiming, Start
+
+
+class Scaling(Choice):
+    """The factor s before B A, from rank and alpha."""
+
+    @abc.abstractmethod
+    def __call__(self, r: int, alpha: float) -> float: ...
+
+
+@Scaling.register
+@dataclass(frozen=True)
+class Classic(Scaling):
+    """s = alpha / r (Hu et al. 2021)."""
+
+    def __call__(self, r: int, alpha: float) -> float:
+        return alpha / r
+
+
+@Scaling.register
+@dataclass(frozen=True)
+class RankStabilised(Scaling):
+    """s = alpha / sqrt(r): rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+    def __call__(self, r: int, alpha: float) -> float:
+        return alpha / math.sqrt(r)
+
+
+def check_rank(r: int) -> None:
+    """Ranks are positive.  Raises ValueError."""
+    if r < 1:
+        raise ValueError(f"a rank is at least 1, found r={r}")
+
+
+@dataclass(frozen=True)
+class LoRA(LowRank):
+    """W' = W + s B A.  Starts at the base (B = 0) unless `Centred` gives it another start."""
+
+    formula = "W' = W + s B A"
+    parameters = "r*(O + I)"
+    source = "Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732"
+
+    r: int = 8
+    alpha: float = 16.0
+    scaling: Scaling = Classic()
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+
+    def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
+        B_OR, A_RI = start(site, self.r)
+        return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_()}
+
+    def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
+        return self.scaling(self.r, self.alpha) * f["B"], f["A"]

@@ -1,0 +1,142 @@
+"""LoRAN (Li, Song, Hou 2024, Findings of EMNLP, pp. 3134-3143; Deng, Liu, Wu, Li, Song 2025, arXiv:2509.21870).
+
+    W' = W + s f(B A),   f elementwise,   Sinter: f(u) = u + a u sin(w u),   s = alpha / r
+
+The nonlinearity acts in weight space, so LoRAN merges exactly, on a matrix of any shape.  At the published constants
+(a = 5e-5, w = 1e4) it changes the update by 4e-5 of itself: `undula show` says how nonlinear an adapter really is.
+The sine is computed in float32 or wider whatever the model's type.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation, Sine, Sinter, gain_at_zero
+from ..bases import WIDE
+from ..kernels import reference
+from ..kernels.elementwise import bent, elementwise
+from ..method import Additive, Factors, Layer, Method, Site
+from ..starts import Kaiming, Start
+from .lora import Classic, Scaling, check_rank
+
+
+def learnable_start(activation: Activation, start: Start) -> None:
+    """Refuses the trap f'(0) = 0 with B = 0: no gradient would ever reach B or A."""
+    if gain_at_zero(activation) == 0 and isinstance(start, Kaiming):
+        raise ValueError(
+            f"{activation!r} has derivative 0 at 0, and B = 0 at the start: the adapter could never learn. "
+            "Start elsewhere: Centred(LoRAN(...), start=Gaussian())"
+        )
+
+
+def apply(activation: Activation, names: tuple[str, ...], u: Tensor, *values: Tensor) -> Tensor:
+    """f(u) with the trained constants `names` at `values`."""
+    return activation(u, dict(zip(names, values, strict=True)))
+
+
+@dataclass(frozen=True)
+class LoRAN(Additive):
+    """W' = W + s f(B A).  `learn` names constants of the activation that train, one scalar per site (`a,w`)."""
+
+    formula = "W' = W + s f(B A), f(u) = u + a u sin(w u)"
+    parameters = "r*(O + I) + len(learn)"
+    source = "Li, Song, Hou 2024 (EMNLP Findings); Deng et al. 2025, arXiv:2509.21870"
+
+    r: int = 8
+    alpha: float = 16.0
+    activation: Activation = Sinter()
+    learn: tuple[str, ...] = ()
+    scaling: Scaling = Classic()
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        unknown = set(self.learn) - set(self.activation.trainable)
+        if unknown:
+            has = ", ".join(self.activation.trainable) or "none"
+            raise ValueError(
+                f"{self.activation!r} has no constant {', '.join(sorted(unknown))} to learn; it has: {has}"
+            )
+
+    def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
+        learnable_start(self.activation, start)
+        B_OR, A_RI = start(site, self.r)
+        values = self.activation.constants()
+        trained = {c: torch.full((), values[c], dtype=site.dtype, device=site.device) for c in self.learn}
+        return {k: t.requires_grad_() for k, t in {"A": A_RI, "B": B_OR, **trained}.items()}
+
+    def scale(self, I: int) -> float:
+        """s, for a matrix of I columns."""
+        return self.scaling(self.r, self.alpha)
+
+    def bend(self):
+        """f as a function of (X, *learned constants)."""
+        return functools.partial(apply, self.activation, self.learn)
+
+    def delta(self, f: Factors) -> Tensor:
+        constants = tuple(f[c] for c in self.learn)
+        return bent(self.bend(), self.scale(f["A"].shape[1]), f["B"], f["A"], constants)
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        A_RI, B_OR = f["A"], f["B"]
+        if layer.channel != -1 or A_RI.dtype not in WIDE or not x.is_floating_point():
+            return super().forward(x, layer, f)
+        law = (A_RI, B_OR, self.bend(), self.scale(A_RI.shape[1]), tuple(f[c] for c in self.learn))
+        with torch.autocast(x.device.type, enabled=False):
+            if layer.plain and layer.weight.dtype == x.dtype == A_RI.dtype:
+                return elementwise(x, layer.weight, layer.bias, *law)
+        y = layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.added(y, elementwise(x.to(A_RI.dtype), None, None, *law))
+
+
+@dataclass(frozen=True)
+class SineLoRA(LoRAN):
+    """Sine-LoRA (Ji, Saratchandran, et al. 2024, arXiv:2403.19243): W' = W + s sin(w B A) / g, g = sqrt(I).
+
+    The same law as LoRAN with f(u) = sin(w u) and the gain g in the scale.  w is not given in the authors' code: 200
+    is this project's choice.
+    """
+
+    formula = "W' = W + s sin(w B A) / sqrt(I)"
+    source = "Ji et al. 2024, arXiv:2403.19243"
+
+    activation: Activation = Sine()
+
+    def scale(self, I: int) -> float:
+        return super().scale(I) / I**0.5
+
+
+@dataclass(frozen=True)
+class LoRANActivation(Method):
+    """The activation-space reading of LoRAN: y = W x + s f(B A x), as another library has it.
+
+    Not the authors' LoRAN, and no weight equals it: it stands on the Method rung and does not merge.
+    """
+
+    formula = "y = W x + s f(B A x)"
+    parameters = "r*(O + I)"
+    source = "the reading of He et al. 2026, arXiv:2601.22708"
+    grade = "interpretation"
+
+    r: int = 8
+    alpha: float = 16.0
+    activation: Activation = Sinter()
+    scaling: Scaling = Classic()
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+
+    def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
+        learnable_start(self.activation, start)
+        B_OR, A_RI = start(site, self.r)
+        return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_()}
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        u_TO = torch.nn.functional.linear(reference.project(x, layer, f["A"]), f["B"])
+        wide = u_TO.to(torch.promote_types(u_TO.dtype, torch.float32))
+        change = self.scaling(self.r, self.alpha) * self.activation(wide)
+        return reference.added(layer(x), reference.restore(change, layer))

@@ -1,0 +1,57 @@
+"""Sum: w_1 dW_1 + w_2 dW_2 + ... of any Additive methods: what adapter arithmetic makes.
+
+    W' = W + sum_i w_i delta_i(f_i)
+
+Exact and lazy: the parts keep their factors (`0_A`, `0_B`, `1_A` ...).  Of LowRank parts the sum is LowRank, of rank
+sum_i r_i: the factors stacked (as in FLoRA, Wang et al. 2024, arXiv:2409.05976).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..method import RUNGS, Additive, Factors, LowRank, Method, Site, Wrapper, on_rung
+
+
+@dataclass(frozen=True, repr=False)
+class Sum(Wrapper):
+    """The weighted sum of `parts` (methods on the Additive rung)."""
+
+    formula = "W' = W + sum_i w_i dW_i"
+    parameters = "sum(parts)"
+
+    parts: tuple[Method, ...]
+    weights: tuple[float, ...]
+
+    def __new__(cls, parts: tuple[Method, ...], weights: tuple[float, ...]) -> Self:
+        if not parts or len(parts) != len(weights):
+            raise ValueError(f"a Sum needs one weight per part, found {len(parts)} parts, {len(weights)} weights")
+        lowest = max(parts, key=lambda m: next(i for i, r in enumerate(RUNGS) if isinstance(m, r)))
+        return object.__new__(on_rung(Sum, lowest))  # type: ignore[return-value]
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.init(site).items()}
+
+    def terms(self, f: Factors) -> list[tuple[float, Method, Factors]]:
+        """(weight, method, its own factors) of every part."""
+        own: list[dict[str, Tensor]] = [{} for _ in self.parts]
+        for key, t in f.items():
+            i, _, name = key.partition("_")
+            own[int(i)][name] = t
+        return list(zip(self.weights, self.parts, own, strict=True))
+
+
+class _LowRankSum(Sum, LowRank):
+    def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
+        pairs = [(w, m.pair(own)) for w, m, own in self.terms(f) if isinstance(m, LowRank)]
+        return torch.cat([w * B for w, (B, _) in pairs], 1), torch.cat([A for _, (_, A) in pairs], 0)
+
+
+class _AdditiveSum(Sum, Additive):
+    def delta(self, f: Factors) -> Tensor:
+        deltas = [w * m.delta(own) for w, m, own in self.terms(f) if isinstance(m, Additive)]
+        return torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]

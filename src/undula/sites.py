@@ -1,0 +1,193 @@
+"""Where: choosing layers by name, and seeing each as a matrix W (O x I).
+
+Linear, GPT-2's Conv1D (stored transposed), Conv2d (one row per output channel, I = C_in/groups * kh * kw) and
+Embedding (W = table', the input a one-hot vector).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import bases
+from .method import Outline, Site
+
+Where = str | re.Pattern[str] | Iterable[str]
+
+
+class LinearView:
+    """An `nn.Linear` (or a quantised layer that acts as one) as a `Layer`."""
+
+    channel = -1
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.call: Callable[[nn.Module, Tensor], Tensor] = type(module).forward
+        # accelerate and others replace `forward` on the instance: keep what they put there
+        self.override = module.__dict__.get("forward")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(self.module, x) if self.override is None else self.override(x)
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    @property
+    def plain(self) -> bool:
+        return self.override is None and self.call is nn.Linear.forward and bases.is_plain(self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return bases.dense(self.module)
+
+    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        return F.linear(x, M_KI)
+
+    def put(self, W_OI: Tensor) -> nn.Parameter:
+        """W as the parameter that the module would store."""
+        return bases.stored(self.module, W_OI)
+
+
+class Conv1DView(LinearView):
+    """transformers' Conv1D: a linear layer whose weight is stored (I x O)."""
+
+    plain = False  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:
+        return bases.dense(self.module).T
+
+    def put(self, W_OI: Tensor) -> nn.Parameter:
+        return bases.stored(self.module, W_OI.T.contiguous())
+
+
+class EmbeddingView(LinearView):
+    """An `nn.Embedding`: x holds indices, W = table'."""
+
+    plain = False  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:
+        return bases.dense(self.module).T
+
+    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        return F.embedding(x, M_KI.T, self.module.padding_idx)
+
+    def put(self, W_OI: Tensor) -> nn.Parameter:
+        return bases.stored(self.module, W_OI.T.contiguous())
+
+
+class Conv2dView(LinearView):
+    """An `nn.Conv2d`: W is the kernel, flattened to (C_out, C_in/groups * kh * kw)."""
+
+    channel = -3
+    plain = False  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:
+        return bases.dense(self.module).flatten(1)
+
+    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        conv = self.module
+        if conv.groups > 1 and M_KI.shape[0] != conv.out_channels:
+            raise ValueError(
+                f"a convolution in {conv.groups} groups has no common bottleneck: its groups see different inputs. "
+                "Use a method of the Additive rung on it, or leave it out of `where`"
+            )
+        # The layer's own forward with another kernel and no bias: subclasses that pad by themselves stay right.
+        stand_in = object.__new__(type(conv))
+        kernel = M_KI.reshape(M_KI.shape[0], *conv.weight.shape[1:])
+        stand_in.__dict__.update(conv.__dict__, _parameters={"weight": kernel, "bias": None})
+        return self.call(stand_in, x).movedim(-3, -1)
+
+    def put(self, W_OI: Tensor) -> nn.Parameter:
+        return bases.stored(self.module, W_OI.reshape(self.module.weight.shape))
+
+
+def view(module: nn.Module) -> LinearView | None:
+    """The module as a matrix, or None where it is not one."""
+    if isinstance(module, nn.Embedding):
+        return EmbeddingView(module)
+    if isinstance(module, nn.Conv2d):
+        return Conv2dView(module)
+    if isinstance(module, nn.Linear):
+        return LinearView(module)
+    if type(module).__name__.endswith("Conv1D") and hasattr(module, "nf"):  # transformers, not imported here
+        return Conv1DView(module)
+    return None
+
+
+def site(name: str, layer: LinearView, shared: dict | None = None) -> Site:
+    """The `Site` of one layer.  Factors live in float32, or in float64 over a float64 base."""
+    W_OI = layer.weight
+    dtype = torch.float64 if W_OI.dtype == torch.float64 else torch.float32
+    return Site(name, layer, (W_OI.shape[0], W_OI.shape[1]), dtype, W_OI.device, {} if shared is None else shared)
+
+
+def outline(name: str, shape: tuple[int, int]) -> Site:
+    """A `Site` that has a shape and no numbers: tells which factors a method would make there."""
+    return Site(name, Outline(shape, torch.float32), shape, torch.float32, torch.device("meta"))
+
+
+def choose(model: nn.Module, where: Where) -> dict[str, LinearView]:
+    """The layers that `where` names, in the model's order.
+
+    `where` is `"all-linear"` (every linear layer of the model's body: not its output head), a glob over full names
+    (`"*.q_proj"`), a compiled regular expression (full match), or a list of names, suffixes (`"q_proj"`) or globs.
+    Raises LookupError that lists what exists when a pattern matches nothing.
+    """
+    layers = {n: v for n, m in model.named_modules() if (v := view(m)) is not None}
+    if isinstance(where, re.Pattern):
+        found = {n for n in layers if where.fullmatch(n)}
+        return _checked({repr(where.pattern): found}, layers)
+    if where == "all-linear":
+        body = _body(model)
+        linear = {n for n, v in layers.items() if v.channel == -1 and not isinstance(v, EmbeddingView) and n in body}
+        return _checked({repr(where): linear}, layers)
+    patterns = [where] if isinstance(where, str) else list(where)
+    return _checked({repr(p): {n for n in layers if matches(n, p)} for p in patterns}, layers)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a full name fits a pattern: itself, its last parts, or a glob over the whole."""
+    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _checked(found: Mapping[str, set[str]], layers: Mapping[str, LinearView]) -> dict[str, LinearView]:
+    empty = [pattern for pattern, names in found.items() if not names]
+    if empty or not found:
+        raise LookupError(_nothing(", ".join(empty) or "[]", list(layers)))
+    chosen = set().union(*found.values())
+    return {n: v for n, v in layers.items() if n in chosen}
+
+
+def _nothing(pattern: str, names: list[str]) -> str:
+    leaves = sorted({n.rpartition(".")[2] for n in names})
+    close = difflib.get_close_matches(pattern.strip("'*"), leaves, 1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"where={pattern} matches none of the {len(names)} layers that can be adapted: {some} "
+        f"(last parts: {', '.join(leaves)}).{hint}"
+    )
+
+
+def _body(model: nn.Module) -> set[str]:
+    """Names of modules in the body: Hugging Face models name their body, what stands outside is a head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    inner = getattr(model, prefix, None) if prefix else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside = isinstance(inner, nn.Module)
+    return {n for n, m in model.named_modules() if m is not head and (not inside or n.startswith(prefix + "."))}
