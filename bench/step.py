@@ -1,0 +1,274 @@
+"""What a training step costs: every method against the floor and against PEFT's LoRA, interleaved.
+
+    python bench/step.py --json bench/results/step.json            # everything, about half an hour
+    python bench/step.py --case lm-4x128 --rounds 5 --only lora loran-qv
+
+The floor is the frozen base: forward, and backward to its input, without weight gradients.  A step here is forward and
+backward of the mean loss (no optimiser).  Times are medians of ratios within one round, all variants one after another;
+peak memory is measured in a process of its own for each variant, above the loaded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import undula
+from undula import AuroRA, AuroRAStatic, DoRA, Dropout, LoRA, LoRAN, LoRANActivation, SineLoRA
+
+CASES = {"lm-4x128": (4, 128), "lm-1x512": (1, 512), "layer-4096": (1, 512)}
+QV = ["q_proj", "v_proj"]
+METHODS = {
+    "lora": (LoRA(r=8), "all-linear"),
+    "lora-dropout": (Dropout(LoRA(r=8), 0.05), "all-linear"),
+    "loran": (LoRAN(r=8), "all-linear"),
+    "sinelora": (SineLoRA(r=8), "all-linear"),
+    "loran-activation": (LoRANActivation(r=8), "all-linear"),
+    "aurora": (AuroRA(), "all-linear"),
+    "aurora-r8": (AuroRA(r=8), "all-linear"),
+    "aurora-static": (AuroRAStatic(), "all-linear"),
+    "dora": (DoRA(LoRA(r=8)), "all-linear"),
+    "lora-qv": (LoRA(r=8), QV),
+    "loran-qv": (LoRAN(r=8), QV),
+}
+OUTSIDE = ("floor", "floor+products", "peft-lora", "peft-lora-dropout", "peft-dora")
+# name: (a, b, bound): a's figure is at most bound times b's
+TIME_TARGETS = {
+    "LoRA / floor": ("lora", "floor", 1.10),
+    "LoRA / PEFT LoRA": ("lora", "peft-lora", 0.97),
+    "AuroRA r=8 / LoRA": ("aurora-r8", "lora", 1.15),
+    "LoRAN q,v / LoRA q,v": ("loran-qv", "lora-qv", 1.25),
+    "LoRAN / (floor + products)": ("loran", "floor+products", 1.15),
+}
+MEMORY_TARGETS = {"LoRA / PEFT LoRA": ("lora", "peft-lora", 1.0), "LoRAN / LoRA": ("loran", "lora", 1.05)}
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: for one thread on a machine that is shared
+
+Step = Callable[[], None]
+
+
+class Layer(nn.Module):
+    """One frozen linear layer behind an embedding-like input."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).square().mean()
+
+
+def base(case: str) -> tuple[nn.Module, torch.Tensor]:
+    """The frozen model and one batch."""
+    torch.manual_seed(0)
+    batch, length = CASES[case]
+    if case.startswith("layer"):
+        return Layer(4096).requires_grad_(False), torch.randn(batch, length, 4096)
+    from transformers import AutoModelForCausalLM
+
+    from undula.bundled import model_path
+
+    model = AutoModelForCausalLM.from_pretrained(model_path("smollm2"), dtype=torch.float32)
+    return model.requires_grad_(False), torch.randint(5, 40000, (batch, length))
+
+
+def variant(name: str, model: nn.Module, batch: torch.Tensor) -> tuple[Step, Step]:
+    """(prepare, step) of one variant on `model`; prepare is not timed."""
+    if name in METHODS:
+        undula.select(model, None)
+        method, where = METHODS[name]
+        undula.attach(model, method, where if not isinstance(model, Layer) else "*", name=name)
+        return lambda: undula.select(model, name), lambda: step(model, batch, leaf=isinstance(model, Layer))
+    if name.startswith("floor"):
+        products = name == "floor+products"
+
+        def prepare() -> None:
+            undula.select(model, None)
+            toggle(model, products)
+
+        return prepare, lambda: step(model, batch, leaf=True)
+    wrapped = peft_model(name, model)
+    return lambda: None, lambda: step(wrapped, batch, leaf=isinstance(model, Layer))
+
+
+def toggle(model: nn.Module, on: bool) -> None:
+    """Weight gradients of every adapted matrix: computed, then dropped at once."""
+    for layer in undula.sites.choose(model, "*" if isinstance(model, Layer) else "all-linear").values():
+        weight = layer.module.weight
+        weight.requires_grad_(on)
+        if on and not weight._post_accumulate_grad_hooks:
+            weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+def peft_model(name: str, model: nn.Module) -> nn.Module:
+    """PEFT on a twin of the model that shares its weights."""
+    import copy
+
+    import peft
+
+    undula.select(model, None)
+    shared = {id(p): p for p in model.parameters()}
+    twin = copy.deepcopy(model, memo=dict(shared))
+    twin.__dict__.pop("_undula", None)
+    targets = "all-linear" if not isinstance(model, Layer) else ["proj"]
+    dropout = 0.05 if name == "peft-lora-dropout" else 0.0
+    config = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=targets, lora_dropout=dropout, use_dora=name == "peft-dora"
+    )
+    return peft.get_peft_model(twin, config)
+
+
+def step(model: nn.Module, batch: torch.Tensor, leaf: bool) -> None:
+    """Forward and backward; `leaf`: the gradient reaches the model's input."""
+    if batch.is_floating_point():
+        model(batch.detach().requires_grad_(leaf)).backward()
+    elif leaf:
+        inner = model.get_input_embeddings()(batch).detach().requires_grad_()
+        model(inputs_embeds=inner, labels=batch).loss.backward()
+    else:
+        model(input_ids=batch, labels=batch).loss.backward()
+
+
+def timed(case: str, names: list[str], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of every round, variants interleaved, after one warm-up round."""
+    model, batch = base(case)
+    model.train()
+    variants = {n: variant(n, model, batch) for n in names}
+    seconds: dict[str, list[float]] = {n: [] for n in names}
+    for i in range(rounds + 1):
+        order = list(variants) if i % 2 else list(reversed(variants))
+        for n in order:
+            prepare, go = variants[n]
+            prepare()
+            model.zero_grad(set_to_none=True)
+            start = clock()
+            go()
+            if i:
+                seconds[n].append(clock() - start)
+            toggle(model, False)
+        print(f"  {case}: round {i} of {rounds}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def peak(case: str, name: str) -> float:
+    """MiB above the loaded model, in this process (which does nothing else)."""
+    model, batch = base(case)
+    model.train()
+    prepare, go = variant(name, model, batch)
+    prepare()
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(2):
+        go()
+        model.zero_grad(set_to_none=True)
+    return (resource_peak() - before) / 2**20
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def resource_peak() -> int:
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def ratios(a: list[float], b: list[float]) -> dict[str, float]:
+    r = sorted(x / y for x, y in zip(a, b, strict=True))
+    quarter = len(r) // 4
+    return {"median": statistics.median(r), "low": r[quarter], "high": r[-1 - quarter]}
+
+
+def judged(case: str, seconds: dict[str, list[float]], memory: dict[str, float]) -> list[dict]:
+    """Every target whose two variants were run."""
+    found = []
+    for name, (a, b, bound) in TIME_TARGETS.items():
+        if a in seconds and b in seconds:
+            figure = ratios(seconds[a], seconds[b])
+            found.append({"case": case, "target": f"time: {name}", "bound": bound, **figure})
+    for name, (a, b, bound) in MEMORY_TARGETS.items():
+        if a in memory and b in memory:
+            found.append({"case": case, "target": f"memory: {name}", "bound": bound, "median": memory[a] / memory[b]})
+    for t in found:
+        t["met"] = t["median"] <= t["bound"]
+    return found
+
+
+def report(case: str, seconds: dict[str, list[float]], memory: dict[str, float]) -> list[dict]:
+    rows = []
+    for n, s in seconds.items():
+        row: dict = {"case": case, "variant": n, "seconds": statistics.median(s), "memory_mib": memory.get(n)}
+        for other in ("floor", "peft-lora"):
+            if other in seconds:
+                row[f"time / {other}"] = ratios(s, seconds[other])
+            if memory.get(n) and memory.get(other):
+                row[f"memory / {other}"] = memory[n] / memory[other]
+        rows.append(row)
+        floor, peft = row.get("time / floor"), row.get("time / peft-lora")
+        spread = f"{floor['median']:6.3f} ({floor['low']:.3f}-{floor['high']:.3f})" if floor else ""
+        print(
+            f"{case:12} {n:18} {row['seconds'] * 1e3:9.1f} ms  x floor {spread}  x PEFT LoRA "
+            f"{peft['median'] if peft else float('nan'):6.3f}  {memory.get(n, float('nan')):8.0f} MiB"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="*", choices=[*OUTSIDE, *METHODS], default=[*OUTSIDE, *METHODS])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(peak(*args.peak))
+        return
+    rows, targets = [], []
+    for case in args.case:
+        names = [n for n in args.only if not (case.startswith("layer") and n.endswith("-qv"))]
+        command = [sys.executable, __file__, "--threads", str(args.threads), "--peak", case]
+        memory = {}
+        if not args.no_memory:
+            for n in names:
+                memory[n] = float(subprocess.run([*command, n], capture_output=True, text=True, check=True).stdout)
+        seconds = timed(case, names, args.rounds, CLOCKS[args.clock])
+        rows += report(case, seconds, memory)
+        targets += judged(case, seconds, memory)
+    for t in targets:
+        print(f"{'met ' if t['met'] else 'MISSED'}  {t['case']:12} {t['target']:36} {t['median']:.3f} <= {t['bound']}")
+    if args.json:
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "clock": args.clock,
+            "targets_met": all(t["met"] for t in targets),
+            "targets": targets,
+            "rows": rows,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The host: choosing layers, several adapters, what trains, tied weights, other people's hooks."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import undula
+from undula import LoRA
+from undula.sites import choose
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.q_proj(x) + self.v_proj(x).repeat(1, 1, 2)
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Model(nn.Module):
+    """Like a Hugging Face model: a body, and a head tied to the embedding."""
+
+    base_model_prefix = "body"
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Body(), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.body.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.body(ids))
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def shake(adapter):
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("all-linear", ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]),
+        ("*.q_proj", ["layers.0.q_proj", "layers.1.q_proj"]),
+        (["v_proj"], ["layers.0.v_proj", "layers.1.v_proj"]),
+        (["layers.0.q_proj", "embed"], ["embed", "layers.0.q_proj"]),
+        (re.compile(r".*1\.(q|v)_proj"), ["layers.1.q_proj", "layers.1.v_proj"]),
+    ],
+)
+def test_choosing(where, found):
+    assert list(choose(Model(), where)) == ["body." + n for n in found]
+
+
+@pytest.mark.parametrize("where", ["*.k_proj", ["q_proj", "k_proj"], re.compile("k_proj"), []])
+def test_choosing_nothing_says_what_exists(where):
+    model = Model()
+    with pytest.raises(LookupError, match=r"matches none of the 6 layers that can be adapted.*embed, head, q_proj"):
+        undula.attach(model, LoRA(), where)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_overrides():
+    model = Model()
+    adapter = undula.attach(model, LoRA(r=2), overrides={"*.1.v_proj": undula.LoRAN(r=3), "v_proj": LoRA(r=1)})
+    assert [m.r for m in adapter.methods.values()] == [2, 1, 2, 3]
+    assert adapter.method == LoRA(r=2)
+    assert adapter.rung is undula.Additive
+    with pytest.raises(LookupError, match="override '\\*.k_proj' matches none of the chosen layers: body.layers"):
+        undula.attach(model, LoRA(), overrides={"*.k_proj": LoRA(r=1)}, name="b")
+    assert list(undula.adapters(model)) == ["default"]
+
+
+def test_several_adapters():
+    model = Model()
+    base = model(IDS)
+    a = shake(undula.attach(model, LoRA(r=2), name="a"))
+    y = model(IDS)
+    b = shake(undula.attach(model, undula.AuroRA(), "*.q_proj", name="b"))
+    assert undula.selected(model) is b
+    assert not torch.equal(model(IDS), y)
+    undula.select(model, "a")
+    assert torch.equal(model(IDS), y)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == a.num_parameters()
+    undula.select(model, None)
+    assert torch.equal(model(IDS), base)
+    assert type(model.body.layers[0].q_proj) is nn.Linear
+    with pytest.raises(LookupError, match="no adapter is called 'c'; attached are: a, b"):
+        undula.select(model, "c")
+    with pytest.raises(ValueError, match="'a' is attached already"):
+        undula.attach(model, LoRA(), name="a")
+    assert undula.detach(model, "a") is a
+    undula.detach(model, "b")
+    assert torch.equal(model(IDS), base)
+    assert all(p.requires_grad for p in model.parameters())
+    undula.attach(model, a)
+    assert torch.equal(model(IDS), y)
+
+
+def test_the_tree_does_not_grow_with_unselected_adapters():
+    model = Model()
+    undula.attach(model, LoRA(r=1), name="0")
+    size = len(list(model.modules())), len(list(model.parameters()))
+    for i in range(1, 50):
+        undula.attach(model, LoRA(r=1), name=str(i))
+    assert (len(list(model.modules())), len(list(model.parameters()))) == size
+
+
+def test_what_was_frozen_before_stays_frozen():
+    model = Model()
+    model.body.layers[0].requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    undula.attach(model, LoRA())
+    undula.detach(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+def test_full_parameters_train_switch_and_return():
+    model = Model()
+    own = {n: p.clone() for n, p in model.named_parameters()}
+    a = shake(undula.attach(model, LoRA(r=2), full=["layers.0.v_proj.bias", "layers.1.q_proj"], name="a"))
+    assert sorted(a.full) == ["body.layers.0.v_proj.bias", "body.layers.1.q_proj.bias", "body.layers.1.q_proj.weight"]
+    y = model(IDS)
+    undula.select(model, None)
+    assert all(torch.equal(own[n], p) for n, p in model.named_parameters())
+    undula.select(model, "a")
+    assert torch.equal(model(IDS), y)
+    undula.merge(model)
+    torch.testing.assert_close(model(IDS), y)
+    undula.unmerge(model)
+    assert torch.equal(model(IDS), y)
+    with pytest.raises(ValueError, match="trains parameters in full"), undula.rows(model, ["a", None]):
+        pass
+    with pytest.raises(LookupError, match="full='classifier' matches no parameter"):
+        undula.attach(model, LoRA(), full=["classifier"], name="b")
+
+
+def test_merging_into_a_tied_weight_leaves_its_twin_alone():
+    model = Model()
+    embedding, y0 = model.body.embed.weight.clone(), model.body.embed(IDS)
+    shake(undula.attach(model, LoRA(r=2), ["head"]))
+    y = model(IDS)
+    undula.merge(model)
+    assert model.head.weight is not model.body.embed.weight
+    assert torch.equal(model.body.embed.weight, embedding)
+    assert torch.equal(model.body.embed(IDS), y0)
+    torch.testing.assert_close(model(IDS), y)
+    undula.unmerge(model)
+    assert model.head.weight is model.body.embed.weight
+
+
+def test_one_layer_under_two_names_is_adapted_once():
+    model = nn.Sequential(layer := nn.Linear(4, 4), nn.Tanh(), layer)
+    adapter = undula.attach(model, LoRA(r=2), "*")
+    assert list(adapter.factors) == ["0"]
+    shake(adapter)
+    x = torch.randn(3, 4)
+    y = model(x)
+    undula.merge(model)
+    torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_into_a_narrow_base_reports_its_rounding(dtype):
+    model = Model().to(dtype)
+    weight = model.body.layers[0].q_proj.weight
+    adapter = shake(undula.attach(model, LoRA(r=2), "*.0.q_proj"))
+    exact = weight.float() + adapter.delta("body.layers.0.q_proj")
+    errors = undula.merge(model)
+    stored = model.body.layers[0].q_proj.weight
+    assert stored.dtype == dtype
+    true = (stored.float() - exact).norm() / (exact - weight.float()).norm()
+    assert errors["body.layers.0.q_proj"] == pytest.approx(float(true))
+    assert float(true) > 1e-5
+    undula.unmerge(model)
+    assert model.body.layers[0].q_proj.weight is weight
+
+
+def test_merge_states():
+    model = Model()
+    with pytest.raises(LookupError, match="no adapter is selected; attached are: none"):
+        undula.merge(model)
+    undula.attach(model, LoRA())
+    undula.merge(model)
+    for act in (
+        lambda: undula.merge(model),
+        lambda: undula.attach(model, LoRA(), name="b"),
+        lambda: undula.select(model, None),
+    ):
+        with pytest.raises(RuntimeError, match="merged"):
+            act()
+    undula.detach(model)
+    adapter = shake(undula.attach(model, LoRA()))
+    y = model(IDS)
+    undula.merge(model, keep=False)
+    torch.testing.assert_close(model(IDS), y)
+    assert undula.adapters(model) == {}
+    undula.attach(model, adapter.copy())
+    assert not torch.allclose(model(IDS), y)
+
+
+def test_a_forward_that_someone_replaced_on_the_instance_still_runs():
+    """accelerate's hooks replace `forward` on the object: the adapter is neither skipped nor the hook lost."""
+    model, calls = Model(), []
+    layer = model.body.layers[0].q_proj
+    inner = layer.forward
+    layer.forward = lambda x: calls.append(1) or inner(x)
+    base = model(IDS)
+    shake(undula.attach(model, LoRA(r=2), "*.0.q_proj"))
+    assert not torch.equal(model(IDS), base)
+    assert len(calls) == 2
+    undula.detach(model)
+    assert torch.equal(model(IDS), base)
+    assert len(calls) == 3
+
+
+def test_state_dict_keys_of_the_base_do_not_change():
+    model, twin = Model(), Model()
+    keys = set(model.state_dict())
+    undula.attach(model, LoRA(r=2))
+    now = set(model.state_dict())
+    assert keys < now
+    assert {k.split(".undula.")[1] for k in now - keys} == {"A", "B"}
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if k in keys})
+
+
+def test_optimiser_steps_train_only_the_adapter():
+    model = Model()
+    before = copy.deepcopy(model.state_dict())
+    adapter = undula.attach(model, undula.LoRAN(r=2))
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten().flip(0))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    undula.detach(model)
+    assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
+
+
+def test_model_moves_with_its_adapter():
+    model = Model()
+    adapter = undula.attach(model, LoRA(r=2))
+    model.double()
+    assert {p.dtype for p in adapter.parameters()} == {torch.float64}
+    model(IDS)

@@ -1,0 +1,105 @@
+"""Breaks the library in one place at a time and asks whether the tests notice.
+
+    python tests/mutants.py            # every mutant; exit code 1 if one survives
+    python tests/mutants.py 3 7        # some of them
+
+Each mutant is a small edit of one source file, run in a copy of the repository against the test files named beside it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
+COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
+HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
+
+# (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
+MUTANTS = [
+    ("methods/lora.py", "return alpha / r\n", "return alpha\n", METHODS),
+    ("methods/lora.py", "alpha / math.sqrt(r)", "alpha / r", METHODS),
+    ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),
+    ("methods/loran.py", "and isinstance(start, Kaiming)", "and False", METHODS),
+    ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", LAWS),
+    ("methods/dora.py", "2 * (W_OI @ A_RI.T)", "W_OI @ A_RI.T", METHODS),
+    ("methods/dora.py", ".norm(dim=1).detach())[:, None]", ".norm(dim=1))[:, None]", HOSTS),
+    ("methods/aurora.py", "bent = bent - self.sigma(A_RI.new_zeros(1, self.r), f)", "pass", METHODS),
+    ("methods/aurora.py", "torch.tanh(torch.nn.functional.linear(torch.tanh(z), f[\"H\"]))",
+     "torch.nn.functional.linear(torch.tanh(z), f[\"H\"])", METHODS),
+    ("methods/aurora.py", "b_TRK.sum(-2)", "b_TRK.mean(-2)", METHODS),
+    ("methods/centred.py", "torch.cat([B, -B0], 1)", "torch.cat([B, B0], 1)", LAWS),
+    ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS),
+    ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(dropped)", METHODS),
+    ("methods/dropout.py", "(256 / (256 - level))", "1.0", METHODS),
+    ("activations.py", "sin.addcmul_(phase, cos)", "sin", METHODS),
+    ("activations.py", "torch.sigmoid(u) - 0.5", "torch.sigmoid(u)", METHODS),
+    ("kernels/bottleneck.py", ".addmm_(gz_TR, A_RI)", "", LAWS),
+    ("kernels/bottleneck.py", "dB = torch.mm(h_TR.t(), g_TO).t()", "dB = 2 * torch.mm(h_TR.t(), g_TO).t()", LAWS),
+    ("kernels/elementwise.py", "dA.addmm_(B_OR[rows].t(), dX)", "dA.addmm_(B_OR[rows].t(), G)", "tests/laws/test_kernels.py"),
+    ("kernels/elementwise.py", "beta=0 if rows.start == 0 else 1", "beta=0", "tests/laws/test_kernels.py"),
+    ("kernels/elementwise.py", "alpha=scale)", "alpha=1)", LAWS),
+    ("kernels/spline.py", "(-1) ** i * math.comb(k + 1, i)", "math.comb(k + 1, i)", METHODS),
+    ("kernels/spline.py", "cardinal(d + 0.5, ctx.k - 1)", "cardinal(d, ctx.k - 1)", LAWS),
+    ("kernels/grouped.py", "x_NTI.split(list(counts))", "x_NTI.split(list(reversed(counts)))", LAWS),
+    ("routing.py", "self.order = None if order == list(range(self.count)) else", "self.order = None if True else", LAWS),
+    ("routing.py", "self._kept = None\n            return", "return", LAWS),
+    ("sites.py", "return bases.dense(self.module).flatten(1)", "return bases.dense(self.module).transpose(0, 1).flatten(1)", LAWS),
+    ("sites.py", "inside = isinstance(inner, nn.Module)", "inside = False", "tests/laws/test_host.py"),
+    ("host.py", "model.requires_grad_(False)", "pass", LAWS),
+    ("host.py", "p.requires_grad_(True)", "pass", "tests/laws/test_host.py"),
+    ("merging.py", "return float(lost / change)", "return 0.0", "tests/laws/test_host.py"),
+    ("adapter.py", "_sum([(1.0, self), (-1.0, other)])", "_sum([(1.0, self), (1.0, other)])", LAWS),
+    ("io/files.py", "os.replace(temporary, path)", "shutil.copy(temporary, path)", DISK),
+    ("io/files.py", "if t.is_floating_point() and not torch.isfinite(t).all()", "if False", DISK),
+    ("io/files.py", "if claimed != size - 8 - length or elements > size", "if False", DISK),
+    ("io/native.py", "raise ValueError(f\"{path} holds a tensor for", "continue\n            raise ValueError(f\"{path} holds a tensor for", DISK),
+    ("io/peft.py", "\"lora_alpha\": r,", "\"lora_alpha\": 2 * r,", LORA),
+    ("choice.py", "if unknown:", "if False:", DISK),
+]  # fmt: skip
+
+
+def survives(number: int, copy: Path) -> bool:
+    """Whether the tests pass with this mutant in the copy."""
+    name, old, new, tests = MUTANTS[number]
+    path = copy / "src/undula" / name
+    source = path.read_text(encoding="utf-8")
+    if old not in source:
+        sys.exit(f"mutant {number}: {name} no longer holds {old!r}; bring the mutant up to date")
+    path.write_text(source.replace(old, new, 1), encoding="utf-8")
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            sys.exit(f"mutant {number}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 0
+    finally:
+        path.write_text(source, encoding="utf-8")
+
+
+def main() -> None:
+    numbers = [int(a) for a in sys.argv[1:]] or range(len(MUTANTS))
+    alive = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "undula"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__"))
+        for number in numbers:
+            start = time.time()
+            lives = survives(number, copy)
+            alive += [number] * lives
+            name, old, new, _ = MUTANTS[number]
+            verdict = "SURVIVED" if lives else "killed"
+            print(
+                f"{number:3} {verdict:8} {time.time() - start:5.0f} s  {name}: {old[:50]!r} -> {new[:40]!r}", flush=True
+            )
+    print(f"{len(list(numbers)) - len(alive)} of {len(list(numbers))} mutants killed")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()
