@@ -34,7 +34,7 @@ MUTANTS = [
     ("methods/aurora.py", "b_TRK.sum(-2)", "b_TRK.mean(-2)", METHODS),
     ("methods/centred.py", "torch.cat([B, -B0], 1)", "torch.cat([B, B0], 1)", LAWS),
     ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS),
-    ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(dropped)", METHODS),
+    ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(x)", METHODS),
     ("methods/dropout.py", "(256 / (256 - level))", "1.0", METHODS),
     ("activations.py", "sin.addcmul_(phase, cos)", "sin", METHODS),
     ("activations.py", "torch.sigmoid(u) - 0.5", "torch.sigmoid(u)", METHODS),

@@ -3,9 +3,14 @@
 An adapter is a value; a method is a law W -> W'.
 """
 
-from . import io
+from typing import Any
+
+from . import bundled, io, train
 from .adapter import Adapter
-from .host import adapters, attach, detach, merge, rows, select, selected, unmerge
+from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
+from .diagnose import diagnose
+from .host import adapters, attach, detach, rows, select, selected
+from .merging import merge, unmerge
 from .method import Additive, Layer, LowRank, Method, Reweight, Site
 from .methods.aurora import AuroRA, AuroRAStatic
 from .methods.centred import Centred
@@ -14,5 +19,15 @@ from .methods.dropout import Dropout
 from .methods.lora import LoRA, RankStabilised
 from .methods.loran import LoRAN, LoRANActivation, SineLoRA
 from .methods.sum import Sum
+from .train import Run, evaluate
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`peft_config` and `enable_peft`: PEFT is imported when they are first asked for, not with undula."""
+    if name in ("peft_config", "enable_peft"):
+        from .integrations import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,12 +18,14 @@ from .methods.sum import Sum
 class Adapter:
     """methods[site] is the law of a site, factors[site][name] its tensors, shapes[site] the layer's (O, I);
     full[name] replaces a parameter of the model (a classification head, a norm).  A live adapter's tensors are the
-    model's own trainable parameters."""
+    model's own trainable parameters.  kernels[site] is there for layers that are not linear, which other formats write
+    differently: (C_in/groups, kh, kw) of a convolution, () of an embedding."""
 
     methods: Mapping[str, Method]
     factors: Mapping[str, Factors]
     shapes: Mapping[str, tuple[int, int]]
     full: Mapping[str, Tensor] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not set(self.methods) == set(self.factors) == set(self.shapes):
@@ -68,7 +70,7 @@ class Adapter:
 
         factors = {s: {k: once(t) for k, t in f.items()} for s, f in self.factors.items()}
         full = {k: once(t) for k, t in self.full.items()}
-        return Adapter(dict(self.methods), factors, dict(self.shapes), full)
+        return replace(self, factors=factors, full=full)
 
     @torch.no_grad()
     def delta(self, site: str) -> Tensor:
@@ -130,6 +132,7 @@ def _sum(terms: list[tuple[float, Adapter]]) -> Adapter:
             raise ValueError(f"the adapters are for different models: {site} is {' and '.join(map(str, found))} (O, I)")
         shapes[site] = found.pop()
         parts = [(w, a._additive(site), a.factors[site]) for w, a in terms if site in a.factors]
-        methods[site] = Sum(tuple(m for _, m, _ in parts), tuple(w for w, _, _ in parts))
+        methods[site] = Sum(tuple(m for _, m, _ in parts), tuple(w for w, _, _ in parts))  # type: ignore[abstract]
         factors[site] = {f"{i}_{k}": t for i, (_, _, f) in enumerate(parts) for k, t in f.items()}
-    return Adapter(methods, factors, shapes)
+    kernels = {site: kernel for _, a in terms for site, kernel in a.kernels.items()}
+    return Adapter(methods, factors, shapes, kernels=kernels)

@@ -14,14 +14,17 @@ Shape suffixes: O = d_out, I = d_in, R = rank, T = tokens.
 from __future__ import annotations
 
 import abc
+import functools
+import importlib.metadata
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from .choice import Choice
+from .choice import Choice, plain
 from .kernels import reference
 from .kernels.bottleneck import bottleneck
 
@@ -31,9 +34,16 @@ Factors = Mapping[str, Tensor]
 class Layer(Protocol):
     """The frozen layer underneath, seen as a matrix W (O x I)."""
 
-    training: bool
-    channel: int  # where the output keeps its channels: -1 (linear, embedding) or -3 (conv)
-    plain: bool  # layer(x) is exactly F.linear(x, weight, bias) on an ordinary dense weight
+    @property
+    def training(self) -> bool: ...
+
+    @property
+    def channel(self) -> int:
+        """Where the output keeps its channels: -1 (linear, embedding) or -3 (convolution)."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether layer(x) is exactly F.linear(x, weight, bias) on an ordinary dense weight."""
 
     @property
     def bias(self) -> Tensor | None: ...
@@ -115,9 +125,28 @@ class Method(Choice):
         """The adapted layer's output for x."""
 
     @classmethod
+    def named(cls, name: str) -> type[Self]:
+        """The method called `name`, those of other installed packages included.  Raises LookupError."""
+        if plain(name) not in cls.registry:
+            load_installed()
+        return super().named(name)
+
+    @classmethod
     def rung(cls) -> str:
         """The name of the highest rung that this method stands on."""
         return next(r.__name__ for r in (LowRank, Additive, Reweight, Method) if issubclass(cls, r))
+
+
+@functools.cache
+def load_installed() -> None:
+    """Imports the methods of other installed packages, which registers them: the entry points in the group
+    `undula.methods`.  One that cannot be imported is left out, with a warning."""
+    for point in importlib.metadata.entry_points(group="undula.methods"):
+        try:
+            point.load()
+        except Exception as error:  # another package's code: whatever it raises, the others still load
+            where = f"{point.name} = {point.value}"
+            warnings.warn(f"the method {where} of another package did not load: {error!r}", stacklevel=2)
 
 
 class Reweight(Method):

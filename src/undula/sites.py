@@ -6,10 +6,13 @@ Embedding (W = table', the input a one-hot vector).
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +28,18 @@ class LinearView:
     """An `nn.Linear` (or a quantised layer that acts as one) as a `Layer`."""
 
     channel = -1
+    kernel: tuple[int, ...] | None = None  # see `Adapter.kernels`
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.module: Any = module
         self.call: Callable[[nn.Module, Tensor], Tensor] = type(module).forward
         # accelerate and others replace `forward` on the instance: keep what they put there
         self.override = module.__dict__.get("forward")
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.call(self.module, x) if self.override is None else self.override(x)
+        y = self.call(self.module, x) if self.override is None else self.override(x)
+        bases.check_gradient(self.module, x, y)
+        return y
 
     @property
     def training(self) -> bool:
@@ -49,7 +55,12 @@ class LinearView:
 
     @property
     def weight(self) -> Tensor:
-        return bases.dense(self.module)
+        weight = self.module.weight
+        return weight if bases.is_plain(weight) else bases.dense(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
 
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
         return F.linear(x, M_KI)
@@ -72,18 +83,29 @@ class Conv1DView(LinearView):
         return bases.stored(self.module, W_OI.T.contiguous())
 
 
+def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """`module` with another weight and no bias, for its own forward: subclasses that pad a convolution or scale an
+    embedding by themselves stay right."""
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__, _parameters={"weight": weight, "bias": None})
+    return other
+
+
 class EmbeddingView(LinearView):
     """An `nn.Embedding`: x holds indices, W = table'."""
 
     plain = False  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
+    kernel = ()
 
     @property
     def weight(self) -> Tensor:
         return bases.dense(self.module).T
 
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
-        return F.embedding(x, M_KI.T, self.module.padding_idx)
+        if self.call is nn.Embedding.forward:
+            return F.embedding(x, M_KI.T, self.module.padding_idx)
+        return self.call(_with_weight(self.module, M_KI.T), x)
 
     def put(self, W_OI: Tensor) -> nn.Parameter:
         return bases.stored(self.module, W_OI.T.contiguous())
@@ -96,6 +118,10 @@ class Conv2dView(LinearView):
     plain = False  # type: ignore[assignment]
 
     @property
+    def kernel(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self.module.weight.shape[1:])  # type: ignore[arg-type]
+
+    @property
     def weight(self) -> Tensor:
         return bases.dense(self.module).flatten(1)
 
@@ -106,11 +132,8 @@ class Conv2dView(LinearView):
                 f"a convolution in {conv.groups} groups has no common bottleneck: its groups see different inputs. "
                 "Use a method of the Additive rung on it, or leave it out of `where`"
             )
-        # The layer's own forward with another kernel and no bias: subclasses that pad by themselves stay right.
-        stand_in = object.__new__(type(conv))
         kernel = M_KI.reshape(M_KI.shape[0], *conv.weight.shape[1:])
-        stand_in.__dict__.update(conv.__dict__, _parameters={"weight": kernel, "bias": None})
-        return self.call(stand_in, x).movedim(-3, -1)
+        return self.call(_with_weight(conv, kernel), x).movedim(-3, -1)
 
     def put(self, W_OI: Tensor) -> nn.Parameter:
         return bases.stored(self.module, W_OI.reshape(self.module.weight.shape))
@@ -131,9 +154,11 @@ def view(module: nn.Module) -> LinearView | None:
 
 def site(name: str, layer: LinearView, shared: dict | None = None) -> Site:
     """The `Site` of one layer.  Factors live in float32, or in float64 over a float64 base."""
-    W_OI = layer.weight
+    shape = copy.copy(layer)  # seen over an outline of the weight, so that nothing is dequantised
+    shape.module = SimpleNamespace(weight=bases.outline(layer.module))  # type: ignore[assignment]
+    W_OI = shape.weight
     dtype = torch.float64 if W_OI.dtype == torch.float64 else torch.float32
-    return Site(name, layer, (W_OI.shape[0], W_OI.shape[1]), dtype, W_OI.device, {} if shared is None else shared)
+    return Site(name, layer, (W_OI.shape[0], W_OI.shape[1]), dtype, layer.device, {} if shared is None else shared)
 
 
 def outline(name: str, shape: tuple[int, int]) -> Site:
@@ -188,6 +213,7 @@ def _body(model: nn.Module) -> set[str]:
     """Names of modules in the body: Hugging Face models name their body, what stands outside is a head."""
     prefix = getattr(model, "base_model_prefix", "")
     inner = getattr(model, prefix, None) if prefix else None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = output()
     inside = isinstance(inner, nn.Module)
     return {n for n, m in model.named_modules() if m is not head and (not inside or n.startswith(prefix + "."))}

@@ -63,10 +63,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path / CONFIG} holds a {type(config).__name__}, not an object")
     check_header(path / TENSORS)
     tensors = load_file(path / TENSORS)
+    check_finite(tensors, str(path / TENSORS))
+    return config, tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Raises ValueError for NaN or infinity."""
     for key, t in tensors.items():
         if t.is_floating_point() and not torch.isfinite(t).all():
-            raise ValueError(f"{path / TENSORS}: {key} holds NaN or infinity; the adapter is damaged or diverged")
-    return config, tensors
+            raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged or diverged")
 
 
 def check_header(path: Path) -> None:

@@ -6,6 +6,7 @@ full: what PEFT writes when it hosts a method (`undula.peft_config`), so both re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..host import check_shapes
+from ..making import check_shapes
 from ..method import Method
 from ..sites import outline
 from . import files
@@ -33,6 +34,12 @@ def save(adapter: Adapter, path: str | Path, base: str | None = None, task: str 
 
     `base` names the base model, `task` is PEFT's task type (`CAUSAL_LM`, `SEQ_CLS` ...), both for the reader's use.
     """
+    data, tensors = laid_out(adapter, base, task)
+    files.write(Path(path), data, tensors, {"README.md": README})
+
+
+def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of an adapter as they are on disk.  Methods are listed once, sites point to them by number."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -42,39 +49,24 @@ def save(adapter: Adapter, path: str | Path, base: str | None = None, task: str 
             tied[key] = first[id(t)]
         else:
             first[id(t)], tensors[key] = key, t
-    for name, t in adapter.full.items():
-        tensors[files.PREFIX + name] = t
-    frozen = sorted(k for s, n, t in adapter.tensors() if not t.requires_grad and (k := f"{s}.{n}"))
-    data = config(adapter.methods, adapter.shapes, base, task, tied, frozen, list(adapter.full))
-    files.write(Path(path), data, tensors, {"README.md": README})
-
-
-def config(
-    methods: Mapping[str, Method],
-    shapes: Mapping[str, tuple[int, int]],
-    base: str | None,
-    task: str | None,
-    tied: Mapping[str, str],
-    frozen: list[str],
-    full: list[str],
-) -> dict[str, Any]:
-    """The JSON of an adapter.  Methods are listed once, sites point to them by number."""
-    kinds = list(dict.fromkeys(methods.values()))
-    return {
+    kinds = list(dict.fromkeys(adapter.methods.values()))
+    config = {
         "peft_type": TYPE,
         "task_type": task,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": list(methods),
-        "modules_to_save": sorted({n.rpartition(".")[0] or n for n in full}) or None,
+        "target_modules": list(adapter.methods),
+        "modules_to_save": sorted({n.rpartition(".")[0] or n for n in adapter.full}) or None,
         "undula": {
             "version": VERSION,
             "methods": [m.encode() for m in kinds],
-            "sites": {s: [kinds.index(m), *shapes[s]] for s, m in methods.items()},
-            "tied": dict(tied),
-            "frozen": frozen,
+            "sites": {s: [kinds.index(m), *adapter.shapes[s]] for s, m in adapter.methods.items()},
+            "kernels": {s: list(kernel) for s, kernel in adapter.kernels.items()},
+            "tied": tied,
+            "frozen": sorted(f"{s}.{n}" for s, n, t in adapter.tensors() if not t.requires_grad),
         },
     }
+    return config, tensors | {files.PREFIX + name: t for name, t in adapter.full.items()}
 
 
 def load(path: str | Path) -> Adapter:
@@ -91,15 +83,15 @@ def load(path: str | Path) -> Adapter:
     if kind != TYPE or not isinstance(data.get("undula"), dict):
         raise ValueError(f"{path} holds peft_type {kind!r}; undula reads {TYPE} and LORA")
     own = data["undula"]
+    return _assemble(*read_sites(own, str(path)), own, tensors, str(path))
+
+
+def read_sites(own: Mapping[str, Any], path: str) -> tuple[dict[str, Method], dict[str, tuple[int, int]]]:
+    """Method and shape of every site, from the config's `undula` object.  Raises ValueError or LookupError."""
     if own.get("version") != VERSION:
         raise ValueError(f"{path} has format version {own.get('version')!r}; this undula reads version {VERSION}")
-    return _assemble(*_sites(own, path), own, tensors, str(path))
-
-
-def _sites(own: Mapping[str, Any], path: Path) -> tuple[dict[str, Method], dict[str, tuple[int, int]]]:
-    """Method and shape of every site."""
     listed, sites = own.get("methods"), own.get("sites")
-    if not isinstance(listed, list) or not isinstance(sites, dict) or not sites:
+    if not isinstance(listed, list) or not isinstance(sites, dict):
         raise ValueError(f"{path}: the config lists no methods or no sites")
     kinds = [Method.decode(m) for m in listed]
     methods, shapes = {}, {}
@@ -124,21 +116,56 @@ def _assemble(
     tied, frozen = own.get("tied", {}), set(own.get("frozen", []))
     factors: dict[str, dict[str, Tensor]] = {s: {} for s in methods}
     full: dict[str, Tensor] = {}
-    aliases = {k: _target(tensors, k, v, path) for k, v in tied.items()}
-    for key, t in {**tensors, **aliases}.items():
-        name = key.removeprefix(files.PREFIX)
-        site, mark, factor = name.rpartition(MARK)
-        if not mark and name.startswith(MARK[1:]):  # the model itself is the one adapted layer
-            site, mark, factor = "", MARK, name.removeprefix(MARK[1:])
-        if not mark:
-            full[files.check_name(name, "parameter")] = t.requires_grad_()
+    for key, t in untied(tensors, tied, path).items():
+        site, factor = split(key)
+        if site is None:
+            full[files.check_name(factor, "parameter")] = t.requires_grad_()
         elif site not in factors:
             raise ValueError(f"{path} holds a tensor for {site!r:.100}, which its config does not name")
         else:
             factors[site][factor] = t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in frozen)
+    if not factors and not full:
+        raise ValueError(f"{path} holds neither factors nor parameters")
     for site, f in factors.items():
         check_shapes(f"{path}: {site}", f, methods[site].init(outline(site, shapes[site])))
-    return Adapter(methods, factors, shapes, full)
+    return Adapter(methods, factors, shapes, full, _kernels(own.get("kernels", {}), shapes, path))
+
+
+def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> None:
+    """Checks new factors against the shapes in a config, and gives them its ties and frozen marks."""
+    for site, shape in read_sites(own, path)[1].items():
+        if adapter.shapes[site] != shape:
+            raise ValueError(f"{site} is {adapter.shapes[site]} (O, I) in this model, {shape} in the adapter")
+    for site, factor, t in adapter.tensors():
+        t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in own.get("frozen", []))
+    every = {f"{files.PREFIX}{s}{MARK}{k}": t for s, k, t in adapter.tensors()}
+    for key, target in own.get("tied", {}).items():
+        if key not in every or target not in every or every[key].shape != every[target].shape:
+            raise ValueError(f"{path}: {key!r:.100} is tied to {target!r:.100}, which does not fit")
+        at, factor = split(key)
+        adapter.factors[str(at)][factor] = every[target]  # type: ignore[index]
+
+
+def _kernels(found: Any, shapes: Mapping[str, tuple[int, int]], path: str) -> dict[str, tuple[int, ...]]:
+    kernels = {site: tuple(kernel) for site, kernel in found.items()}
+    for site, kernel in kernels.items():
+        if site not in shapes or (kernel and math.prod(kernel) != shapes[site][1]):
+            raise ValueError(f"{path}: the kernel {kernel} of {site!r:.100} does not fit its sites")
+    return kernels
+
+
+def split(key: str) -> tuple[str | None, str]:
+    """(site, factor) of a factor's key on disk; (None, parameter) of what was trained in full."""
+    name = key.removeprefix(files.PREFIX)
+    site, mark, factor = name.rpartition(MARK)
+    if not mark and name.startswith(MARK[1:]):  # the model itself is the one adapted layer
+        return "", name.removeprefix(MARK[1:])
+    return (site, factor) if mark else (None, name)
+
+
+def untied(tensors: Mapping[str, Tensor], tied: Mapping[str, Any], path: str) -> dict[str, Tensor]:
+    """The tensors of a file with those that are stored once for several sites under each of their keys."""
+    return {**tensors, **{k: _target(tensors, k, v, path) for k, v in tied.items()}}
 
 
 def _target(tensors: Mapping[str, Tensor], key: str, target: Any, path: str) -> Tensor:

@@ -45,10 +45,18 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
         assert isinstance(method, LowRank)
         B_OR, A_RI = method.pair(f)
         ranks[site] = A_RI.shape[0]
-        tensors[f"{files.PREFIX}{site}.lora_A.weight"] = A_RI
-        tensors[f"{files.PREFIX}{site}.lora_B.weight"] = B_OR
+        tensors |= {f"{files.PREFIX}{site}.{leaf}": t for leaf, t in _leaves(adapter.kernels.get(site), B_OR, A_RI)}
     tensors |= {files.PREFIX + name: t for name, t in adapter.full.items()}
     files.write(Path(path), lora_config(ranks, list(adapter.full), base, task), tensors, {})
+
+
+def _leaves(kernel: tuple[int, ...] | None, B_OR: Tensor, A_RI: Tensor) -> list[tuple[str, Tensor]]:
+    """The pair under PEFT's names and in its shapes, which depend on the kind of layer (see `Adapter.kernels`)."""
+    if kernel is None:
+        return [("lora_A.weight", A_RI), ("lora_B.weight", B_OR)]
+    if not kernel:
+        return [("lora_embedding_A", A_RI), ("lora_embedding_B", B_OR)]
+    return [("lora_A.weight", A_RI.reshape(-1, *kernel)), ("lora_B.weight", B_OR[:, :, None, None])]
 
 
 def lora_config(ranks: Mapping[str, int], full: list[str], base: str | None, task: str | None) -> dict[str, Any]:
@@ -82,15 +90,19 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: st
     if odd:
         raise ValueError(f"{path}: undula does not read LoRAs with {', '.join(f'{k}={config[k]!r}' for k in odd)}")
     found: dict[str, dict[str, Tensor]] = {}
+    kernels: dict[str, tuple[int, ...]] = {}
     full: dict[str, Tensor] = {}
     for key, t in tensors.items():
         name = files.check_name(key.removeprefix(files.PREFIX), "tensor")
         match = LEAF.fullmatch(name)
         if match is None:
-            full[name] = t.requires_grad_()
+            # PEFT stores the own weight of an embedding that it adapts: it may have grown with the vocabulary
+            full[name.replace(".base_layer.", ".")] = t.requires_grad_()
         else:
             leaf = {"A": "A", "B": "B", "r": "m"}[match["leaf"][-1]]
             found.setdefault(match["site"], {})[leaf] = t.float().requires_grad_()
+            if leaf == "A" and (t.ndim > 2 or "embedding" in match["leaf"]):
+                kernels[match["site"]] = tuple(t.shape[1:]) if t.ndim > 2 else ()
     if not found:
         raise ValueError(f"{path} holds no LoRA factors")
     methods: dict[str, Method] = {}
@@ -101,7 +113,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: st
             seen = {k: tuple(t.shape) for k, t in f.items()}
             raise ValueError(f"{path}: {site} needs the factors {sorted(wanted)} with one rank; found {seen}")
         methods[site], shapes[site], found[site] = _method(config, site, f)
-    return Adapter(methods, found, shapes, full)
+    return Adapter(methods, found, shapes, full, kernels)
 
 
 def _method(

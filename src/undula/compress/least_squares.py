@@ -1,0 +1,167 @@
+"""Least squares on calibration activations: the rank-r map nearest to what an adapter really does to them.
+
+    min over rank(M) <= r, c of   sum_t |u_t - M x_t - c|^2 + lambda |M|^2,     u(x) = forward(x) - layer(x)
+
+Reduced-rank regression (Izenman 1975).  With S = Sxx + lambda 1 = L L', C = Sux L'^-1 and its first r singular triples
+U diag(s) V':  M = U diag(s) V' L^-1.  Only moments are kept: Sxx, Sxu, the sums and the count, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..kernels import svd
+from ..method import Layer
+from ..methods.lora import check_rank
+from ..observe import Batch, batches, kept, listening, still
+from ..sites import EmbeddingView, LinearView, view
+from .approximation import Approximation, Fit
+from .solver import Randomised, Solver
+
+
+class Moments:
+    """First and second moments of pairs (x, u), and nothing else of them."""
+
+    def __init__(self, O: int, I: int, device: torch.device):
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.count, self.uu = 0, zeros()
+        self.x_I, self.u_O, self.xx_II, self.ux_OI = zeros(I), zeros(O), zeros(I, I), zeros(O, I)
+
+    @staticmethod
+    def bytes(O: int, I: int) -> int:
+        """The memory that the moments of one site take."""
+        return 8 * (I * I + O * I + O + I)
+
+    def add(self, x_TI: Tensor, u_TO: Tensor) -> None:
+        x_TI, u_TO = x_TI.to(torch.float64), u_TO.to(torch.float64)
+        self.count += x_TI.shape[0]
+        self.x_I += x_TI.sum(0)
+        self.u_O += u_TO.sum(0)
+        self.xx_II.addmm_(x_TI.T, x_TI)
+        self.ux_OI.addmm_(u_TO.T, x_TI)
+        self.uu += u_TO.square().sum()
+
+    def solve(self, r: int, ridge: float, bias: bool, solver: Solver) -> Fit:
+        """The best map of rank r.  lambda is `ridge` times the mean of Sxx' diagonal."""
+        n = self.count
+        mean_x, mean_u = self.x_I / n, self.u_O / n
+        Sxx, Sux = self.xx_II / n, self.ux_OI / n
+        if bias:  # a free shift: the same problem about the means
+            Sxx, Sux = Sxx - torch.outer(mean_x, mean_x), Sux - torch.outer(mean_u, mean_x)
+        L_II = _root(Sxx, ridge, n)
+        C_OI = torch.linalg.solve_triangular(L_II.T, Sux, upper=True, left=False)
+        U, s, V = solver(C_OI, min(r, *C_OI.shape))
+        A_RI = torch.linalg.solve_triangular(L_II, V.T, upper=False, left=False)
+        B_OR, A_RI = svd.balanced(U * s, A_RI)
+        miss = self.uu / n - 2 * (B_OR * (Sux @ A_RI.T)).sum() + (B_OR.T @ B_OR * (A_RI @ Sxx @ A_RI.T)).sum()
+        if bias:
+            miss = miss - mean_u.square().sum()
+        shift_O = mean_u - B_OR @ (A_RI @ mean_x) if bias else None
+        return Fit(B_OR, A_RI, shift_O, max(float(miss), 0.0) * n, float(self.uu))
+
+
+def _root(Sxx: Tensor, ridge: float, n: int) -> Tensor:
+    """L with L L' = Sxx + lambda 1."""
+    I = Sxx.shape[0]
+    S = Sxx + ridge * Sxx.diagonal().mean() * torch.eye(I, dtype=Sxx.dtype, device=Sxx.device)
+    L_II, failed = torch.linalg.cholesky_ex(S)
+    if failed:
+        raise ValueError(
+            f"the calibration activations do not span their {I} dimensions ({n} positions were seen): "
+            f"give more of them, or a ridge above {ridge:g}"
+        )
+    return L_II
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquares(Approximation):
+    """The rank-r map from x to the adapter's own change u(x) that fits `calibration` best; works for every method.
+
+    `calibration` holds batches (dicts, tuples or tensors); each goes through the adapted model once, and padding
+    (attention_mask) does not count.  `ridge` is relative to the mean square of an input; where data are few, more of it
+    helps (AuroRA on MiniLM, 4000 positions for up to 1536 inputs: error 0.25, 0.24, 0.21 at 1e-6, 1e-3, 1e-2).  With
+    `bias` a constant shift is fitted too and goes into the layer's bias: it takes up what a non-zero sigma(0) adds.
+    `memory` (bytes) bounds the moments held at a time; where they need more, `calibration` is gone through several
+    times, a group of sites each (one site that alone needs more is taken alone).
+    """
+
+    known = "the calibration data, in sample: too low where there is little of it"
+
+    r: int
+    calibration: Iterable[Batch]
+    ridge: float = 1e-3
+    bias: bool = False
+    solver: Solver = Randomised()
+    memory: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        if self.ridge < 0:
+            raise ValueError(f"a ridge is not negative, found ridge={self.ridge}")
+
+    def fit(self, adapter: Adapter, model: nn.Module | None) -> dict[str, Fit]:
+        if model is None:
+            raise TypeError(
+                "LeastSquares runs the adapted model: give the model with the adapter selected, not the adapter"
+            )
+        for site in adapter.factors:
+            self._check(site, view(model.get_submodule(site)))
+        groups = self.groups(adapter.shapes)
+        if len(groups) > 1 and iter(self.calibration) is self.calibration:
+            raise ValueError(
+                f"the moments of {len(adapter.shapes)} sites exceed memory={self.memory} bytes, so calibration is gone "
+                f"through {len(groups)} times: give a list or a DataLoader, not an iterator, or more memory"
+            )
+        fits: dict[str, Fit] = {}
+        for i, sites in enumerate(groups):
+            moments = self._accumulate(model, adapter, sites, f"calibration {i + 1}/{len(groups)}")
+            for site in sites:
+                fits[site] = moments.pop(site).solve(self.r, self.ridge, self.bias, self.solver)
+        return fits
+
+    def _check(self, site: str, layer: LinearView | None) -> None:
+        assert layer is not None
+        if layer.channel != -1 or isinstance(layer, EmbeddingView):
+            raise TypeError(
+                f"least squares fits linear layers; {site} is a {layer.module.original.__name__}. "  # type: ignore[union-attr]
+                "Truncate(r) takes it where its method has an update dW"
+            )
+        if self.bias and layer.bias is None:
+            raise ValueError(f"bias=True, but the layer {site} has no bias to put the shift into: use bias=False")
+
+    def groups(self, shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+        """The sites in order, cut so that each group's moments fit into `memory`."""
+        groups: list[list[str]] = []
+        room = 0
+        for site, (O, I) in shapes.items():
+            need = Moments.bytes(O, I)
+            if not groups or need > room:
+                groups.append([])
+                room = self.memory
+            groups[-1].append(site)
+            room -= need
+        return groups
+
+    def _accumulate(self, model: nn.Module, adapter: Adapter, sites: list[str], what: str) -> dict[str, Moments]:
+        moments: dict[str, Moments] = {}
+
+        def hear(site: str, layer: Layer, x: Tensor, u: Tensor, mask: Tensor | None) -> None:
+            if site not in moments:
+                moments[site] = Moments(*adapter.shapes[site], device=x.device)
+            x, u = kept(x, mask), kept(u, mask)
+            moments[site].add(x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1]))
+
+        with still(model), listening(model, adapter, sites, hear) as go:
+            for batch in batches(self.calibration, what):
+                go(batch)
+        unseen = [s for s in sites if s not in moments or moments[s].count == 0]
+        if unseen:
+            raise ValueError(f"the calibration data never reached {', '.join(unseen[:5])}: is it empty?")
+        return moments

@@ -1,0 +1,119 @@
+"""Adapters that fit a model: new ones, and given ones checked against it.  Nothing here touches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .method import Factors, Method
+from .sites import LinearView, Where, choose, matches, site, view
+
+
+def fresh(
+    model: nn.Module, method: Method, where: Where, overrides: Mapping[str, Method], full: Sequence[str]
+) -> Adapter:
+    """A new adapter for `model`, not attached."""
+    layers = choose(model, where)
+    in_full = {n: _thawed(p) for n, p in _chosen_parameters(model, full).items()}
+    return replace(made(layers, assigned(layers, method, overrides)), full=in_full)
+
+
+def assigned(sites: Iterable[str], method: Method, overrides: Mapping[str, Method]) -> dict[str, Method]:
+    """The method of each site: the first override whose pattern matches, else `method`.  Raises LookupError."""
+    names = list(sites)
+    for pattern in overrides:
+        if not any(matches(n, pattern) for n in names):
+            raise LookupError(f"the override {pattern!r} matches none of the chosen layers: {', '.join(names)}")
+    return {n: next((m for p, m in overrides.items() if matches(n, p)), method) for n in names}
+
+
+def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method]) -> Adapter:
+    """New factors for each layer, as parameters; what a method makes once for several sites is one parameter."""
+    factors: dict[str, Factors] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    shared: dict[Any, Any] = {}
+    once: dict[int, tuple[Tensor, nn.Parameter]] = {}  # holds the tensors too, so that no id is used twice
+    for path, layer in layers.items():
+        where = site(path, layer, shared)
+        shapes[path] = where.shape
+        new = methods[path].init(where)
+        factors[path] = {
+            k: once.setdefault(id(t), (t, nn.Parameter(t.detach(), t.requires_grad)))[1] for k, t in new.items()
+        }
+    return Adapter(dict(methods), factors, shapes, kernels=kernels(layers))
+
+
+def kernels(layers: Mapping[str, LinearView]) -> dict[str, tuple[int, ...]]:
+    """What `Adapter.kernels` says of these layers."""
+    return {path: layer.kernel for path, layer in layers.items() if layer.kernel is not None}
+
+
+def _thawed(p: nn.Parameter) -> nn.Parameter:
+    if not p.is_floating_point():
+        raise TypeError(f"only floating-point parameters can be trained in full, found {p.dtype}")
+    return nn.Parameter(p.detach().clone())
+
+
+def _chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    parameters = dict(model.named_parameters())
+    chosen: dict[str, nn.Parameter] = {}
+    for pattern in patterns:
+        found = {
+            n: p
+            for n, p in parameters.items()
+            if matches(n, pattern) or any(matches(n[:i], pattern) for i, c in enumerate(n) if c == ".")
+        }
+        if not found:
+            tops = sorted({n.split(".")[0] for n in parameters})
+            raise LookupError(f"full={pattern!r} matches no parameter and no module; at the top are: {', '.join(tops)}")
+        chosen |= found
+    return chosen
+
+
+def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
+    """`adapter` as parameters that fit `model` (types and devices adjusted).  Raises ValueError where it does not."""
+    layers = {n: v for n, m in model.named_modules() if n in adapter.factors and (v := view(m)) is not None}
+    missing = [n for n in adapter.factors if n not in layers]
+    if missing:
+        raise ValueError(f"the adapter has sites that this model has not: {', '.join(missing[:5])}")
+    parameters = dict(model.named_parameters())
+    once: dict[int, nn.Parameter] = {}
+
+    def live(t: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+        if id(t) not in once:
+            as_is = isinstance(t, nn.Parameter) and t.device == device and t.dtype == dtype
+            fresh_copy = t if as_is else nn.Parameter(t.detach().to(device, dtype, copy=True), t.requires_grad)
+            once[id(t)] = fresh_copy  # type: ignore[assignment]
+        return once[id(t)]
+
+    factors: dict[str, Factors] = {}
+    for path, f in adapter.factors.items():
+        where = site(path, layers[path])
+        if where.shape != adapter.shapes[path]:
+            raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
+        check_shapes(path, f, adapter.methods[path].init(where.outline()))
+        dtypes = {k: where.dtype if t.is_floating_point() else t.dtype for k, t in f.items()}
+        factors[path] = {k: live(t, where.device, dtypes[k]) for k, t in f.items()}
+    for path, t in adapter.full.items():
+        if path not in parameters or parameters[path].shape != t.shape:
+            found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
+            raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
+    full = {n: live(t, parameters[n].device, parameters[n].dtype) for n, t in adapter.full.items()}
+    return replace(adapter, factors=factors, full=full, kernels=kernels(layers))
+
+
+def check_shapes(path: str, found: Factors, wanted: Factors) -> None:
+    """Raises ValueError where names or shapes differ from what the method makes for this site."""
+    if set(found) != set(wanted):
+        raise ValueError(f"{path}: the method has the factors {sorted(wanted)}, the adapter has {sorted(found)}")
+    for k, t in found.items():
+        if t.shape != wanted[k].shape:
+            raise ValueError(
+                f"{path}: factor {k} is {tuple(t.shape)} in the adapter; on this model's layer the method has "
+                f"{tuple(wanted[k].shape)}"
+            )

@@ -1,0 +1,78 @@
+"""Writing the selected adapter into the weights, and taking it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .host import find, host_of, restore, select, take
+from .method import Method, Reweight
+from .sites import LinearView
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
+    """Writes the selected adapter into the weights; the layers are plain again.
+
+    Returns per site the rounding error that storing costs: |stored - exact| / |exact - W| (about 1e-7 in float32; large
+    on a bf16 or quantised base).  `keep` holds the base's own weights for `unmerge`, bit for bit; without it the
+    adapters are gone.  A weight that other layers share is not changed for them: the layer gets its own.
+    Raises TypeError for a method on the bare Method rung, naming the sites; nothing is changed then.
+    """
+    host, adapter = find(model, None)
+    if host.merged is not None:
+        raise RuntimeError("the adapter is merged already")
+    check_mergeable(adapter.methods)
+    errors: dict[str, float] = {}
+    weights: dict[str, nn.Parameter] = {}
+    for slot, path in zip(host.slots, adapter.factors, strict=True):
+        method, layer = slot.method, slot.layer
+        assert isinstance(method, Reweight)
+        W_OI = layer.weight
+        exact_OI = method.weight(W_OI, adapter.factors[path])
+        weights[path] = layer.put(exact_OI)
+        errors[path] = rounding(layer, weights[path], exact_OI, W_OI)
+    own: dict[str, nn.Parameter] = {}
+    for slot, (path, weight) in zip(host.slots, weights.items(), strict=True):
+        take(slot)
+        parameters: dict = slot.layer.module._parameters
+        own[path], parameters["weight"] = parameters["weight"], weight
+    host.slots, host.merged = [], own
+    if not keep:
+        del model.__dict__["_undula"]
+    return errors
+
+
+def check_mergeable(methods: Mapping[str, Method]) -> None:
+    """Raises TypeError where a site's method is on the bare Method rung: no weight gives its function."""
+    bare = {s: m for s, m in methods.items() if not isinstance(m, Reweight)}
+    if bare:
+        site_name, method = next(iter(bare.items()))
+        raise TypeError(
+            f"{method!r} cannot be merged: it stands on the rung {method.rung()}, no weight gives its function "
+            f"({len(bare)} sites, the first {site_name}). undula.collapse fits a LowRank adapter and reports the error"
+        )
+
+
+def rounding(layer: LinearView, weight: nn.Parameter, exact_OI: Tensor, W_OI: Tensor) -> float:
+    """|stored - exact| / |exact - W| for a weight in the form in which the layer would store it."""
+    parameters: dict = layer.module._parameters
+    own, parameters["weight"] = parameters["weight"], weight
+    try:
+        wide = torch.promote_types(exact_OI.dtype, torch.float32)
+        lost = (layer.weight.to(wide) - exact_OI.to(wide)).norm()
+    finally:
+        parameters["weight"] = own
+    change = (exact_OI.to(wide) - W_OI.to(wide)).norm()
+    return float(lost / change) if change > 0 else 0.0
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes `merge`: the base's own weights are back, bit for bit, and the adapter is live again."""
+    host = host_of(model)
+    if host.merged is None:
+        raise RuntimeError("nothing is merged into this model (or it was merged with keep=False)")
+    restore(model, host)
+    select(model, host.selected)

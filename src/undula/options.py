@@ -1,0 +1,78 @@
+"""Choices from `name=value` texts, as on a command line: `activation=sinter`, `activation.a=1e-3`, `inner.r=4`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from .choice import Choice
+
+C = TypeVar("C", bound=Choice)
+OWN = ""  # in a node of the tree: the value of the option itself
+Tree = dict[str, Any]
+
+
+def build(family: type[C], name: str, pairs: Iterable[str]) -> C:
+    """The member of `family` called `name` with these options.  Raises LookupError that lists what exists, ValueError
+    for text that is no value of the option's type."""
+    member = family.named(name)
+    return family.build(name, _values(member, _tree(pairs)))
+
+
+def split_pair(pair: str, what: str) -> tuple[str, str]:
+    """(name, value) of `name=value`.  Raises ValueError."""
+    name, mark, value = pair.partition("=")
+    if not mark or not name:
+        raise ValueError(f"{what} is written NAME=VALUE, found {pair!r}")
+    return name.strip(), value.strip()
+
+
+def _tree(pairs: Iterable[str]) -> Tree:
+    tree: Tree = {}
+    for pair in pairs:
+        name, value = split_pair(pair, "an option")
+        node = tree
+        for part in name.split("."):
+            node = node.setdefault(part, {})
+        if OWN in node:
+            raise ValueError(f"the option {name} is given twice: {node[OWN]!r} and {value!r}")
+        node[OWN] = value
+    return tree
+
+
+def _values(member: type[Choice], tree: Mapping[str, Tree]) -> dict[str, Any]:
+    """The tree as what `Choice.build` takes; names are checked there."""
+    fields = {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, node in tree.items():
+        inner = {k: v for k, v in node.items() if k != OWN}
+        nested = inner and name in fields
+        values[name] = _nested(member, fields[name], node.get(OWN), inner) if nested else node.get(OWN)
+    return values
+
+
+def _nested(member: type[Choice], field: dataclasses.Field, own: str | None, inner: Mapping[str, Tree]) -> dict:
+    """An option that has options itself, written as JSON."""
+    where = f"{member.__name__}.{field.name}"
+    family = _family(typing.get_type_hints(member)[field.name])
+    if family is None:
+        raise ValueError(f"{where} is one value and has no option {', '.join(inner)} of its own")
+    base: dict[str, Any] = {}
+    if own is not None:
+        base["is"] = own
+    elif isinstance(field.default, Choice):
+        base = field.default.encode()
+    else:
+        raise ValueError(f"{where} has no default: say what it is first ({field.name}=NAME)")
+    return base | _values(family.named(base["is"]), inner)
+
+
+def _family(hint: Any) -> type[Choice] | None:
+    """The family of choices that a field takes, if it takes one."""
+    for kind in (hint, *typing.get_args(hint)):
+        if inspect.isclass(kind) and issubclass(kind, Choice):
+            return kind.family
+    return None

@@ -1,0 +1,45 @@
+"""Training on `transformers.Trainer`: `undula.train(Run(...))` does it, `undula.train.Run` and the rest live here."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from .causal_lm import CausalLM, Chat, Format, Plain
+from .classification import Classification, Regression
+from .fit import Interrupted, Prepared, prepare
+from .fit import train as _train
+from .restored import Restored, evaluate, restored
+from .run import Run
+from .task import Examples, Task
+
+__all__ = [
+    "CausalLM",
+    "Chat",
+    "Classification",
+    "Examples",
+    "Format",
+    "Interrupted",
+    "Plain",
+    "Prepared",
+    "Regression",
+    "Restored",
+    "Run",
+    "Task",
+    "evaluate",
+    "prepare",
+    "restored",
+]
+
+
+class _Train(types.ModuleType):
+    """This package is also the verb: `undula.train(run)`."""
+
+    def __call__(self, run: Run, *, resume: bool = False, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+        return _train(run, resume=resume, callbacks=callbacks)
+
+
+_Train.__call__.__doc__ = _train.__doc__
+sys.modules[__name__].__class__ = _Train

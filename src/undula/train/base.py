@@ -1,0 +1,74 @@
+"""Opening pretrained models: from a folder, a hub or the bundled ones."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .data import BUNDLED
+from .task import Task, padding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def model_folder(source: str) -> str:
+    """What `from_pretrained` takes for `source`: `bundled:NAME` becomes the folder where that model is."""
+    if not source.startswith(BUNDLED):
+        return source
+    from ..bundled import model_path
+
+    return str(model_path(source.removeprefix(BUNDLED)))
+
+
+def open_model(
+    source: str, task: Task, dtype: torch.dtype, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained model with the task's head (a new one follows `seed`), and its tokenizer.
+
+    Raises FileNotFoundError that says what was looked for and why it could not be opened.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(source)
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            torch.manual_seed(seed)
+            model = task.model(folder, dtype)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(_unopened(source, folder, error)) from error
+    padding(tokenizer, model)
+    return model, tokenizer
+
+
+def _unopened(source: str, folder: str, error: Exception) -> str:
+    path, reason = Path(folder), str(error).strip().split("\n")[0][:300]
+    if path.is_dir():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        return f"model={source} is a folder, but no model could be opened in it ({reason}); it has: {there}"
+    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, 1)
+    hint = f" Did you mean '{path.parent / close[0]}'?" if close else ""
+    return f"model={source!r} is no folder here, and the hub gave no model of that name ({reason}).{hint}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' notes and bars (that a head is new is no news here)."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,160 @@
+"""train(run): the verb."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..adapter import Adapter
+from ..host import attach
+from .base import model_folder, open_model
+from .data import load_data, sample, split_of, with_validation
+from .measure import PeakMemory, versions
+from .run import REPORT, RUN, Run, read_run, write_json
+from .task import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+
+class Interrupted(RuntimeError):
+    """The training was stopped, and can be resumed."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with its model, adapter and examples in memory."""
+
+    run: Run
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter
+    train: Examples
+    held: Examples
+
+
+def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
+
+    With `resume`, goes on from the last complete checkpoint of `run.out` (from the beginning if there is none): the
+    result is the same to the bit as without the interruption.  Raises Interrupted after Ctrl-C (a checkpoint is saved),
+    FileExistsError when `run.out` holds a run already, LookupError, ValueError or FileNotFoundError for bad input.
+    """
+    begun = time.perf_counter()
+    claim(run, resume)
+    with PeakMemory() as memory:
+        ready = prepare(run)
+        score = run.task.headline
+        before = _before(ready, resume)
+        steps, resumed, seconds, losses = _fit(ready, resume, callbacks)
+        ready.adapter.save(run.out, base=model_folder(run.model), task=run.task.peft)
+        after = ready.run.task.score(ready.model, ready.held, run.batch)
+    method = run.method
+    report = {
+        "method": "head only" if method is None else type(method).public().__name__,
+        "rung": None if method is None else method.rung(),
+        "configuration": None if method is None else method.encode(),
+        "trainable_parameters": ready.adapter.num_parameters(),
+        "sites": len(ready.adapter.methods),
+        "metric": score,
+        "before": before,
+        "after": after,
+        "train_rows": len(ready.train),
+        "eval_rows": len(ready.held),
+        "steps": steps,
+        "resumed_from_step": resumed,
+        "seconds": round(seconds, 3),  # training alone, since the last resume
+        "seconds_with_evaluation": round(time.perf_counter() - begun, 3),
+        "peak_memory_bytes": memory.bytes,
+        "peak_memory_is": memory.how,
+        "device": str(ready.model.device),
+        "seed": run.seed,
+        "versions": versions(),
+        "losses": losses,  # [step, mean training loss since the last such step]
+        "run": ready.run.encode(),
+        "out": str(run.out),
+    }
+    write_json(run.out / REPORT, report)
+    return report
+
+
+def claim(run: Run, resume: bool) -> None:
+    """Refuses a directory that holds a run already, or with `resume` one that holds none."""
+    if resume:
+        read_run(run.out)
+        if (run.out / REPORT).is_file():
+            raise FileExistsError(f"the run in {run.out} is finished: its report is {run.out / REPORT}")
+    elif (run.out / RUN).is_file() or (run.out / "adapter_config.json").is_file():
+        again = "" if (run.out / REPORT).is_file() else f" resume it ({resume_command(run.out)}), or"
+        raise FileExistsError(f"{run.out} holds a run already:{again} name another directory")
+
+
+def resume_command(out: Path) -> str:
+    """What to type to go on with a run."""
+    return f"undula train --resume {shlex.quote(str(out))}"
+
+
+def prepare(run: Run) -> Prepared:
+    """Data, model and adapter of a run; the adapter is attached."""
+    limits = {"train": run.train_rows, "validation": run.eval_rows}
+    data = load_data(run.data)
+    task = run.task.fitted(split_of(data, "train"))
+    parts = with_validation(task.splits(data, *limits), run.seed)
+    rows = {split: sample(parts[split], most, run.seed) for split, most in limits.items()}
+    model, tokenizer = open_model(run.model, task, run.dtype, run.seed)
+    full = (*task.head(model), *run.full)
+    if run.method is None:
+        adapter = attach(model, _head_only(model, full))
+    else:
+        adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full)
+    train_on, held = (Examples(task, rows[split], tokenizer) for split in limits)
+    return Prepared(dataclasses.replace(run, task=task), model, tokenizer, adapter, train_on, held)
+
+
+def _head_only(model: nn.Module, full: Sequence[str]) -> Adapter:
+    """An adapter of no sites: what a head alone can do."""
+    if not full:
+        raise ValueError("without a method only a head trains, and this task has none: choose a method")
+    parameters = dict(model.named_parameters())
+    return Adapter({}, {}, {}, {n: parameters[n].detach().clone().requires_grad_() for n in full})
+
+
+def _before(ready: Prepared, resume: bool) -> dict[str, float]:
+    """The metric before training: from run.json where an earlier session measured it."""
+    known = read_run(ready.run.out)["before"] if resume else None
+    if known is not None:
+        return known
+    ready.run.save(None)
+    found = ready.run.task.score(ready.model, ready.held, ready.run.batch)
+    ready.run.save(found)
+    return found
+
+
+def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) -> tuple[int, int, float, list]:
+    """Trains.  Returns (steps, step it resumed from, seconds, losses)."""
+    from transformers import set_seed
+
+    from .trainer import Stop, last_checkpoint, stopping, trainer
+
+    out, stop = ready.run.out, Stop()
+    fitter = trainer(ready.run, ready.model, ready.train, (stop, *callbacks))
+    checkpoint = last_checkpoint(out) if resume else None
+    set_seed(ready.run.seed)  # whatever the evaluation drew
+    begun = time.perf_counter()
+    with stopping(stop):
+        fitter.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds, state = time.perf_counter() - begun, fitter.state
+    if state.global_step < state.max_steps:
+        raise Interrupted(
+            f"stopped at step {state.global_step} of {state.max_steps}; go on with: {resume_command(out)}"
+        )
+    resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    losses = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
+    return state.global_step, resumed, seconds, losses

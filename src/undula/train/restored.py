@@ -1,0 +1,111 @@
+"""Opening what a run left: its base with the adapter attached; and evaluate(path)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adapter import Adapter
+from ..host import attach
+from ..io import files
+from .base import model_folder, open_model
+from .causal_lm import CausalLM
+from .classification import Classification
+from .data import load_data, sample, split_of, with_validation
+from .run import RUN, Run
+from .task import Examples, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate(
+    path: str | Path, *, data: str | None = None, split: str | None = None, rows: int | None = None
+) -> dict[str, float]:
+    """The metrics of the adapter that a run left in `path`; which rows: see `Restored.examples`.
+
+    Raises LookupError for a split that does not exist, and what `restored` raises.
+    """
+    return restored(path).score(data, split, rows)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A finished run: its base with the adapter attached, and what reads its data."""
+
+    run: Run
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter
+
+    @property
+    def folder(self) -> str:
+        """The base, as `from_pretrained` takes it."""
+        return model_folder(self.run.model)
+
+    def examples(self, data: str | None = None, split: str | None = None, rows: int | None = None) -> Examples:
+        """Rows of a split as examples: by default those on which the training was measured.
+
+        Other `data` give their validation split, else test, else what they have.  `rows` is how many at most.
+        """
+        if data is None and not self.run.data:
+            raise ValueError(f"{self.run.out} was not made by `undula train`: say on which data (data=..., or --data)")
+        every = load_data(self.run.data if data is None else data)
+        if data is None and split in (None, "train", "validation"):
+            parts = with_validation(self.run.task.splits(every, "train", "validation"), self.run.seed)
+            part = parts[split or "validation"]
+        else:
+            name = split or next((n for n in ("validation", "test", "train") if n in every), next(iter(every)))
+            part = self.run.task.rows(split_of(every, name))
+        return Examples(self.run.task, sample(part, rows or self.run.eval_rows, self.run.seed), self.tokenizer)
+
+    def batches(self, examples: Examples) -> Iterator[dict[str, torch.Tensor]]:
+        """The examples as the model's inputs, without labels: what `collapse` and `diagnose` run on."""
+        collate = self.run.task.collator(self.tokenizer)
+        for start in range(0, len(examples), self.run.batch):
+            made = [examples[i] for i in range(start, min(start + self.run.batch, len(examples)))]
+            yield {k: v.to(self.model.device) for k, v in collate(made).items() if k != "labels"}
+
+    def score(self, data: str | None = None, split: str | None = None, rows: int | None = None) -> dict[str, float]:
+        """The metrics on such examples, of the model as it is now."""
+        return self.run.task.score(self.model, self.examples(data, split, rows), self.run.batch)
+
+
+def restored(path: str | Path, model: str | None = None) -> Restored:
+    """The model that the adapter in `path` is for, with the adapter attached.
+
+    What a run left says by itself what it is for; of any other adapter directory the config says it, or `model` names
+    the base.  Raises FileNotFoundError where something is missing, ValueError when the adapter does not fit.
+    """
+    path = Path(path)
+    adapter = Adapter.load(path)
+    run = Run.load(path) if (path / RUN).is_file() else _described(path, adapter, model)
+    base, tokenizer = open_model(model or run.model, run.task, run.dtype, run.seed)
+    return Restored(run, base, tokenizer, attach(base, adapter))
+
+
+def _described(path: Path, adapter: Adapter, model: str | None) -> Run:
+    """The run that an adapter directory without a run.json could have come from."""
+    config, _ = files.read(path)
+    base = model or config.get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(f"{path} does not say which model it is for: name it (model=..., or --model)")
+    method = next(iter(adapter.methods.values()), None)
+    return Run(model=base, data="", task=_task(config, adapter, path), method=method, out=path)
+
+
+def _task(config: Mapping[str, Any], adapter: Adapter, path: Path) -> Task:
+    kind = config.get("task_type")
+    if kind == CausalLM.peft:
+        return CausalLM()
+    heads = [t for t in adapter.full.values() if t.ndim == 2]
+    if kind == Classification.peft and heads:
+        return Classification(names=tuple(str(i) for i in range(heads[-1].shape[0])))
+    raise ValueError(
+        f"{path} has task_type {kind!r} and no run.json: undula opens {CausalLM.peft} and {Classification.peft} "
+        "(with a head) by itself. Attach it in Python instead: undula.attach(model, undula.Adapter.load(path))"
+    )

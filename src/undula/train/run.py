@@ -1,0 +1,140 @@
+"""One training run as a value, and its place on disk.
+
+OUT/run.json                    the run, and the metric before training
+OUT/checkpoints/checkpoint-N/   adapter, optimiser, schedule and random generators at step N
+OUT/adapter_*.{json,safetensors}, OUT/report.json   the end
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..method import Method
+from .task import Task
+
+RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
+VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained on what, how, and where the result goes.
+
+    model: a folder, a name on the model hub, or `bundled:NAME`; data: a JSONL, CSV, TSV or Parquet file, a folder of
+    such files named after splits, a folder saved by `datasets`, a name on the hub (`NAME:CONFIG`), or `bundled:NAME`.
+    method None trains the task's head alone.
+    """
+
+    model: str
+    data: str
+    task: Task
+    method: Method | None
+    out: Path
+    where: str | tuple[str, ...] = "all-linear"  # see sites.choose
+    overrides: Mapping[str, Method] = field(default_factory=dict)  # other methods by pattern, see attach
+    full: tuple[str, ...] = ()  # parameters to train in full besides the task's head
+    lr: float = 1e-3  # at the top of the schedule: linear warm-up, then linearly to 0
+    epochs: float = 3.0
+    max_steps: int | None = None  # optimiser steps; instead of epochs
+    batch: int = 16  # rows in a step and on a device
+    accumulate: int = 1  # batches in an optimiser step
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.0
+    seed: int = 0  # of the factors, a new head, the order of rows, dropout, and the validation split
+    train_rows: int | None = None  # a random sample of so many rows; None: all
+    eval_rows: int | None = 1000  # rows for the metric before and after
+    save_every: int | None = None  # steps between checkpoints; None: ten in a run
+    dtype: torch.dtype = torch.float32  # of the frozen model; the adapter is float32
+
+    def __post_init__(self) -> None:
+        positive = ("lr", "epochs", "max_steps", "batch", "accumulate", "train_rows", "eval_rows", "save_every")
+        wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
+        if wrong:
+            raise ValueError(f"these are greater than 0: {', '.join(wrong)}")
+        if not 0 <= self.warmup < 1 or self.weight_decay < 0:
+            raise ValueError(
+                f"warmup is a share of the steps in [0, 1) and weight_decay at least 0; found warmup={self.warmup}, "
+                f"weight_decay={self.weight_decay}"
+            )
+
+    def encode(self) -> dict[str, Any]:
+        """This run as JSON values, without `out`; paths that exist here are made absolute."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+        for name in ("model", "data"):
+            data[name] = str(Path(data[name]).resolve()) if Path(data[name]).exists() else data[name]
+        method = None if self.method is None else self.method.encode()
+        overrides = {pattern: m.encode() for pattern, m in self.overrides.items()}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return data | {"task": self.task.encode(), "method": method, "overrides": overrides, "dtype": dtype}
+
+    @staticmethod
+    def decode(data: Mapping[str, Any], out: Path) -> Run:
+        """The inverse of `encode`.  Raises LookupError or ValueError for what does not belong there."""
+        known = {f.name: f for f in fields(Run) if f.name != "out"}
+        unknown = sorted(set(data) - set(known))
+        missing = sorted(n for n in ("model", "data", "task", "method") if n not in data)
+        if unknown or missing:
+            what = f"has no {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+            raise LookupError(f"a run {what}; its fields are: {', '.join(known)}")
+        values = dict(data)
+        values["task"] = Task.decode(data["task"])
+        values["method"] = None if data["method"] is None else Method.decode(data["method"])
+        values["overrides"] = {p: Method.decode(m) for p, m in data.get("overrides", {}).items()}
+        values["dtype"] = dtype_called(data.get("dtype", "float32"))
+        for name in ("where", "full"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        for name, value in values.items():
+            default = known[name].default
+            if type(default) in (int, float) and type(value) not in (type(default), int):
+                raise ValueError(f"{name} is a {type(default).__name__}, found {value!r:.80}")
+        return Run(**values, out=out)
+
+    def save(self, before: Mapping[str, float] | None) -> None:
+        """Writes OUT/run.json; `before` is the metric before training."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / RUN, {"version": VERSION, "run": self.encode(), "before": before})
+
+    @staticmethod
+    def load(out: str | Path) -> Run:
+        """The run whose directory `out` is.  Raises FileNotFoundError, LookupError or ValueError."""
+        return Run.decode(read_run(Path(out))["run"], Path(out))
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The content of OUT/run.json.  Raises FileNotFoundError, or ValueError for what is malformed."""
+    path = out / RUN
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in out.iterdir())[:8]) if out.is_dir() else "no such directory"
+        raise FileNotFoundError(f"{out} is not the directory of a run: {RUN} is missing; found: {there or 'nothing'}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("run"), dict):
+        raise ValueError(f"{path} is not a run of version {VERSION}")
+    return data
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON to `path`: complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The floating type of that name.  Raises LookupError that lists the known ones."""
+    if name not in DTYPES:
+        raise LookupError(f"no dtype is called {name!r}; there are: {', '.join(DTYPES)}")
+    return DTYPES[name]

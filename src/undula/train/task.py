@@ -1,0 +1,125 @@
+"""Tasks: how rows become examples, which head the model gets, and what is measured.
+
+One more task is one more class: registered, a frozen dataclass, its fields the columns and options that a user sets.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+
+from ..choice import Choice
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Example = dict[str, Any]
+
+
+class Task(Choice):
+    """What is learned.  `roles` maps each field that names a column to the names it has by default, in order."""
+
+    roles: ClassVar[Mapping[str, tuple[str, ...]]]
+    optional: ClassVar[tuple[str, ...]] = ()  # roles that may have no column
+    peft: ClassVar[str]  # PEFT's task type, written into the adapter directory
+    headline: ClassVar[str]  # the metric of tables
+    more_is_better: ClassVar[bool] = True
+
+    def fitted(self, train: Dataset) -> Self:
+        """This task with what the training rows tell it (the names of the classes)."""
+        return self
+
+    @abc.abstractmethod
+    def rows(self, split: Dataset) -> Dataset:
+        """The rows with one column per role.  Raises LookupError for missing columns, ValueError for bad values."""
+
+    def splits(self, data: DatasetDict, *names: str) -> DatasetDict:
+        """Those of the named splits that there are, checked and with one column per role."""
+        from datasets import DatasetDict
+
+        return DatasetDict({name: self.rows(data[name]) for name in names if name in data})
+
+    @abc.abstractmethod
+    def model(self, path: str, dtype: torch.dtype) -> PreTrainedModel:
+        """The pretrained model with this task's head; a new head follows `torch.manual_seed`."""
+
+    @abc.abstractmethod
+    def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+        """One row as the model's inputs, `labels` included, not padded."""
+
+    @abc.abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
+        """Puts examples into a padded batch."""
+
+    @abc.abstractmethod
+    def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        """The metrics on these examples."""
+
+    def head(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """The parameters that train in full: all that stand outside the model's body; none for a language model."""
+        return ()
+
+    def columns(self, there: Sequence[str]) -> dict[str, str]:
+        """{role: column}.  Raises LookupError that lists the columns that exist."""
+        return {role: column for role in self.roles if (column := self._column(role, there)) is not None}
+
+    def _column(self, role: str, there: Sequence[str]) -> str | None:
+        named = getattr(self, role)
+        for column in self.roles[role] if named is None else (named,):
+            if column in there:
+                return column
+        if named is None and role in self.optional:
+            return None
+        asked = f"no column {named!r}" if named else f"no column for {role} (looked for {', '.join(self.roles[role])})"
+        raise LookupError(
+            f"the data have {asked}; their columns are: {', '.join(there)}. "
+            f"Name it: {type(self).__name__}({role}=...), or --column {role}=..."
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows as a torch data set: each is tokenised when it is asked for."""
+
+    task: Task
+    rows: Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.task.example(self.rows[i], self.tokenizer)
+
+
+def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Sees to it that tokenizer and model agree on a token to pad with (decoders often come without one)."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+@torch.no_grad()
+def outputs(
+    model: PreTrainedModel, examples: Examples, batch: int
+) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor], torch.Tensor]]:
+    """(numbers of the rows, inputs, logits) of every batch in evaluation mode, rows of like length together."""
+    collate = examples.task.collator(examples.tokenizer)
+    made = [examples[i] for i in range(len(examples))]
+    order = sorted(range(len(made)), key=lambda i: -len(made[i]["input_ids"]))
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch):
+            numbers = order[start : start + batch]
+            inputs = {k: v.to(model.device) for k, v in collate([made[i] for i in numbers]).items()}
+            given = {k: v for k, v in inputs.items() if k != "labels"}
+            yield numbers, inputs, model(**given).logits
+    finally:
+        model.train(training)

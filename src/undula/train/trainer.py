@@ -1,0 +1,137 @@
+"""`transformers.Trainer` with checkpoints that hold the adapter instead of the model; everything else is the Trainer's.
+
+Imported only when a training begins: it pulls in transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from ..adapter import Adapter
+from ..host import selected
+from ..io import files
+from .run import CHECKPOINTS, Run
+from .task import Examples
+
+
+class AdapterTrainer(Trainer):
+    """Saves and restores the selected adapter of its model."""
+
+    model: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            selected(self.model).save(output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        restore(selected(self.model), Adapter.load(resume_from_checkpoint))
+
+
+@torch.no_grad()
+def restore(live: Adapter, saved: Adapter) -> None:
+    """Copies the numbers of `saved` into `live`, whose tensors stay the objects that the optimiser knows.
+
+    Raises ValueError when the two are adapters of different methods, sites or parameters.
+    """
+    if live.methods != saved.methods or set(live.full) != set(saved.full):
+        raise ValueError(
+            f"the checkpoint holds {saved.method!r} at {len(saved.methods)} sites and {len(saved.full)} full "
+            f"parameters; the run has {live.method!r} at {len(live.methods)} sites and {len(live.full)}"
+        )
+    for site, name, t in live.tensors():
+        t.copy_(saved.factors[site][name])
+    for name, t in live.full.items():
+        t.copy_(saved.full[name])
+
+
+class Stop(TrainerCallback):
+    """Ends the training after a step, with a checkpoint, once `asked`."""
+
+    asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def stopping(stop: Stop) -> Iterator[None]:
+    """Within the context the first SIGINT or SIGTERM asks for a stop; the second ends the process as usual."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        print("\nstopping after this step, with a checkpoint (again: at once, without)", file=sys.stderr, flush=True)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCallback, ...]) -> AdapterTrainer:
+    """The Trainer of a run."""
+    arguments = TrainingArguments(
+        output_dir=str(run.out / CHECKPOINTS),
+        learning_rate=run.lr,
+        num_train_epochs=run.epochs,
+        max_steps=run.max_steps or -1,
+        per_device_train_batch_size=run.batch,
+        gradient_accumulation_steps=run.accumulate,
+        lr_scheduler_type="linear",
+        warmup_steps=run.warmup,
+        weight_decay=run.weight_decay,
+        seed=run.seed,
+        data_seed=run.seed,
+        save_strategy="steps",
+        save_steps=run.save_every or 0.1,
+        save_total_limit=2,
+        logging_steps=0.01,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    made = AdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=examples.task.collator(examples.tokenizer),  # type: ignore[arg-type]
+        callbacks=list(callbacks),
+    )
+    made.remove_callback(PrinterCallback)
+    return made
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The latest complete checkpoint of a run: one whose writing a kill did not cut off."""
+    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
+        if _complete(path):
+            return path
+    return None
+
+
+def _complete(path: Path) -> bool:
+    """The Trainer writes its own state last: where that is whole, all is."""
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (path / files.CONFIG).is_file()

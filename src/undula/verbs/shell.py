@@ -1,0 +1,121 @@
+"""What every verb of the command line needs: errors in one line, tables, JSON files."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+OURS = str(Path(__file__).parents[1])
+EXPECTED = (LookupError, ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError)
+out, err = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+
+
+class Verbs(TyperGroup):
+    """Errors end in one clear line: exit code 2 for ours, 1 for another's, 130 for a training that was stopped."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # RuntimeErrors that are none
+            raise
+        except EXPECTED as error:
+            if ctx.params.get("debug"):
+                raise
+            raise typer.Exit(explain(error)) from None
+
+
+def explain(error: Exception) -> int:
+    """Prints what went wrong.  Returns the exit code."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if type(error).__name__ == "Interrupted":  # importing the class would import all of the training
+        say(text, "yellow")
+        return 130
+    if isinstance(error, ModuleNotFoundError):
+        say(f"this needs the package {error.name}, which is not installed: pip install 'undula[hf]'", "red")
+        return 2
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_code.co_filename.startswith(OURS):
+        say(text, "red")
+        return 2
+    say(f"{type(error).__name__}: {text} (`undula --debug ...` shows where)", "red")
+    return 1
+
+
+def say(text: str, colour: str) -> None:
+    """A line of the program's own, on the error stream, not folded."""
+    err.print(f"[{colour}]{escape(text)}[/]", soft_wrap=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """A line of the result, not folded."""
+    out.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def write(path: Path | None, data: Any) -> None:
+    """Writes JSON where the user asked for it; `-` is the output."""
+    if path is None:
+        return
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def show(rows: list[dict[str, Any]], to: Path | None = None, title: str | None = None) -> None:
+    """Rows of one shape as a table, and as JSON where `to` says; with `-` as JSON alone."""
+    write(to, rows)
+    if str(to) != "-":
+        out.print(table(rows, title))
+
+
+def table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
+    """Rows of one shape as a table."""
+    made = Table(
+        title=title, title_justify="left", show_lines=any("\n" in str(v) for row in rows for v in row.values())
+    )
+    crowded = len(rows[0]) > 6 if rows else False
+    for i, name in enumerate(rows[0] if rows else ()):
+        numbers = all(isinstance(row[name], int | float) and not isinstance(row[name], bool) for row in rows)
+        made.add_column(
+            name.replace("_", " "),
+            justify="right" if numbers else "left",
+            overflow="fold",
+            no_wrap=i == 0 and not crowded,
+        )
+    for row in rows:
+        made.add_row(*(escape(shown(v)) for v in row.values()))
+    return made
+
+
+def shown(value: Any) -> str:
+    """A value in a table."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def fresh(path: Path) -> None:
+    """Refuses a directory that holds something.  Raises FileExistsError."""
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty: name another directory")
+
+
+Directory = Annotated[Path, typer.Argument(help="The directory of an adapter.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too ('-': to the output).")]
+Out = Annotated[Path, typer.Option("--out", help="The directory to write.")]
+Base = Annotated[str | None, typer.Option("--model", help="The base model, where the adapter does not say it.")]
+Set = Annotated[list[str], typer.Option("--set", help="An option NAME=VALUE; nested: activation.a=1e-3. Repeatable.")]
+Data = Annotated[str | None, typer.Option("--data", help="Other data than the training's.")]

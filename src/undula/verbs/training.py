@@ -1,0 +1,133 @@
+# ruff: noqa: B006 (typer wants lists as defaults of lists, and copies them)
+"""`undula train` and `undula eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..method import Method
+from ..options import build, split_pair
+from ..train import Run, Task, restored
+from ..train.fit import train as fit
+from ..train.run import dtype_called
+from . import shell
+
+Many = list[str]
+NUMBERS = (
+    *("lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay"),
+    *("seed", "train_rows", "eval_rows", "save_every"),
+)
+
+
+def train(
+    ctx: typer.Context,
+    *,
+    model: Annotated[str | None, typer.Option(help="A folder, a hub name, or bundled:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file, a folder, a hub name, or bundled:NAME.")] = None,
+    task: Annotated[str | None, typer.Option(help="causal-lm, classification or regression.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The directory to write: adapter, report, checkpoints.")] = None,
+    method: Annotated[str, typer.Option(help="See `undula methods`; none: the task's head alone.")] = "lora",
+    options: shell.Set = [],
+    column: Annotated[Many, typer.Option(help="ROLE=COLUMN, as in text=review. Repeatable.")] = [],
+    task_set: Annotated[Many, typer.Option(help="An option of the task, as in max_length=64.")] = [],
+    where: Annotated[Many, typer.Option(help="Layers: a name, its end, or a glob.")] = ["all-linear"],
+    override: Annotated[Many, typer.Option(help="PATTERN=METHOD,NAME=VALUE,...")] = [],
+    full: Annotated[Many, typer.Option(help="Parameters to train in full besides the head.")] = [],
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = Run.lr,
+    epochs: float = Run.epochs,
+    max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows in a batch.")] = Run.batch,
+    accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = Run.accumulate,
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = Run.warmup,
+    weight_decay: float = Run.weight_decay,
+    seed: int = Run.seed,
+    train_rows: Annotated[int | None, typer.Option(help="So many training rows, sampled.")] = None,
+    eval_rows: Annotated[int | None, typer.Option(help="Rows for the metric, sampled.")] = Run.eval_rows,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. (default: a tenth)")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the frozen model.")] = "float32",
+    resume: Annotated[Path | None, typer.Option(help="Go on with the training in this directory.")] = None,
+    to: shell.Json = None,
+) -> None:
+    """Fine-tune a model with an adapter.  Ctrl-C saves a checkpoint and says how to go on."""
+    if resume is not None:
+        _check_alone(ctx)
+        _fit(Run.load(resume), True, to)
+        return
+    if model is None or data is None or task is None or out is None:
+        needed = {"--model": model, "--data": data, "--task": task, "--out": out}
+        raise ValueError(f"train needs {', '.join(k for k, v in needed.items() if v is None)} (or --resume DIRECTORY)")
+    run = Run(
+        model=model,
+        data=data,
+        task=build(Task, task, [*_columns(Task.named(task), column), *task_set]),
+        method=None if method.lower() == "none" else build(Method, method, options),
+        out=out,
+        where=where[0] if len(where) == 1 else tuple(where),
+        overrides=dict(_override(text) for text in override),
+        full=tuple(full),
+        dtype=dtype_called(dtype),
+        **{name: ctx.params[name] for name in NUMBERS},
+    )
+    _fit(run, False, to)
+
+
+def _check_alone(ctx: typer.Context) -> None:
+    """A resumed training is what it was: options that would change it are refused.  Raises ValueError."""
+    names = {p.name: p.opts[0] for p in ctx.command.params if p.name not in ("resume", "to")}
+    sources = {name: ctx.get_parameter_source(name) for name in names if name is not None}
+    given = [names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise ValueError(f"--resume takes everything from the run.json that is there: leave out {', '.join(given)}")
+
+
+def _columns(task: type[Task], pairs: Many) -> Many:
+    unknown = [p for p in pairs if split_pair(p, "a column")[0] not in task.roles]
+    if unknown:
+        raise LookupError(f"{task.__name__} has no column {', '.join(unknown)}; it has: {', '.join(task.roles)}")
+    return pairs
+
+
+def _override(text: str) -> tuple[str, Method]:
+    pattern, spec = split_pair(text, "an override")
+    name, *pairs = spec.split(",")
+    return pattern, build(Method, name, pairs)
+
+
+def _fit(run: Run, resume: bool, to: Path | None) -> None:
+    from ..train.bar import Bar
+    from ..train.base import quiet
+
+    with quiet(), Bar(shell.err) as bar:
+        report = fit(run, resume=resume, callbacks=(bar,))
+    shell.write(to, report)
+    if str(to) != "-":
+        before = report["before"]
+        shell.show([{"metric": k, "before": before.get(k), "after": v} for k, v in report["after"].items()])
+        shell.note(_summary(report))
+
+
+def _summary(report: dict[str, Any]) -> str:
+    memory = report["peak_memory_bytes"] / 2**20
+    return (
+        f"{report['method']}: {report['trainable_parameters']:,} parameters, {report['steps']} steps in "
+        f"{report['seconds']:.1f} s, {memory:.0f} MiB at most. Saved in {report['out']}"
+    )
+
+
+def evaluate(
+    path: shell.Directory,
+    *,
+    data: shell.Data = None,
+    split: Annotated[str | None, typer.Option(help="(default: the rows of the training's own metric)")] = None,
+    rows: Annotated[int | None, typer.Option(help="So many rows at most. (default: as in training)")] = None,
+    model: shell.Base = None,
+    to: shell.Json = None,
+) -> None:
+    """Measure a trained adapter."""
+    found = restored(path, model).score(data, split, rows)
+    shell.write(to, found)
+    if str(to) != "-":
+        shell.show([found])

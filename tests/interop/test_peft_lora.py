@@ -1,0 +1,166 @@
+"""Plain LoRA as the common language: PEFT's own LoRA and DoRA against undula's, and directories in both directions."""
+
+import peft
+import pytest
+import torch
+
+import undula
+from undula import AuroRAStatic, Centred, DoRA, Dropout, LoRA, Sum
+from undula.starts import Gaussian
+
+from .models import Picture, gpt2, llama, shake, tokens, trained
+
+LINEAR = ("q_proj", "v_proj", "down_proj")
+LOW_RANK = [
+    LoRA(r=3),
+    LoRA(r=4, scaling=undula.RankStabilised()),
+    AuroRAStatic(r=2),
+    Centred(LoRA(r=2), Gaussian(0.1)),
+    Dropout(LoRA(r=2), 0.5),
+    Sum((LoRA(r=2), LoRA(r=3)), (0.5, -2.0)),
+]
+THEIRS = {
+    "LoRA": {"r": 4, "lora_alpha": 8},
+    "rsLoRA": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "DoRA": {"r": 4, "lora_alpha": 8, "use_dora": True},
+    "patterns": {"r": 4, "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+    "rsLoRA and patterns": {"r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 3}},
+    "PiSSA's shape": {"r": 4, "init_lora_weights": "gaussian"},
+    "dropout": {"r": 4, "lora_dropout": 0.5},
+}
+
+
+def theirs(model, targets, **options):
+    """PEFT's own LoRA, away from its start."""
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets), **options)).eval()
+    shake(trained(model).values())
+    return model
+
+
+@pytest.mark.parametrize("method", LOW_RANK, ids=repr)
+def test_exported_adapters_are_pefts_own(method, tmp_path):
+    """What `export_lora` writes, PEFT loads as the LoRA that it knows: same logits, same merged model."""
+    x, own = tokens(), llama()
+    adapter = undula.attach(own, method, list(LINEAR), overrides={"*.0.*.q_proj": LoRA(r=5)})
+    shake(adapter.parameters())
+    undula.io.export_lora(adapter, tmp_path)
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    assert type(model.base_model) is peft.LoraModel
+    torch.testing.assert_close(model(x).logits, own(x).logits)
+    undula.merge(own)
+    torch.testing.assert_close(model.merge_and_unload()(x).logits, own(x).logits)
+
+
+@pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS)
+def test_pefts_own_adapters_load(options, tmp_path):
+    x, model = tokens(), theirs(llama(), LINEAR, **options)
+    model.save_pretrained(tmp_path)
+    own = llama()
+    adapter = undula.attach(own, undula.Adapter.load(tmp_path))
+    assert adapter.num_parameters() == sum(p.numel() for p in trained(model).values())
+    torch.testing.assert_close(own(x).logits, model(x).logits)
+    undula.merge(own)
+    torch.testing.assert_close(own(x).logits, model.merge_and_unload()(x).logits)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_conv1d(dora, tmp_path):
+    x, model = tokens(), theirs(gpt2(), ["c_attn", "c_fc"], r=4, fan_in_fan_out=True, use_dora=dora)
+    model.save_pretrained(tmp_path)
+    own = gpt2()
+    undula.attach(own, undula.Adapter.load(tmp_path))
+    torch.testing.assert_close(own(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({"r": 4, "lora_alpha": 8}, LoRA(r=4, alpha=8.0)),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, LoRA(r=4, alpha=8.0, scaling=undula.RankStabilised())),
+        ({"r": 4, "lora_alpha": 8, "use_dora": True}, DoRA(LoRA(r=4, alpha=8.0))),
+    ],
+    ids=["LoRA", "rsLoRA", "DoRA"],
+)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_gradients_are_pefts(options, method, make, tmp_path):
+    """The oracle of LoRA, rsLoRA and DoRA: the same loss and gradients as PEFT's, on the same factors."""
+    x, targets = tokens(), LINEAR if make is llama else ("c_attn", "c_fc")
+    model = theirs(make().double(), targets, fan_in_fan_out=make is gpt2, **options)
+    for p in trained(model).values():
+        p.data = p.data.double()
+    loss = model(x, labels=x).loss
+    loss.backward()
+    hosted = peft.get_peft_model(make().double(), undula.peft_config(method, list(targets))).eval()
+    wanted = {}
+    for name, p in trained(model).items():
+        site, _, rest = name.partition(".lora_")
+        factor = {"A": "A", "B": "B", "m": "m"}[rest[0]]
+        wanted[f"{site}.undula_factors.default.{factor}"] = p
+    assert set(wanted) == set(trained(hosted))
+    for name, p in trained(hosted).items():
+        p.data = wanted[name].detach().reshape(p.shape).clone()
+    again = hosted(x, labels=x).loss
+    again.backward()
+    torch.testing.assert_close(again, loss)
+    for name, p in trained(hosted).items():
+        assert p.grad.any()
+        torch.testing.assert_close(p.grad, wanted[name].grad.reshape(p.shape))
+
+
+def test_what_is_no_lora_is_refused(tmp_path):
+    """Biases change the function: reading such a LoRA without them would be wrong without a word."""
+    theirs(gpt2(), ["c_attn"], r=2, bias="lora_only", fan_in_fan_out=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="undula does not read LoRAs with bias='lora_only'"):
+        undula.Adapter.load(tmp_path)
+
+
+def test_modules_to_save(tmp_path):
+    x, model = tokens(), theirs(llama(), ["q_proj"], r=2, modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    own = llama()
+    adapter = undula.attach(own, undula.Adapter.load(tmp_path))
+    assert list(adapter.full) == ["lm_head.weight"]
+    torch.testing.assert_close(own(x).logits, model(x).logits)
+    undula.io.export_lora(adapter, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "again")
+    torch.testing.assert_close(again(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("saved_by", ["PEFT", "undula"])
+def test_embeddings_and_convolutions(saved_by, tmp_path):
+    """PEFT writes their factors under other names and in other shapes; so does undula, whichever way they came."""
+    inputs = {llama: tokens(), Picture: torch.randn(2, 3, 6, 6)}
+    targets = {llama: ["embed_tokens", "q_proj"], Picture: ["conv", "head"]}
+    for make, x in inputs.items():
+        if saved_by == "PEFT":
+            model = theirs(make(), targets[make], r=2)
+            model.save_pretrained(tmp_path, save_embedding_layers=False)
+        else:
+            model = make()
+            adapter = undula.attach(model, LoRA(r=2), targets[make])
+            shake(adapter.parameters())
+            adapter.save(tmp_path)
+        own = make()
+        adapter = undula.attach(own, undula.Adapter.load(tmp_path))
+        torch.testing.assert_close(of(own, x), of(model, x))
+        undula.io.export_lora(2 * adapter + -1 * adapter, tmp_path / "again")
+        again = peft.PeftModel.from_pretrained(make(), tmp_path / "again")
+        torch.testing.assert_close(of(again, x), of(model, x))
+
+
+def test_an_embedding_stored_with_its_adapter(tmp_path):
+    """PEFT's default for embeddings; the stored weight stands in for the base's own."""
+    x, model = tokens(), llama()
+    model.model.embed_tokens.weight.data += 1
+    model = theirs(model, ["embed_tokens", "q_proj"], r=2)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    own = llama()
+    adapter = undula.attach(own, undula.Adapter.load(tmp_path))
+    assert list(adapter.full) == ["model.embed_tokens.weight"]
+    torch.testing.assert_close(own(x).logits, model(x).logits)
+
+
+def of(model, x):
+    y = model(x)
+    return getattr(y, "logits", y)

@@ -1,0 +1,98 @@
+"""Tiny random models, tokenizers and data, made where they are needed."""
+
+import csv
+import json
+import random
+
+import torch
+
+GOOD, BAD = ["good", "fine", "great", "nice", "happy"], ["bad", "poor", "awful", "sad", "angry"]
+WORDS = [*GOOD, *BAD, "the", "a", "film", "food", "place", "day", "was", "is", "very", "and"]
+
+
+def tokenizer(path, chat=False):
+    """A tokenizer that knows WORDS, saved in `path`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    fast.eos_token = "[SEP]"
+    if chat:
+        fast.chat_template = "{% for m in messages %}[CLS] {{ m.content }} [SEP] {% endfor %}"
+    fast.save_pretrained(path)
+    return fast
+
+
+def bert(path):
+    """A random BERT without a head, with its tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=len(tokenizer(path)),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(path)
+    return str(path)
+
+
+def llama(path, chat=False):
+    """A random Llama, with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer(path, chat)),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+def reviews(n, seed=0):
+    """n rows {text, label}: four words about something, one of them telling."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        label = draw.choice(["good", "bad"])
+        telling = draw.choice(GOOD if label == "good" else BAD)
+        rows.append({"text": f"the {draw.choice(WORDS[12:15])} was {telling}", "label": label})
+    return rows
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def table(path, rows, separator=","):
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
