@@ -21,6 +21,45 @@ from .methods.loran import LoRAN, LoRANActivation, SineLoRA
 from .methods.sum import Sum
 from .train import Run, evaluate
 
+__all__ = [
+    "Adapter",
+    "Additive",
+    "AuroRA",
+    "AuroRAStatic",
+    "Centred",
+    "Collapsed",
+    "DoRA",
+    "Dropout",
+    "Layer",
+    "LeastSquares",
+    "LoRA",
+    "LoRAN",
+    "LoRANActivation",
+    "LowRank",
+    "Method",
+    "RankStabilised",
+    "Reweight",
+    "Run",
+    "SineLoRA",
+    "Site",
+    "Substitute",
+    "Sum",
+    "Truncate",
+    "adapters",
+    "attach",
+    "bundled",
+    "collapse",
+    "detach",
+    "diagnose",
+    "evaluate",
+    "io",
+    "merge",
+    "rows",
+    "select",
+    "selected",
+    "train",
+    "unmerge",
+]
 __version__ = "0.1.0"
 
 

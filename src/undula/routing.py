@@ -65,7 +65,7 @@ class Rows:
         mine = x if self.order is None else x[self.order]
         dtype = pairs[0][1].dtype
         change = grouped(mine.reshape(mine.shape[0], -1, x.shape[-1]).to(dtype), pairs, self.counts, stacks)
-        change = change.view(*mine.shape[:-1], -1)
+        change = change.view(*mine.shape[:-1], change.shape[-1])
         if self.order is None:
             return reference.added(y, change) if torch.is_grad_enabled() else y.add_(change)
         return y.index_add(0, self.order, change.to(y.dtype))

@@ -14,7 +14,7 @@ from torch import nn
 import undula
 from undula import AuroRA, AuroRAStatic, Centred, DoRA, Dropout, LoRA, LoRAN, Reweight, SineLoRA, Sum
 from undula.activations import Sinter
-from undula.host import made
+from undula.making import made
 from undula.methods.aurora import PerChannel
 from undula.sites import view
 from undula.starts import Gaussian

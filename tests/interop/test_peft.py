@@ -325,11 +325,6 @@ def test_copies_and_pickles():
     assert not torch.equal(twin(x).logits, y)
 
 
-def test_compiles():
-    model, x = hosted(AuroRA(), model=Picture(), target_modules=["middle", "head"]), torch.randn(2, 3, 6, 6)
-    torch.testing.assert_close(torch.compile(model.base_model.model, backend="eager")(x), model(x))
-
-
 def test_status():
     status = hosted(LoRA(), name="french").get_model_status()
     assert status.peft_types == {"french": "UNDULA"}

@@ -30,9 +30,9 @@ try:
 except ImportError as error:
     raise ImportError("undula.peft_config and undula.enable_peft need PEFT: pip install 'peft>=0.21,<0.23'") from error
 
+from ..io import files, native
 from ..making import assigned, check_shapes, made
 from ..merging import check_mergeable
-from ..io import files, native
 from ..method import Factors, Method
 from ..methods.sum import Sum
 from ..routing import Rows
@@ -307,7 +307,7 @@ class UndulaModel(tuners_utils.BaseTuner):
             peft_config.target_modules = list(peft_config.sites)
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key):  # noqa: PLR0917
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key):
         base, hosted = target, Hosted(self.new.methods[current_key], self.new.factors[current_key])
         if not isinstance(target, UndulaLayer):
             layer = view(base)

@@ -84,4 +84,4 @@ def bottleneck(x: Tensor, layer: Layer, A_RI: Tensor, B_OR: Tensor, bend: Bend =
     if not fusible(x, layer, A_RI, B_OR):
         return reference.bottleneck(x, layer, A_RI, bend, B_OR)
     y_TO, z_TR = _Tap.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, A_RI)
-    return _Lift.apply(y_TO, bend(z_TR), B_OR).view(*x.shape[:-1], -1)
+    return _Lift.apply(y_TO, bend(z_TR), B_OR).view(*x.shape[:-1], B_OR.shape[0])

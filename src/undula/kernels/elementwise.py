@@ -94,4 +94,4 @@ def elementwise(
     """(W + s f(B A)) x + b, or s f(B A) x where W is None; x (..., I), all of one dtype of 32 bits or more.  Equal to
     the product with `bent`; trained `constants` of f get gradients.  Not twice differentiable."""
     law = (W_OI, bias, A_RI, B_OR, f, scale, tuple(constants), *constants.values())
-    return _Bent.apply(x.reshape(-1, x.shape[-1]), *law).view(*x.shape[:-1], -1)
+    return _Bent.apply(x.reshape(-1, x.shape[-1]), *law).view(*x.shape[:-1], B_OR.shape[0])

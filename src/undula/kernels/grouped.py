@@ -30,6 +30,6 @@ def grouped(
     if stacks is not None:
         A_KRI, B_KRO = stacks
         z_KTR = torch.bmm(x_NTI.reshape(len(counts), -1, I), A_KRI.transpose(1, 2))
-        return torch.bmm(z_KTR, B_KRO).view(N, T, -1)
+        return torch.bmm(z_KTR, B_KRO).view(N, T, B_KRO.shape[2])
     parts = x_NTI.split(list(counts))
     return torch.cat([p @ A_RI.t() @ B_OR.t() for p, (B_OR, A_RI) in zip(parts, pairs, strict=True)])
