@@ -31,12 +31,11 @@ from torch import Tensor, nn
 from .activations import Identity, Sinter
 from .adapter import Adapter
 from .compress.approximation import update
-from .host import selected
 from .kernels import reference, svd
 from .method import Additive, Factors, Layer, LowRank, Method, Reweight
 from .methods.aurora import AuroRA, AuroRAStatic
 from .methods.loran import LoRAN
-from .observe import Batch, batches, kept, listening, still
+from .observe import Batch, batches, kept, listening, live, still
 from .sites import view
 
 SHOWN = 16  # singular values in a row
@@ -52,7 +51,7 @@ def diagnose(what: nn.Module | Adapter, data: Iterable[Batch] | None = None) -> 
     updates come from their factors; of others from dW, above 1024 x 1024 by their first 64 singular values and a flat
     tail of the right energy (effective_rank is then an upper estimate).
     """
-    model, adapter = (None, what) if isinstance(what, Adapter) else (what, selected(what))
+    model, adapter = (None, what) if isinstance(what, Adapter) else (what, live(what, "diagnosing"))
     if data is not None and model is None:
         raise TypeError("data go through the model: give the model with the adapter selected, not the adapter")
     seen = {} if data is None or model is None else _observed(model, adapter, data)

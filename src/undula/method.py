@@ -19,7 +19,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -27,35 +27,9 @@ from torch import Tensor
 from .choice import Choice, plain
 from .kernels import reference
 from .kernels.bottleneck import bottleneck
+from .layer import Layer, Outline
 
 Factors = Mapping[str, Tensor]
-
-
-class Layer(Protocol):
-    """The frozen layer underneath, seen as a matrix W (O x I)."""
-
-    @property
-    def training(self) -> bool: ...
-
-    @property
-    def channel(self) -> int:
-        """Where the output keeps its channels: -1 (linear, embedding) or -3 (convolution)."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether layer(x) is exactly F.linear(x, weight, bias) on an ordinary dense weight."""
-
-    @property
-    def bias(self) -> Tensor | None: ...
-
-    @property
-    def weight(self) -> Tensor:
-        """W (O, I); a quantised layer dequantises here."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
-        """M x for any matrix M with I columns, channels last: (..., K)."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +60,6 @@ class Site:
 
     def normal(self, *shape: int, std: float) -> Tensor:
         return self.zeros(*shape).normal_(0.0, std)
-
-
-class Outline:
-    """A layer that has a shape (O, I) and nothing else."""
-
-    training, channel, plain, bias = False, -1, False, None
-
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype):
-        self.weight = torch.empty(shape, dtype=dtype, device="meta")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.project(x, self.weight)
-
-    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
-        return x @ M_KI.T
 
 
 class Method(Choice):

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .host import Host, Slot, select
+from .host import Host, Slot, host_of, select, selected
 from .method import Factors, Layer, Method
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 Hear = Callable[[str, Layer, Tensor, Tensor, Tensor | None], None]  # (site, layer, x, u, mask)
+
+
+def live(model: nn.Module, doing: str) -> Adapter:
+    """The selected adapter of a model.  Raises LookupError where there is none, RuntimeError where it is merged."""
+    adapter = selected(model)
+    if host_of(model).merged is not None:
+        raise RuntimeError(f"the adapter is merged into this model: unmerge it before {doing} it")
+    return adapter
 
 
 def run(model: nn.Module, batch: Batch) -> Tensor:

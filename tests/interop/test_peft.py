@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import undula
 from undula import AuroRA, AuroRAStatic, Centred, DoRA, Dropout, LoRA, LoRAN, LowRank, Method
 from undula.activations import ReLU
+from undula.sites import outline
 from undula.starts import Gaussian
 
 from .models import Picture, gpt2, llama, shake, tokens, trained
@@ -169,6 +171,8 @@ def test_frozen_factors_stay_frozen(method):
     """However adapters are switched, exactly the method's own trainable factors train."""
     model = hosted(method, name="french")
     wanted = set(trained(model))
+    declared = {k for k, t in method.init(outline("", (32, 32))).items() if t.requires_grad}
+    assert {n.rpartition(".")[2] for n in wanted} == declared
     model.add_adapter("german", undula.peft_config(LoRA(r=2)))
     model.set_adapter("german")
     assert {n.split(".")[-2] for n in trained(model)} == {"german"}
@@ -215,6 +219,36 @@ def test_float32_adapters_over_a_bfloat16_base(method, low, tmp_path):
     own = llama().bfloat16()
     undula.attach(own, undula.Adapter.load(tmp_path))
     assert torch.equal(own(x).logits, y)
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), AuroRA(), DoRA(LoRA(r=2)), LoRAN(r=2)], ids=repr)
+def test_a_quantised_base(method):
+    """The same function, gradients and merged weights as under undula's own host, which is tested by itself."""
+    x, targets = tokens(), ["q_proj", "down_proj"]
+
+    def base():
+        model = llama()
+        quantize_(model.model, Int8WeightOnlyConfig())
+        return model
+
+    quantised, own = base(), base()
+    torch.manual_seed(3)
+    model = hosted(method, model=quantised, target_modules=targets)
+    torch.manual_seed(3)
+    adapter = undula.attach(own, method, targets)
+    shake(adapter.parameters())
+    y = own(x).logits
+    assert torch.equal(model(x).logits, y)
+    for m in (model, own):
+        m(x, labels=x).loss.backward()
+    for p, q in zip(trained(model).values(), adapter.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    if isinstance(method, undula.Reweight):
+        model.merge_adapter()
+        undula.merge(own)
+        assert torch.equal(model(x).logits, own(x).logits)
+        model.unmerge_adapter()
+        assert torch.equal(model(x).logits, y)
 
 
 def test_modules_to_save(tmp_path):

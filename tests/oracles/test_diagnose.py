@@ -263,6 +263,11 @@ def test_refusals():
         diagnose(single(AuroRA())[0], [torch.randn(5, 12)])
     with pytest.raises(LookupError, match="no adapter is selected"):
         diagnose(net())
+    merged = net()
+    undula.attach(merged, LoRA(r=2), where="*")
+    undula.merge(merged)
+    with pytest.raises(RuntimeError, match="unmerge it before diagnosing"):
+        diagnose(merged)
 
 
 @each([LoRAN(r=4, activation=Sinter(a=0.3, w=5.0)), LoRA(r=4), AuroRA(), DoRA(LoRA(r=4))])

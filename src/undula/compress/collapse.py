@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..host import attach, detach, host_of, select, selected
+from ..host import attach, detach, host_of, select
 from ..kernels import reference
 from ..method import Factors, Layer, Method
 from ..methods.lora import LoRA
-from ..observe import Batch, batches, kept, listening, mask_of, run, still
+from ..observe import Batch, batches, kept, listening, live, mask_of, run, still
 from .approximation import Approximation, Fit
 
 ROOM = "undula.collapse."  # names of adapters that are attached while measuring
@@ -52,7 +52,7 @@ def collapse(
     model and its adapter are left as they were: `attach` the result to use it.  Raises ValueError where nothing is
     there to measure the error by, TypeError or ValueError, naming the site, where `how` cannot serve a site.
     """
-    model, adapter = (None, what) if isinstance(what, Adapter) else (what, _live(what))
+    model, adapter = (None, what) if isinstance(what, Adapter) else (what, live(what, "collapsing"))
     if model is None and (held_out is not None or evaluate is not None):
         raise TypeError("held_out and evaluate need a model: give the model with the adapter selected, not the adapter")
     if model is not None:
@@ -67,13 +67,6 @@ def collapse(
     if held_out is None or model is None:
         return Collapsed(made, *_by_fits(fits), metric, how.known)
     return Collapsed(made, *_measured(model, adapter, made, fits, held_out), metric, "held-out data")
-
-
-def _live(model: nn.Module) -> Adapter:
-    adapter = selected(model)
-    if host_of(model).merged is not None:
-        raise RuntimeError("the adapter is merged into this model: unmerge it before collapsing it")
-    return adapter
 
 
 def _check_groups(model: nn.Module, adapter: Adapter) -> None:
@@ -174,9 +167,12 @@ def _measured(
 
 
 def _squares(new: Tensor, u: Tensor) -> Tensor:
-    """(|new - u|^2, |u|^2) in float64."""
-    new, u = new.to(torch.float64), u.to(torch.float64)
-    return torch.stack([(new - u).square().sum(), u.square().sum()]).cpu()
+    """(|new - u|^2, |u|^2), summed in float64 piece by piece: logits are large."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for n, v in zip(*(t.reshape(-1, t.shape[-1]).split(256) for t in (new, u)), strict=True):
+        n, v = n.to(torch.float64), v.to(torch.float64)
+        total += torch.stack([(n - v).square().sum(), v.square().sum()]).cpu()
+    return total
 
 
 def _change(fit: Fit, layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ U diag(s) V':  M = U diag(s) V' L^-1.  Only moments are kept: Sxx, Sxu, the sums
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class LeastSquares(Approximation):
     known = "the calibration data, in sample: too low where there is little of it"
 
     r: int
-    calibration: Iterable[Batch]
+    calibration: Iterable[Batch] = field(repr=False)
     ridge: float = 1e-3
     bias: bool = False
     solver: Solver = Randomised()

@@ -9,18 +9,15 @@ products (`addmm_`), forward and backward; and each skinny product is written in
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from ..layer import Layer
 from . import reference
 from .autocast import exact_backward
-
-if TYPE_CHECKING:
-    from ..method import Layer
 
 Bend = Callable[[Tensor], Tensor]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..method import Layer
+from ..layer import Layer
 
 
 def channels(v_O: Tensor, layer: Layer) -> Tensor:
