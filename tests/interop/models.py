@@ -1,10 +1,14 @@
 """Small models with random weights, and what every test of a host does with them."""
 
+import peft
 import torch
 import transformers
 from torch import nn
 
+import undula
+
 VOCABULARY = 64
+PREFIX = "base_model.model."
 
 
 def llama(**changes):
@@ -55,3 +59,15 @@ def shake(parameters):
 
 def trained(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def hosted(method, *, model=None, name="default", **rules):
+    """A tiny Llama with shaken adapters."""
+    model = peft.get_peft_model(model or llama(), undula.peft_config(method, **rules), name).eval()
+    shake(trained(model).values())
+    return model
+
+
+def sites(model):
+    """Names of the adapted layers."""
+    return sorted(n.removeprefix(PREFIX) for n, m in model.named_modules() if hasattr(m, "law"))

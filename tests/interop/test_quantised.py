@@ -104,6 +104,12 @@ def test_attaching_changes_nothing(base):
     assert torch.equal(model(x), y)
 
 
+@each_base
+def test_what_is_read_is_what_the_layer_computes_with(base):
+    layer, x = net(base)[0][0].train(), torch.randn(5, 64)  # evaluating, bitsandbytes' int8 layers quantise x too
+    torch.testing.assert_close(layer(x), F.linear(x, bases.dense(layer), layer.bias), rtol=1e-4, atol=1e-5)
+
+
 @two_bases
 @pytest.mark.parametrize("m", ZOO, ids=repr)
 def test_every_method_is_what_it_is_over_dense_weights(base, m):

@@ -348,6 +348,7 @@ def test_a_bias_takes_up_the_constant(toy):
     without = collapse(model, LeastSquares(2, calibration), held_out=held_out)
     done = collapse(model, LeastSquares(2, calibration, bias=True), held_out=held_out, evaluate=task_error)
     assert done.error < 0.1 * without.error
+    assert done.errors["0"] == pytest.approx(done.error, rel=1e-3)
     assert abs(done.metric[1] - done.metric[0]) < 0.005
     twin = copy.deepcopy(model)
     undula.detach(twin)

@@ -190,7 +190,11 @@ def test_aurora_departs_from_the_best_affine_map(m):
     left = h - fit @ torch.linalg.lstsq(fit, h).solution
     assert row["nonlinearity"] == pytest.approx(float(left.norm() / (h - h.mean(0)).norm())) == summary["nonlinearity"]
     assert row["outside"] == pytest.approx(float((z.abs() > 1).double().mean()))
-    assert any(text.startswith("the spline fades") for text in row["warnings"]) == (row["outside"] > 0.1)
+    assert row["outside"] > 0.1
+    assert row["warnings"] == [f"the spline fades: {row['outside']:.0%} of its inputs lie outside [-1, 1]"]
+    near, _ = diagnose(model, [0.6 * x for x in data])
+    assert 0 < near["outside"] < 0.1
+    assert near["warnings"] == []
     assert diagnose(adapter)[0]["nonlinearity"] is None
 
 

@@ -308,14 +308,12 @@ class UndulaModel(tuners_utils.BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key):
-        base, hosted = target, Hosted(self.new.methods[current_key], self.new.factors[current_key])
         if not isinstance(target, UndulaLayer):
-            layer = view(base)
+            base, layer = target, view(target)
             linear = layer.channel == -1 and not isinstance(layer, EmbeddingView)
             target = UndulaLinear(base) if linear else UndulaLayer(base)
             self._replace_module(parent, target_name, target, base)
-        target.undula_factors[adapter_name] = hosted
-        hosted.requires_grad_(adapter_name in self.active_adapters)
+        target.undula_factors[adapter_name] = Hosted(self.new.methods[current_key], self.new.factors[current_key])
 
     def _check_mergeable(self, names: Sequence[str] | None) -> None:
         """Refuses before the first layer changes."""
