@@ -36,9 +36,10 @@ class Choice(abc.ABC):
     @classmethod
     def register(cls, member: type) -> type:
         """Class decorator of every member: `@Start.register`.  A name can be taken once."""
-        taken = cls.registry.setdefault(plain(member.__name__), member)
+        taken = cls.registry.get(plain(member.__name__), member)
         if (taken.__module__, taken.__qualname__) != (member.__module__, member.__qualname__):
             raise ValueError(f"two {cls.__name__}s named {member.__name__}: {taken.__module__} and {member.__module__}")
+        cls.registry[plain(member.__name__)] = member  # a notebook cell that runs again replaces its class
         return member
 
     @classmethod
@@ -84,8 +85,13 @@ class Choice(abc.ABC):
 
     @classmethod
     def public(cls) -> type:
-        """The registered class that this one is, or is a variant of (a wrapper has one variant per rung)."""
-        return next(c for c in cls.__mro__ if cls.registry.get(plain(c.__name__)) is c)
+        """The registered class that files name.  Raises LookupError for one that is not registered."""
+        if cls.registry.get(plain(cls.__name__)) is not cls:
+            raise LookupError(
+                f"{cls.__name__} is not registered, so no file could name it: a name that starts with an underscore is "
+                "a helper's, and of a class that was defined twice only the newer one counts"
+            )
+        return cls
 
 
 def _json(value: Any) -> Any:

@@ -108,7 +108,7 @@ def find(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
 def attach(
     model: nn.Module,
     what: Method | Adapter,
-    where: Where = "all-linear",
+    where: Where | None = None,
     *,
     name: str = "default",
     overrides: Mapping[str, Method] | None = None,
@@ -116,13 +116,16 @@ def attach(
 ) -> Adapter:
     """Puts a new adapter of the method `what` (or an existing Adapter) on `model` and selects it.
 
-    Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `sites.choose`);
+    Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `sites.choose`;
+    "all-linear" where nothing is said);
     `overrides` gives other methods to the layers that match a pattern, the first match counts; `full` names parameters
     or modules to train in full beside them (a new classification head).  Factors are float32 (float64 over a float64
     base).  Raises LookupError for names that match nothing, ValueError for an adapter that does not fit the model; the
     model is then unchanged.
     """
     host = host_of(model)
+    if isinstance(what, Adapter) and (where is not None or overrides or full):
+        raise ValueError("an Adapter knows its own sites: `where`, `overrides` and `full` go with a method alone")
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
     if name in host.adapters:
@@ -130,7 +133,11 @@ def attach(
     before = host.selected
     select(model, None)
     try:
-        adapter = fitted(model, what) if isinstance(what, Adapter) else fresh(model, what, where, overrides or {}, full)
+        adapter = (
+            fitted(model, what)
+            if isinstance(what, Adapter)
+            else fresh(model, what, "all-linear" if where is None else where, overrides or {}, full)
+        )
     except BaseException:
         select(model, before)
         raise

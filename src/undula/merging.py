@@ -18,7 +18,8 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
 
     Returns per site the rounding error that storing costs: |stored - exact| / |exact - W| (about 1e-7 in float32; large
     on a bf16 or quantised base).  `keep` holds the base's own weights for `unmerge`, bit for bit; without it the
-    adapters are gone.  A weight that other layers share is not changed for them: the layer gets its own.
+    adapters are gone, and what trained before they came trains again.  A weight that other layers share is not changed
+    for them: the layer gets its own.
     Raises TypeError for a method on the bare Method rung, naming the sites; nothing is changed then.
     """
     host, adapter = find(model, None)
@@ -41,6 +42,9 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
         own[path], parameters["weight"] = parameters["weight"], weight
     host.slots, host.merged = [], own
     if not keep:
+        thawed = {id(p) for p in host.thawed}
+        for p in (*host.thawed, *(weights[path] for path, p in own.items() if id(p) in thawed)):
+            p.requires_grad_(True)
         del model.__dict__["_undula"]
     return errors
 

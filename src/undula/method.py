@@ -158,6 +158,11 @@ class Wrapper(Method):
     A public wrapper chooses its variant in `__new__` by `on_rung`; copies and files name the public class alone.
     """
 
+    @classmethod
+    def public(cls) -> type:
+        """The wrapper that this class is a variant of, or is."""
+        return cls.__mro__[1].public() if cls.__name__.startswith("_") else super().public()  # type: ignore[attr-defined]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return self.public(), tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
 

@@ -223,6 +223,29 @@ def test_merge_writes_an_ordinary_model(trained, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_quantised_base(tmp_path):
+    """Training on a 4-bit base works, and --dense merges without rounding (transformers cannot write 4 bits again)."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder, rows = tiny.llama(tmp_path / "base"), [{"text": "the film was", "summary": w} for w in tiny.GOOD * 4]
+    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    quantised.save_pretrained(tmp_path / "small")
+    tiny.tokenizer(tmp_path / "small")
+    data = ("--data", tiny.jsonl(tmp_path / "d.jsonl", rows), "--task", "causal-lm", "--task-set", "generate=0")
+    run = ("--model", tmp_path / "small", *data, "--max-steps", 5, "--lr", "1e-2", "--out", tmp_path / "adapter")
+    call("train", *run, "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["after"]["loss"] < report["before"]["loss"] - 0.1
+    assert "merge with --dense" in fails("merge", tmp_path / "adapter", "--out", tmp_path / "rounded")
+    assert not (tmp_path / "rounded").exists()
+    assert "costs 0.0e+00 of" in call("merge", tmp_path / "adapter", "--dense", "--out", tmp_path / "dense")[0]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    opened = undula.train.restored(tmp_path / "adapter")
+    found = opened.run.task.score(merged, opened.examples(), 4)
+    assert found["loss"] == pytest.approx(report["after"]["loss"], rel=1e-4)
+
+
 def test_show_tells_and_draws(trained, tmp_path):
     shown, _ = call("show", trained["loran"], "--plot", tmp_path / "p.png", "--json", tmp_path / "s.json")
     rows = json.loads((tmp_path / "s.json").read_text())

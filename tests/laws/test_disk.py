@@ -36,7 +36,7 @@ def test_round_trip_in_a_new_process(tmp_path):
         adapter.save(tmp_path / str(i))
     torch.save((x, wanted), tmp_path / "wanted.pt")
     run = [sys.executable, "-c", SCRIPT, tmp_path / "base.pt", tmp_path / "wanted.pt", tmp_path]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.stdout == f"{len(ZOO)} equal\n", done.stderr[-2000:]
 
 

@@ -86,7 +86,7 @@ def test_overrides():
     assert [m.r for m in adapter.methods.values()] == [2, 1, 2, 3]
     assert adapter.method == LoRA(r=2)
     assert adapter.rung is undula.Additive
-    with pytest.raises(LookupError, match="override '\\*.k_proj' matches none of the chosen layers: body.layers"):
+    with pytest.raises(LookupError, match=r"override '\*.k_proj' matches none of the chosen layers: body.layers"):
         undula.attach(model, LoRA(), overrides={"*.k_proj": LoRA(r=1)}, name="b")
     assert list(undula.adapters(model)) == ["default"]
 

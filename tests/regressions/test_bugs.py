@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 
@@ -68,3 +70,73 @@ def test_importing_undula_imports_none_of_the_ecosystem():
     code = f"import undula, sys; print(sorted({set(others)} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_row_of_zeros_under_dora():
+    """Its norm is 0: the merged weight was NaN where the forward pass gave 0."""
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(3, 6)
+    model[0].weight.data[2] = 0
+    undula.attach(model, undula.DoRA(undula.LoRA(r=2)), "*")
+    y = model(x)
+    undula.merge(model)
+    torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.999, -0.1])
+def test_a_dropout_rate_that_leaves_nothing(p):
+    """0.999 is 256/256 in the steps that the rate has: it ended in a ZeroDivisionError while training."""
+    with pytest.raises(ValueError, match="in steps of 1/256"):
+        undula.Dropout(undula.LoRA(), p)
+
+
+def test_a_method_defined_twice():
+    """A notebook cell run again kept the old class in the registry, and saving ended in StopIteration."""
+    try:
+        first, second = (dataclass(frozen=True)(type("Mine", (undula.LoRA,), {"__module__": "cell"})) for _ in range(2))
+        assert undula.Method.named("mine") is second
+        assert undula.Method.decode(second().encode()) == second()
+        with pytest.raises(LookupError, match="Mine is not registered"):
+            first().encode()
+        with pytest.raises(ValueError, match="two Methods named Mine: cell and other"):
+            type("Mine", (undula.LoRA,), {"__module__": "other"})
+    finally:
+        undula.Method.registry.pop("mine", None)
+
+
+def test_centred_around_what_has_no_start():
+    for inner in (undula.Dropout(undula.LoRA()), undula.Centred(undula.LoRA())):
+        with pytest.raises(TypeError, match="has no start that could be chosen"):
+            undula.Centred(inner)
+
+
+def test_attaching_an_adapter_somewhere_else():
+    """`where` was silently ignored for an adapter that knows its sites."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    adapter = undula.attach(model, undula.LoRA(r=2), ["0"])
+    undula.detach(model)
+    with pytest.raises(ValueError, match="knows its own sites"):
+        undula.attach(model, adapter, ["1"])
+
+
+def test_exporting_a_factor_that_sites_share(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    adapter = undula.attach(model, undula.LoRA(r=2), "*")
+    adapter.factors["1"]["A"] = adapter.factors["0"]["A"]
+    undula.io.export_lora(adapter, tmp_path)
+    again = undula.Adapter.load(tmp_path)
+    assert torch.equal(again.factors["1"]["A"], adapter.factors["0"]["A"])
+
+
+def test_exporting_a_bias_of_an_adapted_layer(tmp_path):
+    """PEFT could not load it: modules_to_save named the adapted layer itself."""
+    adapter = undula.attach(nn.Sequential(nn.Linear(6, 6)), undula.LoRA(r=2), "*", full=["0.bias"])
+    with pytest.raises(ValueError, match=r"0\.bias: trained in full in a layer that is adapted too"):
+        undula.io.export_lora(adapter, tmp_path)
+
+
+def test_merging_for_good_thaws_what_trained_before():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].requires_grad_(False)
+    undula.attach(model, undula.LoRA(r=2), "*")
+    undula.merge(model, keep=False)
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]

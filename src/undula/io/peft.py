@@ -29,7 +29,7 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
 
     lora_alpha equals r at every site, so the stored factors are `pair(f)` to the bit.  Parameters trained in full
     leave as PEFT's modules_to_save.  Raises TypeError below the LowRank rung: another function is never written as a
-    LoRA (`collapse` first).
+    LoRA (`collapse` first); ValueError where a parameter in full lies in an adapted layer.
     """
     below = {s: m for s, m in adapter.methods.items() if not isinstance(m, LowRank)}
     if below:
@@ -38,6 +38,12 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
             f"{method!r} at {site} ({len(below)} such sites) stands on the rung {method.rung()}: it is no LoRA. "
             "undula.collapse makes one and reports the error"
         )
+    inside = [n for n in adapter.full if n.rpartition(".")[0] in adapter.factors]
+    if inside:
+        raise ValueError(
+            f"{', '.join(inside[:3])}: trained in full in a layer that is adapted too, which no PEFT LoRA can say "
+            "(its modules_to_save are whole modules). Merge the adapter, or collapse it with bias=False"
+        )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for site, f in adapter.factors.items():
@@ -45,7 +51,8 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
         assert isinstance(method, LowRank)
         B_OR, A_RI = method.pair(f)
         ranks[site] = A_RI.shape[0]
-        tensors |= {f"{files.PREFIX}{site}.{leaf}": t for leaf, t in _leaves(adapter.kernels.get(site), B_OR, A_RI)}
+        leaves = _leaves(adapter.kernels.get(site), B_OR, A_RI)
+        tensors |= {f"{files.PREFIX}{site}.{leaf}": t.clone() for leaf, t in leaves}  # sites may share a factor
     tensors |= {files.PREFIX + name: t for name, t in adapter.full.items()}
     files.write(Path(path), lora_config(ranks, list(adapter.full), base, task), tensors, {})
 

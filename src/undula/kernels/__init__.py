@@ -1,1 +1,1 @@
-"""The products behind the ladder: the plain law (`reference`) and its faster equals.  Nothing but torch is used here."""
+"""The products behind the ladder: the plain law (`reference`) and its faster equals.  Only torch is used here."""

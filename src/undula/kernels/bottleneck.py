@@ -69,8 +69,9 @@ class _Lift(Function):
 
 
 def fusible(x: Tensor, layer: Layer, *factors: Tensor) -> bool:
-    """Whether the fused products apply: a plain linear layer, one dtype throughout, no autocast."""
-    if not layer.plain or torch.is_autocast_enabled(x.device.type):
+    """Whether the fused products apply: a plain linear layer, one dtype throughout, no autocast, and no compiler at
+    work (it fuses the plain law by itself and cannot follow a sum in place)."""
+    if not layer.plain or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return False
     return all(t.dtype == x.dtype for t in (layer.weight, *factors))
 

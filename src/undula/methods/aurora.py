@@ -117,7 +117,7 @@ class AuroRAStatic(_Bend, LowRank):
     """W' = W + s B (sigma(kappa A) - sigma(0)): AuroRA's function on the columns of A, merged exactly.
 
     kappa = sqrt(I) brings the entries of A (at most 1/sqrt(I) at the start) onto the spline's range; without it and
-    without the centring, sigma(A) is affine to 0.2 % and almost all of it one constant column: this project's
+    without the centring, sigma(A) is affine to within 1 % and almost all of it one constant column: this project's
     proposal.  `kappa=1, centred=False` is the form of arXiv:2608.05250.
     """
 

@@ -8,6 +8,7 @@ LowRank, at twice the rank.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Self
 
@@ -30,6 +31,13 @@ class Centred(Wrapper):
 
     def __new__(cls, inner: Method, start: Start = Gaussian()) -> Self:
         return object.__new__(on_rung(Centred, inner))  # type: ignore[return-value]
+
+    def __post_init__(self) -> None:
+        if "start" not in inspect.signature(self.inner.init).parameters:
+            raise TypeError(
+                f"{self.inner!r} has no start that could be chosen: Centred takes LoRA, LoRAN and their like; other "
+                "wrappers go around it, as in Dropout(Centred(LoRA()))"
+            )
 
     def init(self, site: Site) -> dict[str, Tensor]:
         f = self.inner.init(site, self.start)  # type: ignore[call-arg]

@@ -2,8 +2,8 @@
 
     W' = diag(m / ||V||) V,   V = W + dW,   ||V|| the norms of V's rows,   m = ||W|| at the start
 
-As in the paper (section 4.3) ||V|| counts as a constant in the backward pass.  For a LowRank inner method the norms come
-from the factors: ||V||^2 = ||W||^2 + 2 <W A', B> + <B A A', B> row by row, and no (O x I) matrix is formed.
+As in the paper (section 4.3) ||V|| counts as a constant in the backward pass.  For a LowRank inner method the norms
+come from the factors: ||V||^2 = ||W||^2 + 2 <W A', B> + <B A A', B> row by row, and no (O x I) matrix is formed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class DoRA(Reweight):
 
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         V_OI = self._inner.weight(W_OI, f)
-        return (f["m"] / V_OI.norm(dim=1).detach())[:, None] * V_OI
+        norms = V_OI.norm(dim=1).detach().clamp_min(torch.finfo(V_OI.dtype).tiny)  # a row of zeros stays one
+        return (f["m"] / norms)[:, None] * V_OI
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         gain = f["m"] / self.norms(layer.weight, f)

@@ -3,7 +3,7 @@
     y = W x + (W' - W) D(x),   D(x)_i = 0 with probability p, else x_i / (1 - p);   D = identity outside training
 
 The frozen layer always sees x itself.  On a CPU `torch.dropout` costs more than LoRA's own products: the mask here is
-drawn as bytes (p in steps of 1/256), three times cheaper.  It follows `torch.manual_seed`.
+drawn as bytes (p in steps of 1/256), two to six times cheaper.  It follows `torch.manual_seed`.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Dropout(Wrapper):
         return object.__new__(on_rung(Dropout, inner))  # type: ignore[return-value]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p < 1:
-            raise ValueError(f"a dropout rate lies in [0, 1), found p={self.p}")
+        if not 0 <= round(self.p * 256) <= 255:
+            raise ValueError(f"a dropout rate lies in [0, 1), in steps of 1/256; found p={self.p}")
 
     def init(self, site: Site) -> dict[str, Tensor]:
         return self.inner.init(site)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation, Sine, Sinter, gain_at_zero
-from ..bases import WIDE
 from ..kernels import reference
 from ..kernels.bottleneck import fusible
 from ..kernels.elementwise import bent, elementwise
@@ -76,7 +75,7 @@ class LoRAN(Additive):
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         A_RI, B_OR = f["A"], f["B"]
-        if layer.channel != -1 or A_RI.dtype not in WIDE or not x.is_floating_point():
+        if layer.channel != -1 or not x.is_floating_point() or torch.compiler.is_compiling():
             return super().forward(x, layer, f)
         law = (A_RI, B_OR, self.activation, self.scale(A_RI.shape[1]), self.constants(f))
         if fusible(x, layer, A_RI, B_OR):

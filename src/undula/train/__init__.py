@@ -11,7 +11,7 @@ from .causal_lm import CausalLM, Chat, Format, Plain
 from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare
 from .fit import train as _train
-from .restored import Restored, evaluate, restored
+from .restored import Restored, dense, evaluate, restored
 from .run import Run
 from .task import Examples, Task
 
@@ -28,6 +28,7 @@ __all__ = [
     "Restored",
     "Run",
     "Task",
+    "dense",
     "evaluate",
     "prepare",
     "restored",

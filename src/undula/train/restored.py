@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..adapter import Adapter
-from ..host import attach
+from ..host import attach, detach
 from ..io import files
 from .base import model_folder, open_model
 from .causal_lm import CausalLM
@@ -86,6 +86,16 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
     run = Run.load(path) if (path / RUN).is_file() else _described(path, adapter, model)
     base, tokenizer = open_model(model or run.model, run.task, run.dtype, run.seed)
     return Restored(run, base, tokenizer, attach(base, adapter))
+
+
+def dense(opened: Restored) -> Restored:
+    """The same on ordinary weights: a quantised base is dequantised, any other returned as it is."""
+    if not getattr(opened.model, "is_quantized", False):
+        return opened
+    adapter = detach(opened.model)
+    model = opened.model.dequantize()
+    model.__dict__.pop("_weight_conversions", None)  # how to quantise on saving: transformers 5.23 forgets to forget it
+    return replace(opened, model=model, adapter=attach(model, adapter))
 
 
 def _described(path: Path, adapter: Adapter, model: str | None) -> Run:

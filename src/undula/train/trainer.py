@@ -108,6 +108,8 @@ def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCa
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if getattr(model, "is_quantized", False):
+        model._hf_peft_config_loaded = True  # so the Trainer asks whether adapters stand on a quantised model
     made = AdapterTrainer(
         model=model,
         args=arguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from ..io import export_lora
 from ..method import LowRank, Reweight
 from ..options import build
 from ..train import Restored, restored
+from ..train import dense as unquantised
 from . import shell
 
 How = Annotated[str | None, typer.Option(help="truncate, substitute or least-squares. (default: by the rung)")]
@@ -60,7 +62,7 @@ class LeastSquares(Recipe):
     """See `undula.LeastSquares`."""
 
     r: int = 8
-    ridge: float = 1e-6
+    ridge: float = 1e-3
     bias: bool = False
 
     def approximation(self, opened: Restored, data: str | None, rows: int) -> compress.Approximation:
@@ -109,12 +111,22 @@ def _shared(names: list[str]) -> str:
     return "".join(f"{level[0]}." for level in shared)
 
 
-def merge(path: shell.Directory, out: shell.Out, model: shell.Base = None) -> None:
+def merge(
+    path: shell.Directory,
+    *,
+    out: shell.Out,
+    model: shell.Base = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Dequantise a quantised base first.")] = False,
+) -> None:
     """Write the base with the adapter merged in, as an ordinary Hugging Face folder."""
     shell.fresh(out)
-    opened = restored(path, model)
+    opened = unquantised(restored(path, model)) if dense else restored(path, model)
     errors = merging.merge(opened.model, keep=False)
-    opened.model.save_pretrained(out)
+    try:
+        opened.model.save_pretrained(out)
+    except NotImplementedError as error:  # what transformers raises for forms of quantisation that it only reads
+        shutil.rmtree(out)
+        raise RuntimeError("transformers cannot write this quantised base: merge with --dense") from error
     opened.tokenizer.save_pretrained(out)
     worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
     shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
