@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step import CLOCKS, base, ratios  # the benchmark beside this one
 
 import undula
-from step import CLOCKS, base, ratios  # the benchmark beside this one
 
 ROWS = 16
 

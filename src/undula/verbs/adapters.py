@@ -70,7 +70,7 @@ class LeastSquares(Recipe):
         return compress.LeastSquares(self.r, calibration, self.ridge, self.bias)
 
 
-COLUMNS = ("site", "rank", "norm", "relative_norm", "effective_rank", "stable_rank")
+COLUMNS: tuple[str, ...] = ("site", "rank", "norm", "relative_norm", "effective_rank", "stable_rank")
 COLUMNS += ("nonlinearity", "bf16_changed", "stability", "outside")
 
 
