@@ -151,7 +151,10 @@ def test_learned_constants_count():
     assert any(text.startswith(f"unstable: a*w*|u| reaches {row['stability']:.1f}") for text in row["warnings"])
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: Dropout(m, 0.5), DoRA, Centred], ids=repr)
+WRAPS = {"bare": lambda m: m, "dropout": lambda m: Dropout(m, 0.5), "dora": DoRA, "centred": Centred}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_sine_lora_is_measured_against_its_best_multiple(wrap):
     for w, low, high in ((1e-3, 0.0, 1e-5), (30.0, 0.3, 1.0)):
         adapter, f = single(wrap(SineLoRA(r=2, activation=Sine(w=w))))
