@@ -304,3 +304,20 @@ def test_rows_of_low_rank_adapters(names, shape):
         undula.rows(model, ["e"]),
     ):
         pass
+
+
+def test_rows_follow_training():
+    """What `rows` prepares for inference is prepared anew after a training step within the same context."""
+    model, x = net().eval(), torch.randn(2, 12)
+    for name in "ab":
+        shake(undula.attach(model, undula.LoRA(r=2), name=name))
+    every = [p for a in undula.adapters(model).values() for p in a.parameters()]
+    with undula.rows(model, ["a", "b"]):
+        with torch.no_grad():
+            model(x)
+        gradients = torch.autograd.grad(model(x).square().sum(), every)
+        with torch.no_grad():
+            for p, g in zip(every, gradients, strict=True):
+                p -= 0.1 * g
+            now = model(x)
+        torch.testing.assert_close(now, model(x).detach())
