@@ -38,7 +38,7 @@ def arguments(what: str, out: str, threads: int) -> argparse.Namespace:
 
 def screen() -> Console:
     """Wide enough for the table where there is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 100)
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,16 @@ class Entry:
     lr: float
 
 
-def compare(entries: Sequence[Entry], run: Run, checked: int, console: Console) -> list[dict[str, Any]]:
-    """One row per entry, all with the same model, data, seed and steps; adapters stay in `run.out`/NAME.  `checked` is
-    the number of rows on which predictions are compared."""
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Rows on which predictions are compared, and training rows that a collapse is fitted to."""
+
+    checked: int
+    calibration: int
+
+
+def compare(entries: Sequence[Entry], run: Run, sizes: Sizes, console: Console) -> list[dict[str, Any]]:
+    """One row per entry, all with the same model, data, seed and steps; adapters stay in `run.out`/NAME."""
     rows = []
     for number, entry in enumerate(entries, 1):
         console.rule(f"{number} of {len(entries)}: {entry.name}, learning rate {entry.lr:g}")
@@ -61,42 +68,40 @@ def compare(entries: Sequence[Entry], run: Run, checked: int, console: Console) 
         own = dataclasses.replace(run, method=entry.method, lr=entry.lr, out=out)
         with quiet(), Bar(console) as bar:
             report = undula.train(own, callbacks=(bar,))
-            rows.append({"method": entry.name, "lr": entry.lr, **row(report, out, checked)})
+            rows.append({"method": entry.name, "lr": entry.lr, **row(report, out, sizes)})
         console.print(verdict(rows[-1], run.task.headline), highlight=False)
     return rows
 
 
-def row(report: Mapping[str, Any], out: Path, checked: int) -> dict[str, Any]:
+def row(report: Mapping[str, Any], out: Path, sizes: Sizes) -> dict[str, Any]:
     """The report of a training with what loading, and merging or collapsing, gave."""
     kept = ("rung", "configuration", "trainable_parameters", "before", "after", "seconds", "steps")
     kept += ("peak_memory_bytes", "peak_memory_is", "device", "seed", "losses")
     begun = time.perf_counter()
     opened = restored(out)
-    batches = list(opened.batches(opened.examples(rows=checked)))
-    saved = logits(opened, batches)
-    stored = merged(opened, batches, out)
+    batches = list(opened.batches(opened.examples(rows=sizes.checked)))
     return {
         **{k: report[k] for k in kept},
-        **stored,
-        "reloaded_metric": opened_metric(out, report),
-        "logits_largest": max(t.abs().max().item() for t in saved),
+        "reloaded_metric": reloaded(opened, report, out),
+        "logits_largest": max(t.abs().max().item() for t in logits(opened, batches)),
+        **merged(opened, batches, out, sizes.calibration),
         "seconds_after_training": round(time.perf_counter() - begun, 2),
     }
 
 
-def opened_metric(out: Path, report: Mapping[str, Any]) -> float:
+def reloaded(opened: Restored, report: Mapping[str, Any], out: Path) -> float:
     """The metric of the adapter as it is on disk.  It is the one that training ended with, or something is wrong."""
-    found = undula.evaluate(out)[report["metric"]]
-    if found != report["after"][report["metric"]]:
-        raise SystemExit(f"{out}: trained to {report['after'][report['metric']]}, but loaded it measures {found}")
+    found, trained = opened.score()[report["metric"]], report["after"][report["metric"]]
+    if found != trained:
+        raise SystemExit(f"{out}: trained to {trained}, but loaded it measures {found}")
     return found
 
 
-def merged(opened: Restored, batches: list[dict[str, torch.Tensor]], out: Path) -> dict[str, Any]:
+def merged(opened: Restored, batches: list[dict[str, torch.Tensor]], out: Path, rows: int) -> dict[str, Any]:
     """Merges the adapter, after a collapse where its method has no merged form, and compares all predictions."""
     collapse = {"collapse_error": None, "collapsed_metric": None}
     if not issubclass(opened.adapter.rung, undula.Reweight):
-        collapse = collapsed(opened, batches, out)
+        collapse = collapsed(opened, batches, out, rows)
     before = logits(opened, batches)
     undula.merge(opened.model)
     difference = max((a - b).abs().max().item() for a, b in zip(before, logits(opened, batches), strict=True))
@@ -105,9 +110,9 @@ def merged(opened: Restored, batches: list[dict[str, torch.Tensor]], out: Path) 
     return {"merge_difference": difference, **collapse}
 
 
-def collapsed(opened: Restored, batches: list[dict[str, torch.Tensor]], out: Path) -> dict[str, Any]:
+def collapsed(opened: Restored, batches: list[dict[str, torch.Tensor]], out: Path, rows: int) -> dict[str, Any]:
     """Puts a plain LoRA, fitted by least squares, in the place of the adapter; its error, and its metric."""
-    calibration = list(opened.batches(opened.examples(split="train", rows=256)))
+    calibration = list(opened.batches(opened.examples(split="train", rows=rows)))
     made = undula.collapse(opened.model, undula.LeastSquares(8, calibration), held_out=batches)
     made.adapter.save(out / "collapsed", base=opened.folder, task=opened.run.task.peft)
     undula.detach(opened.model)
@@ -134,28 +139,26 @@ def verdict(row: Mapping[str, Any], metric: str) -> str:
     )
 
 
-def tell(rows: list[dict[str, Any]], metric: str, console: Console) -> None:
+def tell(rows: list[dict[str, Any]], metrics: tuple[str, ...], console: Console) -> None:
     """The table."""
     table = Table(title="The same model, data, seed and steps", title_justify="left")
-    for name in ("method", "rung", "parameters", metric, "time", "memory", "merge", "collapse"):
+    for name in ("method", "rung", "parameters", *metrics, "time", "memory", "merge", "collapse"):
         table.add_column(name, justify="left" if name in ("method", "rung") else "right")
     for r in rows:
         table.add_row(
             r["method"],
             r["rung"] or "-",
             f"{r['trainable_parameters']:,}",
-            f"{r['before'][metric]:.3f} -> {r['after'][metric]:.3f}",
+            *(f"{r['before'][m]:.3f} -> {r['after'][m]:.3f}" for m in metrics),
             f"{r['seconds']:.0f} s",
             f"{r['peak_memory_bytes'] / 2**20:.0f} MiB",
             f"{r['merge_difference']:.0e}",
             "-" if r["collapse_error"] is None else f"{r['collapse_error']:.3f}",
         )
     console.print(table)
-    console.print(
-        "merge: largest difference of a logit, merged against unmerged; collapse: relative error of the model's change; "
-        f"memory: {rows[0]['peak_memory_is']}",
-        highlight=False,
-    )
+    console.print("merge: the largest difference of a logit, merged against unmerged")
+    console.print("collapse: the relative error of the model's change, as a rank-8 LoRA")
+    console.print(f"memory: {rows[0]['peak_memory_is']}")
 
 
 def write(rows: list[dict[str, Any]], about: Mapping[str, Any], path: Path) -> None:
@@ -174,7 +177,8 @@ def draw(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, r in enumerate(rows):
         steps, losses = zip(*smooth(r["losses"]), strict=True)
-        left.plot(steps, losses, color=f"C{i}", label=r["method"])
+        width = 1.5 + 0.8 * (len(rows) - i)  # so that lines which coincide all show
+        left.plot(steps, losses, color=f"C{i}", linewidth=width, label=r["method"])
         right.bar(i, r["after"][metric], color=f"C{i}")
         right.text(i, r["after"][metric], f"{r['after'][metric]:.3f}", ha="center", va="bottom")
     right.axhline(rows[0]["before"][metric], color="0.4", linestyle=":", label="before training")
@@ -182,9 +186,9 @@ def draw(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     names = [f"{r['method']}\n{r['trainable_parameters'] / 1000:.0f} k" for r in rows]
     right.set_xticks(range(len(rows)), names, rotation=30, ha="right")
     right.set_ylabel(f"{metric}, held-out rows")
-    right.margins(y=0.15)
+    right.margins(y=0.2)
     left.legend(frameon=False)
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="upper left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -41,20 +41,21 @@ def main() -> None:
         data=data(console),
         task=CausalLM(
             format=Plain(between="\nSummary:\n"),
-            max_length=96,
-            max_completion=24,
-            generate=4 if given.quick else 32,
+            max_length=64,
+            max_completion=20,
+            generate=2 if given.quick else 24,
         ),
         method=None,
         where=("q_proj", "v_proj"),
         out=given.out,
-        max_steps=4 if given.quick else 200,
+        max_steps=2 if given.quick else 200,
         batch=4,
-        eval_rows=8 if given.quick else 96,
+        eval_rows=4 if given.quick else 64,
     )
+    sizes = comparison.Sizes(checked=4 if given.quick else 8, calibration=16 if given.quick else 64)
     with comparison.timed(console):
-        rows = comparison.compare(ENTRIES, run, 8, console)
-        comparison.tell(rows, "rougeL", console)
+        rows = comparison.compare(ENTRIES, run, sizes, console)
+        comparison.tell(rows, ("loss", "rougeL"), console)
         about = {"model": run.model, "data": run.data, "batch": run.batch}
         comparison.write(rows, about, given.out / "report.json")
         comparison.draw(rows, "rougeL", given.out / "report.png")

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..adapter import Adapter
 from ..host import attach
+from ..making import fresh
+from ..methods.lora import LoRA
 from .base import model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
 from .measure import PeakMemory, versions
@@ -51,38 +54,48 @@ def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback
     claim(run, resume)
     with PeakMemory() as memory:
         ready = prepare(run)
-        score = run.task.headline
         before = _before(ready, resume)
-        steps, resumed, seconds, losses = _fit(ready, resume, callbacks)
+        course = _fit(ready, resume, callbacks)
+        _check_finite(ready.adapter, run)
         ready.adapter.save(run.out, base=model_folder(run.model), task=run.task.peft)
         after = ready.run.task.score(ready.model, ready.held, run.batch)
-    method = run.method
     report = {
-        "method": "head only" if method is None else type(method).public().__name__,
-        "rung": None if method is None else method.rung(),
-        "configuration": None if method is None else method.encode(),
-        "trainable_parameters": ready.adapter.num_parameters(),
-        "sites": len(ready.adapter.methods),
-        "metric": score,
+        **_made(ready),
+        "metric": run.task.headline,
         "before": before,
         "after": after,
-        "train_rows": len(ready.train),
-        "eval_rows": len(ready.held),
-        "steps": steps,
-        "resumed_from_step": resumed,
-        "seconds": round(seconds, 3),  # training alone, since the last resume
+        **course,
         "seconds_with_evaluation": round(time.perf_counter() - begun, 3),
         "peak_memory_bytes": memory.bytes,
         "peak_memory_is": memory.how,
-        "device": str(ready.model.device),
-        "seed": run.seed,
         "versions": versions(),
-        "losses": losses,  # [step, mean training loss since the last such step]
         "run": ready.run.encode(),
         "out": str(run.out),
     }
     write_json(run.out / REPORT, report)
     return report
+
+
+def _made(ready: Prepared) -> dict[str, Any]:
+    """The report's part on what was trained."""
+    method = ready.run.method
+    return {
+        "method": "head only" if method is None else type(method).public().__name__,
+        "rung": None if method is None else method.rung(),
+        "configuration": None if method is None else method.encode(),
+        "trainable_parameters": ready.adapter.num_parameters(),
+        "sites": len(ready.adapter.methods),
+        "train_rows": len(ready.train),
+        "eval_rows": len(ready.held),
+        "device": str(ready.model.device),
+        "seed": ready.run.seed,
+    }
+
+
+def _check_finite(adapter: Adapter, run: Run) -> None:
+    """Raises RuntimeError for an adapter that no directory would take back."""
+    if not all(torch.isfinite(t).all() for t in adapter.parameters()):
+        raise RuntimeError(f"the training diverged: the adapter holds NaN or infinity. Lower the rate (lr={run.lr:g})")
 
 
 def claim(run: Run, resume: bool) -> None:
@@ -110,20 +123,20 @@ def prepare(run: Run) -> Prepared:
     rows = {split: sample(parts[split], most, run.seed) for split, most in limits.items()}
     model, tokenizer = open_model(run.model, task, run.dtype, run.seed)
     full = (*task.head(model), *run.full)
+    torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     if run.method is None:
-        adapter = attach(model, _head_only(model, full))
+        adapter = attach(model, _head_only(model, run, full))
     else:
         adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full)
     train_on, held = (Examples(task, rows[split], tokenizer) for split in limits)
     return Prepared(dataclasses.replace(run, task=task), model, tokenizer, adapter, train_on, held)
 
 
-def _head_only(model: nn.Module, full: Sequence[str]) -> Adapter:
+def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:
     """An adapter of no sites: what a head alone can do."""
     if not full:
         raise ValueError("without a method only a head trains, and this task has none: choose a method")
-    parameters = dict(model.named_parameters())
-    return Adapter({}, {}, {}, {n: parameters[n].detach().clone().requires_grad_() for n in full})
+    return Adapter({}, {}, {}, fresh(model, LoRA(r=1), run.where, {}, full).full)  # names resolved as `attach` does
 
 
 def _before(ready: Prepared, resume: bool) -> dict[str, float]:
@@ -137,8 +150,8 @@ def _before(ready: Prepared, resume: bool) -> dict[str, float]:
     return found
 
 
-def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) -> tuple[int, int, float, list]:
-    """Trains.  Returns (steps, step it resumed from, seconds, losses)."""
+def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    """Trains.  Returns the report's part on its course."""
     from transformers import set_seed
 
     from .trainer import Stop, last_checkpoint, stopping, trainer
@@ -155,6 +168,9 @@ def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) ->
         raise Interrupted(
             f"stopped at step {state.global_step} of {state.max_steps}; go on with: {resume_command(out)}"
         )
-    resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    losses = [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry]
-    return state.global_step, resumed, seconds, losses
+    return {
+        "steps": state.global_step,
+        "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+        "seconds": round(seconds, 3),  # of training alone, since the last resume
+        "losses": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+    }
