@@ -36,7 +36,7 @@ MUTANTS = [
     ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS),
     ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(x)", METHODS),
     ("methods/dropout.py", "(256 / (256 - level))", "1.0", METHODS),
-    ("activations.py", "sin.addcmul_(phase, cos)", "sin", METHODS),
+    ("activations.py", "torch.addcmul(sin, u, cos.cos_(), value=self.w, out=cos)", "sin", METHODS),
     ("activations.py", "torch.sigmoid(u) - 0.5", "torch.sigmoid(u)", METHODS),
     ("kernels/bottleneck.py", ".addmm_(gz_TR, A_RI)", "", LAWS),
     ("kernels/bottleneck.py", "dB = torch.mm(h_TR.t(), g_TO).t()", "dB = 2 * torch.mm(h_TR.t(), g_TO).t()", LAWS),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,9 +34,15 @@ class Activation(Choice):
         """f(u); c replaces trained constants."""
         return self.value(u, {**self.constants(), **(c or {})})
 
-    def pull(self, u: Tensor, g: Tensor, c: Constants) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def bend(self, u: Tensor, c: Constants, spare: Tensor) -> Tensor:
+        """f(u); `u` and `spare`, of its shape, may be overwritten: a form in place saves the time that fresh memory
+        costs."""
+        return self(u, c)
+
+    def pull(self, u: Tensor, g: Tensor, c: Constants, spare: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(f(u), g f'(u), gradients of sum(g f(u)) for the trained constants in c), by autograd on this one block.
-        `u` and `g` may be overwritten.  A closed form here is worth its lines where an activation is used at scale."""
+        `u`, `g` and two `spare` tensors of their shape may be overwritten.  A closed form here is worth its lines
+        where an activation is used at scale."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             trained = {k: t.detach().requires_grad_() for k, t in c.items() if isinstance(t, Tensor)}
@@ -69,13 +75,18 @@ class Sinter(Activation):
         a, wave = c["a"], torch.sin(c["w"] * u)
         return u + a * u * wave if isinstance(a, Tensor) else torch.addcmul(u, u, wave, value=a)
 
-    def pull(self, u: Tensor, g: Tensor, c: Constants) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def bend(self, u: Tensor, c: Constants, spare: Tensor) -> Tensor:
         if c:  # constants that train
-            return super().pull(u, g, c)
-        phase = self.w * u
-        sin, cos = torch.sin(phase), torch.cos(phase)
-        value = torch.addcmul(u, u, sin, value=self.a)
-        return value, g.addcmul_(g, sin.addcmul_(phase, cos), value=self.a), []  # f' = 1 + a (sin + phase cos)
+            return self(u, c)
+        return u.addcmul_(u, torch.mul(u, self.w, out=spare).sin_(), value=self.a)
+
+    def pull(self, u: Tensor, g: Tensor, c: Constants, spare: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if c:
+            return super().pull(u, g, c, spare)
+        cos, sin = spare
+        torch.sin(torch.mul(u, self.w, out=cos), out=sin)
+        slope = torch.addcmul(sin, u, cos.cos_(), value=self.w, out=cos)  # f' = 1 + a slope
+        return u.addcmul_(u, sin, value=self.a), g.addcmul_(g, slope, value=self.a), []
 
 
 @Activation.register
@@ -89,6 +100,15 @@ class Sine(Activation):
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         return torch.sin(c["w"] * u)
+
+    def bend(self, u: Tensor, c: Constants, spare: Tensor) -> Tensor:
+        return self(u, c) if c else u.mul_(self.w).sin_()
+
+    def pull(self, u: Tensor, g: Tensor, c: Constants, spare: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if c:
+            return super().pull(u, g, c, spare)
+        slope = torch.cos(u.mul_(self.w), out=spare[0]).mul_(self.w)
+        return u.sin_(), g.mul_(slope), []
 
 
 @Activation.register

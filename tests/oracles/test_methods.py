@@ -111,8 +111,10 @@ def test_pull_is_the_derivative(f):
         v = u.clone().requires_grad_()
         want = f(v, c)
         grads = torch.autograd.grad(want, [v, *c.values()], g)
-        value, du, dc = f.pull(u.clone(), g.clone(), {k: t.detach() for k, t in c.items()})
+        trained, spare = {k: t.detach() for k, t in c.items()}, torch.empty(2, *u.shape).unbind()
+        value, du, dc = f.pull(u.clone(), g.clone(), trained, spare)
         torch.testing.assert_close(value, want)
+        torch.testing.assert_close(f.bend(u.clone(), trained, spare[0]), want)
         for a, b in zip([du, *dc], grads, strict=True):
             torch.testing.assert_close(a, b)
 

@@ -1,7 +1,8 @@
 """y = (W + s f(B A)) x + b for an elementwise f, keeping only x, A and B for the backward pass.
 
 Autograd would keep two or three (O, I) tensors per layer (1.5 times LoRA's memory on a 7B model).  Here forward and
-backward walk over blocks of rows that fit a cache: rebuild X = B A, bend it, use it, forget it.
+backward walk over blocks of rows: rebuild X = B A, bend it, use it, forget it.  On a CPU the blocks live in one piece
+of memory per thread that is kept: taking fresh pages from the system cost as much as all sines.
 
     G = s gy' x (the weight-gradient product), dX = G * f'(X), dB = dX A', dA = B' dX, dx = gy (W + s f(X))
 
@@ -10,6 +11,8 @@ Without W (dropout, a quantised or low-precision base) it is y = s f(B A) x, to 
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,14 +25,29 @@ from .autocast import exact_backward
 if TYPE_CHECKING:
     from ..activations import Activation
 
-BLOCK = 1 << 18  # elements of W per block: 1 MiB in float32
-LEAST_ROWS = 256  # thinner blocks make slow products
+BLOCK = 1 << 20  # elements of W per block: 4 MiB in float32
+LEAST_ROWS = 64  # thinner blocks make slow products
+
+_kept = threading.local()
 
 
 def blocks(O: int, I: int) -> Iterator[slice]:
-    """Row ranges of about BLOCK elements."""
-    rows = max(LEAST_ROWS, BLOCK // I)
+    """Even row ranges of at most about BLOCK elements."""
+    count = math.ceil(O / max(LEAST_ROWS, BLOCK // I))
+    rows = math.ceil(O / count)
     return (slice(i, min(i + rows, O)) for i in range(0, O, rows))
+
+
+def scratch(count: int, rows: slice, like: Tensor) -> tuple[Tensor, ...]:
+    """`count` tensors (rows, I) whose contents nobody needs after this block."""
+    m, I = rows.stop - rows.start, like.shape[1]
+    if like.device.type != "cpu":  # other devices have allocators that keep memory
+        return like.new_empty(count, m, I).unbind()
+    memory: Tensor | None = getattr(_kept, "memory", None)
+    size = count * m * I * like.element_size()
+    if memory is None or memory.numel() < size:
+        memory = _kept.memory = torch.empty(size, dtype=torch.uint8)
+    return memory[:size].view(like.dtype).view(count, m, I).unbind()
 
 
 def bent(f: Activation, scale: float, B_OR: Tensor, A_RI: Tensor, constants: dict[str, Tensor]) -> Tensor:
@@ -48,7 +66,8 @@ class _Bent(Function):
         O, I = B_OR.shape[0], A_RI.shape[1]
         y_TO = x_TI.new_empty(x_TI.shape[0], O)
         for rows in blocks(O, I):
-            M = folded(W_OI, rows, f(torch.mm(B_OR[rows], A_RI), c), scale)
+            X, spare = scratch(2, rows, A_RI)
+            M = folded(W_OI, rows, f.bend(torch.mm(B_OR[rows], A_RI, out=X), c, spare), scale)
             if bias is None:
                 torch.mm(x_TI, M.t(), out=y_TO[:, rows])
             else:
@@ -63,8 +82,9 @@ class _Bent(Function):
         dx = torch.empty_like(x_TI) if ctx.needs_input_grad[0] else None
         dA, dB_RO, dc = torch.zeros_like(A_RI), torch.empty_like(B_OR.t()), [torch.zeros_like(t) for t in constants]
         for rows in blocks(B_OR.shape[0], A_RI.shape[1]):
-            G = torch.mm(g_TO[:, rows].t(), x_TI)
-            F, dX, parts = ctx.f.pull(torch.mm(B_OR[rows], A_RI), G, c)
+            X, G, *spare = scratch(4, rows, A_RI)
+            torch.mm(g_TO[:, rows].t(), x_TI, out=G)
+            F, dX, parts = ctx.f.pull(torch.mm(B_OR[rows], A_RI, out=X), G, c, spare)
             dB_RO[:, rows] = torch.mm(A_RI, dX.t())
             dA.addmm_(B_OR[rows].t(), dX)
             for total, part in zip(dc, parts, strict=True):
@@ -78,7 +98,7 @@ class _Bent(Function):
 
 def folded(W_OI: Tensor | None, rows: slice, F: Tensor, scale: float) -> Tensor:
     """Rows of W + s F, or of s F; F may be overwritten."""
-    return F.mul_(scale) if W_OI is None else torch.add(W_OI[rows], F, alpha=scale)
+    return F.mul_(scale) if W_OI is None else torch.add(W_OI[rows], F, alpha=scale, out=F)
 
 
 def elementwise(
