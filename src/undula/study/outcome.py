@@ -1,0 +1,81 @@
+"""What one run of a study came to: the record that the store keeps and that statistics and reports read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+SWEEP, FINAL = "sweep", "final"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run.  Runs are compared within one group: the same model, data and budget.
+
+    `arm` is what a table calls the method with its settings.  Runs of a sweep choose a learning rate (or lose against
+    another) on validation rows; final runs have fresh seeds at the chosen rate and alone touch the test rows.
+    """
+
+    arm: str
+    model: str
+    data: str
+    budget: str  # "r=8", "37,000 parameters"
+    stage: str  # SWEEP or FINAL
+    lr: float
+    seed: int
+    metric: str  # the task's headline metric
+    more_is_better: bool
+    error: str | None = None  # why the run failed; the fields below are then empty
+    validation: float | None = None  # the metric on validation rows at the best evaluation of the run
+    test: float | None = None  # the metric on test rows, at that same point (final runs only)
+    others: Mapping[str, float] = field(default_factory=dict)  # every metric on the test rows
+    parameters: int | None = None  # that train, the head apart
+    head_parameters: int | None = None  # that train in full beside them
+    wanted_parameters: int | None = None  # by an equal-parameter budget
+    steps: int | None = None
+    seconds: float | None = None  # of training, evaluations apart
+    peak_memory_bytes: int | None = None
+    deployed: Mapping[str, float] = field(default_factory=dict)  # test metric in other forms: {"merged": 0.81, ...}
+    deployed_error: Mapping[str, float] = field(default_factory=dict)  # relative error of the outputs in these forms
+    losses: tuple[tuple[int, float], ...] = ()  # (step, training loss)
+    curve: tuple[tuple[int, float], ...] = ()  # (step, validation metric)
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """Within which runs are comparable."""
+        return self.model, self.data, self.budget
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return self.seconds / self.steps if self.seconds is not None and self.steps else None
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @staticmethod
+    def decode(data: Mapping[str, Any]) -> Outcome:
+        """The inverse of `encode`.  Raises TypeError for fields that do not exist."""
+        values = {k: tuple(tuple(p) for p in v) if k in ("losses", "curve") else v for k, v in data.items()}
+        known = {f.name for f in fields(Outcome)}
+        if unknown := sorted(set(values) - known):
+            raise TypeError(f"an outcome has no field {', '.join(unknown)}")
+        return Outcome(**values)
+
+
+@dataclass(frozen=True)
+class ChosenRate:
+    """What the sweep chose for one arm of a group."""
+
+    arm: str
+    model: str
+    data: str
+    budget: str
+    lr: float
+    bracketed: bool  # both neighbours in the grid were tried and are worse: the best does not lie at an edge
+    tried: tuple[tuple[float, float | None], ...]  # (rate, mean validation metric; None: every run there failed)
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        return self.model, self.data, self.budget
