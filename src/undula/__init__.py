@@ -5,7 +5,7 @@ An adapter is a value; a method is a law W -> W'.
 
 from typing import Any
 
-from . import bundled, io, train
+from . import bundled, io, study, train
 from .adapter import Adapter
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .diagnose import diagnose
@@ -57,6 +57,7 @@ __all__ = [
     "rows",
     "select",
     "selected",
+    "study",
     "train",
     "unmerge",
 ]

@@ -9,7 +9,7 @@ import typer
 
 import undula
 
-from .verbs import adapters, lists, shell, training
+from .verbs import adapters, lists, shell, studies, training
 
 app = typer.Typer(
     cls=shell.Verbs,
@@ -41,6 +41,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "merge": adapters.merge,
     "collapse": adapters.collapse,
     "export": adapters.export,
+    "study": studies.study,
     "assets": lists.assets,
 }
 for name, verb in VERBS.items():

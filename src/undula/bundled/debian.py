@@ -1,4 +1,5 @@
-"""The data set debian-synopsis: what a Debian package does, at length and in one line, written by its maintainer.
+"""The data sets debian-synopsis and debian-section: what a Debian package does, at length and in one line, written by
+its maintainer; and the section of the archive in which it stands.
 
 The texts are in the package index that apt downloads. Each is under the licence of its own package, so they are
 fetched, never distributed with undula. Where apt is set up to skip the long texts (as in most containers), or is not
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +26,31 @@ GROUP_WORDS = 6
 NOT_REAL = re.compile(r"transitional|dummy|meta-?package|debug(ging)? symbols", re.IGNORECASE)
 
 
-def build_debian(asset: Asset, out: Path, progress: Progress) -> None:
+SECTIONS = 20  # the largest; the rest are small
+
+
+def build_synopses(asset: Asset, out: Path, progress: Progress) -> None:
     """One row for each source package: the text of the binary package of the same name, else of the first."""
+    rows, release = _rows(asset, progress)
+    pairs = [(group, {"text": row["text"], "summary": row["summary"]}) for group, row in rows]
+    write_rows(out, split_rows(pairs), origin=release)
+
+
+def build_sections(asset: Asset, out: Path, progress: Progress) -> None:
+    """The same packages: synopsis -> section, those of the largest sections."""
+    rows, release = _rows(asset, progress)
+    sizes = Counter(row["section"] for _, row in rows)
+    labels = sorted(sorted(sizes, key=lambda s: (-sizes[s], s))[:SECTIONS])
+    pairs = [
+        (group, {"text": row["summary"], "label": labels.index(row["section"])})
+        for group, row in rows
+        if row["section"] in labels
+    ]
+    write_rows(out, split_rows(pairs), release, labels)
+
+
+def _rows(asset: Asset, progress: Progress) -> tuple[list[tuple[str, Row]], str]:
+    """((group, row) of every package, the release of the distribution)."""
     if not shutil.which("apt-get") or not Path(APT_HELPER).exists():
         raise AssetError(
             f"{asset.name} is read from the package index of Debian or Ubuntu, but there is no apt here.\n"
@@ -41,7 +66,7 @@ def build_debian(asset: Asset, out: Path, progress: Progress) -> None:
             f"{asset.name}: asked apt for all packages, found {len(rows)} with a long description.\n"
             "What to do: check that the main component of Debian or Ubuntu is among apt's sources."
         )
-    write_rows(out, split_rows(rows), origin=release)
+    return rows, release
 
 
 def pair_rows(packages: str, translations: str) -> list[tuple[str, Row]]:
@@ -55,7 +80,8 @@ def pair_rows(packages: str, translations: str) -> list[tuple[str, Row]]:
     for fields in stanzas(packages):
         name = fields["Package"]
         source = fields.get("Source", name).split(" ")[0]
-        row = _row(long.get(fields.get("Description-md5", ""), ""))
+        section = fields.get("Section", "").rpartition("/")[2]
+        row = _row(long.get(fields.get("Description-md5", ""), ""), section)
         rank = (name != source, name)
         if row and (source not in best or rank < best[source][0]):
             best[source] = (rank, row)
@@ -71,12 +97,12 @@ def stanzas(content: str) -> Iterator[dict[str, str]]:
             yield {field: re.sub(r"\n[ \t]", "\n", value) for field, value in unfolded}
 
 
-def _row(description: str) -> Row | None:
+def _row(description: str, section: str) -> Row | None:
     """The first line is the synopsis, a line with only a dot is an empty line."""
     summary, _, text = description.partition("\n")
     summary, text = summary.strip(), re.sub(r"^\.$", "", text, flags=re.MULTILINE).strip()
     fits = TEXT_CHARS[0] <= len(text) <= TEXT_CHARS[1] and SUMMARY_CHARS[0] <= len(summary) <= SUMMARY_CHARS[1]
-    return {"text": text, "summary": summary} if fits and not NOT_REAL.search(summary) else None
+    return {"text": text, "summary": summary, "section": section} if fits and not NOT_REAL.search(summary) else None
 
 
 def _index(scratch: Path) -> tuple[str, str, str]:

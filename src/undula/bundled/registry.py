@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .asset import Asset, AssetError, Progress, cache_root
-from .debian import build_debian
+from .debian import build_sections, build_synopses
 from .models import build_minilm, build_smollm2
 from .rows import read_rows
 from .texts import build_docstrings, build_reviews, build_wordnet
@@ -63,7 +63,17 @@ _ALL = (
         source="apt (Debian or Ubuntu)",
         sha256=None,
         bytes=16_000_000,
-        build=build_debian,
+        build=build_synopses,
+    ),
+    Asset(
+        name="debian-section",
+        kind="data",
+        title="synopsis of a Debian package -> the section of the archive, one of 20",
+        licence="each text under the licence of its package",
+        source="apt (Debian or Ubuntu)",
+        sha256=None,
+        bytes=16_000_000,
+        build=build_sections,
     ),
     Asset(
         name="docstrings",

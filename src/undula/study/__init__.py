@@ -1,1 +1,69 @@
-"""Studies: which adapter is best for a model and a budget, compared honestly."""
+"""Studies: which adapter is best for a model and a budget, compared honestly.
+
+undula.study("STUDY.toml", out="runs")      # the verb: runs what is left, and reports
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+from .drive import Estimate, Finished, View, estimate, report, run, warnings
+from .executors import Executor, Local, Ray
+from .outcome import FINAL, SWEEP, ChosenRate, Outcome
+from .read import Faults, parse, read
+from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
+
+__all__ = [
+    "FINAL",
+    "SWEEP",
+    "Arm",
+    "Base",
+    "Budget",
+    "ChosenRate",
+    "Estimate",
+    "Executor",
+    "Faults",
+    "Finished",
+    "Local",
+    "Outcome",
+    "Ray",
+    "Rows",
+    "Study",
+    "Sweep",
+    "Training",
+    "View",
+    "estimate",
+    "parse",
+    "read",
+    "report",
+    "run",
+    "warnings",
+]
+
+
+class _Study(types.ModuleType):
+    """This package is also the verb: `undula.study(path)`."""
+
+    def __call__(
+        self,
+        study: Study | str | Path,
+        out: str | Path | None = None,
+        *,
+        executor: Executor | None = None,
+        view: View | None = None,
+        retry_failed: bool = False,
+    ) -> Finished:
+        if isinstance(study, Study):
+            if out is None:
+                raise ValueError("say where the runs are kept: undula.study(study, out=...)")
+            return run(study, out, executor=executor, view=view, retry_failed=retry_failed)
+        path = Path(study)
+        about = {"study file": path.read_text(encoding="utf-8")} if path.is_file() else None
+        out = Path(path.stem + "-study") if out is None else out
+        return run(read(path), out, executor=executor, view=view, about=about, retry_failed=retry_failed)
+
+
+_Study.__call__.__doc__ = run.__doc__
+sys.modules[__name__].__class__ = _Study

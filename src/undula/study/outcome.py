@@ -34,6 +34,7 @@ class Outcome:
     head_parameters: int | None = None  # that train in full beside them
     wanted_parameters: int | None = None  # by an equal-parameter budget
     steps: int | None = None
+    pruned: bool = False  # ended early by successive halving (runs of a sweep only)
     seconds: float | None = None  # of training, evaluations apart
     peak_memory_bytes: int | None = None
     deployed: Mapping[str, float] = field(default_factory=dict)  # test metric in other forms: {"merged": 0.81, ...}
@@ -57,7 +58,9 @@ class Outcome:
     @staticmethod
     def decode(data: Mapping[str, Any]) -> Outcome:
         """The inverse of `encode`.  Raises TypeError for fields that do not exist."""
-        values = {k: tuple(tuple(p) for p in v) if k in ("losses", "curve") else v for k, v in data.items()}
+        values: dict[str, Any] = {
+            k: tuple(tuple(p) for p in v) if k in ("losses", "curve") else v for k, v in data.items()
+        }
         known = {f.name for f in fields(Outcome)}
         if unknown := sorted(set(values) - known):
             raise TypeError(f"an outcome has no field {', '.join(unknown)}")

@@ -14,7 +14,7 @@ from .data import BUNDLED
 from .task import Task, padding
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def model_folder(source: str) -> str:
@@ -27,9 +27,10 @@ def model_folder(source: str) -> str:
 
 
 def open_model(
-    source: str, task: Task, dtype: torch.dtype, seed: int
+    source: str, task: Task, dtype: torch.dtype, seed: int, bits: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained model with the task's head (a new one follows `seed`), and its tokenizer.
+    """The pretrained model with the task's head (a new one follows `seed`), and its tokenizer.  With `bits` = 4 or 8
+    its linear layers, the heads apart, are quantised by bitsandbytes.
 
     Raises FileNotFoundError that says what was looked for and why it could not be opened.
     """
@@ -40,11 +41,19 @@ def open_model(
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             torch.manual_seed(seed)
-            model = task.model(folder, dtype)
+            model = task.model(folder, dtype, **({} if bits is None else {"quantization_config": _quantised(bits)}))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(_unopened(source, folder, error)) from error
     padding(tokenizer, model)
     return model, tokenizer
+
+
+def _quantised(bits: int) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 4:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def _unopened(source: str, folder: str, error: Exception) -> str:

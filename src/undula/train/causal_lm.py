@@ -80,10 +80,10 @@ class CausalLM(Task):
         columns = self.columns(split.column_names)
         return Dataset.from_dict({role: texts(split, column) for role, column in columns.items()})
 
-    def model(self, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM as Auto
 
-        return Auto.from_pretrained(path, dtype=dtype)
+        return Auto.from_pretrained(path, dtype=dtype, **quantised)
 
     def prompt_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens up to where the completion begins, at most `max_length`: what is cut is the text, not what the

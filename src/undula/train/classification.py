@@ -44,10 +44,10 @@ class TextTask(Task):
         """The head in the model's configuration."""
         raise NotImplementedError
 
-    def model(self, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification as Auto
 
-        return Auto.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **self.outputs())
+        return Auto.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **quantised, **self.outputs())
 
     def head(self, model: PreTrainedModel) -> tuple[str, ...]:
         return tuple(n for n, _ in model.named_parameters() if not n.startswith(model.base_model_prefix + "."))

@@ -24,6 +24,7 @@ from .run import REPORT, RUN, Run, read_run, write_json
 from .task import Examples
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 
@@ -121,15 +122,20 @@ def prepare(run: Run) -> Prepared:
     task = run.task.fitted(split_of(data, "train"))
     parts = with_validation(task.splits(data, *limits), run.seed)
     rows = {split: sample(parts[split], most, run.seed) for split, most in limits.items()}
-    model, tokenizer = open_model(run.model, task, run.dtype, run.seed)
-    full = (*task.head(model), *run.full)
+    return assembled(dataclasses.replace(run, task=task), rows["train"], rows["validation"])
+
+
+def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
+    """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached."""
+    model, tokenizer = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+    full = (*run.task.head(model), *run.full)
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     if run.method is None:
         adapter = attach(model, _head_only(model, run, full))
     else:
         adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full)
-    train_on, held = (Examples(task, rows[split], tokenizer) for split in limits)
-    return Prepared(dataclasses.replace(run, task=task), model, tokenizer, adapter, train_on, held)
+    train_on, held = (Examples(run.task, rows, tokenizer) for rows in (train_rows, held_rows))
+    return Prepared(run, model, tokenizer, adapter, train_on, held)
 
 
 def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:

@@ -84,7 +84,7 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
     path = Path(path)
     adapter = Adapter.load(path)
     run = Run.load(path) if (path / RUN).is_file() else _described(path, adapter, model)
-    base, tokenizer = open_model(model or run.model, run.task, run.dtype, run.seed)
+    base, tokenizer = open_model(model or run.model, run.task, run.dtype, run.seed, run.bits)
     return Restored(run, base, tokenizer, attach(base, adapter))
 
 

@@ -52,12 +52,15 @@ class Run:
     eval_rows: int | None = 1000  # rows for the metric before and after
     save_every: int | None = None  # steps between checkpoints; None: ten in a run
     dtype: torch.dtype = torch.float32  # of the frozen model; the adapter is float32
+    bits: int | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
 
     def __post_init__(self) -> None:
         positive = ("lr", "epochs", "max_steps", "batch", "accumulate", "train_rows", "eval_rows", "save_every")
         wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
         if wrong:
             raise ValueError(f"these are greater than 0: {', '.join(wrong)}")
+        if self.bits not in (None, 4, 8):
+            raise ValueError(f"bits is 4 or 8, or None for a model as it is; found {self.bits!r}")
         if not 0 <= self.warmup < 1 or self.weight_decay < 0:
             raise ValueError(
                 f"warmup is a share of the steps in [0, 1) and weight_decay at least 0; found warmup={self.warmup}, "

@@ -45,8 +45,9 @@ class Task(Choice):
         return DatasetDict({name: self.rows(data[name]) for name in names if name in data})
 
     @abc.abstractmethod
-    def model(self, path: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The pretrained model with this task's head; a new head follows `torch.manual_seed`."""
+    def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
+        """The pretrained model with this task's head; a new head follows `torch.manual_seed`.  `quantised` is empty, or
+        the quantization_config that `from_pretrained` takes."""
 
     @abc.abstractmethod
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:

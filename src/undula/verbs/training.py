@@ -18,7 +18,7 @@ from . import shell
 Many = list[str]
 NUMBERS = (
     *("lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay"),
-    *("seed", "train_rows", "eval_rows", "save_every"),
+    *("seed", "train_rows", "eval_rows", "save_every", "bits"),
 )
 
 
@@ -48,6 +48,7 @@ def train(
     eval_rows: Annotated[int | None, typer.Option(help="Rows for the metric, sampled.")] = Run.eval_rows,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. (default: a tenth)")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the frozen model.")] = "float32",
+    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the frozen model.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the training in this directory.")] = None,
     to: shell.Json = None,
 ) -> None:

@@ -1,0 +1,182 @@
+"""Running a study: claim what is due, make it, record it, until nothing is due; then report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from . import splits
+from .executors import Ended, Executor, Local, Order, make
+from .outcome import ChosenRate, Outcome
+from .plan import Plan
+from .spec import Study
+from .store import Record, Store
+from .trial import Trial
+
+STORE, REPORT = "runs.sqlite", "report"
+POLL = 2.0  # seconds between looks at what another process has finished
+PILOT_STEPS = 4
+
+
+class View(Protocol):
+    """Who watches a study run."""
+
+    def counts(self, counts: Mapping[str, int]) -> None: ...
+    def step(self, step: int, steps: int) -> None: ...
+    def begun(self, trial: Trial) -> None: ...
+    def ended(self, ended: Ended) -> None: ...
+
+
+class Silent:
+    """Nobody."""
+
+    def counts(self, counts: Mapping[str, int]) -> None: ...
+    def step(self, step: int, steps: int) -> None: ...
+    def begun(self, trial: Trial) -> None: ...
+    def ended(self, ended: Ended) -> None: ...
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a study has come to so far, and the folder of its report."""
+
+    outcomes: list[Outcome]
+    chosen: list[ChosenRate]
+    report: Path
+
+
+def run(
+    study: Study,
+    out: str | Path,
+    *,
+    executor: Executor | None = None,
+    view: View | None = None,
+    about: Mapping[str, str] | None = None,
+    retry_failed: bool = False,
+) -> Finished:
+    """Runs what is left of a study whose store is OUT/runs.sqlite, and writes OUT/report.
+
+    May be stopped at any time and called again, or called in several processes on one `out` at once: runs that have
+    ended are never repeated.  A failed run is recorded with its error and does not stop the rest; `retry_failed` makes
+    such runs again.  Raises ValueError or LookupError for a study that cannot be carried out, before any run.
+    """
+    executor, view, out = executor or Local(), view or Silent(), Path(out)
+    plan, store = Plan(study), Store(out / STORE)
+    if retry_failed:
+        store.forget_failures(plan.keys())
+    try:
+        with store.beating():
+            _drive(plan, store, executor, view)
+    finally:
+        executor.close()
+    return report(study, out, about)
+
+
+def _drive(plan: Plan, store: Store, executor: Executor, view: View) -> None:
+    mine: set[str] = set()
+    while True:
+        known = store.records(plan.keys())
+        view.counts(plan.counts(known))
+        due = [t for t in plan.due(known) if t.key not in mine]
+        for trial in due:
+            if len(mine) >= executor.slots:
+                break
+            if store.claim(trial):
+                mine.add(trial.key)
+                view.begun(trial)
+                executor.submit(_order(plan, trial, known))
+        if mine:
+            ended = executor.wait(view.step)
+            _record(store, ended)
+            mine.remove(ended.order.trial.key)
+            view.ended(ended)
+        elif due:  # in the hands of another process
+            time.sleep(POLL)
+        else:
+            return
+
+
+def _order(plan: Plan, trial: Trial, known: Mapping[str, Record]) -> Order:
+    halving = plan.study.sweep.halving
+    if halving is None or trial.tested:
+        return Order(trial)
+    return Order(trial, halving, plan.rivals(trial, known))
+
+
+def _record(store: Store, ended: Ended) -> None:
+    if ended.result is None:
+        store.fail(ended.order.trial, ended.error or "unknown")
+    else:
+        store.finish(ended.order.trial, ended.result)
+
+
+def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None) -> Finished:
+    """Writes OUT/report from what has ended so far; nothing is run."""
+    from .report import write_report
+
+    out = Path(out)
+    outcomes, chosen = Plan(study).outcomes(Store(out / STORE))
+    told = {"warnings": "\n".join(warnings(study))} | dict(about or {})
+    made = write_report(out / REPORT, outcomes, chosen, title=study.title, baseline=study.baseline, about=told)
+    return Finished(outcomes, chosen, made)
+
+
+def warnings(study: Study) -> list[str]:
+    """What makes the data of a study doubtful."""
+    return [f"{r.label}: {text}" for r in study.data for text in splits.leaks(splits.opened(r, study.split_seed)[1])]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Runs and hours to come, from those that have ended, or from a pilot of a few steps per model and data set."""
+
+    counts: Mapping[str, int]
+    seconds_least: float
+    seconds_most: float
+    based_on: str
+
+
+def estimate(study: Study, out: str | Path, heard: Callable[[str], None] = lambda _: None) -> Estimate:
+    """How long `run` would take.  Only a pilot of the baseline is run: a few steps and one evaluation per model and
+    data set; the other arms are taken to be as fast, full fine-tuning included."""
+    plan, path = Plan(study), Path(out) / STORE
+    known = Store(path).records(plan.keys()) if path.is_file() else {}
+    counts = plan.counts(known)
+    mean, based_on = _mean_seconds(plan, known, heard)
+    return Estimate(counts, counts["least"] * mean, counts["most"] * mean, based_on)
+
+
+def _mean_seconds(plan: Plan, known: Mapping[str, Record], heard: Callable[[str], None]) -> tuple[float, str]:
+    done = [r.result["wall_seconds"] for r in known.values() if r.result is not None]
+    if done:
+        return sum(done) / len(done), f"{len(done)} runs that have ended"
+    spent = []
+    for base in plan.study.models:
+        for rows in plan.study.data:
+            cell = next(c for c in plan.cells if c.base == base and c.rows == rows and c.method is not None)
+            heard(f"pilot: {PILOT_STEPS} steps of {cell.arm.name} on {base.label}, {rows.label}")
+            spent.append(_pilot(cell.trial(cell.grid[0], 0, tested=False)))
+    return sum(spent) / len(spent), f"a pilot of {PILOT_STEPS} steps"
+
+
+def _pilot(trial: Trial) -> float:
+    """The seconds that a whole run would take, from a short one."""
+    short = replace(trial, run=replace(trial.run, max_steps=PILOT_STEPS), evaluations=1)
+    ended = make(Order(short))
+    if ended.result is None:
+        raise ValueError(f"the pilot failed: {ended.error}")
+    _, parts = splits.opened(trial.rows, trial.split_seed)
+    steps = steps_of(trial, len(parts["train"]))
+    training = ended.result["seconds"] / PILOT_STEPS * steps
+    evaluation = ended.result["evaluation_seconds"]
+    opening = ended.result["wall_seconds"] - ended.result["seconds"] - evaluation
+    return training + evaluation * trial.evaluations + opening
+
+
+def steps_of(trial: Trial, rows: int) -> int:
+    """The optimiser steps of a run on so many rows."""
+    per_epoch = max(1, -(-rows // (trial.run.batch * trial.run.accumulate)))
+    return trial.run.max_steps or round(per_epoch * trial.run.epochs)

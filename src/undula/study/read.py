@@ -1,0 +1,277 @@
+"""Study files: TOML to a `Study`, every fault found at once, each with its line.
+
+title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]      split_seed = 0
+[train]     steps | epochs, batch, accumulate, warmup, weight_decay, where, evaluations
+[sweep]     rates, seeds, factor, extend, halving
+[[models]]  source, bits, dtype
+[[data]]    source, task, set, label, train, validation, test, splits
+[[budgets]] rank | parameters | parameters_of and rank
+[[methods]] name, method (a method's name, "none": the head alone, "full": everything), set, rates
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..method import Method
+from ..options import build
+from ..train.run import dtype_called
+from ..train.task import Task
+from . import splits
+from .lines import Path as Place
+from .lines import line_of, lines
+from .plan import Plan
+from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
+
+NUMBER = (int, float)
+TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
+TABLES: dict[str, dict[str, Any]] = {
+    "train": {"steps": int, "epochs": NUMBER, "batch": int, "accumulate": int, "warmup": NUMBER, "weight_decay": NUMBER,
+              "where": (str, list), "evaluations": int},
+    "sweep": {"rates": list, "seeds": list, "factor": NUMBER, "extend": int, "halving": int},
+    "models": {"source": str, "bits": int, "dtype": str},
+    "data": {"source": str, "task": str, "set": dict, "label": str, "train": int, "validation": int, "test": int,
+             "splits": dict},
+    "budgets": {"rank": int, "parameters": int, "parameters_of": str},
+    "methods": {"name": str, "method": str, "set": dict, "rates": list},
+}  # fmt: skip
+MANY = ("models", "data", "budgets", "methods")
+NEEDED = {"models": ("source",), "data": ("source", "task"), "methods": ("method",)}
+YARDSTICKS = {"none": False, "full": True}
+
+
+class Faults(ValueError):
+    """Everything that is wrong with a study file, a line each."""
+
+    def __init__(self, path: str, found: Iterable[tuple[int | None, str]]):
+        self.found = sorted(found, key=lambda f: (f[0] or 0, f[1]))
+        told = "\n".join(f"  line {line}: {text}" if line else f"  {text}" for line, text in self.found)
+        super().__init__(f"{path} cannot be run; {len(self.found)} fault(s):\n{told}")
+
+
+class _Reader:
+    """Collects faults while it turns parts of the file into values."""
+
+    def __init__(self, text: str):
+        self.where, self.found = lines(text), list[tuple[int | None, str]]()
+
+    def fault(self, place: Place, text: str) -> None:
+        self.found.append((line_of(place, self.where), text))
+
+    def attempt(self, place: Place, make: Callable[[], Any]) -> Any:
+        """make(), or None with its error noted."""
+        try:
+            return make()
+        except (LookupError, ValueError, TypeError, OSError, RuntimeError) as error:
+            text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+            self.fault(place, text)
+            return None
+
+    def table(self, place: Place, data: Any, kinds: Mapping[str, Any], needed: Iterable[str] = ()) -> dict[str, Any]:
+        """The known entries of the right type."""
+        if not isinstance(data, dict):
+            self.fault(place, f"{place[-1] if place else 'a study'} is a table, found {data!r:.60}")
+            return {}
+        kept = {}
+        for key, value in data.items():
+            if key not in kinds:
+                close = difflib.get_close_matches(key, kinds, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                self.fault((*place, key), f"there is no {key!r} here; there are: {', '.join(kinds)}{hint}")
+            elif not isinstance(value, kinds[key]) or isinstance(value, bool):
+                self.fault((*place, key), f"{key} is {_called(kinds[key])}, found {value!r:.60}")
+            else:
+                kept[key] = value
+        for key in needed:
+            if key not in data:
+                self.fault(place, f"{key} is missing")
+        return kept
+
+    def numbers(self, place: Place, values: Any, kind: Any) -> tuple[Any, ...]:
+        """A list of distinct numbers, rates greater than 0."""
+        wrong = [v for v in values if not isinstance(v, kind) or isinstance(v, bool) or (kind is NUMBER and v <= 0)]
+        if wrong or not values or len(set(values)) < len(values):
+            what = "rates greater than 0" if kind is NUMBER else "whole numbers"
+            self.fault(place, f"{place[-1]} is a list of different {what}, found {values!r:.60}")
+            return ()
+        return tuple(float(v) if kind is NUMBER else v for v in values)
+
+
+def read(path: str | Path, replace: Mapping[str, str] | None = None) -> Study:
+    """The study in a TOML file.  Models and data are opened to see that they are there and fit; `replace` puts other
+    sources in the place of those in the file ({"roberta-base": "./tiny"}).
+
+    Raises Faults (a ValueError), which lists every fault with its line, or FileNotFoundError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path} does not exist; study files there: {', '.join(there) or 'none'}")
+    return parse(path.read_text(encoding="utf-8"), str(path), replace)
+
+
+def parse(text: str, name: str = "the study", replace: Mapping[str, str] | None = None, check: bool = True) -> Study:
+    """The study in a text, see `read`; without `check` neither models nor data are opened."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Faults(name, [(None, f"not TOML: {error}")]) from None
+    reader = _Reader(text)
+    top = reader.table((), data, TOP | {t: list if t in MANY else dict for t in TABLES})
+    study = _study(reader, top, replace or {})
+    if not reader.found and check:
+        _opened(reader, study)
+    if not reader.found and check:
+        reader.attempt(("budgets",), lambda: Plan(study))
+    if reader.found:
+        raise Faults(name, reader.found)
+    return study
+
+
+def _study(reader: _Reader, top: dict[str, Any], replace: Mapping[str, str]) -> Study:
+    many = {name: list(_rows(reader, name, top.get(name, []))) for name in MANY}
+    arms = tuple(a for i, t in many["methods"] if (a := _arm(reader, i, t)) is not None)
+    models = tuple(m for i, t in many["models"] if (m := _base(reader, i, t, replace)) is not None)
+    data = tuple(d for i, t in many["data"] if (d := _data(reader, i, t, replace)) is not None)
+    budgets = tuple(b for i, t in many["budgets"] if (b := _budget(reader, i, t, arms)) is not None)
+    for kind, found in (("methods", arms), ("models", models), ("data", data)):
+        if not top.get(kind):
+            reader.fault((kind,), f"a study needs at least one [[{kind}]]")
+        labels = [v.label for v in found]  # type: ignore[attr-defined]
+        for twice in sorted({n for n in labels if labels.count(n) > 1}):
+            reader.fault((kind,), f"two of the {kind} are called {twice!r}: give them different names")
+    rest: dict[str, Any] = {k: top[k] for k in ("title", "split_seed") if k in top}
+    baseline = top.get("baseline", Study.baseline)
+    if arms and baseline not in {a.name for a in arms}:
+        reader.fault(("baseline",), f"no method is called {baseline!r}; there are: {', '.join(a.name for a in arms)}")
+    if "seeds" in top:
+        rest["seeds"] = reader.numbers(("seeds",), top["seeds"], int)
+    sweep = _sweep(reader, top.get("sweep", {}))
+    if set(rest.get("seeds", Study.seeds)) & set(sweep.seeds):
+        reader.fault(("seeds",), "seeds of final runs are fresh: none of them may be a seed of the sweep")
+    return Study(rest.pop("title", "A study of adapters"), arms, models, data, budgets or (Budget(),), baseline,
+                 sweep=sweep, train=_train(reader, top.get("train", {})), **rest)  # fmt: skip
+
+
+def _rows(reader: _Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    for i, table in enumerate(tables):
+        known = reader.table((name, i), table, TABLES[name], NEEDED.get(name, ()))
+        if all(key in known for key in NEEDED.get(name, ())):
+            yield i, known
+
+
+def _arm(reader: _Reader, i: int, t: dict[str, Any]) -> Arm | None:
+    rates = reader.numbers(("methods", i, "rates"), t["rates"], NUMBER) if "rates" in t else ()
+    name = t["method"]
+    if name in YARDSTICKS:
+        if t.get("set"):
+            reader.fault(("methods", i, "set"), f"method = {name!r} has no options")
+        return Arm(
+            t.get("name", "full fine-tuning" if YARDSTICKS[name] else "head only"), None, YARDSTICKS[name], rates
+        )
+    place = ("methods", i, "set" if t.get("set") else "method")
+    method = reader.attempt(place, lambda: build(Method, name, options(t.get("set", {}))))
+    return None if method is None else Arm(t.get("name", type(method).public().__name__), method, False, rates)
+
+
+def options(table: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A TOML table of options as `NAME=VALUE` texts: {activation = {is = "sinter", a = 0.02}} gives
+    `activation=sinter`, `activation.a=0.02`."""
+    pairs = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            pairs += options(value, f"{prefix}{key}.")
+        elif key == "is":
+            pairs.append(f"{prefix.rstrip('.')}={value}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            pairs.append(f"{prefix}{key}={text}")
+    return sorted(pairs, key=lambda p: p.partition("=")[0].count("."))
+
+
+def _base(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Base | None:
+    if t.get("bits") not in (None, 4, 8):
+        reader.fault(("models", i, "bits"), f"bits is 4 or 8, found {t['bits']}")
+        return None
+    if "dtype" in t and reader.attempt(("models", i, "dtype"), lambda: dtype_called(t["dtype"])) is None:
+        return None
+    return Base(**{**t, "source": replace.get(t["source"], t["source"])})
+
+
+def _data(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Rows | None:
+    place = ("data", i, "set" if t.get("set") else "task")
+    task = reader.attempt(place, lambda: build(Task, t["task"], options(t.pop("set", {}))))
+    wrong = [k for k in ("train", "validation", "test") if t.get(k, 1) < 1]
+    for key in wrong:
+        reader.fault(("data", i, key), f"{key} is a number of rows, found {t[key]}")
+    if task is None or wrong:
+        return None
+    return Rows(
+        **{**t, "task": task, "label": t.get("label", t["source"]), "source": replace.get(t["source"], t["source"])}
+    )
+
+
+def _budget(reader: _Reader, i: int, t: dict[str, Any], arms: tuple[Arm, ...]) -> Budget | None:
+    of, place = t.get("parameters_of"), ("budgets", i)
+    if "parameters" in t and len(t) > 1 or not t:
+        reader.fault(place, "a budget is `rank`, or `parameters`, or `parameters_of` (with a `rank`)")
+    elif any(t.get(k, 1) < 1 for k in ("rank", "parameters")):
+        reader.fault(place, "rank and parameters are 1 or more")
+    elif of is not None and not any(a.name == of and a.method is not None for a in arms):
+        known = ", ".join(a.name for a in arms if a.method is not None)
+        reader.fault((*place, "parameters_of"), f"no method is called {of!r}; there are: {known}")
+    else:
+        return Budget(**t)
+    return None
+
+
+def _sweep(reader: _Reader, data: dict[str, Any]) -> Sweep:
+    t = reader.table(("sweep",), data, TABLES["sweep"])
+    for key, kind in (("rates", NUMBER), ("seeds", int)):
+        if key in t:
+            t[key] = reader.numbers(("sweep", key), t[key], kind)
+    limits = {"factor": 1.01, "extend": 0, "halving": 2}
+    for key in [k for k, least in limits.items() if k in t and t[k] < least]:
+        reader.fault(("sweep", key), f"{key} is at least {limits[key]}, found {t.pop(key)}")
+    return Sweep(**t)
+
+
+def _train(reader: _Reader, data: dict[str, Any]) -> Training:
+    t = reader.table(("train",), data, TABLES["train"])
+    for key in [k for k in t if k not in ("where", "warmup", "weight_decay") and t[k] <= 0]:
+        reader.fault(("train", key), f"{key} is greater than 0, found {t.pop(key)}")
+    if isinstance(t.get("where"), list):
+        t["where"] = tuple(t["where"])
+    return Training(**t)
+
+
+def _opened(reader: _Reader, study: Study) -> None:
+    """Opens every data set and looks for every model."""
+    for i, rows in enumerate(study.data):
+        reader.attempt(("data", i, "source"), partial(splits.opened, rows, study.split_seed))
+    for i, base in enumerate(study.models):
+        reader.attempt(("models", i, "source"), partial(_config, base.source))
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    from ..train.base import model_folder
+
+    try:
+        return AutoConfig.from_pretrained(model_folder(source))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise FileNotFoundError(f"no model could be opened at {source!r} ({reason})") from None
+
+
+def _called(kind: Any) -> str:
+    names = {str: "a text", int: "a whole number", list: "a list", dict: "a table", float: "a number"}
+    if kind is NUMBER:
+        return "a number"
+    return " or ".join(names[k] for k in (kind if isinstance(kind, tuple) else (kind,)))

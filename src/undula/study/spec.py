@@ -1,0 +1,118 @@
+"""A study as a value: methods x models x data x budgets, the rates to try and the seeds to report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..method import Method
+from ..train.task import Task
+
+HEAD, FULL = "head only", "full fine-tuning"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: a method with its settings, or one of the two yardsticks (method None): the head alone, or
+    every parameter of the model."""
+
+    name: str
+    method: Method | None
+    full: bool = False  # with method None: train everything
+    rates: tuple[float, ...] = ()  # its own grid to begin with; empty: the sweep's
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model."""
+
+    source: str
+    bits: int | None = None  # 4 or 8: quantised when it is opened
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        return self.source if self.bits is None else f"{self.source} ({self.bits} bits)"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set, its task, and how many of its rows are used (None: all)."""
+
+    source: str
+    task: Task
+    train: int | None = None
+    validation: int | None = 1000
+    test: int | None = 2000
+    splits: Mapping[str, str] = field(default_factory=dict)  # other names: {"test": "validation"}
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.source)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the methods have in common: a rank, or the number of trained parameters (heads apart).  Neither: every
+    method as it was written."""
+
+    rank: int | None = None
+    parameters: int | None = None
+    parameters_of: str | None = None  # as many as this arm has at `rank`
+
+    @property
+    def label(self) -> str:
+        if self.parameters_of is not None:
+            return f"parameters of {self.parameters_of} at r={self.rank}"
+        if self.parameters is not None:
+            return f"{self.parameters:,} parameters"
+        return f"r={self.rank}" if self.rank is not None else "as written"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How the learning rate of each arm is chosen, on validation rows."""
+
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    seeds: tuple[int, ...] = (0,)
+    factor: float = 10**0.5  # between a rate and the next, where the grid grows
+    extend: int = 3  # how often it may grow at either end
+    halving: int | None = None  # successive halving that keeps one run in so many
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is the same for all runs; see `undula.Run`."""
+
+    steps: int | None = None
+    epochs: float = 3.0
+    batch: int = 16
+    accumulate: int = 1
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    where: str | tuple[str, ...] = "all-linear"
+    evaluations: int = 6  # on validation rows in a run, evenly; the best point is kept
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that is compared, and how.  `baseline` names the arm that differences are taken to."""
+
+    title: str
+    arms: tuple[Arm, ...]
+    models: tuple[Base, ...]
+    data: tuple[Rows, ...]
+    budgets: tuple[Budget, ...] = (Budget(),)
+    baseline: str = "LoRA"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    sweep: Sweep = Sweep()
+    train: Training = Training()
+    split_seed: int = 0  # of splits that the data do not bring, and of samples of rows
+
+    def arm(self, name: str) -> Arm:
+        """The arm called `name`."""
+        return next(a for a in self.arms if a.name == name)

@@ -1,0 +1,61 @@
+"""Train, validation and test rows of a study: the same for every run, whatever its seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..train.data import load_data, sample, split_of, with_validation
+from ..train.task import Task
+from .spec import Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+PARTS = ("train", "validation", "test")
+_opened: dict[tuple[str, int], tuple[Task, DatasetDict]] = {}
+
+
+def opened(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
+    """(the task, fitted; the three parts) of a data set.  Where it brings no test or no validation split, a seeded
+    tenth of train (2000 rows at most) becomes it.  Read once in a process.
+
+    Raises what `load_data` and the task raise for data that are missing or malformed.
+    """
+    key = (repr(rows), seed)
+    if key not in _opened:
+        _opened[key] = _read(rows, seed)
+    return _opened[key]
+
+
+def _read(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
+    from datasets import DatasetDict
+
+    data = load_data(rows.source)
+    named = {part: rows.splits.get(part, part) for part in PARTS}
+    there = {p: split_of(data, n) for p, n in named.items() if p == "train" or p in rows.splits or n in data}
+    if "validation" in there and named["test"] == named["validation"]:
+        del there["validation"]  # the data's one labelled held-out split serves as the test
+    task = rows.task.fitted(there["train"])
+    parts = task.splits(DatasetDict(there), *PARTS)
+    if "test" not in parts:
+        held = with_validation(DatasetDict(train=parts["train"]), seed)
+        parts = DatasetDict({**parts, "train": held["train"], "test": held["validation"]})
+    parts = with_validation(parts, seed + 1)
+    most = {"train": rows.train, "validation": rows.validation, "test": rows.test}
+    return task, DatasetDict({part: sample(parts[part], most[part], seed) for part in PARTS})
+
+
+def leaks(parts: DatasetDict) -> Iterator[str]:
+    """Sentences on inputs that stand in two parts: what was learned by heart would be measured as skill."""
+    inputs = {part: Counter(_inputs(parts[part])) for part in PARTS}
+    for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        both = sum(n for text, n in inputs[b].items() if text in inputs[a])
+        if both:
+            yield f"{both} of {len(parts[b])} {b} rows stand in {a} too"
+
+
+def _inputs(rows: Dataset) -> Iterator[tuple[str, ...]]:
+    columns = [rows[c][:] for c in rows.column_names if c in ("text", "pair", "prompt")]
+    return zip(*columns, strict=True)

@@ -1,0 +1,168 @@
+"""The runs of a study on disk: one SQLite file that several processes may share and a kill cannot hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .trial import Trial
+
+VERSION = 1
+BEAT = 5.0  # seconds between signs of life
+SILENCE = 60.0  # seconds without one, after which a run on another machine counts as lost
+SCHEMA = """
+create table if not exists runs (
+    key text primary key,
+    trial text not null,       -- the whole configuration, JSON
+    state text not null,       -- running | done | failed
+    attempts integer not null, -- how often it was begun
+    worker text not null,      -- host/process/birth of the process
+    beat real not null,        -- its last sign of life
+    result text                -- done: figures, JSON; failed: the error
+);
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the store knows of a run."""
+
+    state: str
+    attempts: int
+    worker: str
+    beat: float
+    result: Mapping[str, Any] | None
+    error: str | None
+
+
+class Store:
+    """One file.  A run is claimed by one process at a time; that of a process that died is free again."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.worker = path, worker(os.getpid())
+        with self._open() as db:
+            (version,) = db.execute("pragma user_version").fetchone()
+            if version not in (0, VERSION):
+                raise ValueError(f"{path} is a store of version {version}; this undula reads version {VERSION}")
+            db.executescript(SCHEMA)
+            db.execute(f"pragma user_version = {VERSION}")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        try:
+            yield db
+        finally:
+            db.close()
+
+    def records(self, keys: Iterable[str]) -> dict[str, Record]:
+        """What is known of these runs."""
+        wanted = set(keys)
+        with self._open() as db:
+            rows = db.execute("select key, state, attempts, worker, beat, result from runs").fetchall()
+        found = {}
+        for key, state, attempts, who, beat, text in rows:
+            if key in wanted:
+                result = json.loads(text) if state == "done" else None
+                found[key] = Record(state, attempts, who, beat, result, text if state == "failed" else None)
+        return found
+
+    def claim(self, trial: Trial) -> bool:
+        """Takes a run for this process, if it is free."""
+        key, now = trial.key, time.time()
+        with self._open() as db:
+            db.execute("begin immediate")
+            try:
+                row = db.execute("select state, attempts, worker, beat from runs where key = ?", (key,)).fetchone()
+                if row is not None and not is_free(row[0], row[2], row[3]):
+                    return False
+                attempts = 1 if row is None else row[1] + 1
+                text = json.dumps(trial.encode(), sort_keys=True)
+                values = (key, text, "running", attempts, self.worker, now, None)
+                db.execute("insert or replace into runs values (?, ?, ?, ?, ?, ?, ?)", values)
+                return True
+            finally:
+                db.execute("commit")
+
+    def finish(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        """Records the figures of a run."""
+        self._end(trial.key, "done", json.dumps(result))
+
+    def fail(self, trial: Trial, error: str) -> None:
+        """Records why a run failed."""
+        self._end(trial.key, "failed", error)
+
+    def _end(self, key: str, state: str, text: str) -> None:
+        with self._open() as db:
+            db.execute("update runs set state = ?, result = ?, beat = ? where key = ?", (state, text, time.time(), key))
+
+    def forget_failures(self, keys: Iterable[str]) -> int:
+        """Makes failed runs free again; how many there were."""
+        with self._open() as db:
+            return sum(
+                db.execute("delete from runs where key = ? and state = 'failed'", (key,)).rowcount for key in keys
+            )
+
+    def beat(self) -> None:
+        """A sign of life of this process."""
+        with self._open() as db:
+            db.execute("update runs set beat = ? where worker = ? and state = 'running'", (time.time(), self.worker))
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Within the context a thread gives signs of life."""
+        over = threading.Event()
+
+        def go() -> None:
+            while not over.wait(BEAT):
+                with contextlib.suppress(sqlite3.OperationalError):  # a locked file: the next beat will do
+                    self.beat()
+
+        thread = threading.Thread(target=go, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def is_free(state: str, who: str, beat: float) -> bool:
+    """Whether a run may be claimed: not ended, and not in the hands of a process that lives."""
+    if state != "running":
+        return False
+    host, pid, _ = who.split("/")
+    if host == socket.gethostname():
+        return worker(int(pid)) != who
+    return time.time() - beat > SILENCE
+
+
+def worker(pid: int) -> str:
+    """host/process/birth: the birth tells a process from a later one of the same number."""
+    birth = "0"
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        birth = fields[19]
+    if birth == "0" and not _alive(pid):
+        birth = "gone"
+    return f"{socket.gethostname()}/{pid}/{birth}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

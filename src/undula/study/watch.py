@@ -1,0 +1,97 @@
+"""What a study hears of a run while it trains: evaluations, the best point, progress, and whether to give up early."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..adapter import Adapter
+from ..train.fit import Prepared
+
+Curve = Sequence[tuple[int, float]]
+
+
+class Watch(TrainerCallback):
+    """Evaluates on the validation rows at even steps and keeps the numbers of the best point.
+
+    `heard(step, steps)` is told of every step.  `rivals` are the curves of the runs that came before in the same sweep:
+    with `halving` the run ends early when Optuna's successive halving would prune it against them.
+    """
+
+    def __init__(
+        self,
+        heard: Callable[[int, int], None] = lambda *_: None,
+        halving: int | None = None,
+        rivals: Sequence[Curve] = (),
+    ):
+        self.heard, self.halving, self.rivals = heard, halving, rivals
+        self.curve: list[tuple[int, float]] = []
+        self.best: float | None = None
+        self.kept: list[torch.Tensor] = []
+        self.seconds = 0.0  # spent here
+        self.pruned = False
+
+    def begin(self, ready: Prepared, evaluations: int) -> None:
+        """The run that is about to train."""
+        self.ready, self.evaluations = ready, evaluations
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.heard(state.global_step, state.max_steps)
+        step, steps = state.global_step, state.max_steps
+        if step * self.evaluations // steps > (step - 1) * self.evaluations // steps:
+            begun = time.perf_counter()
+            self._evaluate(step)
+            self.seconds += time.perf_counter() - begun
+            if self.curve and step < steps and self._hopeless():
+                self.pruned = control.should_training_stop = True
+
+    def _evaluate(self, step: int) -> None:
+        ready = self.ready
+        if not all(torch.isfinite(p).all() for p in ready.adapter.parameters()):
+            return
+        found = ready.run.task.score(ready.model, ready.held, ready.run.batch)[ready.run.task.headline]
+        if not math.isfinite(found):
+            return
+        self.curve.append((step, found))
+        if self.best is None or (found > self.best) == ready.run.task.more_is_better and found != self.best:
+            self.best = found
+            self.kept = [p.detach().clone() for p in ready.adapter.parameters()]
+
+    def _hopeless(self) -> bool:
+        return self.halving is not None and pruned(
+            self.curve, self.rivals, self.halving, self.ready.run.task.more_is_better
+        )
+
+    @torch.no_grad()
+    def restore(self, adapter: Adapter) -> None:
+        """Puts the best point's numbers back."""
+        for p, best in zip(adapter.parameters(), self.kept, strict=True):
+            p.copy_(best)
+
+
+def pruned(curve: Curve, rivals: Sequence[Curve], reduction: int, more_is_better: bool) -> bool:
+    """Whether Optuna's successive halving (Jamieson, Talwalkar 2016; asynchronous form: Li et al. 2020,
+    arXiv:1810.05934) would end the run with this curve, given those of earlier runs.  One evaluation is one unit of
+    resource."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=reduction)
+    study = optuna.create_study(direction="maximize" if more_is_better else "minimize", pruner=pruner)
+    for rival in (*rivals, curve):
+        trial = study.ask()
+        for number, (_, value) in enumerate(rival, 1):
+            trial.report(value, number)
+            stop = trial.should_prune()  # also notes which rungs the run has reached
+            if stop and rival is not curve:
+                break
+        if rival is curve:
+            return stop
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED if stop else optuna.trial.TrialState.COMPLETE,
+                   values=None if stop else rival[-1][1])  # fmt: skip
+    return False

@@ -1,0 +1,169 @@
+# ruff: noqa: B006 (typer wants lists as defaults of lists, and copies them)
+"""`undula study`: an honest comparison of methods."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ..options import split_pair
+from ..train.measure import versions
+from . import shell
+
+EXECUTORS = ("local", "ray")
+
+
+def study(
+    path: Annotated[Path, typer.Argument(help="The study: a TOML file (docs/study.md).")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="Runs and report. (default: NAME-study)")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and the time it takes; run a pilot alone.")
+    ] = False,
+    pilot: Annotated[bool, typer.Option(help="With --dry-run: time a few steps to estimate the whole.")] = True,
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Write the report of what there is; run nothing.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Make failed runs again.")] = False,
+    replace: Annotated[list[str], typer.Option(help="SOURCE=OTHER: other models or data. Repeatable.")] = [],
+    executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    workers: Annotated[int, typer.Option(help="Runs at a time (ray).")] = 2,
+    to: shell.Json = None,
+) -> None:
+    """Compare methods honestly: sweep each one's rate, run fresh seeds, report.  Stop it when you like: the same
+    command goes on."""
+    from .. import study as room
+
+    made = room.read(path, dict(split_pair(pair, "a replacement") for pair in replace))
+    out = Path(f"{path.stem}-study") if out is None else out
+    if dry_run:
+        _dry(room, made, out, pilot, to)
+        return
+    about = _about(path)
+    if report_only:
+        found = room.report(made, out, about)
+    else:
+        chosen = _executor(room, executor, workers)
+        with _View() as view:
+            found = room.run(made, out, executor=chosen, view=view, about=about, retry_failed=retry_failed)
+    failed = sum(o.error is not None for o in found.outcomes)
+    shell.write(to, {"report": str(found.report), "runs": len(found.outcomes), "failed": failed})
+    if str(to) != "-":
+        shell.note(f"{len(found.outcomes)} runs have ended, {failed} of them failed. Report: {found.report}")
+
+
+def _executor(room: Any, name: str, workers: int) -> Any:
+    if name not in EXECUTORS:
+        raise LookupError(f"no executor is called {name!r}; there are: {', '.join(EXECUTORS)}")
+    return room.Local() if name == "local" else room.Ray(slots=workers)
+
+
+def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
+    """The plan in numbers."""
+    from ..study.plan import Plan
+
+    plan = Plan(made)
+    rows = [
+        {
+            "method": c.arm.name,
+            "model": c.base.label,
+            "data": c.rows.label,
+            "budget": c.budget.label,
+            "configuration": repr(c.method) if c.method else c.arm.name,
+            "rates": ", ".join(f"{lr:g}" for lr in sorted(c.grid)),
+        }
+        for c in plan.cells
+    ]
+    warnings = room.warnings(made)
+    found = room.estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
+    counts = found.counts if found else plan.counts({})
+    told = {"cells": rows, "runs": dict(counts), "warnings": warnings}
+    if found:
+        told["hours"] = {"least": found.seconds_least / 3600, "most": found.seconds_most / 3600, "from": found.based_on}
+    shell.write(to, told)
+    if str(to) == "-":
+        return
+    shell.out.print(shell.table(rows, made.title))
+    for text in warnings:
+        shell.say(f"warning: {text}", "yellow")
+    shell.note(
+        f"{len(rows)} cells; {counts['ended']} runs have ended, {counts['least']} are to come, "
+        f"at most {counts['most']} if every grid of rates grows to its bound"
+    )
+    if found:
+        least, most = found.seconds_least / 3600, found.seconds_most / 3600
+        shell.note(f"about {least:.1f} hours, at most {most:.1f}, by {found.based_on}, one run at a time")
+
+
+def _about(path: Path) -> dict[str, str]:
+    """What the report tells about how it was made."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    return {
+        "command": shlex.join(["undula", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine,
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "study file": path.read_text(encoding="utf-8"),
+    }
+
+
+class _View:
+    """A bar for the study and one for the run; without a terminal a line for every run."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.console = shell.err
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.whole: TaskID | None = None
+        self.one: TaskID | None = None
+        self.told: Mapping[str, int] = {}
+
+    def __enter__(self) -> _View:
+        self.progress.start()
+        self.whole = self.progress.add_task("runs", total=None)
+        self.one = self.progress.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def counts(self, counts: Mapping[str, int]) -> None:
+        self.told = counts
+        if self.whole is not None:
+            self.progress.update(self.whole, completed=counts["ended"], total=counts["ended"] + counts["least"])
+
+    def step(self, step: int, steps: int) -> None:
+        if self.one is not None:
+            self.progress.update(self.one, completed=step, total=steps)
+
+    def begun(self, trial: Any) -> None:
+        if self.one is not None:
+            run = trial.run
+            name = "head or everything" if run.method is None else type(run.method).public().__name__
+            self.progress.update(
+                self.one, description=f"{name}, {run.data}, lr {run.lr:g}, seed {run.seed}", completed=0
+            )
+
+    def ended(self, ended: Any) -> None:
+        run, told = ended.order.trial.run, self.told
+        what = f"{run.method!r}" if run.method is not None else "everything" if run.full else "the head"
+        came = f"failed: {ended.error}" if ended.error else _figures(ended.result)
+        count = f"[{told.get('ended', 0) + 1} of {told.get('ended', 0) + told.get('least', 0)}]"
+        self.console.print(
+            f"{count} {what} on {run.data}, lr {run.lr:g}, seed {run.seed}: {came}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _figures(result: Mapping[str, Any]) -> str:
+    test = f", test {result['test']:.4f}" if "test" in result else ""
+    return f"validation {result['validation']:.4f}{test}, {result['wall_seconds']:.0f} s"

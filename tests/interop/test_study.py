@@ -1,0 +1,294 @@
+"""Studies on tiny models: the same table whatever interrupts them, every fault of a file at once."""
+
+import csv
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+import undula
+from undula.study import FINAL, SWEEP, Faults, Ray, parse, read
+from undula.study.drive import estimate, run, warnings
+from undula.study.plan import Plan
+from undula.study.store import Store
+from undula.study.watch import pruned
+
+from . import tiny
+
+TEXT = """
+title = "tiny"
+seeds = [1, 2]
+[train]
+steps = 12
+batch = 8
+evaluations = 2
+[sweep]
+rates = [3e-3, 1e-2]
+extend = 1
+[[models]]
+source = "{model}"
+[[data]]
+source = "{data}"
+label = "reviews"
+task = "classification"
+set = {{ max_length = 16 }}
+[[methods]]
+method = "lora"
+set = {{ r = 2 }}
+[[methods]]
+method = "aurora"
+[[methods]]
+method = "none"
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    data = tiny.jsonl(folder / "reviews.jsonl", tiny.reviews(120))
+    return {"model": tiny.bert(folder / "bert"), "data": data}
+
+
+@pytest.fixture(scope="module")
+def text(sources):
+    return TEXT.format(**sources)
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """The study that nothing disturbed: its folder and what it came to."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(parse(text), out)
+
+
+def table(found):
+    """Everything that is not a time or a memory."""
+    kept = ("arm", "stage", "lr", "seed", "validation", "test", "parameters", "deployed", "error", "losses")
+    return sorted(json.dumps({k: o.encode()[k] for k in kept}, sort_keys=True) for o in found.outcomes)
+
+
+def test_sweep_then_fresh_seeds(whole):
+    _, found = whole
+    chosen = {c.arm: c for c in found.chosen}
+    assert set(chosen) == {"LoRA", "AuroRA", "head only"}
+    for arm, choice in chosen.items():
+        sweep = [o for o in found.outcomes if o.arm == arm and o.stage == SWEEP]
+        assert {o.seed for o in sweep} == {0}
+        assert all(o.test is None for o in sweep)  # the test rows are for final runs
+        best = max(sweep, key=lambda o: (o.validation, -o.lr))
+        assert choice.lr == best.lr
+        assert choice.bracketed == (min(o.lr for o in sweep) < best.lr < max(o.lr for o in sweep))
+        final = [o for o in found.outcomes if o.arm == arm and o.stage == FINAL]
+        assert {(o.lr, o.seed) for o in final} == {(choice.lr, 1), (choice.lr, 2)}
+        assert all(0 <= o.test <= 1 and o.steps == 12 and o.seconds > 0 for o in final)
+        assert all(max(v for _, v in o.curve) == o.validation and len(o.curve) == 2 for o in final)
+
+
+def test_deployed_forms_are_measured(whole):
+    final = [o for o in whole[1].outcomes if o.stage == FINAL]
+    for o in final:
+        forms = {"LoRA": {"merged"}, "AuroRA": {"least squares", "substituted"}, "head only": set()}[o.arm]
+        assert set(o.deployed) == set(o.deployed_error) == forms
+        if o.arm == "LoRA":
+            assert o.deployed["merged"] == o.test
+            assert o.deployed_error["merged"] < 1e-5
+    assert {o.parameters for o in final if o.arm == "head only"} == {0}
+    lora = next(o for o in final if o.arm == "LoRA")
+    assert lora.parameters == 2 * (8 * 64 + 2 * 80 + 2 * 80) and lora.head_parameters > 0  # r (O + I) of 2 x 6 layers
+
+
+def test_what_has_ended_is_not_run_again(whole, text):
+    out, found = whole
+    before = Store(out / "runs.sqlite").records(Plan(parse(text)).keys())
+    again = run(parse(text), out)
+    assert Store(out / "runs.sqlite").records(Plan(parse(text)).keys()) == before
+    assert again.outcomes == found.outcomes
+
+
+def command(path, out, *more):
+    return [sys.executable, "-m", "undula", "study", str(path), "--out", str(out), *more]
+
+
+def ended(out):
+    try:
+        with sqlite3.connect(f"file:{out / 'runs.sqlite'}?mode=ro", uri=True, timeout=10) as db:
+            return db.execute("select count(*) from runs where state != 'running'").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_ten_kills_give_the_same_table(whole, text, tmp_path):
+    """SIGKILL at a random moment, ten times, then to the end; every process lives for at least one more run."""
+    (tmp_path / "s.toml").write_text(text)
+    draw = random.Random(5)
+    killed = 0
+    for _ in range(10):
+        child = subprocess.Popen(command(tmp_path / "s.toml", tmp_path), stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        enough = ended(tmp_path) + 1
+        while child.poll() is None and ended(tmp_path) < enough:
+            time.sleep(0.02)
+        time.sleep(draw.random() * 0.5)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            killed += 1
+        child.wait()
+    assert killed == 10
+    assert table(run(parse(text), tmp_path)) == table(whole[1])
+
+
+def test_two_processes_share_a_study(whole, text, tmp_path):
+    (tmp_path / "s.toml").write_text(text)
+    children = [
+        subprocess.Popen(command(tmp_path / "s.toml", tmp_path), stderr=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    said = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    study = parse(text)
+    records = Store(tmp_path / "runs.sqlite").records(Plan(study).keys())
+    assert {r.attempts for r in records.values()} == {1}
+    assert len({r.worker for r in records.values()}) == 2
+    assert table(run(study, tmp_path)) == table(whole[1])
+
+
+def test_a_failed_run_is_recorded_and_the_rest_goes_on(text, tmp_path):
+    study = parse(text.replace("extend = 1", "extend = 0").replace("rates = [3e-3, 1e-2]", "rates = [3e-3, 1e38]"))
+    found = run(study, tmp_path)
+    failed = [o for o in found.outcomes if o.error]
+    assert {o.lr for o in failed} == {1e38}
+    assert all("Diverged" in o.error for o in failed if o.arm == "LoRA")
+    assert {(c.arm, c.lr) for c in found.chosen} >= {("LoRA", 3e-3), ("AuroRA", 3e-3)}
+    assert Counter(o.stage for o in found.outcomes if not o.error and o.arm == "LoRA") == {SWEEP: 1, FINAL: 2}
+
+
+def test_ray_gives_the_same_table(whole, text, tmp_path):
+    pytest.importorskip("ray")
+    assert table(run(parse(text), tmp_path, executor=Ray(slots=2))) == table(whole[1])
+
+
+def test_successive_halving_prunes_the_hopeless(text, tmp_path):
+    curves = [[(1, 0.2), (2, 0.3), (3, 0.4)], [(1, 0.5), (2, 0.6), (3, 0.9)], [(1, 0.4), (2, 0.5), (3, 0.6)]]
+    assert pruned([(1, 0.1)], curves, 2, True)
+    assert not pruned([(1, 0.95)], curves, 2, True)
+    assert pruned([(1, 0.95)], curves, 2, False)
+    swept = text.replace("rates = [3e-3, 1e-2]", "rates = [1e-2, 1e-7, 1e-8]\nhalving = 2")
+    found = run(parse(swept.replace("extend = 1", "extend = 0")), tmp_path)
+    sweep = [o for o in found.outcomes if o.arm == "LoRA" and o.stage == SWEEP]
+    assert any(o.pruned and o.steps < 12 for o in sweep)
+    assert not any(o.pruned for o in found.outcomes if o.stage == FINAL)
+
+
+def test_equal_parameters(text):
+    study = parse(text + '[[budgets]]\nparameters_of = "LoRA"\nrank = 4\n[[budgets]]\nrank = 4\n')
+    cells = {(c.arm.name, c.budget.label): c for c in Plan(study).cells}
+    assert cells["LoRA", "parameters of LoRA at r=4"].method == undula.LoRA(r=4, alpha=32.0)
+    wanted = cells["AuroRA", "parameters of LoRA at r=4"]
+    assert wanted.wanted == 2 * (16 * 64 + 4 * 160 - 4 * 64 + 4 * 0) or wanted.wanted > 0
+    assert wanted.method.r in (3, 4)
+    same = [cells["LoRA", b].trial(1e-3, 0, False).key for b in ("parameters of LoRA at r=4", "r=4")]
+    assert same[0] == same[1]  # one run serves both tables
+
+
+def test_a_dry_run_tells_runs_and_time_and_runs_nothing(text, tmp_path):
+    (tmp_path / "s.toml").write_text(text)
+    done = subprocess.run(command(tmp_path / "s.toml", tmp_path / "o", "--dry-run", "--json", "-"), capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    told = json.loads(done.stdout)
+    assert told["runs"] == {"ended": 0, "failed": 0, "least": 12, "most": 18}
+    assert 0 < told["hours"]["least"] < told["hours"]["most"] < 1
+    assert not (tmp_path / "o").exists()
+
+
+FAULTY = """
+seeds = [0, 1]
+colour = "red"
+[train]
+step = 5
+batch = -1
+[sweep]
+rates = []
+[[models]]
+source = "/nowhere"
+[[data]]
+source = "bundled:nothing"
+task = "clasification"
+[[data]]
+source = "{data}"
+task = "classification"
+[[budgets]]
+rank = 4
+parameters = 10
+[[methods]]
+method = "lorra"
+[[methods]]
+method = "lora"
+set = {{ rank = 2 }}
+[[methods]]
+name = "head only"
+method = "none"
+"""
+
+
+def test_every_fault_of_a_file_is_listed_with_its_line(sources, tmp_path):
+    path = tmp_path / "faulty.toml"
+    path.write_text(FAULTY.format(**sources))
+    with pytest.raises(Faults) as caught:
+        read(path)
+    found = dict(caught.value.found)
+    wanted = {2: "none of them may be a seed of the sweep", 3: "there is no 'colour' here", 5: "did you mean steps?",
+              6: "batch is greater than 0", 8: "rates greater than 0", 13: "no task is called 'clasification'",
+              17: "a budget is", 21: "no method is called 'lorra'", 24: "LoRA has no option rank"}  # fmt: skip
+    for line, part in wanted.items():
+        assert part in found[line], (line, found)
+    assert any("no method is called 'LoRA'; there are: head only" in t for _, t in caught.value.found)
+
+
+def test_models_data_and_budgets_are_looked_at_before_anything_runs(text, sources, tmp_path):
+    one = tiny.jsonl(tmp_path / "one.jsonl", [{"text": f"a film {i}", "label": "good"} for i in range(30)])
+    blank = tiny.jsonl(tmp_path / "blank.jsonl", [{"text": " " * (i == 3), "label": i % 2} for i in range(30)])
+    bad = text.replace(sources["model"], "/nowhere/model").replace(
+        "[[methods]]", f'[[data]]\nsource = "{one}"\ntask = "classification"\n[[data]]\nsource = "{blank}"\n'
+        'task = "classification"\n[[methods]]', 1)  # fmt: skip
+    with pytest.raises(Faults) as caught:
+        parse(bad)
+    told = [t for _, t in caught.value.found]
+    assert len(told) == 3
+    assert any("no model could be opened at '/nowhere/model'" in t for t in told)
+    assert any("holds only ['good']" in t for t in told)
+    assert any("is empty in" in t for t in told)
+    with pytest.raises(Faults, match="LoRA: the closest that it comes to 9 parameters"):
+        parse(text + "[[budgets]]\nparameters = 9\n")
+
+
+def test_rows_that_stand_in_two_splits_are_reported(text, sources, tmp_path):
+    folder = tmp_path / "leaky"
+    folder.mkdir()
+    rows = [{"text": f"a film number {i}", "label": i % 2} for i in range(40)]
+    tiny.jsonl(folder / "train.jsonl", rows)
+    tiny.jsonl(folder / "test.jsonl", [*rows[:3], *({"text": f"new {i}", "label": i % 2} for i in range(9))])
+    study = parse(text.replace(sources["data"], str(folder)))
+    (told,) = warnings(study)
+    assert told.endswith("rows stand in train too") and told.startswith("reviews: ")
+
+
+def test_replacing_sources(text, sources, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(text.replace(sources["model"], "roberta-base"))
+    study = read(path, {"roberta-base": sources["model"]})
+    assert study.models[0].source == sources["model"]
+    assert estimate(study, tmp_path).seconds_least > 0
+
+
+def test_the_report_is_written(whole):
+    out, found = whole
+    assert found.report.is_relative_to(out)
+    assert "LoRA" in (out / "report" / "report.html").read_text()
+    with (out / "report" / "runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(found.outcomes)

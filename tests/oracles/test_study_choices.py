@@ -1,0 +1,115 @@
+"""What a study decides: the rate of a sweep, the size for a budget, who may take a run."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import undula
+from undula.sites import choose, site
+from undula.study.lines import line_of, lines
+from undula.study.rates import Decision, decide
+from undula.study.sizes import at_rank, count, with_parameters
+from undula.study.store import SILENCE, is_free, worker
+
+GRID = (1e-3, 1e-2)
+
+
+def test_a_grid_grows_until_the_best_rate_is_inside():
+    def score(lr):  # best at 0.1
+        return -abs(torch.log10(torch.tensor(lr)).item() + 1)
+
+    scores, asked = {}, []
+    while (d := decide(GRID, scores, 10, 3, True)).more:
+        asked += d.more
+        scores |= {lr: score(lr) for lr in d.more}
+    assert asked == [1e-3, 1e-2, 0.1, 1.0]
+    assert d == Decision(chosen=0.1, bracketed=True)
+    assert decide(GRID, {lr: -s for lr, s in scores.items()}, 10, 3, False) == d
+
+
+def test_the_bound_of_a_grid_is_reported_as_unbracketed():
+    scores = {}
+    while (d := decide(GRID, scores, 10, 2, True)).more:
+        scores |= {lr: lr for lr in d.more}  # the higher the better, for ever
+    assert sorted(scores) == [1e-3, 1e-2, 0.1, 1.0]
+    assert d == Decision(chosen=1.0, bracketed=False)
+
+
+def test_failed_rates_are_worse_than_any_and_where_all_fail_the_grid_goes_down():
+    assert decide(GRID, {1e-3: 0.5, 1e-2: None}, 10, 0, True) == Decision(chosen=1e-3, bracketed=False)
+    scores = {1e-3: None, 1e-2: None}
+    assert decide(GRID, scores, 10, 1, True) == Decision(more=(1e-4,))
+    assert decide(GRID, scores | {1e-4: None}, 10, 1, True) == Decision()
+    assert decide(GRID, scores | {1e-4: 0.1}, 10, 1, True) == Decision(chosen=1e-4, bracketed=False)
+
+
+def test_of_equal_scores_the_lower_rate_wins():
+    scores = {1e-3: 0.1, 1e-2: 0.5, 0.1: 0.5, 1.0: 0.2}
+    assert decide((1e-3, 1e-2, 0.1, 1.0), scores, 10, 0, True).chosen == 1e-2
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(12, 30), nn.Linear(30, 7, bias=False))
+
+
+def shapes(model):
+    return {n: site(n, layer).shape for n, layer in choose(model, "*").items()}
+
+
+METHODS = [undula.LoRA(r=3), undula.LoRAN(r=2, learn=("a",)), undula.AuroRA(), undula.DoRA(undula.LoRA(r=2)),
+           undula.Dropout(undula.AuroRAStatic(r=3), 0.1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_parameters_are_counted_as_attach_makes_them(method, model):
+    assert count(method, shapes(model)) == undula.attach(model, method, "*").num_parameters()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_the_rank_for_a_number_of_parameters_is_the_closest(method, model):
+    where = shapes(model)
+    each = [count(at_rank(method, r), where) for r in range(1, 13)]
+    for wanted in (each[2], each[5] + 3, each[7] - 5):
+        found = count(with_parameters(method, wanted, where), where)
+        assert abs(found - wanted) == min(abs(n - wanted) for n in each)
+
+
+def test_a_budget_that_cannot_be_met_is_refused(model):
+    with pytest.raises(ValueError, match=r"the closest that it comes to 5 parameters is 79"):
+        with_parameters(undula.LoRA(), 5, shapes(model))
+    with pytest.raises(ValueError, match="the closest that it comes"):
+        with_parameters(undula.LoRA(), 10**6, shapes(model))
+
+
+def test_another_rank_keeps_alpha_over_r():
+    assert at_rank(undula.DoRA(undula.LoRA(r=8, alpha=16)), 2) == undula.DoRA(undula.LoRA(r=2, alpha=4.0))
+
+
+def test_a_run_is_free_when_its_process_is_gone():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        name = worker(child.pid)
+        assert not is_free("running", name, 0.0)
+        child.kill()
+    assert is_free("running", name, time.time())
+    assert not is_free("done", name, 0.0)
+    host, pid, birth = worker(os.getpid()).split("/")
+    assert is_free("running", f"{host}/{pid}/{birth}9", time.time())  # the number belongs to a later process now
+    assert not is_free("running", "elsewhere/1/1", time.time())
+    assert is_free("running", "elsewhere/1/1", time.time() - 2 * SILENCE)
+
+
+def test_lines_of_a_study_file():
+    text = 'title = "t"\n\n[sweep]\nrates = [\n  1e-3,\n]\n[[methods]]\nname = "a"\n[[methods]]\n  set = { r = 2 }\n[methods.more]\nx.y = 1\n'
+    where = lines(text)
+    assert where["sweep", "rates"] == 4
+    assert where["methods", 1, "set"] == 10
+    assert where["methods", "more", "x", "y"] == 12
+    assert line_of(("methods", 1, "set", "r"), where) == 10
+    assert line_of(("methods", 0, "rates"), where) == 7
+    assert line_of(("nothing",), where) is None
