@@ -57,7 +57,9 @@ class Outcome:
     @staticmethod
     def decode(data: Mapping[str, Any]) -> Outcome:
         """The inverse of `encode`.  Raises TypeError for fields that do not exist."""
-        values = {k: tuple(tuple(p) for p in v) if k in ("losses", "curve") else v for k, v in data.items()}
+        values: dict[str, Any] = {
+            k: tuple(tuple(p) for p in v) if k in ("losses", "curve") else v for k, v in data.items()
+        }
         known = {f.name for f in fields(Outcome)}
         if unknown := sorted(set(values) - known):
             raise TypeError(f"an outcome has no field {', '.join(unknown)}")

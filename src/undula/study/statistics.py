@@ -117,8 +117,8 @@ def sign_flip(differences: Sequence[float], rule: Rule = Rule()) -> float:
     whose sum is at least as far from 0 as the one seen.
 
     Exact when, without an effect, a difference is as likely as its negative; that holds when the labels `arm` and
-    `baseline` of a pair could be exchanged.  Nothing need be normal.  Beyond EXACT differences other than 0, `resamples`
-    random choices of signs stand for all: p = (1 + hits) / (1 + resamples).
+    `baseline` of a pair could be exchanged.  Nothing need be normal.  Beyond EXACT differences other than 0,
+    `resamples` random choices of signs stand for all: p = (1 + hits) / (1 + resamples).
     """
     d = np.asarray(differences, float)
     d = d[d != 0]  # a flipped 0 is 0
