@@ -1,5 +1,5 @@
 """Figures with a small panel per arm: learning rates, and the course of the training.  Panels of a group share their
-axes; the other arms (or the baseline) stand grey behind."""
+axes; the baseline stands grey behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..outcome import ChosenRate, Outcome
 from ..table import Group, Summary
 from .svg import Canvas, Scale, labels, linear, logarithmic, number
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LETTERS = 212.0, 136.0, 38.0, 10.0, 20.0, 28.0, 28
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LETTERS = 212.0, 136.0, 38.0, 10.0, 21.0, 28.0, 26
 POINTS = 60  # a longer curve is drawn as the means of so many parts
 
 Line = Sequence[tuple[float, float]]
@@ -32,9 +32,8 @@ def rates(summary: Summary, group: Group) -> tuple[Canvas, ...]:
     short, made = labels(list(tried), LETTERS), []
     for arm in (a for a in summary.arms if a in tried):
         canvas = _panel(xs, ys, short[arm], arm)
-        for other, line in figures.items():
-            if other != arm and line:
-                canvas.line([(xs(lr), ys(v)) for lr, v in line], "behind")
+        if arm != summary.baseline and figures.get(summary.baseline):
+            canvas.line([(xs(lr), ys(v)) for lr, v in figures[summary.baseline]], "behind")
         made.append(_rate(canvas, tried[arm], figures[arm], xs, ys))
     return tuple(made)
 
@@ -96,7 +95,7 @@ def _short(line: Line) -> list[tuple[float, float]]:
 def _panel(xs: Scale, ys: Scale, short: str, name: str) -> Canvas:
     canvas, bottom = Canvas(WIDTH, HEIGHT), HEIGHT - BOTTOM
     canvas.text(LEFT - 26, TOP - 7, short, "bold", title=name)
-    for tick in ys.ticks(3):
+    for tick in ys.ticks(4):
         canvas.line([(LEFT, ys(tick)), (WIDTH - RIGHT, ys(tick))], "rule")
         canvas.text(LEFT - 5, ys(tick) + 4, number(tick), "pale", "end")
     for tick in xs.ticks(4):

@@ -11,7 +11,7 @@ from .content import Block, Bullets, Code, Drawn, Mark, Section, Table, Text
 from .plots import Figure
 from .svg import Canvas
 
-WORDS = frozenset({"arm", "verdict", "rate", "model", "data", "budget", "stage", "why", "groups"})
+WORDS = frozenset({"arm", "verdict", "rate", "model", "data", "budget", "stage", "why"})
 LOOK = (
     "Blue triangles up: a win. Orange triangles down: a loss. Grey circles: a tie or undecided. Diamond: the baseline."
 )
@@ -147,8 +147,8 @@ def _panels(summary: Summary, name: str, caption: str, draw: Callable[[Group], t
 
 def _rates(summary: Summary) -> Iterator[Block]:
     caption = (
-        "Validation metric by learning rate. Diamond: the chosen rate. Grey: the other arms. Cross: every run failed. "
-        "Open: below the edge. edge: not bracketed"
+        f"Validation metric by learning rate. Diamond: the chosen rate. Grey: {summary.baseline}. Cross: every run "
+        "failed. Open: below the edge. edge: not bracketed"
     )
     yield from _panels(summary, "rates", caption, lambda g: curves.rates(summary, g))
 

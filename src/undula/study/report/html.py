@@ -67,8 +67,8 @@ def _(value: Table) -> str:
     rows = "".join(
         f"<tr>{''.join(_cell(cell, w) for cell, w in zip(row, words, strict=True))}</tr>" for row in value.rows
     )
-    caption = f"<caption>{escape(value.caption)}</caption>" if value.caption else ""
-    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    caption = f'<div class="caption">{escape(value.caption)}</div>' if value.caption else ""  # does not scroll
+    return f'{caption}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(cell: str | Mark, word: bool) -> str:

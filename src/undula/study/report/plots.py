@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..table import Group, Row, Summary
 from .svg import WIDE, Canvas, Scale, apart, labels, linear, logarithmic, number
 
-WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 440.0, 152.0, 16.0, 8.0, 21.0, 23
+WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 440.0, 154.0, 16.0, 8.0, 22.0, 21
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def front(summary: Summary, model: str, data: str) -> Canvas | None:
     several = len({row.budget for row in rows}) > 1
     names = [f"{row.arm} ({row.budget})" if several else row.arm for row in rows]
     short = labels(names, LETTERS)
-    height, right = max(240.0, 15.0 * len(rows) + 60), 30 + WIDE * max(len(short[n]) for n in names)
+    height, right = max(240.0, 16.0 * len(rows) + 60), 30 + WIDE * max(len(short[n]) for n in names)
     canvas = Canvas(WIDTH, height)
     bottom, edge = height - 40, WIDTH - right
     xs = logarithmic([float(row.parameters or 1) for row in rows], 46, edge)
@@ -171,7 +171,7 @@ def front(summary: Summary, model: str, data: str) -> Canvas | None:
     ]
     canvas.line(_steps(rows, xs, ys, edge), "front curve dash")
     points.sort(key=lambda p: (p[1], p[3]))
-    heights = apart([y for _, y, _, _ in points], 14, 14, bottom - 2)
+    heights = apart([y for _, y, _, _ in points], 15, 14, bottom - 2)
     for (x, y, _, _), at in zip(points, heights, strict=True):
         canvas.line([(x, y), (edge + 4, at), (edge + 12, at)], "lead")
     for (x, y, row, name), at in zip(points, heights, strict=True):

@@ -44,7 +44,7 @@ def figure(value: float | None) -> str:
 def chance(p: float | None) -> str:
     if p is None:
         return ""
-    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+    return "below 1e-12" if p < 1e-12 else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
 def opening(summary: Summary) -> tuple[str, ...]:
