@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..table import Group, Row, Summary
 from .svg import WIDE, Canvas, Scale, apart, labels, linear, logarithmic, number
 
-WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 440.0, 154.0, 16.0, 8.0, 22.0, 21
+WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 450.0, 166.0, 16.0, 8.0, 22.0, 21
 
 
 @dataclass(frozen=True)

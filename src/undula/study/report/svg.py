@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 STYLE = Path(__file__).with_name("drawing.css").read_text(encoding="utf-8")
-WIDE = 6.9  # pixels that a letter takes at 12 px, on the safe side
+WIDE = 7.3  # pixels that a letter takes at 12 px, on the safe side
 
 
 @dataclass

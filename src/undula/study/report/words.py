@@ -44,7 +44,7 @@ def figure(value: float | None) -> str:
 def chance(p: float | None) -> str:
     if p is None:
         return ""
-    return "below 1e-12" if p < 1e-12 else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+    return "1e-12 at most" if p < 1e-12 else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
 def opening(summary: Summary) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def _what(summary: Summary) -> str:
     return (
         f"{some(len(summary.arms), 'arm')} in {groups}, {seeds} measured {'seed' if seeds == '1' else 'seeds'} each, "
         f"{some(len(finals), 'final run')} in all. Every arm is compared with the baseline {summary.baseline}, on test "
-        "rows that chose nothing."
+        f"rows{' that chose nothing' if summary.rates else ''}."
     )
 
 
@@ -181,7 +181,8 @@ def limits(summary: Summary) -> tuple[str, ...]:
     if summary.pooled:
         found.append(
             "Over all groups: the same test on the differences of all groups, each divided by its group's root mean "
-            "square, so that every group weighs the same in any unit. It is about these groups. Average ranks with "
+            "square, so that every group weighs the same in any unit; runs of different groups count as independent. "
+            "It is about these groups. Average ranks with "
             "Friedman's test and Nemenyi's critical difference ask about groups in general; they take groups as "
             "independent, which groups that share data are not, and see little with fewer than about ten."
         )
