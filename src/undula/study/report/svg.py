@@ -143,8 +143,8 @@ def number(value: float) -> str:
     if not value:
         return "0"
     if abs(value) < 1e-3:
-        mantissa, _, power = f"{value:.2g}".partition("e")
-        return f"{mantissa}e{int(power)}" if power else mantissa
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= unit:
             return f"{value / min(unit, 1e3 if name == 'k' else unit):.3g}{name}"
