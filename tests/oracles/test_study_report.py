@@ -256,6 +256,14 @@ def test_the_words_say_what_three_seeds_are_worth(tmp_path):
     assert "Over all groups" not in text
 
 
+def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn(tmp_path):
+    text = words(tmp_path, [run(), run("head only", parameters=0), run("DoRA", parameters=900)])
+    assert "Not shown, because only a head trains: head only" in text
+    drawn = (tmp_path / "plots" / "front-1.svg").read_text()
+    assert "DoRA" in drawn
+    assert "head only" not in drawn.replace("only a head trains: head only", "")
+
+
 def test_six_seeds_decide_one_comparison(tmp_path):
     text = words(tmp_path, *study(arms=("LoRA", "DoRA"), data=("news",), seeds=6))
     assert "better than LoRA: DoRA" in text

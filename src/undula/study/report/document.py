@@ -133,6 +133,8 @@ def _fronts(summary: Summary) -> Iterator[Block]:
     for i, (model, data) in enumerate(pairs, 1):
         if (canvas := plots.front(summary, model, data)) is not None:
             caption = "Dashed: the Pareto front of the means, which the noise of seeds moves"
+            alone = {r.arm for r in summary.rows if (r.model, r.data, r.parameters) == (model, data, 0)}
+            caption += f". Not shown, because only a head trains: {words.listed(sorted(alone))}" if alone else ""
             figures.append(Figure(f"front-{i}", f"{model}, {data}", caption, (canvas,)))
     if figures:
         yield Drawn(tuple(figures))

@@ -82,7 +82,7 @@ def differences(summary: Summary, group: Group) -> Canvas | None:
     }
     right = 74.0
     scale = linear([0.0, *(v for found in pairs.values() for v in found)], LEFT + 6, WIDTH - right - 6, 0.25)
-    title = f"difference in {rows[0].metric} to {summary.baseline}"
+    title = f"difference to {summary.baseline} in {better(rows[0])}"
     canvas, heights = rows_by_name([row.arm for row in rows], scale, title, right)
     canvas.line([(scale(0), TOP), (scale(0), heights[-1] + ROW / 2)], "axis")
     for row, y in zip(rows, heights, strict=True):
