@@ -9,7 +9,7 @@ import typer
 
 import undula
 
-from .verbs import adapters, lists, shell, studies, training
+from .verbs import adapters, compare, lists, shell, studies, training
 
 app = typer.Typer(
     cls=shell.Verbs,
@@ -38,6 +38,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": training.train,
     "eval": training.evaluate,
     "show": adapters.show,
+    "compare": compare.compare,
     "merge": adapters.merge,
     "collapse": adapters.collapse,
     "export": adapters.export,

@@ -68,7 +68,7 @@ def trained(usual, tmp_path_factory):
 
 def test_help_is_light():
     """--help needs none of the heavy packages."""
-    heavy = ("transformers", "peft", "datasets", "accelerate", "sklearn", "matplotlib", "trl")
+    heavy = ("transformers", "peft", "datasets", "accelerate", "sklearn", "matplotlib", "trl", "scipy", "pyarrow")
     script = f"""
 import sys
 from undula.cli import app
@@ -81,7 +81,8 @@ print("heavy:", [name for name in {heavy} if name in sys.modules])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
     assert all(
-        verb in done.stdout for verb in ("methods", "train", "eval", "show", "merge", "collapse", "export", "assets")
+        verb in done.stdout
+        for verb in ("methods", "train", "eval", "show", "compare", "merge", "collapse", "export", "assets")
     )
 
 

@@ -22,6 +22,7 @@ from undula.study.watch import pruned
 
 from . import tiny
 
+SUM = 2 * (4 * 64 + 2 * 80)  # of O + I over the linear layers of the tiny BERT
 TEXT = """
 title = "tiny"
 seeds = [1, 2]
@@ -101,7 +102,8 @@ def test_deployed_forms_are_measured(whole):
             assert o.deployed_error["merged"] < 1e-5
     assert {o.parameters for o in final if o.arm == "head only"} == {0}
     lora = next(o for o in final if o.arm == "LoRA")
-    assert lora.parameters == 2 * (8 * 64 + 2 * 80 + 2 * 80) and lora.head_parameters > 0  # r (O + I) of 2 x 6 layers
+    assert lora.parameters == 2 * SUM
+    assert lora.head_parameters > 0
 
 
 def test_what_has_ended_is_not_run_again(whole, text):
@@ -190,8 +192,8 @@ def test_equal_parameters(text):
     cells = {(c.arm.name, c.budget.label): c for c in Plan(study).cells}
     assert cells["LoRA", "parameters of LoRA at r=4"].method == undula.LoRA(r=4, alpha=32.0)
     wanted = cells["AuroRA", "parameters of LoRA at r=4"]
-    assert wanted.wanted == 2 * (16 * 64 + 4 * 160 - 4 * 64 + 4 * 0) or wanted.wanted > 0
-    assert wanted.method.r in (3, 4)
+    assert wanted.wanted == 4 * SUM
+    assert wanted.method.r == 4  # H and the splines cost less than another rank
     same = [cells["LoRA", b].trial(1e-3, 0, False).key for b in ("parameters of LoRA at r=4", "r=4")]
     assert same[0] == same[1]  # one run serves both tables
 
@@ -275,7 +277,8 @@ def test_rows_that_stand_in_two_splits_are_reported(text, sources, tmp_path):
     tiny.jsonl(folder / "test.jsonl", [*rows[:3], *({"text": f"new {i}", "label": i % 2} for i in range(9))])
     study = parse(text.replace(sources["data"], str(folder)))
     (told,) = warnings(study)
-    assert told.endswith("rows stand in train too") and told.startswith("reviews: ")
+    assert told.startswith("reviews: ")
+    assert told.endswith("rows stand in train too")
 
 
 def test_replacing_sources(text, sources, tmp_path):

@@ -105,7 +105,10 @@ def test_a_run_is_free_when_its_process_is_gone():
 
 
 def test_lines_of_a_study_file():
-    text = 'title = "t"\n\n[sweep]\nrates = [\n  1e-3,\n]\n[[methods]]\nname = "a"\n[[methods]]\n  set = { r = 2 }\n[methods.more]\nx.y = 1\n'
+    text = (
+        'title = "t"\n\n[sweep]\nrates = [\n  1e-3,\n]\n[[methods]]\nname = "a"\n'
+        "[[methods]]\n  set = { r = 2 }\n[methods.more]\nx.y = 1\n"
+    )
     where = lines(text)
     assert where["sweep", "rates"] == 4
     assert where["methods", 1, "set"] == 10

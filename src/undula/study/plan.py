@@ -114,11 +114,11 @@ class Cell:
         if record is None or record.state == "running":
             return
         task = self.rows.task
-        made = {"arm": self.arm.name, "model": self.base.label, "data": self.rows.label, "budget": self.budget.label,
-                "stage": stage, "lr": trial.run.lr, "seed": trial.run.seed, "metric": task.headline,
-                "more_is_better": task.more_is_better, "wanted_parameters": self.wanted, "error": record.error}  # fmt: skip
+        labels = {"model": self.base.label, "data": self.rows.label, "budget": self.budget.label, "arm": self.arm.name}
+        what = {"stage": stage, "lr": trial.run.lr, "seed": trial.run.seed, "wanted_parameters": self.wanted}
+        metric = {"metric": task.headline, "more_is_better": task.more_is_better, "error": record.error}
         figures = {k: v for k, v in (record.result or {}).items() if k not in ("evaluation_seconds", "wall_seconds")}
-        yield Outcome.decode(made | figures)
+        yield Outcome.decode(labels | what | metric | figures)
 
     def chosen(self, known: Mapping[str, Record]) -> ChosenRate | None:
         """The rate that the sweep chose, once it has."""

@@ -116,9 +116,12 @@ class Classification(TextTask):
         }
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        return self.metrics(self.logits(model, examples, batch), examples.rows["label"][:])
+
+    def metrics(self, logits: torch.Tensor, labels: list[int]) -> dict[str, float]:
+        """The metrics of a head's outputs (rows, classes)."""
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-        logits, labels = self.logits(model, examples, batch), examples.rows["label"][:]
         guesses = logits.argmax(1).tolist()
         return {
             "loss": float(torch.nn.functional.cross_entropy(logits, torch.tensor(labels))),

@@ -1,0 +1,51 @@
+"""The report of a study: one page, the same as Markdown, and its figures and numbers as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .. import statistics as S
+from ..outcome import ChosenRate, Outcome
+from ..summary import summarise
+from ..table import Summary
+from . import export, html, markdown
+from .content import Drawn, Section
+from .document import document
+from .svg import sheet
+
+__all__ = ["write", "write_report"]
+
+
+def write_report(
+    out: Path,
+    outcomes: Iterable[Outcome],
+    chosen: Iterable[ChosenRate],
+    *,
+    title: str,
+    baseline: str,
+    about: Mapping[str, str],
+    rule: S.Rule = S.Rule(),
+) -> Path:
+    """Writes OUT/report.html, report.md, plots/*.svg, runs.csv, runs.parquet and table.csv; returns the first.
+
+    `about`: what was run and how to repeat it, texts by their titles.  Equal input gives equal files.  Raises what
+    `summarise` raises.
+    """
+    return write(out, summarise(outcomes, chosen, baseline, rule), title, about)
+
+
+def write(out: Path, summary: Summary, title: str, about: Mapping[str, str], extra: Sequence[Section] = ()) -> Path:
+    """The same for figures that are there already, with sections of its own behind the results."""
+    out = Path(out)
+    sections = document(summary, about, extra)
+    figures = [f for s in sections for b in s.blocks if isinstance(b, Drawn) for f in b.figures]
+    for figure in figures:
+        drawing = sheet(figure.panels, figure.columns, f"{figure.title}: {figure.caption}")
+        export.text(out / markdown.FOLDER / f"{figure.name}.svg", drawing)
+    export.text(out / "report.md", markdown.page(title, sections))
+    export.runs_csv(summary.runs, out / "runs.csv")
+    export.runs_parquet(summary.runs, out / "runs.parquet")
+    export.table_csv(summary.rows, out / "table.csv")
+    export.text(out / "report.html", html.page(title, sections))
+    return out / "report.html"

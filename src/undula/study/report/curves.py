@@ -1,0 +1,105 @@
+"""Figures with a small panel per arm: learning rates, and the course of the training.  Panels of a group share their
+axes; the baseline stands grey behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..outcome import ChosenRate, Outcome
+from ..table import Group, Summary
+from .svg import Canvas, Scale, labels, linear, logarithmic, number
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LETTERS = 212.0, 136.0, 38.0, 10.0, 21.0, 28.0, 26
+POINTS = 60  # a longer curve is drawn as the means of so many parts
+
+Line = Sequence[tuple[float, float]]
+
+
+def rates(summary: Summary, group: Group) -> tuple[Canvas, ...]:
+    """Validation metric by learning rate, one panel per arm.
+
+    The worst quarter of the figures would flatten the rest: what lies below is drawn as an open mark at the edge.
+    """
+    tried = {c.arm: c for c in summary.rates if c.group == group}
+    figures = {arm: [(lr, v) for lr, v in c.tried if v is not None and math.isfinite(v)] for arm, c in tried.items()}
+    values = [v for found in figures.values() for _, v in found]
+    if not values:
+        return ()
+    row = next(row for row in summary.rows if row.group == group)
+    xs = logarithmic([lr for c in tried.values() for lr, _ in c.tried], LEFT + 6, WIDTH - RIGHT - 6)
+    ys = _most(values, row.more_is_better)
+    short, made = labels(list(tried), LETTERS), []
+    for arm in (a for a in summary.arms if a in tried):
+        canvas = _panel(xs, ys, short[arm], arm)
+        if arm != summary.baseline and figures.get(summary.baseline):
+            canvas.line([(xs(lr), ys(v)) for lr, v in figures[summary.baseline]], "behind")
+        made.append(_rate(canvas, tried[arm], figures[arm], xs, ys))
+    return tuple(made)
+
+
+def _rate(canvas: Canvas, chosen: ChosenRate, line: Line, xs: Scale, ys: Scale) -> Canvas:
+    canvas.line([(xs(lr), ys(v)) for lr, v in line], "curve base")
+    for lr, v in line:
+        look = "base" if lr == chosen.lr else "tie"  # a diamond, or a point
+        beyond = "" if ys.low <= v <= ys.high else " open"
+        canvas.mark(xs(lr), ys(v), look + beyond, f"rate {lr:g}: {v:.4g}", 4.5 if lr == chosen.lr else 2.8)
+    for lr, found in chosen.tried:
+        if found is None or not math.isfinite(found):
+            canvas.cross(xs(lr), HEIGHT - BOTTOM - 7, "loss")
+    if not chosen.bracketed:
+        canvas.text(WIDTH - RIGHT, TOP - 7, "edge", "loss", "end", "the best rate lies at an edge of what was tried")
+    return canvas
+
+
+def _most(values: Sequence[float], more_is_better: bool) -> Scale:
+    """A vertical scale from the best value to a bit beyond the best three quarters."""
+    good = sorted(values, reverse=more_is_better)
+    kept = good[: max(2, math.ceil(0.75 * len(good)))]
+    return linear(kept, HEIGHT - BOTTOM, TOP + 2, 0.12)
+
+
+def course(summary: Summary, group: Group, what: str) -> tuple[Canvas, ...]:
+    """`losses` or `curve` of every final run by step, one panel per arm, with the baseline's grey behind."""
+    lines = {
+        arm: [_short(line) for o in summary.finals(group, arm) if len(line := _points(o, what)) > 1]
+        for arm in summary.arms
+    }
+    points = [p for found in lines.values() for line in found for p in line]
+    if not points:
+        return ()
+    xs = linear([x for x, _ in points], LEFT, WIDTH - RIGHT, 0.0)
+    ys = linear([y for _, y in points], HEIGHT - BOTTOM, TOP + 2)
+    short, made = labels(list(lines), LETTERS), []
+    for arm in (a for a in lines if lines[a]):
+        canvas = _panel(xs, ys, short[arm], arm)
+        for line in lines[summary.baseline] if arm != summary.baseline else ():
+            canvas.line([(xs(x), ys(y)) for x, y in line], "behind")
+        for line in lines[arm]:
+            canvas.line([(xs(x), ys(y)) for x, y in line], "curve thin base")
+        made.append(canvas)
+    return tuple(made)
+
+
+def _points(run: Outcome, what: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in getattr(run, what) if math.isfinite(y)]
+
+
+def _short(line: Line) -> list[tuple[float, float]]:
+    """At most POINTS points: each the mean of its part of the line."""
+    size = math.ceil(len(line) / POINTS)
+    parts = [line[i : i + size] for i in range(0, len(line), size)]
+    return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
+
+
+def _panel(xs: Scale, ys: Scale, short: str, name: str) -> Canvas:
+    canvas, bottom = Canvas(WIDTH, HEIGHT), HEIGHT - BOTTOM
+    canvas.text(LEFT - 26, TOP - 7, short, "bold", title=name)
+    for tick in ys.ticks(4):
+        canvas.line([(LEFT, ys(tick)), (WIDTH - RIGHT, ys(tick))], "rule")
+        canvas.text(LEFT - 5, ys(tick) + 4, number(tick), "pale", "end")
+    for tick in xs.ticks(4):
+        canvas.text(xs(tick), bottom + 14, number(tick), "pale", "middle")
+        canvas.line([(xs(tick), bottom), (xs(tick), bottom + 3)], "axis")
+    canvas.line([(LEFT, bottom), (WIDTH - RIGHT, bottom)], "axis")
+    return canvas

@@ -1,0 +1,235 @@
+"""The sections of a report, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ..outcome import Outcome
+from ..table import Comparison, Group, Row, Summary, why
+from . import curves, plots, words
+from .content import Block, Bullets, Code, Drawn, Mark, Section, Table, Text
+from .plots import Figure
+from .svg import Canvas
+
+WORDS = frozenset({"arm", "verdict", "rate", "model", "data", "budget", "stage", "why"})
+LOOK = (
+    "Blue triangles up: a win. Orange triangles down: a loss. Grey circles: a tie or undecided. Diamond: the baseline."
+)
+
+
+def document(summary: Summary, about: Mapping[str, str], extra: Sequence[Section] = ()) -> tuple[Section, ...]:
+    """Everything that the report says; `extra` stands behind the results."""
+    made = [
+        Section("In plain words", (Bullets(words.opening(summary)),)),
+        Section("Results", tuple(_results(summary))),
+        *extra,
+        Section("Over all groups", tuple(_over_all(summary))),
+        Section("Quality against parameters", tuple(_fronts(summary))),
+        Section("Learning rates", tuple(_rates(summary))),
+        Section("Training", tuple(_courses(summary))),
+        Section("Time and memory", tuple(_costs(summary))),
+        Section("As deployed", tuple(_deployed(summary))),
+        Section("Every figure", tuple(_whole(summary))),
+        Section("Failed runs", tuple(_failures(summary))),
+        Section("What the figures say, and what not", (Bullets(words.limits(summary)),)),
+        Section("What was run, and how to repeat it", tuple(Code(name, text) for name, text in about.items())),
+    ]
+    return tuple(section for section in made if section.blocks)
+
+
+def _each(summary: Summary, name: str, caption: str, draw: Callable[[Group], Canvas | None]) -> Iterator[Figure]:
+    """The figure of every group."""
+    for i, group in enumerate(summary.groups, 1):
+        if (canvas := draw(group)) is not None:
+            yield Figure(f"{name}-{i}", words.called(group), caption, (canvas,))
+
+
+def _results(summary: Summary) -> Iterator[Block]:
+    sure = f"{100 * summary.rule.confidence:g} % interval"
+    head = ("arm", "seeds", "mean", "standard error", "difference", sure, "ahead", "p", "p (Holm)", "verdict")
+    for group in summary.groups:
+        rows = summary.rows_of(group)
+        cells = tuple((_named(row, summary), *_quality(row), *_against(row.against)) for row in rows)
+        yield Table(head, cells, f"{words.called(group)}: {plots.better(rows[0])}, test rows", WORDS)
+    yield Text(LOOK)
+    caption = "Every seed a dot, the mean and its interval; dashed: the baseline's mean"
+    yield Drawn(tuple(_each(summary, "seeds", caption, lambda g: plots.seeds(summary, g))))
+    caption = f"Paired difference to {summary.baseline}: every pair a dot, the mean and its interval"
+    yield Drawn(tuple(_each(summary, "differences", caption, lambda g: plots.differences(summary, g))))
+
+
+def _named(row: Row, summary: Summary) -> str | Mark:
+    return Mark(row.arm, "base") if row.arm == summary.baseline else row.arm
+
+
+def _quality(row: Row) -> tuple[str, str, str]:
+    q = row.quality
+    if q is None:
+        return "0", "", ""
+    return str(q.n), words.figure(q.mean), "" if q.standard_error is None else words.figure(q.standard_error)
+
+
+def _against(c: Comparison | None) -> tuple[str | Mark, ...]:
+    if c is None:
+        return ("",) * 6
+    return (
+        *(signed(c.difference), interval(c.low, c.high), f"{c.ahead} of {c.pairs}"),
+        *(words.chance(c.p), words.chance(c.p_holm), Mark(c.verdict, c.verdict)),
+    )
+
+
+def signed(value: float) -> str:
+    text = words.figure(abs(value))
+    return f"{'+' if value > 0 else '-' if value < 0 else ''}{text}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    return "none" if low is None or high is None else f"{signed(low)} to {signed(high)}"
+
+
+def _over_all(summary: Summary) -> Iterator[Block]:
+    if not summary.pooled:
+        return
+    head = (
+        "arm",
+        "groups",
+        "pairs",
+        "ahead",
+        "wins",
+        "ties",
+        "losses",
+        "undecided",
+        "mean gain",
+        "p",
+        "p (Holm)",
+        "verdict",
+    )
+    rows: list[tuple[str | Mark, ...]] = [
+        (
+            *(each.arm, str(each.groups), str(each.pairs), str(each.ahead)),
+            *(str(each.verdicts.get(v, 0)) for v in ("win", "tie", "loss", "undecided")),
+            f"{signed(each.gain.mean)} ({interval(each.gain.low, each.gain.high)})" if each.gain else "",
+            *(words.chance(each.p), words.chance(each.p_holm), Mark(each.verdict, each.verdict)),
+        )
+        for each in sorted(summary.pooled, key=lambda e: (-e.lean, e.arm))
+    ]
+    caption = f"Against {summary.baseline}, all groups together; the gain only where all groups have one metric"
+    yield Table(head, tuple(rows), caption, WORDS)
+    canvas, ranks = plots.average_ranks(summary), summary.ranks
+    if ranks is None or canvas is None:
+        yield Text("Average ranks take three arms with a figure in every one of two groups or more.")
+        return
+    caption = "Arms joined by a line at the right are not told apart by Nemenyi's test. Marks: the verdict above"
+    yield Drawn((Figure("ranks", "Average ranks", caption, (canvas,)),))
+    text = f"Friedman's test that all arms rank alike: chi2 = {ranks.chi2:.2f}, p = {words.chance(ranks.p)}; Iman and "
+    text += f"Davenport's F: p = {words.chance(ranks.p_f)}."
+    if summary.unranked:
+        text += f" Without a figure in every group, and so without a rank: {words.listed(summary.unranked)}."
+    yield Text(text)
+
+
+def _fronts(summary: Summary) -> Iterator[Block]:
+    pairs, figures = list(dict.fromkeys((model, data) for model, data, _ in summary.groups)), []
+    for i, (model, data) in enumerate(pairs, 1):
+        if (canvas := plots.front(summary, model, data)) is not None:
+            caption = "Dashed: the Pareto front of the means, which the noise of seeds moves"
+            alone = {r.arm for r in summary.rows if (r.model, r.data, r.parameters) == (model, data, 0)}
+            caption += f". Not shown, because only a head trains: {words.listed(sorted(alone))}" if alone else ""
+            figures.append(Figure(f"front-{i}", f"{model}, {data}", caption, (canvas,)))
+    if figures:
+        yield Drawn(tuple(figures))
+
+
+def _panels(summary: Summary, name: str, caption: str, draw: Callable[[Group], tuple[Canvas, ...]]) -> Iterator[Block]:
+    found = [(i, group, draw(group)) for i, group in enumerate(summary.groups, 1)]
+    figures = [Figure(f"{name}-{i}", words.called(group), caption, made, 4) for i, group, made in found if made]
+    if figures:
+        yield Drawn(tuple(figures))
+
+
+def _rates(summary: Summary) -> Iterator[Block]:
+    caption = (
+        f"Validation metric by learning rate. Diamond: the chosen rate. Grey: {summary.baseline}. Cross: every run "
+        "failed. Open: below the edge. edge: not bracketed"
+    )
+    yield from _panels(summary, "rates", caption, lambda g: curves.rates(summary, g))
+
+
+def _courses(summary: Summary) -> Iterator[Block]:
+    behind = f"by step, every final run a line; grey: {summary.baseline}"
+    yield from _panels(summary, "losses", f"Training loss {behind}", lambda g: curves.course(summary, g, "losses"))
+    yield from _panels(summary, "curves", f"Validation metric {behind}", lambda g: curves.course(summary, g, "curve"))
+
+
+def _costs(summary: Summary) -> Iterator[Block]:
+    def milliseconds(row: Row) -> float | None:
+        return None if row.seconds_per_step is None else 1000 * row.seconds_per_step
+
+    def mebibytes(row: Row) -> float | None:
+        return None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
+
+    time, memory = "ms per step", "MiB"
+    figures = [
+        *_each(summary, "time", "Time of a training step, median of the final runs",
+               lambda g: plots.bars(summary, g, milliseconds, time)),
+        *_each(summary, "memory", "Peak memory, median of the final runs",
+               lambda g: plots.bars(summary, g, mebibytes, memory)),
+    ]  # fmt: skip
+    if figures:
+        yield Text("Times hold for the machine and the load of this study; compare them within a group alone.")
+        yield Drawn(tuple(figures))
+
+
+def _deployed(summary: Summary) -> Iterator[Block]:
+    for group in summary.groups:
+        rows = [row for row in summary.rows_of(group) if row.deployed or row.deployed_error]
+        forms = sorted({form for row in rows for form in (*row.deployed, *row.deployed_error)})
+        if not rows:
+            continue
+        head = ("arm", "as trained", *(part for form in forms for part in (form, f"error {form}")))
+        cells = tuple((_named(row, summary), _quality(row)[1], *_forms(row, forms)) for row in rows)
+        caption = (
+            f"{words.called(group)}: mean {rows[0].metric} on test rows in other forms; relative error of the outputs"
+        )
+        yield Table(head, cells, caption, WORDS)
+
+
+def _forms(row: Row, forms: Sequence[str]) -> tuple[str, ...]:
+    errors = [row.deployed_error.get(form) for form in forms]
+    values = [words.figure(row.deployed.get(form)) for form in forms]
+    return tuple(x for v, e in zip(values, errors, strict=True) for x in (v, "" if e is None else f"{e:.2g}"))
+
+
+def _whole(summary: Summary) -> Iterator[Block]:
+    head: tuple[str, ...] = ("model", "data", "budget", "arm", "seeds", "failed", "mean", "standard error")
+    head += ("difference", "bootstrap", "parameters", "wanted", "head", "ms per step", "MiB", "rate")
+    rows = tuple(_line(row, summary) for row in summary.rows)
+    yield Table(head, rows, "failed: final runs, and runs of the sweep; bootstrap: see below", WORDS)
+
+
+def _line(row: Row, summary: Summary) -> tuple[str | Mark, ...]:
+    c, counts = row.against, (row.parameters, row.wanted_parameters, row.head_parameters)
+    rate = "" if row.lr is None else f"{row.lr:g}"
+    rate += {None: "", True: "", False: " unbracketed"}[row.bracketed]
+    return (
+        *row.group,
+        _named(row, summary),
+        _quality(row)[0],
+        f"{row.failed} + {row.failed_sweep}",
+        *_quality(row)[1:],
+        *((signed(c.difference), interval(c.bootstrap_low, c.bootstrap_high)) if c else ("", "")),
+        *("" if n is None else f"{n:,}" for n in counts),
+        "" if row.seconds_per_step is None else f"{1000 * row.seconds_per_step:.3g}",
+        "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f}",
+        rate,
+    )
+
+
+def _failures(summary: Summary) -> Iterator[Block]:
+    if summary.failures:
+        head = ("arm", "model", "data", "budget", "stage", "rate", "seed", "why")
+        yield Table(head, tuple(_failure(run) for run in summary.failures), "", WORDS)
+
+
+def _failure(run: Outcome) -> tuple[str, ...]:
+    return run.arm, *run.group, run.stage, f"{run.lr:g}", str(run.seed), why(run)

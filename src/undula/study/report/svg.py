@@ -1,0 +1,179 @@
+"""Drawing: a canvas of SVG, scales with their ticks, and names that fit.  Nothing here knows a study.
+
+Colours are CSS classes, so the same drawing serves light and dark pages, inline or as a file of its own; equal input
+gives equal text, byte for byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+STYLE = Path(__file__).with_name("drawing.css").read_text(encoding="utf-8")
+WIDE = 7.3  # pixels that a letter takes at 12 px, on the safe side
+
+
+@dataclass
+class Canvas:
+    """A drawing of `width` x `height` pixels."""
+
+    width: float
+    height: float
+    parts: list[str] = field(default_factory=list)
+
+    def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self.parts.append(f'<polyline class="{kind}" points="{path}"/>')
+
+    def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", title: str = "") -> None:
+        hint = f"<title>{escape(title)}</title>" if title and title != text else ""
+        self.parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}{hint}</text>'
+        )
+
+    def rect(self, x: float, y: float, width: float, height: float, kind: str) -> None:
+        self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" class="{kind}"/>')
+
+    def mark(self, x: float, y: float, kind: str, title: str = "", size: float = 4.5) -> None:
+        """A point: triangle up for a win, down for a loss, a diamond for the baseline, a circle otherwise."""
+        hint = f"<title>{escape(title)}</title>" if title else ""
+        verdict = kind.partition(" ")[0]
+        if verdict in CORNERS:
+            corners = " ".join(f"{x + size * a:.1f},{y + size * b:.1f}" for a, b in CORNERS[verdict])
+            self.parts.append(f'<polygon class="{kind}" points="{corners}">{hint}</polygon>')
+        else:
+            self.parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{size * 0.85:.1f}">{hint}</circle>')
+
+    def cross(self, x: float, y: float, kind: str, size: float = 3.5) -> None:
+        for s in (1, -1):
+            self.line([(x - size, y - s * size), (x + size, y + s * size)], kind)
+
+    def inline(self, label: str) -> str:
+        """As a part of a page that has STYLE."""
+        return (
+            f'<svg viewBox="0 0 {self.width:.0f} {self.height:.0f}" '
+            f'width="{self.width:.0f}" height="{self.height:.0f}" role="img" aria-label="{escape(label)}">'
+            f"{''.join(self.parts)}</svg>"
+        )
+
+
+CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
+    "win": ((0, -1.1), (1, 0.8), (-1, 0.8)),
+    "loss": ((0, 1.1), (1, -0.8), (-1, -0.8)),
+    "base": ((0, -1.1), (1.1, 0), (0, 1.1), (-1.1, 0)),
+}
+
+
+def sheet(panels: Sequence[Canvas], columns: int, label: str) -> str:
+    """Several drawings as one file of its own, in a grid."""
+    columns = min(columns, len(panels))
+    width = max(p.width for p in panels)
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    tops = [0.0]
+    for row in rows:
+        tops.append(tops[-1] + max(p.height for p in row))
+    inner = "".join(
+        f'<svg x="{i * width:.0f}" y="{top:.0f}" width="{p.width:.0f}" height="{p.height:.0f}">{"".join(p.parts)}</svg>'
+        for top, row in zip(tops, rows, strict=False)
+        for i, p in enumerate(row)
+    )
+    size = f"{columns * width:.0f} {tops[-1]:.0f}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{columns * width:.0f}" '
+        f'height="{tops[-1]:.0f}" role="img" aria-label="{escape(label)}"><style>{STYLE}</style>'
+        f'<rect class="paper" width="100%" height="100%"/>{inner}</svg>\n'
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From values to pixels, linearly or by logarithms; values beyond the ends stay at the ends."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, v = (math.log(u) if self.log else u for u in (self.low, self.high, value))
+        return self.start + (min(max(v, low), high) - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, most: int) -> list[float]:
+        """Round values within, about `most` of them."""
+        return _decades(self.low, self.high, most) if self.log else _round(self.low, self.high, most)
+
+
+def linear(values: Sequence[float], start: float, end: float, margin: float = 0.06) -> Scale:
+    """A scale that shows all of the values."""
+    low, high = min(values), max(values)
+    room = (high - low) * margin or abs(high) * 0.05 or 1.0
+    return Scale(low - room, high + room, start, end)
+
+
+def logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
+    """The same for positive values that span decades."""
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.07, 1.15)
+    return Scale(low / room, high * room, start, end, log=True)
+
+
+def _round(low: float, high: float, most: int) -> list[float]:
+    raw = (high - low) / max(most, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float, most: int) -> list[float]:
+    for parts in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [m * 10.0**p for p in powers for m in parts if low <= m * 10.0**p <= high]
+        if len(found) <= most:
+            return found
+    return found[:: math.ceil(len(found) / most)]
+
+
+def number(value: float) -> str:
+    """A tick's label: 0.65, 1e-4, 38k, 1.2M."""
+    if not value:
+        return "0"
+    if abs(value) < 1e-3:
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= unit:
+            return f"{value / min(unit, 1e3 if name == 'k' else unit):.3g}{name}"
+    return f"{value:.4g}"
+
+
+def labels(names: Sequence[str], most: int) -> dict[str, str]:
+    """{name: what of it fits into `most` letters}; names that would become the same are numbered."""
+    made: dict[str, str] = {}
+    for name in names:
+        short = name if len(name) <= most else f"{name[: most - most // 3 - 1]}…{name[-(most // 3) :]}"
+        count = 2
+        while short in made.values():
+            end = f"…#{count}"
+            short, count = name[: most - len(end)] + end, count + 1
+        made[name] = short
+    return made
+
+
+def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions nearest to the wanted ones (sorted) that are `gap` apart (less where that does not fit), within
+    low ... high: isotonic regression by pooling neighbours."""
+    last = len(wanted) - 1
+    gap = min(gap, (high - low) / max(last, 1))
+    blocks: list[tuple[float, int]] = []  # (sum, count) of wanted positions that are pushed together
+    for i, w in enumerate(wanted):
+        blocks.append((w - i * gap, 1))
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
+            (a, m), (b, n) = blocks.pop(), blocks.pop()
+            blocks.append((a + b, m + n))
+    means = [total / count for total, count in blocks for _ in range(count)]
+    return [min(max(m, low), high - last * gap) + i * gap for i, m in enumerate(means)]

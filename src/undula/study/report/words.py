@@ -1,0 +1,189 @@
+"""The plain words of a report: what was compared, who won, what could not be told, and what the figures do not say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from .. import statistics as S
+from ..outcome import FINAL, SWEEP
+from ..table import Group, Row, Summary
+
+VERDICTS = {
+    S.WIN: "better",
+    S.LOSS: "worse",
+    S.TIE: "not shown to differ",
+    S.UNDECIDED: "undecidable with these seeds",
+}
+
+
+def called(group: Group) -> str:
+    return ", ".join(group)
+
+
+def listed(names: Iterable[str]) -> str:
+    """a, b and c."""
+    found = list(names)
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def some(count: int, thing: str, things: str = "") -> str:
+    """1 run, 2 runs."""
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+def figure(value: float | None) -> str:
+    """A metric's value."""
+    if value is None:
+        return ""
+    if value and abs(value) < 5e-4:
+        return f"{value:.1e}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+
+
+def chance(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "1e-12 at most" if p < 1e-12 else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+
+
+def opening(summary: Summary) -> tuple[str, ...]:
+    """What the reader should know first."""
+    found = [_what(summary)]
+    found += [_over_all(summary)] if summary.pooled else []
+    found += [_in_group(summary, group) for group in summary.groups]
+    found += [_too_few(summary)] if _undecided(summary) else []
+    return (*found, _rates(summary), *_failed(summary))
+
+
+def _what(summary: Summary) -> str:
+    finals = [o for o in summary.runs if o.stage == FINAL]
+    counts = sorted({row.quality.n for row in summary.rows if row.quality})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
+    groups = some(len(summary.groups), "group (model, data, budget)", "groups (model, data, budget)")
+    return (
+        f"{some(len(summary.arms), 'arm')} in {groups}, {seeds} measured {'seed' if seeds == '1' else 'seeds'} each, "
+        f"{some(len(finals), 'final run')} in all. Every arm is compared with the baseline {summary.baseline}, on test "
+        f"rows{' that chose nothing' if summary.rates else ''}."
+    )
+
+
+def _by_verdict(verdicts: Sequence[tuple[str, str]], than: str) -> str:
+    """`verdicts`: (verdict, arm)."""
+    parts = []
+    for verdict, words in VERDICTS.items():
+        arms = [arm for v, arm in verdicts if v == verdict]
+        if not arms:
+            continue
+        names = listed(arms) if len(arms) <= 8 or verdict in (S.WIN, S.LOSS) else f"{len(arms)} arms"
+        parts.append(f"{words}{' than ' + than if verdict in (S.WIN, S.LOSS) else ''}: {names}")
+    return "; ".join(parts) or "nothing could be compared"
+
+
+def _over_all(summary: Summary) -> str:
+    return f"Over all groups together: {_by_verdict([(e.verdict, e.arm) for e in summary.pooled], summary.baseline)}."
+
+
+def _in_group(summary: Summary, group: Group) -> str:
+    rows = summary.rows_of(group)
+    verdicts = [(row.against.verdict, row.arm) for row in rows if row.against]
+    best = next((row for row in rows if row.quality), None)
+    words = f"{called(group)}: {_by_verdict(verdicts, summary.baseline)}."
+    if best is None or best.quality is None:
+        return f"{words} No run gave a figure."
+    extreme = "highest" if best.more_is_better else "lowest"
+    base = next((row for row in rows if row.arm == summary.baseline and row.quality), None)
+    beside = f" ({summary.baseline}: {figure(base.quality.mean)})" if base and base.quality and base != best else ""
+    return f"{words} The {extreme} mean {best.metric} is {best.arm}'s, {figure(best.quality.mean)}{beside}."
+
+
+def _undecided(summary: Summary) -> list[Row]:
+    return [row for row in summary.rows if row.against and row.against.verdict == S.UNDECIDED]
+
+
+def _too_few(summary: Summary) -> str:
+    """How many seeds it would take."""
+    rows, alpha = _undecided(summary), summary.rule.alpha
+    pairs = max(row.against.pairs for row in rows if row.against)
+    one, every = (math.ceil(math.log2(2 * m / alpha)) for m in (1, summary.compared))
+    needed = f"{one} seeds would do for a single comparison"
+    if every > one:
+        needed += f", {every} for all {summary.compared} of this report"
+    return (
+        f"Undecidable does not mean equal. With {some(pairs, 'pair')} of seeds the smallest p that the exact test can "
+        f"give is {chance(S.smallest_p(pairs, summary.rule))}, whatever the figures: {needed}. Until then there are "
+        "only the intervals and the dots below, and they are no verdict."
+    )
+
+
+def _rates(summary: Summary) -> str:
+    tried = [lr for c in summary.rates for lr, _ in c.tried]
+    if not tried:
+        return "No learning rate was searched for: every arm was trained at the rate it was given."
+    loose = [f"{c.arm} ({called(c.group)})" for c in summary.rates if not c.bracketed]
+    sweeps, finals = ({o.seed for o in summary.runs if o.stage == stage} for stage in (SWEEP, FINAL))
+    with_seeds = f" with {some(len(sweeps), 'seed')}" if sweeps else ""
+    with_seeds += " that the final runs do not use" if sweeps and not sweeps & finals else ""
+    text = (
+        f"Each arm's learning rate was chosen on validation rows, among rates from {min(tried):g} to {max(tried):g}"
+        f"{with_seeds}. "
+    )
+    if not loose:
+        return text + "Every chosen rate has worse neighbours on both sides."
+    names = listed(loose) if len(loose) <= 6 else f"{len(loose)} of {len(summary.rates)} choices"
+    return text + (
+        f"Unbracketed, that is at an edge of what was tried, so that the arm may be better than it seems: {names}."
+    )
+
+
+def _failed(summary: Summary) -> tuple[str, ...]:
+    if not summary.failures:
+        return ()
+    finals = sum(o.stage == FINAL for o in summary.failures)
+    return (
+        f"{some(len(summary.failures), 'run')} failed ({finals} of them final). A failed final run is missing from its "
+        "arm's mean and from its pairs: read what an arm came to together with how often it failed.",
+    )
+
+
+def limits(summary: Summary) -> tuple[str, ...]:
+    """What is computed, what decides, and what the figures do not say."""
+    rule, pairs = summary.rule, [row.against.pairs for row in summary.rows if row.against]
+    few = min(pairs, default=0)
+    percent = f"{rule.confidence:.0%}".replace("%", " %")
+    found = [
+        "A pair is a seed with which both the arm and the baseline were trained; seeds that only one of them has do "
+        "not enter the comparison. The difference is arm - baseline.",
+        "What decides: the exact two-sided sign-flip permutation test of the paired differences (beyond "
+        f"{S.EXACT} pairs {rule.resamples:,} random flips), corrected by Holm over the {summary.corrected} comparisons "
+        "of this report that so many seeds could decide at all (Tarone); the other "
+        f"{summary.compared - summary.corrected} are called undecided and cost nothing. Win or loss: corrected p at "
+        f"most {rule.alpha:g}. So the chance that a report without any true difference calls a win or a loss is at "
+        f"most {rule.alpha:g}.",
+        "A tie means that no difference was shown. It does not mean that there is none.",
+        f"Intervals are Student's, {percent} each by itself, not corrected for their number: an interval without 0 "
+        "beside the word tie or undecided is no contradiction. They suppose that the noise of seeds is about normal; "
+        "for few seeds they are wide because nothing better is known.",
+    ]
+    if few > 1:
+        bound = f"{S.bootstrap_covers_at_most(few):.0%}".replace("%", " %")
+        found.append(
+            f"The bootstrap interval is the percentile interval of {rule.resamples:,} resamples of the pairs. It "
+            f"cannot leave the range of what was seen: with {some(few, 'pair')} it covers the truth at most {bound} of "
+            f"the time, not {percent}. It is given because it is customary; it decides nothing."
+        )
+    if any(n == 1 for n in pairs):
+        found.append("An arm with one pair of seeds has no interval and no test: one run says nothing about the next.")
+    found.append(
+        "Seeds stand for the noise of training (factors, head, order of rows), not for other test rows: two arms may "
+        "differ on these rows and not on others."
+    )
+    if summary.pooled:
+        found.append(
+            "Over all groups: the same test on the differences of all groups, each divided by its group's root mean "
+            "square, so that every group weighs the same in any unit; runs of different groups count as independent. "
+            "It is about these groups. Average ranks with "
+            "Friedman's test and Nemenyi's critical difference ask about groups in general; they take groups as "
+            "independent, which groups that share data are not, and see little with fewer than about ten."
+        )
+    return tuple(found)

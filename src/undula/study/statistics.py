@@ -1,0 +1,236 @@
+"""What the figures of a few seeds allow to say.  Pure functions of numbers; `docs/study-statistics.md` says why these.
+
+A *pair* is a seed with which both an arm and the baseline were trained; a *difference* is arm - baseline of one pair.
+Everything random takes a seed, and numbers of the same kind enter in a fixed order: equal input, equal output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+EXACT = 20  # signs of so many differences are flipped in every combination; of more, at random
+WIN, TIE, LOSS, UNDECIDED = "win", "tie", "loss", "undecided"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What decides, and how sure the intervals are."""
+
+    alpha: float = 0.05  # the chance, at most, that a report without true differences calls any a win or a loss
+    confidence: float = 0.95  # of each interval by itself
+    resamples: int = 10_000  # of the bootstrap, and of the sign flips where there are too many for all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1 or not 0 < self.confidence < 1 or self.resamples < 1:
+            raise ValueError(f"alpha and confidence lie between 0 and 1, resamples is at least 1; found {self}")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The mean of some figures.  Without a second figure there is no error and no interval."""
+
+    n: int
+    mean: float
+    standard_error: float | None = None
+    low: float | None = None  # Student's interval of the mean
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Arms over several groups (Demsar 2006): rank 1 is the best; arms closer than `critical` are not told apart."""
+
+    arms: tuple[str, ...]  # by average rank
+    average: tuple[float, ...]
+    groups: int
+    chi2: float
+    p: float  # Friedman's test, chi-square with k - 1 degrees of freedom
+    p_f: float  # the same with Iman and Davenport's F, which is less timid for few groups
+    critical: float  # Nemenyi's critical difference
+    cliques: tuple[tuple[str, ...], ...]  # the largest sets of neighbours that are not told apart
+
+
+def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
+    """Mean, standard error s / sqrt(n) and Student's interval: mean -+ t_{n-1} s / sqrt(n).
+
+    For normal figures it covers at its stated rate for every n >= 2.  Raises ValueError for no figures.
+    """
+    x = np.asarray(values, float)
+    if not x.size:
+        raise ValueError("the mean of no figures does not exist")
+    if x.size == 1:
+        return Spread(1, float(x[0]))
+    error = float(x.std(ddof=1)) / math.sqrt(x.size)
+    half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1)) * error
+    return Spread(x.size, float(x.mean()), error, float(x.mean()) - half, float(x.mean()) + half)
+
+
+def pooled(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> Spread | None:
+    """The mean over groups of the groups' mean differences, every group counting the same.
+
+    Error sqrt(sum_g s_g^2 / n_g) / G and Welch and Satterthwaite's degrees of freedom, so the groups need not be
+    equally noisy.  It is about these groups, not about others.  None when a group has fewer than two differences.
+    """
+    sets = [np.asarray(g, float) for g in groups]
+    if not sets or min(x.size for x in sets) < 2:
+        return None
+    parts = np.array([x.var(ddof=1) / x.size for x in sets])
+    mean, error = float(np.mean([x.mean() for x in sets])), math.sqrt(parts.sum()) / len(sets)
+    n = sum(x.size for x in sets)
+    if not error:
+        return Spread(n, mean, 0.0, mean, mean)
+    freedom = parts.sum() ** 2 / sum(v**2 / (x.size - 1) for v, x in zip(parts, sets, strict=True))
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    return Spread(n, mean, error, mean - half, mean + half)
+
+
+def bootstrap(differences: Sequence[float], rule: Rule = Rule()) -> tuple[float, float] | None:
+    """The percentile bootstrap interval of the mean difference; None for a single one.
+
+    It never leaves the range of what was seen, so for symmetric noise it covers at most 1 - 2^(1 - n) of the time,
+    75 % with three pairs, whatever it claims: `bootstrap_covers_at_most`.
+    """
+    d = np.asarray(differences, float)
+    if d.size < 2:
+        return None
+    draw, means = np.random.default_rng(rule.seed), []
+    for count in _chunks(rule.resamples, d.size):
+        means.append(d[draw.integers(d.size, size=(count, d.size))].mean(1))
+    tail = (1 - rule.confidence) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def bootstrap_covers_at_most(n: int) -> float:
+    """1 - 2^(1 - n): how often n symmetric differences do not all lie on one side of the truth."""
+    return 1 - 2.0 ** (1 - n)
+
+
+def sign_flip(differences: Sequence[float], rule: Rule = Rule()) -> float:
+    """Two-sided p of the sign-flip permutation test of the sum (Fisher 1935): the share of the 2^n choices of signs
+    whose sum is at least as far from 0 as the one seen.
+
+    Exact when, without an effect, a difference is as likely as its negative; that holds when the labels `arm` and
+    `baseline` of a pair could be exchanged.  Nothing need be normal.  Beyond EXACT differences other than 0,
+    `resamples` random choices of signs stand for all: p = (1 + hits) / (1 + resamples).
+    """
+    d = np.asarray(differences, float)
+    d = d[d != 0]  # a flipped 0 is 0
+    seen = abs(float(d.sum())) * (1 - 1e-9)  # sums in another order differ in their last bits
+    if not d.size:
+        return 1.0
+    if d.size <= EXACT:
+        sums = d[:1]  # the first sign stays: turning all signs round changes no distance from 0
+        for value in d[1:]:
+            sums = np.concatenate([sums + value, sums - value])
+        return float(np.mean(np.abs(sums) >= seen))
+    draw, hits = np.random.default_rng(rule.seed), 0
+    for count in _chunks(rule.resamples, d.size):
+        signs = draw.integers(2, size=(count, d.size), dtype=np.int8) * 2 - 1
+        hits += int(np.sum(np.abs(signs @ d) >= seen))
+    return (1 + hits) / (1 + rule.resamples)
+
+
+def smallest_p(n: int, rule: Rule = Rule()) -> float:
+    """The smallest p that `sign_flip` can give for n differences: 2 / 2^n as long as it is exact."""
+    return 2.0 ** (1 - max(n, 1)) if n <= EXACT else 1 / (1 + rule.resamples)
+
+
+def _chunks(count: int, width: int, most: int = 1 << 22) -> list[int]:
+    """`count` in parts whose product with `width` stays in memory."""
+    part = max(1, most // max(width, 1))
+    return [min(part, count - start) for start in range(0, count, part)]
+
+
+def standardised(groups: Sequence[Sequence[float]]) -> list[float]:
+    """The differences of several groups as terms of one sum: d / (n_g rms_g), so every group weighs the same and units
+    do not matter.  A group's root mean square does not change when signs flip: `sign_flip` of these is exact too."""
+    terms: list[float] = []
+    for group in groups:
+        d = np.asarray(group, float)
+        size = math.sqrt(float(np.mean(d**2))) if d.size else 0.0
+        terms += [float(v) / (d.size * size) if size else 0.0 for v in d]
+    return terms
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p (1979): sorted, times m, m - 1, ... 1, made monotone, at most 1."""
+    values = np.asarray(p, float)
+    order, adjusted, highest = np.argsort(values, kind="stable"), np.empty(values.size), 0.0
+    for i, k in enumerate(order):
+        highest = max(highest, min(1.0, float(values[k]) * (values.size - i)))
+        adjusted[k] = highest
+    return [float(v) for v in adjusted]
+
+
+def decidable(smallest: Sequence[float], alpha: float) -> list[bool]:
+    """Which comparisons any outcome could decide, from their smallest reachable p alone (Tarone 1990).
+
+    The others need not be paid for in the correction, because they are never called: with K the smallest number for
+    which at most K comparisons can reach alpha / K, these are the ones that can.
+    """
+    for k in range(1, len(smallest) + 1):
+        within = [s <= alpha / k for s in smallest]
+        if sum(within) <= k:
+            return within
+    return [False] * len(smallest)
+
+
+def corrected(p: Sequence[float], smallest: Sequence[float], alpha: float) -> list[float | None]:
+    """Holm's adjusted p over the decidable comparisons; None for the others."""
+    within = decidable(smallest, alpha)
+    adjusted = iter(holm([v for v, counts in zip(p, within, strict=True) if counts]))
+    return [next(adjusted) if counts else None for counts in within]
+
+
+def verdict(gain: float, p_holm: float | None, alpha: float) -> str:
+    """`gain` is the mean difference, turned so that more is better."""
+    if p_holm is None:
+        return UNDECIDED
+    return TIE if p_holm > alpha else WIN if gain > 0 else LOSS
+
+
+def ranks(arms: Sequence[str], table: Sequence[Sequence[float]], alpha: float = 0.05) -> Ranks | None:
+    """Average ranks, Friedman's test (with ties) and Nemenyi's critical difference q_alpha sqrt(k (k + 1) / 6 N).
+
+    `table`: one row of qualities (more is better) per group, one column per arm.  None for fewer than two groups or
+    three arms, where the tests do not exist.
+    """
+    values = np.asarray(table, float)
+    if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 3:
+        return None
+    n, k = values.shape
+    ranked = stats.rankdata(-values, axis=1)
+    average = ranked.mean(0)
+    tied = sum(float(c**3 - c) for row in ranked for c in np.unique(row, return_counts=True)[1])
+    correction = 1 - tied / (n * k * (k * k - 1))
+    raw = 12 * n / (k * (k + 1)) * float(np.sum(average**2)) - 3 * n * (k + 1)
+    chi2 = raw / correction if correction > 0 else 0.0
+    rest = n * (k - 1) - chi2
+    f = (n - 1) * chi2 / rest if rest > 1e-9 else math.inf
+    order = sorted(range(k), key=lambda i: (average[i], arms[i]))
+    names, means = tuple(arms[i] for i in order), tuple(float(average[i]) for i in order)
+    critical = (
+        float(stats.studentized_range.ppf(1 - alpha, k, math.inf)) / math.sqrt(2) * math.sqrt(k * (k + 1) / 6 / n)
+    )
+    return Ranks(
+        *(names, means, n, chi2, float(stats.chi2.sf(chi2, k - 1))),
+        *(float(stats.f.sf(f, k - 1, (k - 1) * (n - 1))), critical, _cliques(names, means, critical)),
+    )
+
+
+def _cliques(names: Sequence[str], means: Sequence[float], critical: float) -> tuple[tuple[str, ...], ...]:
+    """Runs of neighbours (sorted by rank) whose ends are closer than `critical`; none that lies within another."""
+    found, reached = [], 0
+    for i in range(len(names)):
+        end = max(j for j in range(i, len(names)) if means[j] - means[i] < critical)
+        if end > i and end > reached:
+            found.append(tuple(names[i : end + 1]))
+            reached = end
+    return tuple(found)

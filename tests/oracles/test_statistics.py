@@ -1,0 +1,233 @@
+"""The statistics of a study: against scipy, textbook examples, published tables, and by simulation at stated rates."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from undula.study import statistics as S
+
+# Demsar (2006), table 5 a: critical values of the two-tailed Nemenyi test at 0.05, for k = 2 ... 10
+NEMENYI = (1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164)
+
+
+def slack(rate, runs, sure=0.9999):
+    """The counts between which a binomial with this rate stays, nearly always."""
+    low, high = stats.binom.ppf([1 - sure, sure], runs, rate)
+    return low / runs, high / runs
+
+
+def draws(seed=0):
+    return np.random.default_rng(seed)
+
+
+# One group
+
+
+def test_spread_is_students_interval():
+    x = draws().normal(3.0, 2.0, 7)
+    found, known = S.spread(x, 0.9), stats.t.interval(0.9, 6, loc=x.mean(), scale=stats.sem(x))
+    assert (found.low, found.high) == pytest.approx(known)
+    assert found.standard_error == pytest.approx(stats.sem(x))
+    assert S.spread([1.5]) == S.Spread(1, 1.5)
+    with pytest.raises(ValueError, match="no figures"):
+        S.spread([])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_sign_flip_tries_every_combination(n):
+    d = draws(n).normal(0.4, 1.0, n)
+    sums = [abs(np.dot(signs, d)) for signs in itertools.product((1, -1), repeat=n)]
+    assert S.sign_flip(d) == pytest.approx(np.mean(np.array(sums) >= abs(d.sum()) - 1e-12))
+
+
+def test_sign_flip_is_scipys():
+    d = draws(3).normal(0.5, 1.0, 11)
+    known = stats.permutation_test((d,), lambda x, axis: x.sum(axis), permutation_type="samples", n_resamples=np.inf)
+    assert S.sign_flip(d) == pytest.approx(known.pvalue)
+
+
+def test_sign_flip_at_random_agrees_with_mcnemars_exact_test():
+    """Of differences -1, 0, 1 the sum of signs is a binomial: 21 discordant rows are flipped at random."""
+    d = [1.0] * 17 + [-1.0] * 7 + [0.0] * 40
+    exact = stats.binomtest(17, 24, 0.5).pvalue
+    assert abs(S.sign_flip(d) - exact) < 5 * math.sqrt(exact * (1 - exact) / S.Rule().resamples)
+
+
+def test_the_smallest_p_is_reached_and_stated():
+    for n in (2, 3, 6, S.EXACT):
+        assert S.sign_flip([0.1] * n) == S.smallest_p(n) == 2 / 2**n
+    assert S.smallest_p(3) == 0.25
+    assert S.sign_flip([5.0] * 25) == S.smallest_p(25) == 1 / 10_001
+    assert S.sign_flip([0.0, 0.0]) == 1.0
+
+
+def test_equal_input_gives_equal_output():
+    d = draws(1).normal(size=30)
+    assert S.bootstrap(d) == S.bootstrap(d)
+    assert S.bootstrap(d) != S.bootstrap(d, S.Rule(seed=1))
+    assert S.sign_flip(d) == S.sign_flip(d)
+
+
+def test_bootstrap_is_scipys_percentile_interval():
+    d = draws(2).normal(0.3, 1.0, 40)
+    known = stats.bootstrap((d,), np.mean, n_resamples=20_000, method="percentile", rng=draws(5)).confidence_interval
+    assert S.bootstrap(d, S.Rule(resamples=20_000)) == pytest.approx(tuple(known), abs=0.02)
+    assert S.bootstrap([0.3]) is None
+
+
+# Corrections
+
+
+def test_holm_by_hand():
+    """p (0.01, 0.04, 0.03, 0.005) of four: 4 x 0.005, 3 x 0.01, 2 x 0.03, then at least that for 0.04."""
+    assert S.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert S.holm([0.6, 0.9]) == [1.0, 1.0]
+    assert S.holm([]) == []
+
+
+def test_tarone_by_hand():
+    """Tarone's case: of 9 comparisons only those that can reach alpha / K count, K as small as can be."""
+    assert S.decidable([0.25] * 5, 0.05) == [False] * 5
+    assert S.decidable([0.25, 0.25, 2 / 2**9, 2 / 2**9], 0.05) == [False, False, True, True]
+    assert S.decidable([2 / 2**6, 2 / 2**6], 0.05) == [False, False]  # 0.031 > 0.05 / 2
+    assert S.decidable([2 / 2**6], 0.05) == [True]
+    assert S.decidable([2 / 2**6] * 9 + [1e-4], 0.05) == [False] * 9 + [True]
+
+
+def test_what_cannot_be_decided_costs_nothing():
+    p = S.corrected([0.25, 0.25, 0.004, 0.03], [0.25, 0.25, 2 / 2**9, 2 / 2**9], 0.05)
+    assert p[:2] == [None, None]
+    assert p[2:] == pytest.approx([0.008, 0.03])
+    assert S.verdict(-0.1, p[2], 0.05) == S.LOSS
+    assert S.verdict(0.1, p[2], 0.05) == S.WIN
+    assert S.verdict(0.1, 0.06, 0.05) == S.TIE
+    assert S.verdict(0.1, None, 0.05) == S.UNDECIDED
+
+
+# Several groups
+
+
+def test_friedman_is_scipys():
+    table = draws(4).normal(size=(7, 5)) + np.arange(5) * 0.4
+    found = S.ranks("abcde", table)
+    known = stats.friedmanchisquare(*table.T)
+    assert (found.chi2, found.p) == pytest.approx((known.statistic, known.pvalue))
+    assert found.arms[0] == "abcde"[stats.rankdata(-table, axis=1).mean(0).argmin()]  # more is better
+    tied = np.round(table)
+    assert any(len(set(row)) < 5 for row in tied)
+    assert S.ranks("abcde", tied).chi2 == pytest.approx(stats.friedmanchisquare(*tied.T).statistic)
+
+
+def test_demsars_example():
+    """Demsar (2006), section 3.2.2: C4.5 with four settings on 14 data sets; average ranks 3.143, 2.000, 2.893, 1.964,
+    chi2 9.28, F 3.69 and, at 0.05, a critical difference of 1.25."""
+    table = [
+        *[(0.763, 0.768, 0.771, 0.798), (0.599, 0.591, 0.590, 0.569), (0.954, 0.971, 0.968, 0.967)],
+        *[(0.628, 0.661, 0.654, 0.657), (0.882, 0.888, 0.886, 0.898), (0.936, 0.931, 0.916, 0.931)],
+        *[(0.661, 0.668, 0.609, 0.685), (0.583, 0.583, 0.563, 0.625), (0.775, 0.838, 0.866, 0.875)],
+        *[(1.000, 1.000, 1.000, 1.000), (0.940, 0.962, 0.965, 0.962), (0.619, 0.666, 0.614, 0.669)],
+        *[(0.972, 0.981, 0.9751, 0.975), (0.957, 0.978, 0.946, 0.970)],
+    ]
+    found = S.ranks(("C4.5", "+m", "+cf", "+m+cf"), table)
+    average = dict(zip(found.arms, found.average, strict=True))
+    assert [round(average[a], 3) for a in ("C4.5", "+m", "+cf", "+m+cf")] == [3.143, 2.000, 2.893, 1.964]
+    without_ties = 12 * 14 / 20 * (sum(r * r for r in found.average) - 4 * 25 / 4)
+    assert without_ties == pytest.approx(9.28, abs=0.01)
+    assert found.chi2 > without_ties  # the paper does not correct for ties
+    assert found.critical == pytest.approx(1.25, abs=0.005)
+
+
+def test_nemenyis_published_values():
+    for k, q in enumerate(NEMENYI, 2):
+        if k > 2:
+            found = S.ranks([str(i) for i in range(k)], draws(k).normal(size=(6, k)))
+            assert found.critical / math.sqrt(k * (k + 1) / 36) == pytest.approx(
+                q, abs=1e-3
+            )  # some are cut, not rounded
+    assert S.ranks("ab", [[1, 2], [2, 3]]) is None
+    assert S.ranks("abc", [[1, 2, 3]]) is None
+
+
+def test_cliques_are_the_largest_runs():
+    assert S._cliques("abcde", [1.0, 2.0, 2.8, 4.5, 5.0], 1.9) == (("a", "b", "c"), ("c", "d"), ("d", "e"))
+    assert S._cliques("abc", [1.0, 2.0, 3.0], 0.5) == ()
+    assert S._cliques("abc", [1.0, 2.0, 3.0], 5.0) == (("a", "b", "c"),)
+
+
+# At stated rates
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_students_interval_covers_as_stated(n):
+    runs, draw = 3000, draws(n)
+    hits = sum((s := S.spread(draw.normal(0.7, 2.0, n))).low <= 0.7 <= s.high for _ in range(runs))
+    low, high = slack(0.95, runs)
+    assert low <= hits / runs <= high
+
+
+def test_the_bootstrap_of_few_seeds_covers_less_than_it_says():
+    rule = S.Rule(resamples=1000)
+    for n, expected in ((3, 0.75), (30, 0.94)):
+        runs, draw, hits = 1200, draws(n), 0
+        for _ in range(runs):
+            low, high = S.bootstrap(draw.normal(0.7, 2.0, n), rule)
+            hits += low <= 0.7 <= high
+        rate, (least, most) = hits / runs, slack(expected, runs)
+        assert least <= rate <= most
+        assert rate <= slack(S.bootstrap_covers_at_most(n), runs)[1]
+
+
+def test_the_pooled_interval_covers_as_stated():
+    """Four data sets of three seeds, one of them four times as noisy, each with its own effect."""
+    runs, draw, noise = 3000, draws(8), np.array([1.0, 1.0, 2.0, 4.0])[:, None]
+    effects, hits = np.array([0.5, 1.0, -0.5, 2.0])[:, None], 0
+    for _ in range(runs):
+        found = S.pooled(effects + noise * draw.normal(size=(4, 3)))
+        hits += found.low <= effects.mean() <= found.high
+    assert slack(0.95, runs)[0] <= hits / runs <= slack(0.98, runs)[1]  # with one noisy group it errs to the safe side
+    assert S.pooled([[1.0, 2.0], [1.0]]) is None
+
+
+def report(draw, arms, sets, seeds, effect=0.0):
+    """Adjusted p of every comparison of a study whose arms differ from the baseline by `effect` in the first alone, and
+    the p before adjusting."""
+    noise = draw.normal(size=(arms + 1, sets, seeds)) * (1 + np.arange(sets)[:, None])
+    noise[1] += effect * (1 + np.arange(sets)[:, None])
+    d = noise[1:] - noise[0]
+    p = [S.sign_flip(d[a, g]) for a in range(arms) for g in range(sets)]
+    p += [S.sign_flip(S.standardised(d[a])) for a in range(arms)]
+    smallest = [S.smallest_p(seeds)] * (arms * sets) + [S.smallest_p(seeds * sets)] * arms
+    return S.corrected(p, smallest, 0.05), p, smallest
+
+
+@pytest.mark.parametrize(("sets", "seeds"), [(4, 3), (1, 8), (2, 7)])
+def test_a_study_of_nothing_finds_nothing_more_often_than_stated(sets, seeds):
+    """Family-wise: any win or loss at all, over five arms that share one baseline, counts as an error."""
+    runs, draw, wrong, uncorrected = 600, draws(sets), 0, 0
+    for _ in range(runs):
+        adjusted, p, _ = report(draw, 5, sets, seeds)
+        wrong += any(v is not None and v <= 0.05 for v in adjusted)
+        uncorrected += min(p) <= 0.05
+    most = slack(0.05, runs)[1]
+    assert wrong / runs <= most
+    assert uncorrected / runs > most  # so this test would see a correction that is missing
+
+
+def test_a_true_difference_is_found():
+    """Three noise levels better on four data sets with three seeds: the pooled comparison says so, 9 times in 10 at
+    least; a single data set with three seeds never can."""
+    runs, draw, found = 200, draws(9), 0
+    for _ in range(runs):
+        adjusted, _, smallest = report(draw, 5, 4, 3, effect=3.0)
+        assert all(v is None for v, s in zip(adjusted, smallest, strict=True) if s == 0.25)
+        found += adjusted[20] <= 0.05
+    assert found / runs >= slack(0.9, runs)[0]
+
+
+def test_pooling_weighs_groups_alike_in_any_unit():
+    a, b = [0.1, 0.2, 0.3], [-1.0, 4.0]
+    assert S.standardised([a, b]) == pytest.approx(S.standardised([[1000 * v for v in a], b]))
+    assert S.standardised([[0.0, 0.0], [1.0]]) == [0.0, 0.0, 1.0]

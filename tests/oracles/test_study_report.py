@@ -1,0 +1,344 @@
+"""Summaries and reports of made-up studies: what enters a figure, what is said about it, and files that are sound."""
+
+import csv
+import html.parser
+import itertools
+import json
+import math
+import random
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from undula.study import statistics as S
+from undula.study.outcome import FINAL, SWEEP, ChosenRate, Outcome
+from undula.study.report import svg, write_report
+from undula.study.report.plots import pareto
+from undula.study.summary import summarise
+
+HOSTILE = "<script>alert(1)</script> & `x` | **b**"
+
+
+def run(arm="LoRA", seed=0, test=0.5, *, data="news", stage=FINAL, **more):
+    usual = {"model": "bert", "budget": "r=8", "lr": 1e-3, "metric": "accuracy", "more_is_better": True}
+    costs = {"parameters": 1000, "steps": 10, "seconds": 2.0, "peak_memory_bytes": 2**30, "validation": test}
+    return Outcome(arm, data=data, stage=stage, seed=seed, **(usual | costs | {"test": test} | more))
+
+
+def study(arms=("LoRA", "DoRA", "AuroRA"), data=("news", "films"), seeds=3, **more):
+    """Runs and chosen rates of a whole study; the second arm is much better than the first."""
+    draw, runs, rates = random.Random(0), [], []
+    for group in data:
+        for a, arm in enumerate(arms):
+            level = 0.6 + (0.2 if a == 1 else 0.01 * a)
+            for lr in (1e-3, 1e-2):
+                v = level + 0.01 * draw.random()
+                runs.append(run(arm, 7, v, data=group, stage=SWEEP, lr=lr))
+            tried = tuple((lr, level - 0.1 * lr) for lr in (1e-4, 1e-3, 1e-2))
+            rates.append(ChosenRate(arm, "bert", group, "r=8", 1e-3, a != 2, tried))
+            for seed in range(seeds):
+                losses = tuple((i, 2.0 / (i + 1)) for i in range(0, 200, 2))
+                v = level + 0.01 * draw.random()
+                forms = {"deployed": {"merged": v - 0.01}, "deployed_error": {"merged": 1e-3}}
+                curve = ((0, 0.1), (100, v))
+                runs.append(
+                    run(arm, seed, v, data=group, losses=losses, curve=curve, parameters=1000 + a, **forms, **more)
+                )
+    return runs, rates
+
+
+def row(summary, arm, data="news"):
+    return next(r for r in summary.rows if (r.arm, r.data) == (arm, data))
+
+
+# What enters a figure
+
+
+def test_seeds_are_paired_and_the_unpaired_left_out():
+    runs = [run("LoRA", s, v) for s, v in ((0, 0.50), (1, 0.60), (2, 0.10))]
+    runs += [run("DoRA", s, v) for s, v in ((1, 0.61), (0, 0.53), (5, 0.99))]
+    found = row(summarise(runs, [], "LoRA"), "DoRA")
+    assert (found.against.pairs, found.against.ahead) == (2, 2)
+    assert found.against.difference == pytest.approx(0.02)
+    assert found.quality.n == 3
+    assert found.against.p == found.against.smallest_p == 0.5
+
+
+def test_only_final_runs_count_and_failed_ones_are_counted():
+    runs = [run("LoRA", 0), run("DoRA", 0, 0.7), run("DoRA", 0, 0.99, stage=SWEEP), run("DoRA", 1, math.nan)]
+    runs += [run("DoRA", 2, None, error="it diverged"), run("DoRA", 1, None, stage=SWEEP, error="it diverged")]
+    summary = summarise(runs, [], "LoRA")
+    found = row(summary, "DoRA")
+    assert (found.quality, found.failed, found.failed_sweep) == (S.Spread(1, 0.7), 2, 1)
+    assert len(summary.failures) == 3
+    assert found.against.low is None
+    assert found.against.verdict == S.UNDECIDED
+
+
+def test_less_is_better_turns_the_gain_and_the_order():
+    runs = [run(arm, s, v + s / 1e3, metric="loss", more_is_better=False) for arm, v in (("LoRA", 2.0), ("DoRA", 1.0))
+            for s in range(8)]  # fmt: skip
+    summary = summarise(runs, [], "LoRA")
+    assert [r.arm for r in summary.rows] == ["DoRA", "LoRA"]
+    best = summary.rows[0].against
+    assert (best.difference, best.gain, best.ahead) == (pytest.approx(-1.0), pytest.approx(1.0), 8)
+    assert (best.verdict, best.p_holm) == (S.WIN, 2 / 2**8)
+
+
+def test_three_seeds_decide_over_groups_and_never_within_one():
+    summary = summarise(*study(data=("a", "b", "c")), "LoRA")
+    assert {r.against.verdict for r in summary.rows if r.against} == {S.UNDECIDED}
+    by_arm = {each.arm: each for each in summary.pooled}
+    assert (by_arm["DoRA"].verdict, by_arm["DoRA"].p) == (S.WIN, 2 / 2**9)
+    assert by_arm["DoRA"].p_holm == pytest.approx(2 * 2 / 2**9)  # two pooled comparisons are all that can be decided
+    assert by_arm["DoRA"].gain.low < 0.2 < by_arm["DoRA"].gain.high
+    assert (summary.compared, summary.corrected) == (8, 2)
+    assert summary.ranks.arms[0] == "DoRA"
+
+
+def test_an_arm_that_is_missing_somewhere_has_no_rank():
+    runs = [o for o in study()[0] if (o.arm, o.data) != ("AuroRA", "films")]
+    summary = summarise([*runs, run("SHiRA"), run("SHiRA", data="films")], [], "LoRA")
+    assert summary.unranked == ("AuroRA",)
+    assert set(summary.ranks.arms) == {"LoRA", "DoRA", "SHiRA"}
+
+
+def test_the_order_of_the_runs_does_not_matter():
+    runs, rates = study()
+    assert summarise(runs, rates, "LoRA") == summarise(reversed(runs), reversed(rates), "LoRA")
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(LookupError, match="'lora' has no final run; the arms are: DoRA, LoRA"):
+        summarise([run(), run("DoRA")], [], "lora")
+    with pytest.raises(ValueError, match=r"2 final runs of bert, news, r=8, LoRA, seed 0; .* by accuracy and loss"):
+        summarise([run(), run(), run("DoRA", metric="loss")], [], "LoRA")
+    with pytest.raises(ValueError, match="none of the 1 runs is final"):
+        summarise([run(stage=SWEEP)], [], "LoRA")
+
+
+def test_pareto_front():
+    runs = [run(a, 0, v, parameters=n) for a, n, v in
+            (("LoRA", 10, 0.5), ("a", 20, 0.4), ("b", 20, 0.6), ("c", 40, 0.6), ("d", 80, 0.7))]  # fmt: skip
+    assert [r.arm for r in pareto(summarise(runs, [], "LoRA").rows)] == ["LoRA", "b", "d"]
+    worse = [replace(o, more_is_better=False) for o in runs]
+    assert [r.arm for r in pareto(summarise(worse, [], "LoRA").rows)] == ["LoRA", "a"]
+
+
+# The report
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close in order; keeps tags, addresses and texts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("href", "src", "data", "action", "xlink:href")]
+        if tag not in ("meta", "br", "img", "link", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    runs, rates = study(("LoRA", "DoRA", HOSTILE), data=("news", "films"))
+    runs.append(run("DoRA", 9, None, error=f"it broke: {HOSTILE}"))
+    about = {"command": "undula study run", "machine": HOSTILE}
+    out = tmp_path_factory.mktemp("report")
+    assert (
+        write_report(out, runs, rates, title=f"Which? {HOSTILE}", baseline="LoRA", about=about) == out / "report.html"
+    )
+    return out
+
+
+def test_the_page_is_sound_and_alone(written):
+    text = (written / "report.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags
+    assert all(a.startswith("#") for a in page.addresses)
+    assert not re.search(r"https?://|url\(|@import|//[a-z]", text)
+    assert "default-src 'none'" in text
+    shown = " ".join(page.text)
+    assert all(word in shown for word in ("LoRA", "DoRA", HOSTILE, f"it broke: {HOSTILE}", "undula study run"))
+    assert len(set(page.addresses)) == len(page.addresses) == text.count("<section")
+
+
+def test_the_page_is_light_and_dark():
+    assert "prefers-color-scheme: dark" in svg.STYLE
+    light, dark = (set(re.findall(r"(--\w+):", part)) for part in svg.STYLE.split("@media")[:2])
+    used = set(re.findall(r"var\((--\w+)\)", svg.STYLE))
+    assert light == dark >= used
+    assert not re.search(r"#[0-9a-f]{3,6}", svg.STYLE.split("svg {")[1])  # no colour beside these
+
+
+def test_every_figure_is_a_file_of_its_own(written):
+    page, text = (written / "report.html").read_text(), (written / "report.md").read_text()
+    files = sorted((written / "plots").glob("*.svg"))
+    kinds = {f.name.rpartition("-")[0] or f.stem for f in files}
+    assert kinds == {"seeds", "differences", "ranks", "front", "rates", "losses", "curves", "time", "memory"}
+    panels = sum(len(ElementTree.parse(f).findall("{*}svg")) for f in files)
+    assert panels == page.count("<svg")
+    assert sorted(re.findall(r"\(plots/(.*?)\)", text)) == [f.name for f in files]
+    assert all("prefers-color-scheme" in f.read_text() for f in files)
+
+
+def test_markdown_holds_no_foreign_markup(written):
+    text = (written / "report.md").read_text()
+    outside = re.sub(r"(?s)(`{3,})text\n.*?\n\1", "", text)
+    assert "<script>" not in outside.replace(r"\<script\>", "")
+    tables = re.findall(r"(?m)^\|.*\|$", text)
+    columns = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
+    heads = [i for i, line in enumerate(tables) if set(line) <= set("|-: ")]
+    assert all(columns[i] == columns[i - 1] == columns[i + 1] for i in heads)
+    assert len(heads) == (written / "report.html").read_text().count("<table")
+
+
+def test_equal_input_gives_equal_files(written, tmp_path):
+    runs, rates = study(("LoRA", "DoRA", HOSTILE), data=("news", "films"))
+    runs.append(run("DoRA", 9, None, error=f"it broke: {HOSTILE}"))
+    about = {"command": "undula study run", "machine": HOSTILE}
+    write_report(tmp_path, runs[::-1], rates, title=f"Which? {HOSTILE}", baseline="LoRA", about=about)
+    names = sorted(p.relative_to(written) for p in written.rglob("*") if p.is_file())
+    assert names == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    assert all((written / n).read_bytes() == (tmp_path / n).read_bytes() for n in names)
+
+
+def test_the_numbers_come_back(tmp_path):
+    from pyarrow import parquet
+
+    runs, rates = study()
+    runs.append(run("DoRA", 9, math.nan, error=None))
+    write_report(tmp_path, runs, rates, title="t", baseline="LoRA", about={})
+    summary = summarise(runs, rates, "LoRA")
+    lines = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    stored = parquet.read_table(tmp_path / "runs.parquet").to_pylist()
+    assert len(lines) == len(stored) == len(runs)
+    for given, line, entry in zip(summary.runs, lines, stored, strict=True):
+        assert line["arm"] == entry["arm"] == given.arm
+        assert json.loads(line["deployed"]) == dict(entry["deployed"]) == given.deployed
+        assert [(p["step"], p["value"]) for p in entry["losses"]] == list(given.losses)
+        assert entry["test"] == given.test or math.isnan(given.test)
+        assert float(line["test"]) == given.test or math.isnan(given.test)
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [(r["arm"], r["data"]) for r in table] == [(r.arm, r.data) for r in summary.rows]
+    assert [float(r["mean"]) for r in table] == [r.quality.mean for r in summary.rows]
+
+
+def words(tmp_path, runs, rates=(), **more):
+    write_report(tmp_path, runs, rates, title="t", baseline="LoRA", about={}, **more)
+    return (tmp_path / "report.md").read_text()
+
+
+def test_the_words_say_what_three_seeds_are_worth(tmp_path):
+    text = words(tmp_path, *study(data=("news",)))
+    assert "the smallest p that the exact test can give is 0.25" in text
+    assert "6 seeds would do for a single comparison, 7 for all 2 of this report" in text
+    assert "it covers the truth at most 75 % of the time, not 95 %" in text
+    assert "Unbracketed" in text
+    assert "AuroRA (bert, news, r=8)" in text
+    assert "Over all groups" not in text
+
+
+def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn(tmp_path):
+    text = words(tmp_path, [run(), run("head only", parameters=0), run("DoRA", parameters=900)])
+    assert "Not shown, because only a head trains: head only" in text
+    drawn = (tmp_path / "plots" / "front-1.svg").read_text()
+    assert "DoRA" in drawn
+    assert "head only" not in drawn.replace("only a head trains: head only", "")
+
+
+def test_six_seeds_decide_one_comparison(tmp_path):
+    text = words(tmp_path, *study(arms=("LoRA", "DoRA"), data=("news",), seeds=6))
+    assert "better than LoRA: DoRA" in text
+    assert "ndecidable" not in text
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path):
+    text = words(tmp_path, [run(), run("DoRA", 0, 0.9)])
+    assert "An arm with one pair of seeds has no interval and no test" in text
+    assert "| none | 1 of 1 | 1 |" in text
+    assert "No learning rate was searched for" in text
+
+
+def test_a_group_without_figures_or_baseline_is_still_reported(tmp_path):
+    runs = [
+        run(),
+        run("DoRA", 0, 0.9),
+        run("DoRA", data="films"),
+        run("AuroRA", 0, None, data="plays", error="no memory"),
+    ]
+    text = words(tmp_path, runs)
+    assert "bert, plays, r=8: nothing could be compared. No run gave a figure." in text
+    assert "bert, films, r=8: nothing could be compared. The highest mean accuracy is DoRA's" in text
+    assert "no memory" in text
+
+
+def test_twenty_arms_have_labels_that_do_not_overlap(tmp_path):
+    arms = ["LoRA", *(f"a method with quite a long name and number {i}" for i in range(19))]
+    runs = [run(arm, s, 0.5 + 1e-4 * i, parameters=1000 * (1 + i % 3)) for i, arm in enumerate(arms) for s in range(2)]
+    words(tmp_path, runs)
+    for name in ("seeds-1", "differences-1", "front-1", "time-1"):
+        drawn = ElementTree.parse(tmp_path / "plots" / f"{name}.svg")
+        titled = [t for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.find("{*}title") is not None]
+        heights = sorted(float(t.get("y")) for t in titled)
+        assert len(titled) >= 19
+        assert len({t.text for t in titled}) == len(titled)
+        assert min(b - a for a, b in itertools.pairwise(heights)) >= 12
+
+
+# Drawing
+
+
+def test_names_that_are_cut_stay_different():
+    names = [f"{'x' * 30}{i}{'y' * 30}" for i in range(12)]
+    made = svg.labels(names, 20)
+    assert len(set(made.values())) == 12
+    assert all(len(short) <= 20 for short in made.values())
+    assert svg.labels(["short"], 20) == {"short": "short"}
+
+
+def test_labels_are_pushed_apart_as_little_as_needed():
+    assert svg.apart([10, 11, 50], 10, 0, 100) == pytest.approx([5.5, 15.5, 50])
+    assert svg.apart([0, 0, 0], 10, 0, 100) == pytest.approx([0, 10, 20])
+    assert svg.apart([100, 100], 10, 0, 100) == pytest.approx([90, 100])
+    assert svg.apart([5] * 11, 20, 0, 100) == pytest.approx(list(range(0, 101, 10)))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.61, 0.64), (-3, 17), (1e-9, 3e-9), (1000, 1000000)])
+def test_ticks_are_round_and_within(low, high):
+    ticks = svg.Scale(low, high, 0, 100).ticks(5)
+    assert 2 <= len(ticks) <= 6
+    room = 1e-9 * (high - low)
+    assert all(low - room <= t <= high + room for t in ticks)
+    assert len({svg.number(t) for t in ticks}) == len(ticks)
+
+
+def test_logarithmic_ticks():
+    assert svg.Scale(9e-5, 0.02, 0, 1, log=True).ticks(4) == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert svg.Scale(900, 5100, 0, 1, log=True).ticks(4) == pytest.approx([1000, 2000, 3000, 5000])
+    assert svg.Scale(900, 5100, 0, 1, log=True).ticks(3) == pytest.approx([1000, 2000, 5000])
+    assert [svg.number(v) for v in (1e-4, 0.65, 37632, 1.2e6, 0, 2.5e-5)] == [
+        "1e-4",
+        "0.65",
+        "37.6k",
+        "1.2M",
+        "0",
+        "2.5e-5",
+    ]
