@@ -181,18 +181,26 @@ def test_debian_synopsis_where_there_is_apt():
     assert len(data["train"]) > 1500
 
 
+def test_debian_section_where_there_is_apt():
+    if not bundled.ASSETS["debian-section"].folder.is_dir():
+        pytest.skip("debian-section was not fetched at set-up")
+    data = bundled.dataset("debian-section")
+    check_splits(data, ["text", "label"])
+    assert data["train"].features["label"].num_classes == 20
+
+
 def test_debian_stanzas_become_one_row_a_source(monkeypatch, cache):
     text = "It shows " + "very " * 40 + "big fish."
     packages = "".join(
-        f"Package: {name}\nSource: fish (1.2)\nDescription: short\nDescription-md5: {md5}\n\n"
-        for name, md5 in (("afish", "11"), ("fish", "22"))
+        f"Package: {name}\nSource: fish (1.2)\nSection: {section}\nDescription: short\nDescription-md5: {md5}\n\n"
+        for name, section, md5 in (("afish", "games", "11"), ("fish", "contrib/science", "22"))
     )
     translations = "".join(
         f"Package: x\nDescription-md5: {md5}\nDescription-en: show {what} fish\n {text}\n .\n  * indented\n\n"
         for md5, what in (("11", "another"), ("22", "the real"))
     )
     ((group, row),) = debian.pair_rows(packages, translations)
-    assert row == {"text": f"{text}\n\n * indented", "summary": "show the real fish"}
+    assert row == {"text": f"{text}\n\n * indented", "summary": "show the real fish", "section": "science"}
     assert group == "it shows very very very very"
     monkeypatch.setenv("PATH", "")
     with pytest.raises(AssetError, match=r"no apt here.\nWhat to do: use the data set 'docstrings'"):

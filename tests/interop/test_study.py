@@ -22,7 +22,7 @@ from undula.study.watch import pruned
 
 from . import tiny
 
-SUM = 2 * (4 * 64 + 2 * 80)  # of O + I over the linear layers of the tiny BERT
+SUM = 2 * (4 * 64 + 2 * 80) + 64  # of O + I over the linear layers of the tiny BERT: two blocks and the pooler
 TEXT = """
 title = "tiny"
 seeds = [1, 2]
@@ -180,7 +180,7 @@ def test_successive_halving_prunes_the_hopeless(text, tmp_path):
     assert pruned([(1, 0.1)], curves, 2, True)
     assert not pruned([(1, 0.95)], curves, 2, True)
     assert pruned([(1, 0.95)], curves, 2, False)
-    swept = text.replace("rates = [3e-3, 1e-2]", "rates = [1e-2, 1e-7, 1e-8]\nhalving = 2")
+    swept = text.replace("rates = [3e-3, 1e-2]", "rates = [1e-8, 1e-2, 1e-1]\nhalving = 2")
     found = run(parse(swept.replace("extend = 1", "extend = 0")), tmp_path)
     sweep = [o for o in found.outcomes if o.arm == "LoRA" and o.stage == SWEEP]
     assert any(o.pruned and o.steps < 12 for o in sweep)
@@ -193,7 +193,7 @@ def test_equal_parameters(text):
     assert cells["LoRA", "parameters of LoRA at r=4"].method == undula.LoRA(r=4, alpha=32.0)
     wanted = cells["AuroRA", "parameters of LoRA at r=4"]
     assert wanted.wanted == 4 * SUM
-    assert wanted.method.r == 4  # H and the splines cost less than another rank
+    assert wanted.method.r == 3  # with H and the splines 3,117 are closer to 3,584 than the 4,208 of rank 4
     same = [cells["LoRA", b].trial(1e-3, 0, False).key for b in ("parameters of LoRA at r=4", "r=4")]
     assert same[0] == same[1]  # one run serves both tables
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ def decide(
 
     grid: the rates to begin with; scores: {rate: mean validation metric}, None where every run failed or was pruned,
     absent where a run is still to come.  When the best rate is the lowest (highest) tried, the next lower (higher) one
-    by `factor` is tried too, at most `extend` times at either end.  Of equal scores the lower rate wins.
+    by `factor` is tried too, at most `extend` times at either end.  Of equal scores the lower rate wins.  The middle of
+    the grid comes first: where runs are ended early, it is against a rate that is likely to be good.
     """
     first = sorted(grid)
     tried = sorted(set(first) | {lr for lr in scores if lr < first[0] or lr > first[-1]})
-    missing = tuple(lr for lr in tried if lr not in scores)
+    middle = first[(len(first) - 1) // 2]
+    missing = tuple(lr for lr in sorted(tried, key=lambda lr: abs(math.log(lr / middle))) if lr not in scores)
     if missing:
         return Decision(more=missing)
     alive = {lr: s for lr in tried if (s := scores[lr]) is not None}
