@@ -35,7 +35,7 @@ def deployed(ready: Prepared, test: Examples) -> tuple[dict[str, float], dict[st
     compared = _batches(test, ready, MEASURED)
     own = _outputs(ready, compared)
     for form in _forms(ready):
-        forms[form] = ready.run.task.score(ready.model, test, ready.run.batch)[ready.run.task.headline]
+        forms[form] = ready.run.task.choose(ready.model, test, ready.run.batch)
         errors[form] = float((_outputs(ready, compared) - own).norm() / own.norm())
     return forms, errors
 

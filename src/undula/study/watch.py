@@ -54,7 +54,7 @@ class Watch(TrainerCallback):
         ready = self.ready
         if not all(torch.isfinite(p).all() for p in ready.adapter.parameters()):
             return
-        found = ready.run.task.score(ready.model, ready.held, ready.run.batch)[ready.run.task.headline]
+        found = ready.run.task.choose(ready.model, ready.held, ready.run.batch)
         if not math.isfinite(found):
             return
         self.curve.append((step, found))

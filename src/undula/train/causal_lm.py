@@ -115,6 +115,11 @@ class CausalLM(Task):
         return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        loss = self.choose(model, examples, batch)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **self.rouge(model, examples, batch)}
+
+    def choose(self, model: PreTrainedModel, examples: Examples, batch: int) -> float:
+        """The loss alone: nothing is generated."""
         total, count = 0.0, 0
         for _, inputs, logits in outputs(model, examples, batch):
             labels = inputs["labels"][:, 1:]
@@ -122,8 +127,7 @@ class CausalLM(Task):
             own = logits[:, :-1][kept].float()
             total += float(torch.nn.functional.cross_entropy(own, labels[kept], reduction="sum"))
             count += int(kept.sum())
-        loss = total / count
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **self.rouge(model, examples, batch)}
+        return total / count
 
     def rouge(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         """Mean ROUGE F of greedy generations against the completions, for the first `generate` rows."""

@@ -61,6 +61,10 @@ class Task(Choice):
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         """The metrics on these examples."""
 
+    def choose(self, model: PreTrainedModel, examples: Examples, batch: int) -> float:
+        """The headline metric alone: what a learning rate and a point of the training are chosen by."""
+        return self.score(model, examples, batch)[self.headline]
+
     def head(self, model: PreTrainedModel) -> tuple[str, ...]:
         """The parameters that train in full: all that stand outside the model's body; none for a language model."""
         return ()
