@@ -281,7 +281,7 @@ def test_language_model(llama, summaries, tmp_path):
     assert after["loss"] < before["loss"] / 2
     assert after["perplexity"] == pytest.approx(torch.tensor(after["loss"]).exp().item())
     assert after["rougeL"] > max(before["rougeL"], 0.4)
-    assert set(after) == {"loss", "perplexity", "rouge1", "rouge2", "rougeL"}
+    assert set(after) == {"loss", "perplexity", "rouge1", "rouge2", "rougeL", "exact_match"}
     assert evaluate(tmp_path) == after
 
 

@@ -54,17 +54,37 @@ def bert(path):
     return str(path)
 
 
-def llama(path, chat=False):
+def roberta(path):
+    """A random RoBERTa without a head, with its tokenizer."""
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(7)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer(path)),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        type_vocab_size=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    RobertaModel(config).save_pretrained(path)
+    return str(path)
+
+
+def llama(path, chat=False, hidden=32, intermediate=48):
     """A random Llama, with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=len(tokenizer(path, chat)),
-        hidden_size=32,
+        hidden_size=hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=48,
+        intermediate_size=intermediate,
         initializer_range=0.2,
         pad_token_id=0,
         bos_token_id=2,

@@ -41,15 +41,15 @@ class Cell:
         return self.made[which]
 
     def _trial(self, lr: float, seed: int, tested: bool) -> Trial:
-        t = self.study.train
+        t, rows = self.study.train, self.rows
         run = Run(
-            model=self.base.source, data=self.rows.source, task=self.rows.task, method=self.method, out=Path("unused"),
-            where=t.where, full=("*",) if self.arm.full else (), lr=lr, epochs=t.epochs, max_steps=t.steps,
-            batch=t.batch, accumulate=t.accumulate, warmup=t.warmup, weight_decay=t.weight_decay, seed=seed,
-            train_rows=self.rows.train, eval_rows=self.rows.validation, dtype=dtype_called(self.base.dtype),
-            bits=self.base.bits,
+            model=self.base.source, data=rows.source, task=rows.task, method=self.method, out=Path("unused"),
+            where=t.where, full=("*",) if self.arm.full else (), lr=lr, epochs=rows.epochs or t.epochs,
+            max_steps=t.steps, batch=rows.batch or t.batch, accumulate=t.accumulate, warmup=t.warmup,
+            weight_decay=t.weight_decay, seed=seed, train_rows=rows.train, eval_rows=rows.validation,
+            dtype=dtype_called(self.base.dtype), bits=self.base.bits,
         )  # fmt: skip
-        return Trial(run, self.rows, t.evaluations, self.study.split_seed, tested)
+        return Trial(run, rows, t.evaluations, self.study.split_seed, tested)
 
     @property
     def grid(self) -> tuple[float, ...]:

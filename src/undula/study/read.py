@@ -4,7 +4,7 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 [train]     steps | epochs, batch, accumulate, warmup, weight_decay, where, evaluations
 [sweep]     rates, seeds, factor, extend, halving
 [[models]]  source, bits, dtype
-[[data]]    source, task, set, label, train, validation, test, splits
+[[data]]    source, task, set, label, train, validation, test (rows), splits, epochs, batch (in the place of [train]'s)
 [[budgets]] rank | parameters | parameters_of and rank
 [[methods]] name, method (a method's name, "none": the head alone, "full": everything), set, rates
 """
@@ -36,7 +36,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "sweep": {"rates": list, "seeds": list, "factor": NUMBER, "extend": int, "halving": int},
     "models": {"source": str, "bits": int, "dtype": str},
     "data": {"source": str, "task": str, "set": dict, "label": str, "train": int, "validation": int, "test": int,
-             "splits": dict},
+             "splits": dict, "epochs": NUMBER, "batch": int},
     "budgets": {"rank": int, "parameters": int, "parameters_of": str},
     "methods": {"name": str, "method": str, "set": dict, "rates": list},
 }  # fmt: skip
@@ -154,8 +154,12 @@ def _study(reader: _Reader, top: dict[str, Any], replace: Mapping[str, str]) -> 
     sweep = _sweep(reader, top.get("sweep", {}))
     if set(rest.get("seeds", Study.seeds)) & set(sweep.seeds):
         reader.fault(("seeds",), "seeds of final runs are fresh: none of them may be a seed of the sweep")
+    train = _train(reader, top.get("train", {}))
+    for i, table in many["data"]:
+        if "epochs" in table and train.steps is not None:
+            reader.fault(("data", i, "epochs"), f"[train] steps = {train.steps} decides how long a run is, not epochs")
     return Study(rest.pop("title", "A study of adapters"), arms, models, data, budgets or (Budget(),), baseline,
-                 sweep=sweep, train=_train(reader, top.get("train", {})), **rest)  # fmt: skip
+                 sweep=sweep, train=train, **rest)  # fmt: skip
 
 
 def _rows(reader: _Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -206,9 +210,9 @@ def _base(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]
 def _data(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Rows | None:
     place = ("data", i, "set" if t.get("set") else "task")
     task = reader.attempt(place, lambda: build(Task, t["task"], options(t.pop("set", {}))))
-    wrong = [k for k in ("train", "validation", "test") if t.get(k, 1) < 1]
+    wrong = [k for k in ("train", "validation", "test", "epochs", "batch") if t.get(k, 1) <= 0]
     for key in wrong:
-        reader.fault(("data", i, key), f"{key} is a number of rows, found {t[key]}")
+        reader.fault(("data", i, key), f"{key} is greater than 0, found {t[key]}")
     if task is None or wrong:
         return None
     return Rows(

@@ -50,6 +50,8 @@ class Rows:
     test: int | None = 2000
     splits: Mapping[str, str] = field(default_factory=dict)  # other names: {"test": "validation"}
     label: str = ""
+    epochs: float | None = None  # of this data set, in the place of the study's
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.source)

@@ -36,7 +36,9 @@ def summarise(
 def _check(runs: Sequence[Outcome], baseline: str) -> None:
     finals = [o for o in runs if o.stage == FINAL]
     if not finals:
-        raise ValueError(f"there is nothing to compare: none of the {len(runs)} runs is final (stage={FINAL!r})")
+        errors = Counter(o.error for o in runs if o.error)
+        told = "".join(f"\n  {count} of them failed: {error}" for error, count in errors.most_common(5))
+        raise ValueError(f"there is nothing to compare yet: none of the {len(runs)} runs is a final one{told}")
     arms = sorted({o.arm for o in finals})
     if baseline not in arms:
         raise LookupError(f"baseline={baseline!r} has no final run; the arms are: {', '.join(arms)}")

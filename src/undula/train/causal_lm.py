@@ -59,8 +59,11 @@ class Plain(Format):
 @Task.register
 @dataclass(frozen=True)
 class CausalLM(Task):
-    """Prompt to completion: loss and perplexity per token of the completion; ROUGE-1, -2 and -L (F, 0 to 1) of greedy
-    generations for the first `generate` rows.  format None: `Chat` where the tokenizer has a template, else `Plain`."""
+    """Prompt to completion: loss and perplexity per token of the completion; for the first `generate` rows ROUGE-1, -2
+    and -L (F, 0 to 1) of greedy generations, and the share that is the completion to the letter.
+
+    format None: `Chat` where the tokenizer has a template, else `Plain`.
+    """
 
     roles: ClassVar = {"prompt": ("prompt", "text", "instruction"), "completion": ("completion", "summary", "response")}
     peft = "CAUSAL_LM"
@@ -116,7 +119,7 @@ class CausalLM(Task):
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         loss = self.choose(model, examples, batch)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **self.rouge(model, examples, batch)}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **self.written(model, examples, batch)}
 
     def choose(self, model: PreTrainedModel, examples: Examples, batch: int) -> float:
         """The loss alone: nothing is generated."""
@@ -129,17 +132,19 @@ class CausalLM(Task):
             count += int(kept.sum())
         return total / count
 
-    def rouge(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
-        """Mean ROUGE F of greedy generations against the completions, for the first `generate` rows."""
+    def written(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        """Greedy generations against the completions, for the first `generate` rows: mean ROUGE F, exact matches."""
         if self.generate < 1:
             return {}
         from rouge_score.rouge_scorer import RougeScorer
 
         rows = examples.rows.select(range(min(self.generate, len(examples.rows))))
-        written = self.write(model, rows["prompt"][:], examples.tokenizer, batch)
+        wanted, found = rows["completion"][:], self.write(model, rows["prompt"][:], examples.tokenizer, batch)
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        found = [scorer.score(wanted, text) for wanted, text in zip(rows["completion"][:], written, strict=True)]
-        return {k: sum(f[k].fmeasure for f in found) / len(found) for k in ("rouge1", "rouge2", "rougeL")}
+        scores = [scorer.score(want, text) for want, text in zip(wanted, found, strict=True)]
+        rouge = {k: sum(s[k].fmeasure for s in scores) / len(scores) for k in ("rouge1", "rouge2", "rougeL")}
+        same = sum(want.strip() == text for want, text in zip(wanted, found, strict=True))
+        return rouge | {"exact_match": same / len(found)}
 
     @torch.no_grad()
     def write(

@@ -1,0 +1,78 @@
+"""The studies in the papers' own settings: each is read and planned as it stands, and run short on a tiny stand-in."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from undula.study import FINAL, SWEEP, read, run
+from undula.study.plan import Plan
+
+from . import tiny
+
+PAPERS = Path(__file__).parents[2] / "studies" / "papers"
+
+
+def pairs(folder):
+    """Rows with every column that a set of GLUE has here, in its splits; the test's labels are hidden, as there."""
+    folder.mkdir()
+    for split, n in (("train", 60), ("validation", 20), ("test", 20)):
+        rows = [
+            {"sentence": f"{r['text']} {i}", "sentence1": f"{r['text']} {i}", "sentence2": "a day was nice",
+             "question": f"was {r['text']} {i}", "label": -1 if split == "test" else int(r["label"] == "good")}
+            for i, r in enumerate(tiny.reviews(n, seed=n))
+        ]  # fmt: skip
+        tiny.jsonl(folder / f"{split}.jsonl", rows)
+    return str(folder)
+
+
+def dialogues(path):
+    rows = [dict.fromkeys(("instruction", "dialogue"), f"the day was {r['label']} {i}") | {"output": r["text"]}
+            for i, r in enumerate(tiny.reviews(40))]  # fmt: skip
+    return tiny.jsonl(path, [row | {"summary": row["output"]} for row in rows])
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stand-ins")
+    glue, llama = pairs(folder / "glue"), tiny.llama(folder / "llama", hidden=64, intermediate=128)
+    text = dialogues(folder / "dialogues.jsonl")
+    return {
+        "FacebookAI/roberta-base": tiny.roberta(folder / "roberta"),
+        "meta-llama/Meta-Llama-3-8B": llama,
+        "meta-llama/Llama-2-7b-hf": llama,
+        "zwhe99/commonsense_170k": text,
+        "knkarthick/samsum": text,
+        **{f"nyu-mll/glue:{name}": glue for name in ("rte", "mrpc", "stsb", "cola", "sst2", "qnli")},
+    }
+
+
+def short(study):
+    """The same arms, models, data and options, at one rate and seed, for two steps."""
+    train = dataclasses.replace(study.train, steps=2, batch=4, evaluations=1)
+    sweep = dataclasses.replace(study.sweep, rates=study.sweep.rates[:1], extend=0, halving=None)
+    arms = tuple(dataclasses.replace(a, rates=a.rates[:1]) for a in study.arms)
+    data = tuple(dataclasses.replace(d, train=16, validation=4, test=4, batch=None) for d in study.data[-2:])
+    return dataclasses.replace(study, train=train, sweep=sweep, arms=arms, data=data, seeds=study.seeds[:1])
+
+
+@pytest.mark.parametrize(("name", "cells"), [("glue", 48), ("commonsense", 5), ("samsum", 5)])
+def test_a_papers_setting_is_planned_and_runs_on_a_stand_in(name, cells, stand_ins, tmp_path):
+    study = read(PAPERS / f"{name}.toml", stand_ins)
+    plan = Plan(study)
+    assert len(plan.cells) == cells
+    counts = plan.counts({})
+    assert counts["least"] == sum(len(c.grid) + len(study.seeds) for c in plan.cells)
+    found = run(short(study), tmp_path)
+    assert [o.error for o in found.outcomes if o.error] == []
+    groups = {(o.arm, *o.group) for o in found.outcomes}
+    assert len(groups) == len(study.arms) * min(2, len(study.data))
+    assert {o.stage for o in found.outcomes} == {SWEEP, FINAL}
+
+
+def test_a_data_set_has_its_own_epochs_and_batch(stand_ins):
+    study = read(PAPERS / "glue.toml", stand_ins)
+    runs = {c.rows.label: c.trial(1e-3, 0, False).run for c in Plan(study).cells}
+    assert {k: (r.epochs, r.batch) for k, r in runs.items()} == {
+        "RTE": (80, 16), "MRPC": (30, 64), "STS-B": (30, 64), "CoLA": (90, 32), "SST-2": (30, 32), "QNLI": (80, 32),
+    }  # fmt: skip
