@@ -35,6 +35,7 @@ def run(path: Path) -> int:
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands in bash blocks
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for path in [Path(p).resolve() for p in sys.argv[1:]]:
         start = time.time()

@@ -1,4 +1,4 @@
-"""What the figures of a few seeds allow to say.  Pure functions of numbers; `docs/study-statistics.md` says why these.
+"""What the figures of a few seeds allow to say.  Pure functions of numbers; `docs/study.md` says why these.
 
 A *pair* is a seed with which both an arm and the baseline were trained; a *difference* is arm - baseline of one pair.
 Everything random takes a seed, and numbers of the same kind enter in a fixed order: equal input, equal output.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import shlex
@@ -100,8 +101,13 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         f"at most {counts['most']} if every grid of rates grows to its bound"
     )
     if found:
-        least, most = found.seconds_least / 3600, found.seconds_most / 3600
-        shell.note(f"about {least:.1f} hours, at most {most:.1f}, by {found.based_on}, one run at a time")
+        least, most = _lasting(found.seconds_least), _lasting(found.seconds_most)
+        shell.note(f"about {least}, at most {most}, by {found.based_on}, one run at a time")
+
+
+def _lasting(seconds: float) -> str:
+    """A time that a person can plan with."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{math.ceil(seconds / 60)} minutes"
 
 
 def _about(path: Path) -> dict[str, str]:
