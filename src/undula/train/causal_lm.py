@@ -132,7 +132,7 @@ class CausalLM(Task):
         from rouge_score.rouge_scorer import RougeScorer
 
         rows = examples.rows.select(range(min(self.generate, len(examples.rows))))
-        written = self.write(model, rows["prompt"][:], examples.tokenizer, batch)
+        written = self.write(model, rows["prompt"][:], examples.processor, batch)
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
         found = [scorer.score(wanted, text) for wanted, text in zip(rows["completion"][:], written, strict=True)]
         return {k: sum(f[k].fmeasure for f in found) / len(found) for k in ("rouge1", "rouge2", "rougeL")}

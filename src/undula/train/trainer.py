@@ -114,7 +114,7 @@ def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCa
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=examples.task.collator(examples.tokenizer),  # type: ignore[arg-type]
+        data_collator=examples.task.collator(examples.processor),  # type: ignore[arg-type]
         callbacks=list(callbacks),
     )
     made.remove_callback(PrinterCallback)
