@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 def model_folder(source: str) -> str:
     """What `from_pretrained` takes for `source`: `bundled:NAME` becomes the folder where that model is."""
+    from ..bundled import enable, model_path
+
+    enable()
     if not source.startswith(BUNDLED):
         return source
-    from ..bundled import model_path
-
     return str(model_path(source.removeprefix(BUNDLED)))
 
 

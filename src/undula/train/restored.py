@@ -117,5 +117,6 @@ def _task(config: Mapping[str, Any], adapter: Adapter, path: Path) -> Task:
         return Classification(names=tuple(str(i) for i in range(heads[-1].shape[0])))
     raise ValueError(
         f"{path} has task_type {kind!r} and no run.json: undula opens {CausalLM.peft} and {Classification.peft} "
-        "(with a head) by itself. Attach it in Python instead: undula.attach(model, undula.Adapter.load(path))"
+        "(with a head) by itself; PEFT has no type for images. Attach it in Python instead: "
+        "undula.attach(model, undula.Adapter.load(path))"
     )
