@@ -295,7 +295,7 @@ def test_other_bad_data(lite, tmp_path):
     one = tiny.classes(tmp_path / "one", {"train": [{**r, "label": "red"} for r in tiny.pictures(5)]})
     with pytest.raises(ValueError, match=r"two classes or more; column 'label' holds only \[0\]"):
         undula.train(run_of(lite, one, tmp_path / "o"))
-    new = tiny.pictures(3, seed=1) + [{**tiny.pictures(1)[0], "label": "up"}]
+    new = [*tiny.pictures(3, seed=1), {**tiny.pictures(1)[0], "label": "up"}]
     strange = tiny.classes(tmp_path / "new", {"train": tiny.pictures(9), "validation": new})
     with pytest.raises(ValueError, match="not in the training data: up; known are: green, red"):
         undula.train(run_of(lite, strange, tmp_path / "o"))
