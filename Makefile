@@ -34,7 +34,7 @@ lint: setup
 	$(PY) -m mypy
 
 snippets: setup
-	$(PY) -m undula.bundled fetch minilm wordnet
+	$(PY) -m undula.bundled fetch minilm efficientnet-lite0 wordnet
 	$(PY) tests/snippets.py README.md docs/*.md docs/methods/*.md
 
 setup: $(READY)
