@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import datasets
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 import undula
@@ -176,6 +178,8 @@ def test_verbs_from_end_to_end(lite, folder, tmp_path):
     undula.detach(other.model)
     undula.attach(other.model, exported)
     torch.testing.assert_close(other.model(x).logits, trained(x).logits)
+    with pytest.raises(ValueError, match=r"no run\.json: undula opens .*; PEFT has no type for images"):
+        restored(tmp_path / "plain")
 
 
 OPEN = """
@@ -255,7 +259,14 @@ def test_every_form_of_data_gives_the_same_rows(folder, tmp_path):
         saved[split].to_parquet(tmp_path / "parquet" / f"{split}.parquet")
         datasets.Dataset.from_list(rows, features=plain).to_parquet(tmp_path / "bytes" / f"{split}.parquet")
     datasets.DatasetDict(saved).save_to_disk(tmp_path / "disk")
-    for name in ("parquet", "bytes", "disk"):
+    kinds = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}), pyarrow.large_binary()
+    for name, kind in zip(("struct", "large"), kinds, strict=True):  # as other programs write them
+        (tmp_path / name).mkdir()
+        for split, rows in splits.items():
+            files = [r["image"] if name == "large" else {"bytes": r["image"], "path": None} for r in rows]
+            columns = {"image": pyarrow.array(files, kind), "label": [r["label"] for r in rows]}
+            parquet.write_table(pyarrow.table(columns), tmp_path / name / f"{split}.parquet")
+    for name in ("parquet", "bytes", "disk", "struct", "large"):
         assert seen(load_data(str(tmp_path / name))) == want
 
 

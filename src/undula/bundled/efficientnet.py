@@ -121,9 +121,9 @@ class EfficientNetLiteForImageClassification(EfficientNetLitePreTrained):
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.efficientnet = EfficientNetLiteModel(config)
-        self.classifier = nn.Linear(config.top, config.num_labels)
+        self.classifier = nn.Linear(config.top, self.num_labels)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
