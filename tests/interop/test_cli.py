@@ -279,7 +279,7 @@ def test_export_is_read_by_peft_alone(trained, tmp_path):
     shown, _ = call("export", trained["lora"], "--format", "peft", "--out", tmp_path / "plain")
     assert "exported exactly" in shown
     opened = undula.train.restored(trained["lora"])
-    batch = opened.tokenizer(["the film was good"], return_tensors="pt")
+    batch = opened.processor(["the film was good"], return_tensors="pt")
     base = AutoModelForSequenceClassification.from_pretrained(opened.folder, num_labels=2)
     peft = PeftModel.from_pretrained(base, tmp_path / "plain").eval()
     opened.model.eval()

@@ -116,3 +116,73 @@ def table(path, rows, separator=","):
         writer.writeheader()
         writer.writerows(rows)
     return str(path)
+
+
+def pictures(n, seed=0, side=16):
+    """n rows {image (PNG bytes), label}: noise with more red or more green in it."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    draw, rows = np.random.default_rng(seed), []
+    for _ in range(n):
+        label = int(draw.integers(2))
+        pixels = draw.integers(0, 200, (side, side, 3), dtype=np.uint8)
+        pixels[..., label] += 50
+        Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+        rows.append({"image": buffer.getvalue(), "label": ["red", "green"][label]})
+    return rows
+
+
+def classes(path, splits):
+    """{split: rows} as a folder of images, SPLIT/CLASS/NUMBER.png."""
+    for split, rows in splits.items():
+        for i, row in enumerate(rows):
+            file = path / split / row["label"] / f"{i:04}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(row["image"])
+    return str(path)
+
+
+def image_processor(path, side=16):
+    """An image processor that brings images to `side`, saved in `path`."""
+    from transformers import ViTImageProcessor
+
+    ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(path)
+
+
+def vit(path, side=16):
+    """A random ViT without a head, with its image processor."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(7)
+    image_processor(path, side)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=side,
+        patch_size=8,
+        initializer_range=0.2,
+    )
+    ViTModel(config).save_pretrained(path)
+    return str(path)
+
+
+def efficientnet(path):
+    """A random EfficientNet-Lite of two stages, its statistics those of some noise, with its image processor."""
+    from undula.bundled import efficientnet as room
+
+    torch.manual_seed(7)
+    image_processor(path)
+    config = room.EfficientNetLiteConfig(stem=8, stages=((1, 8, 3, 1, 1), (2, 12, 3, 2, 2)), top=32, num_labels=3)
+    model = room.EfficientNetLiteForImageClassification(config)
+    for name, p in model.named_parameters():
+        if p.ndim == 4:
+            torch.nn.init.kaiming_normal_(p, generator=torch.Generator().manual_seed(len(name)))
+    for _ in range(20):
+        model.train()(torch.randn(16, 3, 16, 16))
+    model.save_pretrained(path)
+    return str(path)

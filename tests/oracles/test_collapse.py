@@ -178,6 +178,35 @@ def test_least_squares_is_lstsq(kind, bias):
     torch.testing.assert_close(done.adapter.delta("0"), ridged)
 
 
+class Below(nn.Conv2d):
+    """Pads by itself, and not evenly, as TensorFlow does."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(6, 8, 1), Below(3, 8, 2)])
+def test_least_squares_on_convolutions_is_lstsq_on_patches(conv):
+    """At full rank against torch.linalg.lstsq on the patches that F.unfold gives; a linear method comes back whole."""
+    model = adapted(AuroRA(r=3), nn.Sequential(copy.deepcopy(conv).double()))
+    x = torch.randn(4, conv.in_channels, 7, 7) + 0.5
+    padded = F.pad(x, (0, 1, 0, 1)) if isinstance(conv, Below) else x
+    X = F.unfold(padded, conv.kernel_size, padding=conv.padding, stride=conv.stride).mT.flatten(0, 1)
+    undula.select(model, None)
+    base = model(x)
+    undula.select(model, "default")
+    U = (model(x) - base).detach().flatten(2).mT.flatten(0, 1)
+    want = torch.linalg.lstsq(X, U).solution.T
+    done = collapse(model, LeastSquares(27, [x], ridge=0.0))
+    torch.testing.assert_close(done.adapter.delta("0"), want)
+    assert done.errors["0"] == pytest.approx(float((X @ want.T - U).norm() / U.norm()))
+    held = collapse(model, LeastSquares(27, [x], ridge=0.0), held_out=[x])
+    assert held.errors["0"] == pytest.approx(done.errors["0"])
+    linear = adapted(BENT, nn.Sequential(nn.Conv2d(3, 8, 3)))
+    back = collapse(linear, LeastSquares(27, [torch.randn(8, 3, 9, 9)], ridge=0.0))
+    torch.testing.assert_close(back.adapter.delta("0"), undula.selected(linear).delta("0"))
+
+
 def test_no_other_map_of_the_rank_fits_better():
     """The optimum of reduced-rank regression: the gradient of the loss in both factors vanishes, and truncating dW
     instead, which is blind to the inputs, does worse on them."""
@@ -400,11 +429,8 @@ def test_refusals_say_what_is_needed():
 
 
 def test_refusals_by_site():
-    conv = adapted(LoRA(r=2), nn.Sequential(nn.Conv2d(3, 8, 3)))
-    with pytest.raises(TypeError, match="linear layers; 0 is a Conv2d"):
-        collapse(conv, LeastSquares(2, [torch.randn(1, 3, 6, 6)]))
     words = adapted(LoRA(r=2), nn.Sequential(nn.Embedding(11, 6)))
-    with pytest.raises(TypeError, match="linear layers; 0 is a Embedding"):
+    with pytest.raises(TypeError, match="linear layers and convolutions; 0 is a Embedding"):
         collapse(words, LeastSquares(2, [torch.randint(0, 11, (3, 5))]))
     grouped = adapted(BENT, nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)))
     with pytest.raises(TypeError, match="0 is a convolution in 2 groups"):

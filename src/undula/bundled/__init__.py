@@ -8,6 +8,7 @@ in a cache folder, and needs no network afterwards. Nothing is installed.
 """
 
 from .asset import Asset, AssetError
+from .models import enable
 from .registry import ASSETS, dataset, fetch, model_path, table
 
-__all__ = ["ASSETS", "Asset", "AssetError", "dataset", "fetch", "model_path", "table"]
+__all__ = ["ASSETS", "Asset", "AssetError", "dataset", "enable", "fetch", "model_path", "table"]

@@ -18,7 +18,7 @@ class Asset:
     """One pretrained model or data set that can be had without a model hub.
 
     Models become ordinary Hugging Face folders. Data sets become train.jsonl, validation.jsonl, test.jsonl and
-    info.json (see rows.py).
+    info.json (see rows.py), of images *.parquet (see images.py).
     """
 
     name: str
@@ -29,6 +29,7 @@ class Asset:
     sha256: str | None  # of the file that it is made from; None where it is made on this computer
     bytes: int  # of that file; approximate where sha256 is None
     build: Callable[["Asset", Path, Progress], None]  # fills an empty folder with the finished asset
+    own_class: bool = False  # a model whose class is undula's, not transformers'
     edition: str = "1"  # raise it when `build` changes what it writes: caches are then built anew
 
     @property

@@ -3,22 +3,20 @@ its maintainer; and the section of the archive in which it stands.
 
 The texts are in the package index that apt downloads. Each is under the licence of its own package, so they are
 fetched, never distributed with undula. Where apt is set up to skip the long texts (as in most containers), or is not
-up to date, does not matter: everything happens in a private folder, and the system's apt is only asked for its list
-of sources.
+up to date, does not matter: see apt.py.
 """
 
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from .apt import APT_HELPER, check_apt, updated
 from .asset import Asset, AssetError, Progress
 from .rows import Row, fingerprint, split_rows, write_rows
 
-APT_HELPER = "/usr/lib/apt/apt-helper"
 TEXT_CHARS = (150, 2000)
 SUMMARY_CHARS = (15, 100)
 GROUP_WORDS = 6
@@ -51,12 +49,7 @@ def build_sections(asset: Asset, out: Path, progress: Progress) -> None:
 
 def _rows(asset: Asset, progress: Progress) -> tuple[list[tuple[str, Row]], str]:
     """((group, row) of every package, the release of the distribution)."""
-    if not shutil.which("apt-get") or not Path(APT_HELPER).exists():
-        raise AssetError(
-            f"{asset.name} is read from the package index of Debian or Ubuntu, but there is no apt here.\n"
-            "What to do: use the data set 'docstrings', which needs nothing; or fetch on Debian or Ubuntu and copy the "
-            "cache folder ($UNDULA_CACHE)."
-        )
+    check_apt(asset, "read from the package index", "use the data set 'docstrings', which needs nothing")
     with tempfile.TemporaryDirectory() as scratch:
         progress(f"{asset.name}: downloading a package index with long descriptions ({asset.bytes / 1e6:.0f} MB) ...")
         packages, translations, release = _index(Path(scratch))
@@ -107,11 +100,7 @@ def _row(description: str, section: str) -> Row | None:
 
 def _index(scratch: Path) -> tuple[str, str, str]:
     """Let apt download its index into `scratch`: (all Packages files, all Translation-en files, their release)."""
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (scratch / folder).mkdir(parents=True)
-    options = ["-o", "Acquire::Languages=en", "-o", f"Dir::State::lists={scratch}/lists"]
-    options += ["-o", f"Dir::Cache={scratch}/cache"]
-    update = subprocess.run(["apt-get", *options, "update", "-qq"], capture_output=True, text=True, check=False)
+    options, complaint = updated(scratch, "en")
     fields = "$(CREATED_BY)\t$(ORIGIN)\t$(COMPONENT)\t$(SUITE)\t$(VERSION)\t$(FILENAME)"
     query = ["indextargets", "--format", fields]
     listing = subprocess.run(["apt-get", *options, *query], capture_output=True, text=True, check=False)
@@ -124,7 +113,7 @@ def _index(scratch: Path) -> tuple[str, str, str]:
             contents[kind] += cat.stdout.decode("utf-8", "replace") + "\n\n"
             releases.add(f"{origin} {version}")
     if not all(contents.values()):  # that some other source failed is no reason to stop
-        said = (update.stderr or listing.stderr).strip()[-600:] or "nothing"
+        said = (complaint or listing.stderr).strip()[-600:] or "nothing"
         raise AssetError(
             f"asked apt for the package index with long descriptions, but it has none. It said: {said}\n"
             "What to do: check that `apt-get update` works for the main component of Debian or Ubuntu."

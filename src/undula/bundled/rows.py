@@ -53,38 +53,52 @@ def _digest(text: str) -> str:
 
 def write_rows(folder: Path, splits: dict[str, list[Row]], origin: str, labels: list[str] | None = None) -> None:
     """Write the splits and info.json into the folder; `origin` tells people what they were made from."""
-    digest = hashlib.sha256()
+    files = []
     for name in SPLITS:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in splits[name]]
-        content = "".join(lines).encode()
-        digest.update(content)
-        (folder / f"{name}.jsonl").write_bytes(content)
-    info = {
-        "columns": list(splits["train"][0]),
+        files.append("".join(lines).encode())
+        (folder / f"{name}.jsonl").write_bytes(files[-1])
+    counts = {name: len(splits[name]) for name in SPLITS}
+    told = info(list(splits["train"][0]), labels, origin, counts, files)
+    (folder / "info.json").write_text(told, encoding="utf-8")
+
+
+def info(
+    columns: list[str], labels: list[str] | None, origin: str, counts: dict[str, int], files: Iterable[bytes]
+) -> str:
+    """What info.json says of rows in these files."""
+    told = {
+        "columns": columns,
         "labels": labels,
         "origin": origin,
-        "rows": {name: len(splits[name]) for name in SPLITS},
-        "sha256": digest.hexdigest(),  # of the three files, in the order of SPLITS
+        "rows": counts,
+        "sha256": hashlib.sha256(b"".join(files)).hexdigest(),  # of the three files, in the order of SPLITS
     }
-    (folder / "info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
+    return json.dumps(told, indent=2)
+
+
+def verified(folder: Path, suffix: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(info.json, {split: content of its file}); AssetError if the rows are no longer those that were written."""
+    told = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+    files = {name: (folder / f"{name}.{suffix}").read_bytes() for name in SPLITS}
+    found = hashlib.sha256(b"".join(files.values())).hexdigest()
+    if found != told["sha256"]:
+        raise AssetError(
+            f"{folder}: the rows have changed since they were written (sha256 {found}, recorded {told['sha256']}).\n"
+            "What to do: delete that folder and fetch again."
+        )
+    return told, files
 
 
 def read_rows(folder: Path) -> "datasets.DatasetDict":
     """Read the folder into memory; AssetError if its rows are no longer those that were written."""
     import datasets
 
-    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-    files = {name: (folder / f"{name}.jsonl").read_bytes() for name in SPLITS}
-    found = hashlib.sha256(b"".join(files.values())).hexdigest()
-    if found != info["sha256"]:
-        raise AssetError(
-            f"{folder}: the rows have changed since they were written (sha256 {found}, recorded {info['sha256']}).\n"
-            "What to do: delete that folder and fetch again."
-        )
+    told, files = verified(folder, "jsonl")
     features = datasets.Features(
         {
-            column: datasets.ClassLabel(names=info["labels"]) if column == "label" else datasets.Value("string")
-            for column in info["columns"]
+            column: datasets.ClassLabel(names=told["labels"]) if column == "label" else datasets.Value("string")
+            for column in told["columns"]
         }
     )
     return datasets.DatasetDict(

@@ -80,9 +80,16 @@ def _root(Sxx: Tensor, ridge: float, n: int) -> Tensor:
     return L_II
 
 
+def _patches(layer: Layer, x: Tensor) -> Tensor:
+    """What a convolution multiplies its matrix with, position by position (..., I): padding and strides are its own."""
+    I = layer.weight.shape[1]
+    return layer.project(x, torch.eye(I, dtype=x.dtype, device=x.device))
+
+
 @dataclass(frozen=True, eq=False)
 class LeastSquares(Approximation):
-    """The rank-r map from x to the adapter's own change u(x) that fits `calibration` best; works for every method.
+    """The rank-r map from x to the adapter's own change u(x) that fits `calibration` best; works for every method, at
+    linear layers and ungrouped convolutions (x is then the patch under the kernel, at every position).
 
     `calibration` holds batches (dicts, tuples or tensors); each goes through the adapted model once, and padding
     (attention_mask) does not count.  `ridge` is relative to the mean square of an input; where data are few, more of it
@@ -128,9 +135,9 @@ class LeastSquares(Approximation):
 
     def _check(self, site: str, layer: LinearView | None) -> None:
         assert layer is not None
-        if layer.channel != -1 or isinstance(layer, EmbeddingView):
+        if isinstance(layer, EmbeddingView):
             raise TypeError(
-                f"least squares fits linear layers; {site} is a {layer.module.original.__name__}. "  # type: ignore[union-attr]
+                f"least squares fits linear layers and convolutions; {site} is a {layer.module.original.__name__}. "  # type: ignore[union-attr]
                 "Truncate(r) takes it where its method has an update dW"
             )
         if self.bias and layer.bias is None:
@@ -155,6 +162,8 @@ class LeastSquares(Approximation):
         def hear(site: str, layer: Layer, x: Tensor, u: Tensor, mask: Tensor | None) -> None:
             if site not in moments:
                 moments[site] = Moments(*adapter.shapes[site], device=x.device)
+            if layer.channel != -1:  # a convolution: x is what its kernel sees at a position, see `_patches`
+                x, u = _patches(layer, x), u.movedim(layer.channel, -1)
             x, u = kept(x, mask), kept(u, mask)
             moments[site].add(x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1]))
 

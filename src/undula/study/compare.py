@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..choice import Choice
 from ..io import files
 from ..method import Method
-from ..train.classification import Classification
 from ..train.data import load_data, sample
+from ..train.heads import Classes
 from ..train.restored import Restored, restored
 from ..train.run import REPORT, Run
 from ..train.task import Examples
@@ -94,7 +94,7 @@ def compare(
         say(f"{entry.path}: {entry.arm}, seed {entry.run.seed}")
         opened = restored(entry.path)
         examples = opened.examples(None, split, ALL)
-        examples = Examples(examples.task, sample(examples.rows, rows, 0), examples.tokenizer)
+        examples = Examples(examples.task, sample(examples.rows, rows, 0), examples.processor)
         score, correct = _score(opened, examples)
         outcomes.append(_outcome(entry, opened, score))
         right[entry.arm, entry.run.seed], count = correct, len(examples)
@@ -215,7 +215,7 @@ def _baseline(entries: Sequence[Entry], asked: str | None) -> str:
 def _score(opened: Restored, examples: Examples) -> tuple[dict[str, float], torch.Tensor | None]:
     """The metrics, and for classification which rows are right."""
     task, batch = opened.run.task, opened.run.batch
-    if not isinstance(task, Classification):
+    if not isinstance(task, Classes):
         return task.score(opened.model, examples, batch), None
     import torch
 

@@ -69,7 +69,7 @@ def _rank(method: Method) -> int:
 
 def _batches(examples: Examples, ready: Prepared, most: int) -> list[dict[str, torch.Tensor]]:
     """The first batches of examples as the model's inputs, without labels."""
-    collate, size = examples.task.collator(examples.tokenizer), ready.run.batch
+    collate, size = examples.task.collator(examples.processor), ready.run.batch
     starts = range(0, min(len(examples), most * size), size)
     made = [collate([examples[i] for i in range(s, min(s + size, len(examples)))]) for s in starts]
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in made]

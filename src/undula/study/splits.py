@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..train.data import load_data, sample, split_of, with_validation
+from ..train.images import fingerprint
 from ..train.task import Task
 from .spec import Rows
 
@@ -51,11 +52,14 @@ def leaks(parts: DatasetDict) -> Iterator[str]:
     """Sentences on inputs that stand in two parts: what was learned by heart would be measured as skill."""
     inputs = {part: Counter(_inputs(parts[part])) for part in PARTS}
     for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        both = sum(n for text, n in inputs[b].items() if text in inputs[a])
+        both = sum(n for row, n in inputs[b].items() if row in inputs[a])
         if both:
             yield f"{both} of {len(parts[b])} {b} rows stand in {a} too"
 
 
 def _inputs(rows: Dataset) -> Iterator[tuple[str, ...]]:
+    """Of each row what stands for its input: its texts, or a hash of its image's pixels."""
     columns = [rows[c][:] for c in rows.column_names if c in ("text", "pair", "prompt")]
+    if "image" in rows.column_names:
+        columns.append([fingerprint(image) for image in rows["image"]])
     return zip(*columns, strict=True)

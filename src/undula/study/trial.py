@@ -101,7 +101,7 @@ def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
         "pruned": watch.pruned,
         "evaluation_seconds": round(watch.seconds, 3),
     }
-    found |= _tested(ready, watch, Examples(task, parts["test"], ready.tokenizer)) if trial.tested else {}
+    found |= _tested(ready, watch, Examples(task, parts["test"], ready.processor)) if trial.tested else {}
     return found | {"wall_seconds": round(time.perf_counter() - begun, 3)}
 
 

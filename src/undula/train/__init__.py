@@ -11,6 +11,7 @@ from .causal_lm import CausalLM, Chat, Format, Plain
 from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare
 from .fit import train as _train
+from .image_classification import ImageClassification
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
 from .task import Examples, Task
@@ -21,6 +22,7 @@ __all__ = [
     "Classification",
     "Examples",
     "Format",
+    "ImageClassification",
     "Interrupted",
     "Plain",
     "Prepared",

@@ -11,41 +11,40 @@ from typing import TYPE_CHECKING
 import torch
 
 from .data import BUNDLED
-from .task import Task, padding
+from .task import Processor, Task
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 def model_folder(source: str) -> str:
     """What `from_pretrained` takes for `source`: `bundled:NAME` becomes the folder where that model is."""
+    from ..bundled import enable, model_path
+
+    enable()
     if not source.startswith(BUNDLED):
         return source
-    from ..bundled import model_path
-
     return str(model_path(source.removeprefix(BUNDLED)))
 
 
 def open_model(
     source: str, task: Task, dtype: torch.dtype, seed: int, bits: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained model with the task's head (a new one follows `seed`), and its tokenizer.  With `bits` = 4 or 8
-    its linear layers, the heads apart, are quantised by bitsandbytes.
+) -> tuple[PreTrainedModel, Processor]:
+    """The pretrained model with the task's head (a new one follows `seed`), and its tokenizer or image processor.  With
+    `bits` = 4 or 8 its linear layers, the heads apart, are quantised by bitsandbytes.
 
     Raises FileNotFoundError that says what was looked for and why it could not be opened.
     """
-    from transformers import AutoTokenizer
-
     folder = model_folder(source)
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            processor = task.processor(folder)
             torch.manual_seed(seed)
             model = task.model(folder, dtype, **({} if bits is None else {"quantization_config": _quantised(bits)}))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(_unopened(source, folder, error)) from error
-    padding(tokenizer, model)
-    return model, tokenizer
+    task.agree(processor, model)
+    return model, processor
 
 
 def _quantised(bits: int) -> BitsAndBytesConfig:

@@ -139,7 +139,7 @@ class CausalLM(Task):
         from rouge_score.rouge_scorer import RougeScorer
 
         rows = examples.rows.select(range(min(self.generate, len(examples.rows))))
-        wanted, found = rows["completion"][:], self.write(model, rows["prompt"][:], examples.tokenizer, batch)
+        wanted, found = rows["completion"][:], self.write(model, rows["prompt"][:], examples.processor, batch)
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
         scores = [scorer.score(want, text) for want, text in zip(wanted, found, strict=True)]
         rouge = {k: sum(s[k].fmeasure for s in scores) / len(scores) for k in ("rouge1", "rouge2", "rougeL")}

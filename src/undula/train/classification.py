@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from .data import texts
-from .task import Example, Examples, Task, outputs
+from .heads import Classes, HeadTask
+from .task import Example, Examples, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class TextTask(Task):
-    """A head over one text or a pair of them.  The head trains in full."""
+class TextTask(HeadTask):
+    """A head over one text or a pair of them."""
 
     roles: ClassVar = {
         "text": ("text", "sentence", "sentence1", "premise"),
@@ -36,21 +37,10 @@ class TextTask(Task):
         named = {role: texts(split, column) for role, column in columns.items() if role != "label"}
         return Dataset.from_dict({**named, "label": self.labels(split, columns["label"])})
 
-    def labels(self, split: Dataset, column: str) -> list[int] | list[float]:
-        """The labels as what the loss takes.  Raises ValueError for values that are none."""
-        raise NotImplementedError
-
-    def outputs(self) -> dict[str, Any]:
-        """The head in the model's configuration."""
-        raise NotImplementedError
-
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification as Auto
 
         return Auto.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **quantised, **self.outputs())
-
-    def head(self, model: PreTrainedModel) -> tuple[str, ...]:
-        return tuple(n for n, _ in model.named_parameters() if not n.startswith(model.base_model_prefix + "."))
 
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
         encoded = tokenizer(row["text"], row.get("pair"), truncation=True, max_length=self.max_length)
@@ -61,84 +51,17 @@ class TextTask(Task):
 
         return DataCollatorWithPadding(tokenizer)
 
-    def logits(self, model: PreTrainedModel, examples: Examples, batch: int) -> torch.Tensor:
-        """The head's outputs (rows, classes) in float32, on the CPU."""
-        found = [(numbers, logits.float().cpu()) for numbers, _, logits in outputs(model, examples, batch)]
-        order = torch.tensor([i for numbers, _ in found for i in numbers])
-        return torch.cat([logits for _, logits in found])[order.argsort()]
-
 
 @Task.register
 @dataclass(frozen=True)
-class Classification(TextTask):
-    """Text to one of several classes: accuracy, macro F1, Matthews' correlation, loss.
+class Classification(Classes, TextTask):
+    """Text to one of several classes, see `Classes`."""
 
-    Labels are texts, whole numbers or a `ClassLabel`; `names` lists the classes in order (empty: those in the data).
-    """
-
-    headline = "accuracy"
     text: str | None = None
     pair: str | None = None
     label: str | None = None
     max_length: int = 128
     names: tuple[str, ...] = ()
-
-    def fitted(self, train: Dataset) -> Classification:
-        column = self.columns(train.column_names)["label"]
-        feature, values = train.features[column], train[column][:]
-        declared = tuple(getattr(feature, "names", None) or ())
-        _whole(values, column)
-        distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
-        if len(distinct) < 2:
-            raise ValueError(f"classification needs two classes or more; column {column!r} holds only {distinct}")
-        return self if self.names else replace(self, names=declared or tuple(str(v) for v in distinct))
-
-    def labels(self, split: Dataset, column: str) -> list[int]:
-        feature, values = split.features[column], split[column][:]
-        _whole(values, column)
-        declared = getattr(feature, "names", None)
-        number = {name: i for i, name in enumerate(self.names)}
-        called = [declared[v] if declared and 0 <= v < len(declared) else str(v) for v in values]
-        strange = sorted(set(called) - set(number))
-        if strange:
-            raise ValueError(
-                f"column {column!r} holds classes that are not in the training data: {', '.join(strange[:5])}; "
-                f"known are: {', '.join(self.names[:20])}"
-            )
-        return [number[c] for c in called]
-
-    def outputs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.names),
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: i for i, name in enumerate(self.names)},
-            "problem_type": "single_label_classification",
-        }
-
-    def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
-        return self.metrics(self.logits(model, examples, batch), examples.rows["label"][:])
-
-    def metrics(self, logits: torch.Tensor, labels: list[int]) -> dict[str, float]:
-        """The metrics of a head's outputs (rows, classes)."""
-        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-        guesses = logits.argmax(1).tolist()
-        return {
-            "loss": float(torch.nn.functional.cross_entropy(logits, torch.tensor(labels))),
-            "accuracy": float(accuracy_score(labels, guesses)),
-            "macro_f1": float(f1_score(labels, guesses, average="macro")),
-            "mcc": float(matthews_corrcoef(labels, guesses)),
-        }
-
-
-def _whole(values: list[Any], column: str) -> None:
-    """Raises ValueError unless every label is a text or a whole number."""
-    for row, value in enumerate(values):
-        if not isinstance(value, str | int):
-            hint = "; numbers with a fraction are for --task regression" if isinstance(value, float) else ""
-            raise ValueError(
-                f"column {column!r} names classes by texts or whole numbers; row {row} has {value!r}{hint}"
-            )
 
 
 @Task.register

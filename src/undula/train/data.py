@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .images import class_folders
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
@@ -16,7 +18,8 @@ VALIDATION_SHARE, VALIDATION_MOST = 0.1, 2000
 
 
 def load_data(source: str) -> DatasetDict:
-    """The splits of a data set.  `source`: a file, a folder, `bundled:NAME`, or a name on the hub (`NAME:CONFIG`).
+    """The splits of a data set.  `source`: a file, a folder (saved by `datasets`, of files named after splits, or of
+    images in SPLIT/CLASS/), `bundled:NAME`, or a name on the hub (`NAME:CONFIG`).
 
     Raises FileNotFoundError for what is not there and ValueError for what cannot be read, both with what exists.
     """
@@ -53,10 +56,12 @@ def _folder(path: Path) -> DatasetDict:
         return DatasetDict(train=found) if isinstance(found, Dataset) else found
     splits = {p.stem: read_file(p) for p in sorted(path.iterdir()) if p.suffix in READERS and p.stem in SPLITS}
     if "train" not in splits:
+        splits = {p.name: class_folders(p) for p in sorted(path.iterdir()) if p.is_dir() and p.name in SPLITS}
+    if "train" not in splits:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
-            f"data={path} is neither a folder saved by `datasets` nor one with a file train.* "
-            f"({', '.join(READERS)}); it has: {there}"
+            f"data={path} is neither a folder saved by `datasets`, nor one with a file train.* "
+            f"({', '.join(READERS)}), nor one with images in train/CLASS/; it has: {there}"
         )
     return DatasetDict(splits)
 

@@ -21,11 +21,11 @@ from .base import model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
 from .measure import PeakMemory, versions
 from .run import REPORT, RUN, Run, read_run, write_json
-from .task import Examples
+from .task import Examples, Processor
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 
 
 class Interrupted(RuntimeError):
@@ -38,7 +38,7 @@ class Prepared:
 
     run: Run
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     adapter: Adapter
     train: Examples
     held: Examples
@@ -127,15 +127,15 @@ def prepare(run: Run) -> Prepared:
 
 def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached."""
-    model, tokenizer = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+    model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
     full = (*run.task.head(model), *run.full)
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     if run.method is None:
         adapter = attach(model, _head_only(model, run, full))
     else:
         adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full)
-    train_on, held = (Examples(run.task, rows, tokenizer) for rows in (train_rows, held_rows))
-    return Prepared(run, model, tokenizer, adapter, train_on, held)
+    train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
+    return Prepared(run, model, processor, adapter, train_on, held)
 
 
 def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:

@@ -17,10 +17,10 @@ from .causal_lm import CausalLM
 from .classification import Classification
 from .data import load_data, sample, split_of, with_validation
 from .run import RUN, Run
-from .task import Examples, Task
+from .task import Examples, Processor, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def evaluate(
@@ -39,7 +39,7 @@ class Restored:
 
     run: Run
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     adapter: Adapter
 
     @property
@@ -61,11 +61,11 @@ class Restored:
         else:
             name = split or next((n for n in ("validation", "test", "train") if n in every), next(iter(every)))
             part = self.run.task.rows(split_of(every, name))
-        return Examples(self.run.task, sample(part, rows or self.run.eval_rows, self.run.seed), self.tokenizer)
+        return Examples(self.run.task, sample(part, rows or self.run.eval_rows, self.run.seed), self.processor)
 
     def batches(self, examples: Examples) -> Iterator[dict[str, torch.Tensor]]:
         """The examples as the model's inputs, without labels: what `collapse` and `diagnose` run on."""
-        collate = self.run.task.collator(self.tokenizer)
+        collate = self.run.task.collator(self.processor)
         for start in range(0, len(examples), self.run.batch):
             made = [examples[i] for i in range(start, min(start + self.run.batch, len(examples)))]
             yield {k: v.to(self.model.device) for k, v in collate(made).items() if k != "labels"}
@@ -84,8 +84,8 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
     path = Path(path)
     adapter = Adapter.load(path)
     run = Run.load(path) if (path / RUN).is_file() else _described(path, adapter, model)
-    base, tokenizer = open_model(model or run.model, run.task, run.dtype, run.seed, run.bits)
-    return Restored(run, base, tokenizer, attach(base, adapter))
+    base, processor = open_model(model or run.model, run.task, run.dtype, run.seed, run.bits)
+    return Restored(run, base, processor, attach(base, adapter))
 
 
 def dense(opened: Restored) -> Restored:
@@ -117,5 +117,6 @@ def _task(config: Mapping[str, Any], adapter: Adapter, path: Path) -> Task:
         return Classification(names=tuple(str(i) for i in range(heads[-1].shape[0])))
     raise ValueError(
         f"{path} has task_type {kind!r} and no run.json: undula opens {CausalLM.peft} and {Classification.peft} "
-        "(with a head) by itself. Attach it in Python instead: undula.attach(model, undula.Adapter.load(path))"
+        "(with a head) by itself; PEFT has no type for images. Attach it in Python instead: "
+        "undula.attach(model, undula.Adapter.load(path))"
     )

@@ -28,7 +28,8 @@ class Run:
     """What is trained on what, how, and where the result goes.
 
     model: a folder, a name on the model hub, or `bundled:NAME`; data: a JSONL, CSV, TSV or Parquet file, a folder of
-    such files named after splits, a folder saved by `datasets`, a name on the hub (`NAME:CONFIG`), or `bundled:NAME`.
+    such files named after splits, of images in SPLIT/CLASS/, or saved by `datasets`, a name on the hub (`NAME:CONFIG`),
+    or `bundled:NAME`.
     method None trains the task's head alone.
     """
 

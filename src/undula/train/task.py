@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Example = dict[str, Any]
+Processor = Any  # what comes with a pretrained model and makes its inputs: a tokenizer, an image processor
 
 
 class Task(Choice):
@@ -26,7 +27,7 @@ class Task(Choice):
 
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()  # roles that may have no column
-    peft: ClassVar[str]  # PEFT's task type, written into the adapter directory
+    peft: ClassVar[str | None]  # PEFT's task type, written into the adapter directory; None where PEFT has none
     headline: ClassVar[str]  # the metric of tables
     more_is_better: ClassVar[bool] = True
 
@@ -49,13 +50,31 @@ class Task(Choice):
         """The pretrained model with this task's head; a new head follows `torch.manual_seed`.  `quantised` is empty, or
         the quantization_config that `from_pretrained` takes."""
 
+    def processor(self, path: str) -> Processor:
+        """What came with the pretrained model to make its inputs: its tokenizer, where a task says nothing else."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path)
+
+    def agree(self, processor: Processor, model: PreTrainedModel) -> None:
+        """Settles what the two must have in common: for a tokenizer the token to pad with."""
+        padding(processor, model)
+
     @abc.abstractmethod
-    def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
+    def example(self, row: Mapping[str, Any], processor: Processor, /) -> Example:
         """One row as the model's inputs, `labels` included, not padded."""
 
     @abc.abstractmethod
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
+    def collator(self, processor: Processor, /) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         """Puts examples into a padded batch."""
+
+    def batches(self, examples: Examples, size: int) -> Iterator[tuple[list[int], list[Example]]]:
+        """(numbers of the rows, the rows as examples) until all have come; rows of like length come together."""
+        made = [examples[i] for i in range(len(examples))]
+        order = sorted(range(len(made)), key=lambda i: -len(made[i]["input_ids"]))
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            yield numbers, [made[i] for i in numbers]
 
     @abc.abstractmethod
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
@@ -89,17 +108,17 @@ class Task(Choice):
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as a torch data set: each is tokenised when it is asked for."""
+    """Rows as a torch data set: each becomes an example when it is asked for."""
 
     task: Task
     rows: Dataset
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Example:
-        return self.task.example(self.rows[i], self.tokenizer)
+        return self.task.example(self.rows[i], self.processor)
 
 
 def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -114,16 +133,13 @@ def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
 def outputs(
     model: PreTrainedModel, examples: Examples, batch: int
 ) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor], torch.Tensor]]:
-    """(numbers of the rows, inputs, logits) of every batch in evaluation mode, rows of like length together."""
-    collate = examples.task.collator(examples.tokenizer)
-    made = [examples[i] for i in range(len(examples))]
-    order = sorted(range(len(made)), key=lambda i: -len(made[i]["input_ids"]))
+    """(numbers of the rows, inputs, logits) of every batch in evaluation mode, in the order of `Task.batches`."""
+    collate = examples.task.collator(examples.processor)
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch):
-            numbers = order[start : start + batch]
-            inputs = {k: v.to(model.device) for k, v in collate([made[i] for i in numbers]).items()}
+        for numbers, made in examples.task.batches(examples, batch):
+            inputs = {k: v.to(model.device) for k, v in collate(made).items()}
             given = {k: v for k, v in inputs.items() if k != "labels"}
             yield numbers, inputs, model(**given).logits
     finally:

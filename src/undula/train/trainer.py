@@ -25,9 +25,15 @@ from .task import Examples
 
 
 class AdapterTrainer(Trainer):
-    """Saves and restores the selected adapter of its model."""
+    """Saves and restores the selected adapter of its model, and leaves the base's statistics alone."""
 
     model: Any
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        still_statistics(model)  # here, because the Trainer puts the whole model into training mode before every batch
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -35,6 +41,17 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         restore(selected(self.model), Adapter.load(resume_from_checkpoint))
+
+
+def still_statistics(model: torch.nn.Module) -> None:
+    """Puts the layers that keep running statistics (BatchNorm) into evaluation mode.
+
+    The statistics are neither parameters nor part of an adapter: where training moved them, the base would no longer
+    be the base, and the saved adapter would stand on another one than it was trained on.
+    """
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
 
 
 @torch.no_grad()
@@ -114,7 +131,7 @@ def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCa
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=examples.task.collator(examples.tokenizer),  # type: ignore[arg-type]
+        data_collator=examples.task.collator(examples.processor),  # type: ignore[arg-type]
         callbacks=list(callbacks),
     )
     made.remove_callback(PrinterCallback)

@@ -127,7 +127,7 @@ def merge(
     except NotImplementedError as error:  # what transformers raises for forms of quantisation that it only reads
         shutil.rmtree(out)
         raise RuntimeError("transformers cannot write this quantised base: merge with --dense") from error
-    opened.tokenizer.save_pretrained(out)
+    opened.processor.save_pretrained(out)
     worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
     shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
 

@@ -27,7 +27,9 @@ def train(
     *,
     model: Annotated[str | None, typer.Option(help="A folder, a hub name, or bundled:NAME.")] = None,
     data: Annotated[str | None, typer.Option(help="A file, a folder, a hub name, or bundled:NAME.")] = None,
-    task: Annotated[str | None, typer.Option(help="causal-lm, classification or regression.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal-lm, classification, regression or image-classification.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The directory to write: adapter, report, checkpoints.")] = None,
     method: Annotated[str, typer.Option(help="See `undula methods`; none: the task's head alone.")] = "lora",
     options: shell.Set = [],

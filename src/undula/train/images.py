@@ -1,0 +1,99 @@
+"""Images as values of a data set: what counts as one, reading it, telling two apart."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+KINDS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
+
+
+def images(rows: Dataset, column: str) -> Dataset:
+    """The rows with `column` as encoded images, {bytes, path}, each read when it is asked for (see `opened`).
+
+    Takes an `Image` feature, encoded images as bytes, or {bytes, path}.  Raises ValueError for a column of anything
+    else, and for rows without an image or whose beginning is not that of one.
+    """
+    from datasets import Image, Value
+
+    feature = rows.features[column]
+    encoded = isinstance(feature, dict) and {"bytes", "path"} >= set(feature) and "bytes" in feature
+    binary = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+    if not (isinstance(feature, Image) or encoded or binary):
+        found = f"it holds {feature.dtype}" if isinstance(feature, Value) else f"it is a {type(feature).__name__}"
+        raise ValueError(
+            f"column {column!r} holds no images ({found}, as in row 0: {rows[0][column]!r:.60}). An image is an "
+            "`Image` of `datasets`, the bytes of a PNG or JPEG file, or a file in a folder train/CLASS/"
+        )
+    lazy = rows.cast_column(column, Image(decode=False))
+    for number, value in enumerate(lazy[column]):
+        if value is None or not (value.get("bytes") or value.get("path")):
+            raise ValueError(f"column {column!r} is empty in row {number}: remove such rows")
+        try:
+            _header(value)
+        except _damage() as error:
+            raise ValueError(f"column {column!r}, row {number}: {_unreadable(value, error)}") from None
+    return lazy
+
+
+def _header(value: dict[str, Any]) -> None:
+    """Reads as much as tells that there is an image: its size, not its pixels."""
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]):
+        pass
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What Pillow raises for files that are damaged, or claim absurd sizes."""
+    from PIL.Image import DecompressionBombError
+
+    return OSError, SyntaxError, ValueError, DecompressionBombError
+
+
+def opened(value: dict[str, Any]) -> Image:
+    """The image in RGB, turned as its EXIF data say.  Raises ValueError for one that is damaged."""
+    from datasets import Image
+
+    try:
+        return Image(mode="RGB").decode_example(value)
+    except _damage() as error:
+        raise ValueError(_unreadable(value, error)) from None
+
+
+def _unreadable(value: dict[str, Any], error: Exception) -> str:
+    size = f"{len(value['bytes'])} bytes" if value.get("bytes") else "a file"
+    name = value.get("path") or ""
+    return f"{name or 'the image'} ({size}) cannot be read as an image ({error!s:.100}): repair or remove it"
+
+
+def fingerprint(value: dict[str, Any]) -> str:
+    """The same for images with the same pixels, however they are stored."""
+    image = opened(value)
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def class_folders(path: Path) -> Dataset:
+    """The images below PATH/CLASS/, class by class, in the order of their names; a label is the name of its folder.
+
+    Raises ValueError for a class without an image.
+    """
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    rows: list[dict[str, Any]] = []
+    for number, folder in enumerate(classes):
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
+        if not found:
+            there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+            raise ValueError(f"{folder} holds no images ({', '.join(sorted(KINDS))}); it has: {there}")
+        rows += [{"image": {"path": str(p), "bytes": None}, "label": number} for p in found]
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=[p.name for p in classes])})
+    return Dataset.from_list(rows, features=features)
