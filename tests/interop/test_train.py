@@ -412,7 +412,7 @@ BAD_FILES = {
     "empty": ("x.jsonl", "\n", ValueError, "has no rows"),
     "not CSV": ("x.csv", "a,b\n1,2,3\n", ValueError, "could not be read"),
     "not Parquet": ("x.parquet", "hello", ValueError, "could not be read"),
-    "folder": (".", None, FileNotFoundError, "neither a folder saved by `datasets` nor one with a file train"),
+    "folder": (".", None, FileNotFoundError, "neither a folder saved by `datasets`, nor one with a file train"),
 }
 
 
