@@ -215,6 +215,21 @@ def check_gradient(module: nn.Module, x: Tensor, y: Tensor) -> None:
         raise RuntimeError(CUT.format(what=what) + "; for inference use torch.no_grad()")
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Keeps bitsandbytes' 4-bit layers in the packing whose product has a gradient.
+
+    On CPUs with AVX512-BF16 such a layer repacks itself at its first evaluation, for good, for a product of bfloat16
+    without a gradient: adapters below it would learn nothing in all training that follows, and not be told.  Layers
+    that are repacked already are put back (their scales stay rounded to bfloat16).
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            weight: Any = module.weight
+            if weight.quant_state is not None:
+                weight.data, weight.quant_state = _Bits4()._packed(module)
+            module.support_avx512bf16_for_cpu = False
+
+
 def warn_where_cut(model: nn.Module) -> None:
     """Warns where layers, adapted or not, quantise their activations."""
     quantised = ("act_quant_kwargs", "activation_quantization")

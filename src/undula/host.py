@@ -146,6 +146,7 @@ def attach(
         model.requires_grad_(False)
     host.adapters[name] = adapter
     select(model, name)
+    bases.keep_gradients(model)
     bases.warn_where_cut(model)
     return adapter
 

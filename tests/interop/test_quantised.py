@@ -44,6 +44,7 @@ def bits(layer, **options):
                 new = layer(m.in_features, m.out_features, bias=m.bias is not None, **options)
                 new.load_state_dict(m.state_dict())
                 model[i] = new.to("cpu")
+        bases.keep_gradients(model)  # as `attach` does: the other product, of some CPUs, differs in rounding
         return model
 
     return make
@@ -281,11 +282,44 @@ def test_unwritable_weights_are_refused_and_kept(monkeypatch):
     assert torch.equal(model(x), y)
 
 
+def repacked(weight):
+    """bitsandbytes' 4-bit weight as an evaluation leaves it on CPUs with AVX512-BF16."""
+    weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+
+
+def test_an_evaluation_takes_no_gradient_from_4_bit_layers():
+    """bitsandbytes' product after an evaluation, on CPUs with AVX512-BF16, has none; undula keeps the other one."""
+    model = bits(bnb.nn.Linear4bit, quant_type="nf4", compute_dtype=torch.float32)(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    )
+    for layer in model:
+        layer.support_avx512bf16_for_cpu = True  # as found on such a CPU
+    repacked(model[1].weight)  # by an evaluation before undula came
+    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
+    adapter, x = undula.attach(model, LoRA(r=2), ["0"]), torch.randn(5, 64)
+    for own, layer in zip(model, dense, strict=True):
+        layer.weight.copy_(bases.dense(own))
+        layer.bias.copy_(own.bias)
+    same = undula.attach(dense, adapter.copy())
+
+    def gradient(model, adapter):
+        adapter.factors["0"]["B"].grad = None
+        model(x).square().sum().backward()
+        return adapter.factors["0"]["B"].grad
+
+    want = gradient(dense, same)
+    assert want.abs().max() > 0.1
+    torch.testing.assert_close(gradient(model, adapter), want)
+    with torch.no_grad():
+        model.eval()(x)
+    torch.testing.assert_close(gradient(model.train(), adapter), want)
+
+
 def test_repacked_4_bit_weights_are_read():
     """On CPUs with AVX512-BF16 bitsandbytes repacks weights (and rounds their scales to bf16) in evaluation."""
     layer = net("bitsandbytes nf4")[0][0]
     W, w = bases.dense(layer), layer.weight
-    w.data, w.quant_state = bnb.functional._convert_weight_packed_for_cpu(w.data, w.quant_state)
+    repacked(w)
     for _ in range(2):  # reading changes nothing
         again = bases.dense(layer)
         assert again.dtype == W.dtype

@@ -483,3 +483,25 @@ def test_a_real_model(tmp_path):
     report = undula.train(run)
     assert report["after"]["loss"] < report["before"]["loss"] - 0.1
     assert len(Run.load(tmp_path).task.names) == 20
+
+
+def test_the_head_has_its_own_rate(bert, reviews, tmp_path):
+    """A part with a rate of 1e-30 stays where it is, whatever the other part does."""
+
+    def moved(name, **rates):
+        run = Run(model=bert, data=reviews, task=Classification(), method=undula.LoRA(r=2), out=tmp_path / name,
+                  max_steps=3, batch=8, warmup=0.0, **rates)  # fmt: skip
+        undula.train(run)
+        opened = undula.train.restored(tmp_path / name)
+        torch.manual_seed(run.seed)
+        fresh = undula.train.base.open_model(bert, opened.run.task, torch.float32, run.seed)[0]
+        start = dict(fresh.named_parameters())
+        head = max((t - start[n]).abs().max().item() for n, t in opened.adapter.full.items())
+        return head, max(f["B"].abs().max().item() for f in opened.adapter.factors.values())
+
+    head, B = moved("still", lr=1e-2, head_lr=1e-30)
+    assert head < 1e-20
+    assert B > 1e-3
+    head, B = moved("alone", lr=1e-30, head_lr=1e-2)
+    assert head > 1e-3
+    assert B < 1e-20

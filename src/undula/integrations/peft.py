@@ -30,6 +30,7 @@ try:
 except ImportError as error:
     raise ImportError("undula.peft_config and undula.enable_peft need PEFT: pip install 'peft>=0.21,<0.23'") from error
 
+from .. import bases
 from ..io import files, native
 from ..making import assigned, check_shapes, made
 from ..merging import check_mergeable
@@ -264,6 +265,7 @@ class UndulaModel(tuners_utils.BaseTuner):
             config.undula, config.sites = native.laid_out(self.new, None, None)[0]["undula"], self.new.methods
             self._check_new(model, adapter_name, config.undula["tied"])
         super().inject_adapter(model, adapter_name, *arguments, **options)
+        bases.keep_gradients(model)
         self.new = None
         # PEFT would store an embedding's own weight because its name is among the targets; `undula` names the sites
         config.target_modules = None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ALL = sys.maxsize
 SETTINGS = (
-    *("lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "train_rows"),
+    *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "train_rows"),
     *("where", "overrides", "full", "dtype"),
 )
 

@@ -1,7 +1,7 @@
 """Study files: TOML to a `Study`, every fault found at once, each with its line.
 
 title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]      split_seed = 0
-[train]     steps | epochs, batch, accumulate, warmup, weight_decay, where, evaluations
+[train]     steps | epochs, batch, accumulate, warmup, weight_decay, head_lr, where, evaluations
 [sweep]     rates, seeds, factor, extend, halving
 [[models]]  source, bits, dtype
 [[data]]    source, task, set, label, train, validation, test (rows), splits, epochs, batch (in the place of [train]'s)
@@ -32,7 +32,7 @@ NUMBER = (int, float)
 TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
 TABLES: dict[str, dict[str, Any]] = {
     "train": {"steps": int, "epochs": NUMBER, "batch": int, "accumulate": int, "warmup": NUMBER, "weight_decay": NUMBER,
-              "where": (str, list), "evaluations": int},
+              "head_lr": NUMBER, "where": (str, list), "evaluations": int},
     "sweep": {"rates": list, "seeds": list, "factor": NUMBER, "extend": int, "halving": int},
     "models": {"source": str, "bits": int, "dtype": str},
     "data": {"source": str, "task": str, "set": dict, "label": str, "train": int, "validation": int, "test": int,

@@ -42,6 +42,7 @@ class Run:
     overrides: Mapping[str, Method] = field(default_factory=dict)  # other methods by pattern, see attach
     full: tuple[str, ...] = ()  # parameters to train in full besides the task's head
     lr: float = 1e-3  # at the top of the schedule: linear warm-up, then linearly to 0
+    head_lr: float | None = None  # of the task's head, beside a method; None: the same
     epochs: float = 3.0
     max_steps: int | None = None  # optimiser steps; instead of epochs
     batch: int = 16  # rows in a step and on a device
@@ -56,7 +57,17 @@ class Run:
     bits: int | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
 
     def __post_init__(self) -> None:
-        positive = ("lr", "epochs", "max_steps", "batch", "accumulate", "train_rows", "eval_rows", "save_every")
+        positive = (
+            "lr",
+            "head_lr",
+            "epochs",
+            "max_steps",
+            "batch",
+            "accumulate",
+            "train_rows",
+            "eval_rows",
+            "save_every",
+        )
         wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
         if wrong:
             raise ValueError(f"these are greater than 0: {', '.join(wrong)}")

@@ -25,9 +25,18 @@ from .task import Examples
 
 
 class AdapterTrainer(Trainer):
-    """Saves and restores the selected adapter of its model, and leaves the base's statistics alone."""
+    """Saves and restores the selected adapter of its model, leaves the base's statistics alone, and gives the head its
+    own learning rate."""
 
     model: Any
+    head: tuple[torch.nn.Parameter, ...] = ()
+    head_lr: float | None = None
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        made = super().create_optimizer(*args)
+        if self.head_lr is not None:
+            give_rate(made, self.head, self.head_lr)
+        return made
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -41,6 +50,16 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         restore(selected(self.model), Adapter.load(resume_from_checkpoint))
+
+
+def give_rate(optimizer: torch.optim.Optimizer, head: tuple[torch.nn.Parameter, ...], lr: float) -> None:
+    """Moves the parameters `head` into groups of their own that have the learning rate `lr`."""
+    own = {id(p) for p in head}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in own]
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": lr})
 
 
 def still_statistics(model: torch.nn.Module) -> None:
@@ -135,6 +154,10 @@ def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCa
         callbacks=list(callbacks),
     )
     made.remove_callback(PrinterCallback)
+    if run.method is not None:
+        names = set(run.task.head(model))
+        made.head = tuple(p for name, p in model.named_parameters() if name in names)
+        made.head_lr = run.head_lr
     return made
 
 

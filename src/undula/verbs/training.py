@@ -17,7 +17,7 @@ from . import shell
 
 Many = list[str]
 NUMBERS = (
-    *("lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay"),
+    *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay"),
     *("seed", "train_rows", "eval_rows", "save_every", "bits"),
 )
 
@@ -39,6 +39,7 @@ def train(
     override: Annotated[Many, typer.Option(help="PATTERN=METHOD,NAME=VALUE,...")] = [],
     full: Annotated[Many, typer.Option(help="Parameters to train in full besides the head.")] = [],
     lr: Annotated[float, typer.Option(help="Learning rate.")] = Run.lr,
+    head_lr: Annotated[float | None, typer.Option(help="Of a new head. (default: --lr)")] = None,
     epochs: float = Run.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
     batch: Annotated[int, typer.Option(help="Rows in a batch.")] = Run.batch,
