@@ -42,10 +42,10 @@ class Cell:
 
     def _trial(self, lr: float, seed: int, tested: bool) -> Trial:
         t, rows = self.study.train, self.rows
-        head_lr = None if self.method is None else t.head_lr  # without a method the head's rate is what is swept
+        alone = self.method is None and not self.arm.full  # then the head's rate is what is swept
         run = Run(
             model=self.base.source, data=rows.source, task=rows.task, method=self.method, out=Path("unused"),
-            where=t.where, full=("*",) if self.arm.full else (), lr=lr, head_lr=head_lr,
+            where=t.where, full=("*",) if self.arm.full else (), lr=lr, head_lr=None if alone else t.head_lr,
             epochs=rows.epochs or t.epochs, max_steps=t.steps, batch=rows.batch or t.batch,
             accumulate=t.accumulate, warmup=t.warmup, weight_decay=t.weight_decay, seed=seed, train_rows=rows.train,
             eval_rows=rows.validation, dtype=dtype_called(self.base.dtype), bits=self.base.bits,

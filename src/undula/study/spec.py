@@ -96,7 +96,7 @@ class Training:
     accumulate: int = 1
     warmup: float = 0.05
     weight_decay: float = 0.0
-    head_lr: float | None = None  # of the heads beside a method; None: the rate that is swept
+    head_lr: float | None = None  # of heads where other parameters train too; None: the swept rate
     where: str | tuple[str, ...] = "all-linear"
     evaluations: int = 6  # on validation rows in a run, evenly; the best point is kept
 

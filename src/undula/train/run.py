@@ -42,7 +42,7 @@ class Run:
     overrides: Mapping[str, Method] = field(default_factory=dict)  # other methods by pattern, see attach
     full: tuple[str, ...] = ()  # parameters to train in full besides the task's head
     lr: float = 1e-3  # at the top of the schedule: linear warm-up, then linearly to 0
-    head_lr: float | None = None  # of the task's head, beside a method; None: the same
+    head_lr: float | None = None  # of the task's head where other parameters train too; None: lr
     epochs: float = 3.0
     max_steps: int | None = None  # optimiser steps; instead of epochs
     batch: int = 16  # rows in a step and on a device

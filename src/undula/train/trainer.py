@@ -154,7 +154,7 @@ def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCa
         callbacks=list(callbacks),
     )
     made.remove_callback(PrinterCallback)
-    if run.method is not None:
+    if run.method is not None or run.full:
         names = set(run.task.head(model))
         made.head = tuple(p for name, p in model.named_parameters() if name in names)
         made.head_lr = run.head_lr
