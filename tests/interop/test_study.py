@@ -198,6 +198,12 @@ def test_equal_parameters(text):
     assert same[0] == same[1]  # one run serves both tables
 
 
+def test_heads_have_a_rate_of_their_own_but_where_they_train_alone(text):
+    study = parse(text.replace("steps = 12", "steps = 12\nhead_lr = 0.03") + '[[methods]]\nmethod = "full"\n')
+    rates = {c.arm.name: c.trial(1e-3, 0, False).run.head_lr for c in Plan(study).cells}
+    assert rates == {"LoRA": 0.03, "AuroRA": 0.03, "full fine-tuning": 0.03, "head only": None}
+
+
 def test_a_dry_run_tells_runs_and_time_and_runs_nothing(text, tmp_path):
     (tmp_path / "s.toml").write_text(text)
     done = subprocess.run(command(tmp_path / "s.toml", tmp_path / "o", "--dry-run", "--json", "-"), capture_output=True,
