@@ -207,20 +207,22 @@ def judged(case: str, seconds: dict[str, list[float]], memory: dict[str, float])
     return found
 
 
-def report(case: str, seconds: dict[str, list[float]], memory: dict[str, float]) -> list[dict]:
+def report(case: str, names: list[str], seconds: dict[str, list[float]], memory: dict[str, float]) -> list[dict]:
     rows = []
-    for n, s in seconds.items():
-        row: dict = {"case": case, "variant": n, "seconds": statistics.median(s), "memory_mib": memory.get(n)}
+    for n in names:
+        row: dict = {"case": case, "variant": n, "memory_mib": memory.get(n)}
+        if n in seconds:
+            row["seconds"] = statistics.median(seconds[n])
         for other in ("floor", "peft-lora"):
-            if other in seconds:
-                row[f"time / {other}"] = ratios(s, seconds[other])
+            if n in seconds and other in seconds:
+                row[f"time / {other}"] = ratios(seconds[n], seconds[other])
             if memory.get(n) and memory.get(other):
                 row[f"memory / {other}"] = memory[n] / memory[other]
         rows.append(row)
         floor, peft = row.get("time / floor"), row.get("time / peft-lora")
         spread = f"{floor['median']:6.3f} ({floor['low']:.3f}-{floor['high']:.3f})" if floor else ""
         print(
-            f"{case:12} {n:18} {row['seconds'] * 1e3:9.1f} ms  x floor {spread}  x PEFT LoRA "
+            f"{case:12} {n:18} {row.get('seconds', float('nan')) * 1e3:9.1f} ms  x floor {spread}  x PEFT LoRA "
             f"{peft['median'] if peft else float('nan'):6.3f}  {memory.get(n, float('nan')):8.0f} MiB"
         )
     return rows
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-time", action="store_true", help="peak memory alone, which other work does not disturb")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -249,8 +252,8 @@ def main() -> None:
         if not args.no_memory:
             for n in names:
                 memory[n] = float(subprocess.run([*command, n], capture_output=True, text=True, check=True).stdout)
-        seconds = timed(case, names, args.rounds, CLOCKS[args.clock])
-        rows += report(case, seconds, memory)
+        seconds = {} if args.no_time else timed(case, names, args.rounds, CLOCKS[args.clock])
+        rows += report(case, names, seconds, memory)
         targets += judged(case, seconds, memory)
     for t in targets:
         print(f"{'met ' if t['met'] else 'MISSED'}  {t['case']:12} {t['target']:36} {t['median']:.3f} <= {t['bound']}")

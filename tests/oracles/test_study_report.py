@@ -115,8 +115,11 @@ def test_what_cannot_be_compared_is_refused():
         summarise([run(), run("DoRA")], [], "lora")
     with pytest.raises(ValueError, match=r"2 final runs of bert, news, r=8, LoRA, seed 0; .* by accuracy and loss"):
         summarise([run(), run(), run("DoRA", metric="loss")], [], "LoRA")
-    with pytest.raises(ValueError, match="none of the 1 runs is final"):
+    with pytest.raises(ValueError, match=r"none of the 1 runs is a final one$"):
         summarise([run(stage=SWEEP)], [], "LoRA")
+    broken = [run(stage=SWEEP, seed=seed, error="OSError: gone") for seed in (0, 1)]
+    with pytest.raises(ValueError, match="none of the 2 runs is a final one\n  2 of them failed: OSError: gone"):
+        summarise(broken, [], "LoRA")
 
 
 def test_pareto_front():
