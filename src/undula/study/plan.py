@@ -143,9 +143,9 @@ class Plan:
         return [key for cell in self.cells for key in cell.every()]
 
     def due(self, known: Mapping[str, Record]) -> list[Trial]:
-        """The runs that can be made now, each once, a cell after another: those that a process died in come last."""
+        """The runs that can be made now, each once, a cell after another: those that died more than once come last."""
         due = {t.key: t for cell in self.cells for t in cell.due(known)}
-        return sorted(due.values(), key=lambda t: known[t.key].attempts if t.key in known else 0)
+        return sorted(due.values(), key=lambda t: max(2, known[t.key].attempts) if t.key in known else 2)
 
     def rivals(self, trial: Trial, known: Mapping[str, Record]) -> list[list[tuple[int, float]]]:
         """The curves of the sweep that `trial` belongs to, in the order of the rates."""
