@@ -143,7 +143,7 @@ class Plan:
         return [key for cell in self.cells for key in cell.every()]
 
     def due(self, known: Mapping[str, Record]) -> list[Trial]:
-        """The runs that can be made now, each once, a cell after another: those that died more than once come last."""
+        """The runs that can be made now, each once, a cell after another: those that died thrice come last."""
         due = {t.key: t for cell in self.cells for t in cell.due(known)}
         return sorted(due.values(), key=lambda t: max(2, known[t.key].attempts) if t.key in known else 2)
 
