@@ -48,7 +48,7 @@ def main() -> None:
         method=None,
         where=("q_proj", "v_proj"),
         out=given.out,
-        max_steps=2 if given.quick else 200,
+        max_steps=2 if given.quick else 100,
         batch=4,
         eval_rows=4 if given.quick else 64,
     )
