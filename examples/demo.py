@@ -31,6 +31,7 @@ def main() -> None:
         task=Classification(max_length=48),
         method=None,
         out=given.out,
+        head_lr=3e-2,  # the same new head for every adapter; at the adapter's rate it would learn next to nothing
         max_steps=8 if given.quick else 100,
         batch=16,
         eval_rows=64 if given.quick else 400,

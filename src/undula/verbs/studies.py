@@ -114,7 +114,7 @@ def _about(path: Path) -> dict[str, str]:
     """What the report tells about how it was made."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
     return {
-        "command": shlex.join(["undula", *sys.argv[1:]]),
+        "command": shlex.join(["undula", *(a for a in sys.argv[1:] if a != "--report")]),
         "date": datetime.date.today().isoformat(),
         "machine": machine,
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
