@@ -222,12 +222,11 @@ def keep_gradients(model: nn.Module) -> None:
     without a gradient: adapters below it would learn nothing in all training that follows, and not be told.  Layers
     that are repacked already are put back (their scales stay rounded to bfloat16).
     """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            weight: Any = module.weight
-            if weight.quant_state is not None:
-                weight.data, weight.quant_state = _Bits4()._packed(module)
-            module.support_avx512bf16_for_cpu = False
+    repacking: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+    for layer in repacking:
+        if layer.weight.quant_state is not None:
+            layer.weight.data, layer.weight.quant_state = _Bits4()._packed(layer)
+        layer.support_avx512bf16_for_cpu = False
 
 
 def warn_where_cut(model: nn.Module) -> None:
