@@ -18,7 +18,8 @@ from undula.study import FINAL, SWEEP, Faults, Ray, parse, read
 from undula.study.drive import estimate, run, warnings
 from undula.study.plan import Plan
 from undula.study.store import Store
-from undula.study.watch import pruned
+from undula.study.trial import perform
+from undula.study.watch import Watch, pruned
 
 from . import tiny
 
@@ -104,6 +105,16 @@ def test_deployed_forms_are_measured(whole):
     lora = next(o for o in final if o.arm == "LoRA")
     assert lora.parameters == 2 * SUM
     assert lora.head_parameters > 0
+
+
+def test_full_fine_tuning_counts_every_parameter_but_the_heads(text, sources):
+    from transformers import AutoModel
+
+    study = parse(text + '[[methods]]\nmethod = "full"\n')
+    cell = next(c for c in Plan(study).cells if c.arm.full)
+    found = perform(cell.trial(1e-3, 0, False), Watch())
+    assert found["parameters"] == sum(p.numel() for p in AutoModel.from_pretrained(sources["model"]).parameters())
+    assert found["head_parameters"] == 2 * 32 + 2
 
 
 def test_what_has_ended_is_not_run_again(whole, text):

@@ -87,8 +87,8 @@ def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
         seconds, losses, steps = _fit(ready, watch)
     if not watch.curve:
         raise Diverged(f"the loss was not finite at any evaluation (lr={run.lr:g})")
-    trained = {id(p) for p in ready.adapter.full.values()}
-    heads = sum(p.numel() for p in ready.adapter.parameters() if id(p) in trained)
+    head = {id(ready.adapter.full[name]) for name in run.task.head(ready.model) if name in ready.adapter.full}
+    heads = sum(p.numel() for p in ready.adapter.parameters() if id(p) in head)
     found = {
         "validation": watch.best,
         "parameters": ready.adapter.num_parameters() - heads,
