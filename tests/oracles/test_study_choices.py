@@ -14,7 +14,9 @@ from undula.sites import choose, site
 from undula.study.lines import line_of, lines
 from undula.study.rates import Decision, decide
 from undula.study.sizes import at_rank, count, with_parameters
-from undula.study.store import SILENCE, is_free, worker
+from undula.study.spec import Rows
+from undula.study.store import SILENCE, Store, is_free, worker
+from undula.study.trial import Trial
 
 GRID = (1e-3, 1e-2)
 
@@ -116,3 +118,14 @@ def test_lines_of_a_study_file():
     assert line_of(("methods", 1, "set", "r"), where) == 10
     assert line_of(("methods", 0, "rates"), where) == 7
     assert line_of(("nothing",), where) is None
+
+
+def test_a_run_is_taken_once(tmp_path):
+    task = undula.train.Classification()
+    run = undula.train.Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
+    trial, store = Trial(run, Rows("d", task), 1, 0, tested=False), Store(tmp_path / "runs.sqlite")
+    assert store.claim(trial)
+    assert not Store(tmp_path / "runs.sqlite").claim(trial)  # this process has it, and lives
+    store.finish(trial, {"validation": 0.5})
+    assert not store.claim(trial)
+    assert store.records([trial.key])[trial.key].result == {"validation": 0.5}
