@@ -13,7 +13,7 @@ import undula
 from undula.activations import Sinter
 from undula.train import Classification, Run
 
-ENTRIES = (  # at the best of a few learning rates each (at least a factor of 1.5 apart)
+ENTRIES = (  # rates that did well in short trials with one rate for head and adapter; not swept beside head_lr
     Entry("head only", None, 5e-2),
     Entry("LoRA", undula.LoRA(r=8), 3e-3),
     Entry("LoRAN", undula.LoRAN(r=8), 3e-3),  # the published constants: a = 5e-5, w = 1e4

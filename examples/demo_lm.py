@@ -16,7 +16,7 @@ import undula
 from undula.bundled import AssetError
 from undula.train import CausalLM, Plain, Run
 
-ENTRIES = (  # each at the best of a few learning rates
+ENTRIES = (  # plausible learning rates, not swept: studies/summaries.toml does that
     Entry("LoRA", undula.LoRA(r=8), 2e-3),
     Entry("LoRAN", undula.LoRAN(r=8), 2e-3),
     Entry("AuroRA", undula.AuroRA(r=2), 5e-3),

@@ -66,6 +66,7 @@ MUTANTS = [
     ("train/images.py", "repr(image.size).encode() + image.tobytes()", "repr(image.size).encode()", IMAGES),
     ("compress/least_squares.py", "u.movedim(layer.channel, -1)", "u", COLLAPSE),
     ("bases.py", "layer.support_avx512bf16_for_cpu = False", "pass", "tests/interop/test_quantised.py"),
+    ("integrations/peft.py", "        bases.keep_gradients(model)\n", "", "tests/interop/test_quantised.py"),
     ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
     ("study/store.py", "if row is not None and not is_free(row[0], row[2], row[3]):", "if False:", CHOICES),

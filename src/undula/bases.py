@@ -219,8 +219,8 @@ def keep_gradients(model: nn.Module) -> None:
     """Keeps bitsandbytes' 4-bit layers in the packing whose product has a gradient.
 
     On CPUs with AVX512-BF16 such a layer repacks itself at its first evaluation, for good, for a product of bfloat16
-    without a gradient: adapters below it would learn nothing in all training that follows, and not be told.  Layers
-    that are repacked already are put back (their scales stay rounded to bfloat16).
+    without a gradient.  In all training that follows adapters below it get none (torch warns), or the layer's bias ends
+    the training with an error.  Layers that are repacked already are put back (their scales stay rounded to bfloat16).
     """
     repacking: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     for layer in repacking:

@@ -315,6 +315,25 @@ def test_an_evaluation_takes_no_gradient_from_4_bit_layers():
     torch.testing.assert_close(gradient(model.train(), adapter), want)
 
 
+def test_an_evaluation_takes_no_gradient_under_peft():
+    from peft import get_peft_model
+
+    model = bits(bnb.nn.Linear4bit, compute_dtype=torch.float32)(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    for layer in model:
+        layer.support_avx512bf16_for_cpu = True
+    hosted, x = get_peft_model(model, undula.peft_config(LoRA(r=2), target_modules=["0"])), torch.randn(5, 64)
+    (B,) = [p for name, p in hosted.named_parameters() if p.requires_grad and name.endswith("B")]
+    gradients = []
+    for _ in range(2):
+        B.grad = None
+        hosted.train()(x).square().sum().backward()
+        gradients.append(B.grad)
+        with torch.no_grad():
+            hosted.eval()(x)
+    assert gradients[0].abs().max() > 0.1
+    assert torch.equal(*gradients)
+
+
 def test_repacked_4_bit_weights_are_read():
     """On CPUs with AVX512-BF16 bitsandbytes repacks weights (and rounds their scales to bf16) in evaluation."""
     layer = net("bitsandbytes nf4")[0][0]
