@@ -19,6 +19,7 @@ from .methods.dropout import Dropout
 from .methods.lora import LoRA, RankStabilised
 from .methods.loran import LoRAN, LoRANActivation, SineLoRA
 from .methods.sum import Sum
+from .probe import Probe
 from .train import Run, evaluate
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "LoRANActivation",
     "LowRank",
     "Method",
+    "Probe",
     "RankStabilised",
     "Reweight",
     "Run",
@@ -65,7 +67,10 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`peft_config` and `enable_peft`: PEFT is imported when they are first asked for, not with undula."""
+    """Every method by its name; `peft_config` and `enable_peft`: PEFT is imported when they are first asked for."""
+    for method in Method.registry.values():
+        if method.__name__ == name:
+            return method
     if name in ("peft_config", "enable_peft"):
         from .integrations import peft
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ from .making import fitted, fresh
 from .method import Factors, Method
 from .routing import Rows
 from .sites import LinearView, Where, view
+
+if TYPE_CHECKING:
+    from .probe import Probe
 
 
 class Slot(nn.Module):
@@ -113,19 +116,21 @@ def attach(
     name: str = "default",
     overrides: Mapping[str, Method] | None = None,
     full: Sequence[str] = (),
+    probe: Probe | None = None,
 ) -> Adapter:
     """Puts a new adapter of the method `what` (or an existing Adapter) on `model` and selects it.
 
     Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `sites.choose`;
     "all-linear" where nothing is said);
     `overrides` gives other methods to the layers that match a pattern, the first match counts; `full` names parameters
-    or modules to train in full beside them (a new classification head).  Factors are float32 (float64 over a float64
+    or modules to train in full beside them (a new classification head); `probe` tells gradients and activations to
+    methods that start from them (see `undula.Probe`).  Factors are float32 (float64 over a float64
     base).  Raises LookupError for names that match nothing, ValueError for an adapter that does not fit the model; the
     model is then unchanged.
     """
     host = host_of(model)
-    if isinstance(what, Adapter) and (where is not None or overrides or full):
-        raise ValueError("an Adapter knows its own sites: `where`, `overrides` and `full` go with a method alone")
+    if isinstance(what, Adapter) and (where is not None or overrides or full or probe is not None):
+        raise ValueError("an Adapter is made: `where`, `overrides`, `full` and `probe` go with a method alone")
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
     if name in host.adapters:
@@ -136,7 +141,7 @@ def attach(
         adapter = (
             fitted(model, what)
             if isinstance(what, Adapter)
-            else fresh(model, what, "all-linear" if where is None else where, overrides or {}, full)
+            else fresh(model, what, "all-linear" if where is None else where, overrides or {}, full, probe)
         )
     except BaseException:
         select(model, before)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .method import Factors, Method
-from .sites import LinearView, Where, choose, matches, site, view
+from .method import Evidence, Factors, Method
+from .sites import LinearView, Where, choose, matches, outline, site, view
+
+if TYPE_CHECKING:
+    from .probe import Probe
+
+Shapes = Mapping[str, tuple[int, int]]
 
 
 def fresh(
-    model: nn.Module, method: Method, where: Where, overrides: Mapping[str, Method], full: Sequence[str]
+    model: nn.Module,
+    method: Method,
+    where: Where,
+    overrides: Mapping[str, Method],
+    full: Sequence[str],
+    probe: Probe | None = None,
 ) -> Adapter:
     """A new adapter for `model`, not attached."""
     layers = choose(model, where)
+    evidence = None if probe is None else probe.on(model, layers)
     in_full = {n: _thawed(p) for n, p in _chosen_parameters(model, full).items()}
-    return replace(made(layers, assigned(layers, method, overrides)), full=in_full)
+    return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
 
 
 def assigned(sites: Iterable[str], method: Method, overrides: Mapping[str, Method]) -> dict[str, Method]:
@@ -32,20 +43,39 @@ def assigned(sites: Iterable[str], method: Method, overrides: Mapping[str, Metho
     return {n: next((m for p, m in overrides.items() if matches(n, p)), method) for n in names}
 
 
-def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method]) -> Adapter:
+def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method], evidence: Evidence | None = None) -> Adapter:
     """New factors for each layer, as parameters; what a method makes once for several sites is one parameter."""
     factors: dict[str, Factors] = {}
-    shapes: dict[str, tuple[int, int]] = {}
     shared: dict[Any, Any] = {}
+    sites = {path: site(path, layer, shared) for path, layer in layers.items()}
+    shapes = {path: where.shape for path, where in sites.items()}
+    peers = peers_of(methods, shapes)
     once: dict[int, tuple[Tensor, nn.Parameter]] = {}  # holds the tensors too, so that no id is used twice
-    for path, layer in layers.items():
-        where = site(path, layer, shared)
-        shapes[path] = where.shape
-        new = methods[path].init(where)
+    for path, where in sites.items():
+        new = methods[path].init(replace(where, peers=peers[methods[path]], evidence=evidence))
         factors[path] = {
             k: once.setdefault(id(t), (t, nn.Parameter(t.detach(), t.requires_grad)))[1] for k, t in new.items()
         }
     return Adapter(dict(methods), factors, shapes, kernels=kernels(layers))
+
+
+def peers_of(methods: Mapping[str, Method], shapes: Shapes) -> dict[Method, dict[str, tuple[int, int]]]:
+    """`Site.peers` of the sites of each method."""
+    peers: dict[Method, dict[str, tuple[int, int]]] = {}
+    for path, method in methods.items():
+        peers.setdefault(method, {})[path] = shapes[path]
+    return peers
+
+
+def rebuilt(methods: Mapping[str, Method], shapes: Shapes) -> Iterator[tuple[str, str, Tensor]]:
+    """(site, factor, tensor) of the frozen factors that seeds determine, made anew (see `Method.rebuilt`), on the
+    CPU in float32.  Sites that share a tensor get the same object."""
+    shared: dict[Any, Any] = {}
+    peers = peers_of(methods, shapes)
+    for path, method in methods.items():
+        where = replace(outline(path, shapes[path]), device=torch.device("cpu"), shared=shared, peers=peers[method])
+        for name, t in method.rebuilt(where).items():
+            yield path, name, t
 
 
 def kernels(layers: Mapping[str, LinearView]) -> dict[str, tuple[int, ...]]:

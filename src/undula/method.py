@@ -17,24 +17,39 @@ import abc
 import functools
 import importlib.metadata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from .choice import Choice, plain
-from .kernels import reference
+from .kernels import frozen, reference
 from .kernels.bottleneck import bottleneck
 from .layer import Layer, Outline
 
 Factors = Mapping[str, Tensor]
 
 
+class Evidence(Protocol):
+    """What the model and data tell about a site, for starts that want to know (see `undula.Probe`)."""
+
+    def gradient(self, name: str) -> Tensor:
+        """dL/dW (O, I), averaged over the batches."""
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor, int]:
+        """(sum of x x' (I, I), sum of x (I), count) of the layer's inputs."""
+
+
 @dataclass(frozen=True)
 class Site:
-    """Where: one matrix of the model.  `shared` is one dictionary per attach, for tied tensors and frozen bases."""
+    """Where: one matrix of the model.
+
+    `shared` is one dictionary per attach, for tied tensors and frozen bases.  `peers` has the shapes (O, I) of all
+    sites of this attach that have the same method, in the model's order; the values that a method makes may depend on
+    them, their shapes may not.
+    """
 
     name: str
     layer: Layer
@@ -42,6 +57,12 @@ class Site:
     dtype: torch.dtype  # of the factors: float32, or float64 over a float64 base
     device: torch.device
     shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    peers: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+    evidence: Evidence | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.peers:
+            object.__setattr__(self, "peers", {self.name: self.shape})
 
     @property
     def W(self) -> Tensor:
@@ -51,6 +72,38 @@ class Site:
     def outline(self) -> Site:
         """The same site without numbers (on the meta device): `init` on it tells names and shapes of factors."""
         return replace(self, layer=Outline(self.shape, self.dtype), device=torch.device("meta"), shared={})
+
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor that all sites of one attach share under `key`; `make` is called for the first of them."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def frozen(self, seed: int, *key: frozen.Key, shape: tuple[int, ...], bound: float = 1.0) -> Tensor:
+        """Numbers uniform within `bound` that (seed, key, shape, bound) alone determine, bit for bit on any machine."""
+        return (frozen.uniform(seed, key, shape, self.device) * bound).to(self.dtype)
+
+    def gradient(self) -> Tensor:
+        """dL/dW (O, I) at this matrix, averaged over the batches of the probe.  Raises RuntimeError without one."""
+        if self.device.type == "meta":
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self._evidence("gradients").gradient(self.name).to(self.device, self.dtype)
+
+    def moments(self) -> tuple[Tensor, Tensor, int]:
+        """(sum of x x' (I, I), sum of x (I), count) of the layer's inputs over the batches of the probe."""
+        if self.device.type == "meta":
+            I = self.shape[1]
+            return *(torch.empty(s, dtype=self.dtype, device="meta") for s in ((I, I), (I,))), 1  # type: ignore[return-value]
+        xx_II, x_I, n = self._evidence("activations").moments(self.name)
+        return xx_II.to(self.device, self.dtype), x_I.to(self.device, self.dtype), n
+
+    def _evidence(self, what: str) -> Evidence:
+        if self.evidence is None:
+            raise RuntimeError(
+                f"this method starts from {what} ({self.name} asks for them): give it data, as in "
+                "attach(model, method, probe=undula.Probe(batches)). `undula train` does so by itself"
+            )
+        return self.evidence
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
@@ -69,6 +122,7 @@ class Method(Choice):
     parameters: ClassVar[str] = ""  # per site, in O, I and the fields: an expression that the tests evaluate
     source: ClassVar[str] = ""  # authors, year, arXiv number
     grade: ClassVar[str] = "exact"  # or "interpretation": what the sources leave open is said in the docstring
+    starts_at_base: ClassVar[bool] = True  # whether the layer is unchanged until training moves it
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -77,7 +131,12 @@ class Method(Choice):
 
     @abc.abstractmethod
     def init(self, site: Site) -> dict[str, Tensor]:
-        """Factors at which the layer is unchanged; `requires_grad` marks what trains."""
+        """Factors at which the layer is unchanged (see `starts_at_base`); `requires_grad` marks what trains."""
+
+    def rebuilt(self, site: Site) -> dict[str, Tensor]:
+        """Those of the frozen factors that this configuration and the site's name, shape and peers determine, bit for
+        bit (see `Site.frozen`).  `init` returns them too; files hold their checksums only."""
+        return {}
 
     @abc.abstractmethod
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:

@@ -30,7 +30,7 @@ def run(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output on a batch, as one tensor: a mapping is given as keywords, a tuple or list as arguments, a
     tensor as itself.  Of a structured output it is `logits`, or else its first tensor."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch = _on(batch, device)
+    batch = moved(batch, device)
     if isinstance(batch, Mapping):
         out = model(**batch)
     elif isinstance(batch, tuple | list):
@@ -40,12 +40,13 @@ def run(model: nn.Module, batch: Batch) -> Tensor:
     return _tensor(out)
 
 
-def _on(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on `device`."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {k: _on(v, device) for k, v in batch.items()}
-    return type(batch)(_on(v, device) for v in batch) if type(batch) in (tuple, list) else batch
+        return {k: moved(v, device) for k, v in batch.items()}
+    return type(batch)(moved(v, device) for v in batch) if type(batch) in (tuple, list) else batch
 
 
 def _tensor(out: Any) -> Tensor:

@@ -14,7 +14,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,10 @@ class UndulaConfig(PeftConfig):
 class Hosted(nn.Module):
     """One adapter at one layer.  Frozen factors are buffers: PEFT sets `requires_grad` on all parameters at once."""
 
-    def __init__(self, method: Method, factors: Factors):
+    def __init__(self, method: Method, factors: Factors, rebuilt: Iterable[str]):
         super().__init__()
         self.method = method
+        self._non_persistent_buffers_set.update(rebuilt)  # no file holds what a seed rebuilds
         self._parameters.update({k: t for k, t in factors.items() if t.requires_grad})  # type: ignore[misc]
         self._buffers.update({k: t.detach() for k, t in factors.items() if not t.requires_grad})
 
@@ -315,7 +316,9 @@ class UndulaModel(tuners_utils.BaseTuner):
             linear = layer.channel == -1 and not isinstance(layer, EmbeddingView)
             target = UndulaLinear(base) if linear else UndulaLayer(base)
             self._replace_module(parent, target_name, target, base)
-        target.undula_factors[adapter_name] = Hosted(self.new.methods[current_key], self.new.factors[current_key])
+        new, rebuilt = self.new, peft_config.undula["rebuilt"]
+        seeded = [k for k in new.factors[current_key] if native.key_of(current_key, k) in rebuilt]
+        target.undula_factors[adapter_name] = Hosted(new.methods[current_key], new.factors[current_key], seeded)
 
     def _check_mergeable(self, names: Sequence[str] | None) -> None:
         """Refuses before the first layer changes."""
@@ -370,6 +373,9 @@ class UndulaModel(tuners_utils.BaseTuner):
             site, factor = native.split(key)
             if site is not None:  # else it is of modules_to_save: PEFT looks after those
                 found.setdefault(site, {})[factor] = t
+        for site, factors in wanted.items():
+            rebuilt = {k: t for k, t in factors.items() if native.key_of(site, k) in config.undula["rebuilt"]}
+            found[site] = {**rebuilt, **found[site]}
         for site, tensors in found.items():
             check_shapes(f"{name}: {site}", tensors, wanted.get(site, {}))
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

@@ -7,14 +7,15 @@ full: what PEFT writes when it hosts a method (`undula.peft_config`), so both re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..making import check_shapes
+from ..kernels import frozen
+from ..making import check_shapes, rebuilt
 from ..method import Method
 from ..sites import outline
 from . import files
@@ -43,8 +44,11 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
+    checksums = _rebuildable(adapter)
     for site, name, t in adapter.tensors():
-        key = f"{files.PREFIX}{site}{MARK}{name}"
+        key = key_of(site, name)
+        if key in checksums:
+            continue
         if id(t) in first:
             tied[key] = first[id(t)]
         else:
@@ -63,10 +67,51 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
             "sites": {s: [kinds.index(m), *adapter.shapes[s]] for s, m in adapter.methods.items()},
             "kernels": {s: list(kernel) for s, kernel in adapter.kernels.items()},
             "tied": tied,
+            "rebuilt": checksums,
             "frozen": sorted(f"{s}.{n}" for s, n, t in adapter.tensors() if not t.requires_grad),
         },
     }
     return config, tensors | {files.PREFIX + name: t for name, t in adapter.full.items()}
+
+
+def key_of(site: str, factor: str) -> str:
+    """The key on disk of a factor."""
+    return f"{files.PREFIX}{site}{MARK}{factor}"
+
+
+def _rebuildable(adapter: Adapter) -> dict[str, str]:
+    """{key: checksum} of the factors that need not be stored: made anew from their seeds, they are what they are."""
+    once: dict[int, tuple[Tensor, str]] = {}  # holds the tensors too, so that no id is used twice
+
+    def checksum(t: Tensor) -> str:
+        return once.setdefault(id(t), (t, frozen.checksum(t)))[1]
+
+    again = {(site, name): checksum(t) for site, name, t in rebuilt(adapter.methods, adapter.shapes)}
+    return {
+        key_of(site, name): again[site, name]
+        for site, name, t in adapter.tensors()
+        if (site, name) in again and again[site, name] == checksum(t)
+    }
+
+
+def _rebuild(
+    methods: Mapping[str, Method], shapes: Mapping[str, tuple[int, int]], checksums: Mapping[str, Any], path: str
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(site, factor, tensor) of what the file leaves to be made anew.  Raises ValueError where a checksum differs."""
+    if not checksums:
+        return
+    left = dict(checksums)
+    for site, name, t in rebuilt(methods, shapes):
+        wanted = left.pop(key_of(site, name), None)
+        if wanted is not None and wanted != frozen.checksum(t):
+            raise ValueError(
+                f"{path}: {site}.{name} is rebuilt from its seed with the checksum {frozen.checksum(t)}; the file says "
+                f"{str(wanted)!r:.40}: it was changed by hand, or a later version of undula draws other numbers"
+            )
+        if wanted is not None:
+            yield site, name, t
+    if left:
+        raise ValueError(f"{path}: {next(iter(left))!r:.100} cannot be rebuilt from a seed, and is not in the file")
 
 
 def load(path: str | Path) -> Adapter:
@@ -113,7 +158,7 @@ def _assemble(
     tensors: dict[str, Tensor],
     path: str,
 ) -> Adapter:
-    tied, frozen = own.get("tied", {}), set(own.get("frozen", []))
+    tied, still = own.get("tied", {}), set(own.get("frozen", []))
     factors: dict[str, dict[str, Tensor]] = {s: {} for s in methods}
     full: dict[str, Tensor] = {}
     for key, t in untied(tensors, tied, path).items():
@@ -123,7 +168,9 @@ def _assemble(
         elif site not in factors:
             raise ValueError(f"{path} holds a tensor for {site!r:.100}, which its config does not name")
         else:
-            factors[site][factor] = t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in frozen)
+            factors[site][factor] = t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in still)
+    for site, factor, t in _rebuild(methods, shapes, own.get("rebuilt", {}), path):
+        factors[site][factor] = t
     if not factors and not full:
         raise ValueError(f"{path} holds neither factors nor parameters")
     for site, f in factors.items():
@@ -138,7 +185,9 @@ def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> None:
             raise ValueError(f"{site} is {adapter.shapes[site]} (O, I) in this model, {shape} in the adapter")
     for site, factor, t in adapter.tensors():
         t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in own.get("frozen", []))
-    every = {f"{files.PREFIX}{s}{MARK}{k}": t for s, k, t in adapter.tensors()}
+    for _ in _rebuild(adapter.methods, adapter.shapes, own.get("rebuilt", {}), path):
+        pass  # the checksums hold
+    every = {key_of(s, k): t for s, k, t in adapter.tensors()}
     for key, target in own.get("tied", {}).items():
         if key not in every or target not in every or every[key].shape != every[target].shape:
             raise ValueError(f"{path}: {key!r:.100} is tied to {target!r:.100}, which does not fit")

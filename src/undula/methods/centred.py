@@ -41,11 +41,15 @@ class Centred(Wrapper):
 
     def init(self, site: Site) -> dict[str, Tensor]:
         f = self.inner.init(site, self.start)  # type: ignore[call-arg]
-        return {**f, **{f"{k}0": t.detach().clone() for k, t in f.items()}}
+        return {**f, **{f"{k}0": t.detach().clone() for k, t in f.items() if t.requires_grad}}
+
+    def rebuilt(self, site: Site) -> dict[str, Tensor]:
+        return self.inner.rebuilt(site)
 
     def both(self, f: Factors) -> tuple[Factors, Factors]:
-        """(the factors, the factors at the start)."""
-        return {k: t for k, t in f.items() if f"{k}0" in f}, {k: f[f"{k}0"] for k in f if f"{k}0" in f}
+        """(the factors, the factors at the start).  Frozen ones are the same in both."""
+        first = {k for k in f if k.endswith("0") and k[:-1] in f}
+        return {k: t for k, t in f.items() if k not in first}, {k: f.get(f"{k}0", f[k]) for k in f if k not in first}
 
 
 class _LowRankCentred(Centred, LowRank):

@@ -40,6 +40,9 @@ class DoRA(Reweight):
     def init(self, site: Site) -> dict[str, Tensor]:
         return {**self.inner.init(site), "m": site.W.norm(dim=1).requires_grad_()}
 
+    def rebuilt(self, site: Site) -> dict[str, Tensor]:
+        return self.inner.rebuilt(site)
+
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         V_OI = self._inner.weight(W_OI, f)
         norms = V_OI.norm(dim=1).detach().clamp_min(torch.finfo(V_OI.dtype).tiny)  # a row of zeros stays one

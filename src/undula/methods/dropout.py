@@ -72,6 +72,9 @@ class Dropout(Wrapper):
     def init(self, site: Site) -> dict[str, Tensor]:
         return self.inner.init(site)
 
+    def rebuilt(self, site: Site) -> dict[str, Tensor]:
+        return self.inner.rebuilt(site)
+
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         if not layer.training or round(self.p * 256) == 0 or not x.is_floating_point():
             return self.inner.forward(x, layer, f)

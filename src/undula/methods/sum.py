@@ -36,6 +36,9 @@ class Sum(Wrapper):
     def init(self, site: Site) -> dict[str, Tensor]:
         return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.init(site).items()}
 
+    def rebuilt(self, site: Site) -> dict[str, Tensor]:
+        return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.rebuilt(site).items()}
+
     def terms(self, f: Factors) -> list[tuple[float, Method, Factors]]:
         """(weight, method, its own factors) of every part."""
         own: list[dict[str, Tensor]] = [{} for _ in self.parts]

@@ -34,7 +34,7 @@ def count(method: Method, shapes: Shapes) -> int:
     shared: dict[Any, Any] = {}
     trained: dict[int, torch.Tensor] = {}  # holds the tensors, so that no id is used twice
     for name, shape in shapes.items():
-        made = method.init(dataclasses.replace(outline(name, shape), shared=shared))
+        made = method.init(dataclasses.replace(outline(name, shape), shared=shared, peers=shapes))
         trained |= {id(t): t for t in made.values() if t.requires_grad}
     return sum(t.numel() for t in trained.values())
 

@@ -1,0 +1,71 @@
+"""Random numbers that a seed rebuilds, bit for bit, on any machine, device and version of torch.
+
+torch's generators differ between devices and may change between releases; a frozen basis that no file holds must not.
+Here number i of the stream (seed, key) is a hash of i: 32-bit integer arithmetic, the same everywhere (the mixing is
+that of Wellons' `lowbias32`).  Any block of a stream can be made without the ones before it, the global generators are
+never touched, and floating-point numbers lie on a grid of 2^-24, so that their scaling rounds once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+Key = str | int
+
+
+def bits(seed: int, key: tuple[Key, ...], start: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers start, start + 1, ... start + n - 1 of the stream (seed, key): int32, uniform over all 32-bit values."""
+    digest = hashlib.sha256(repr((seed, key)).encode()).digest()
+    step = int.from_bytes(digest[:4], "little") | 1
+    offset = int.from_bytes(digest[4:8], "little")
+    h = torch.arange(n, dtype=torch.int32, device=device)
+    h.mul_(_signed(step)).add_(_signed(offset + step * start))
+    _shifted(h, 16)
+    h.mul_(_signed(0x7FEB352D))
+    _shifted(h, 15)
+    h.mul_(_signed(0x846CA68B))
+    return _shifted(h, 16)
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits of `word` as a signed integer: products and sums wrap, as unsigned ones do."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _shifted(h: Tensor, by: int) -> Tensor:
+    """h ^= h >> by, in place, shifting in zeros."""
+    return h.bitwise_xor_((h >> by).bitwise_and_((1 << (32 - by)) - 1))
+
+
+def uniform(
+    seed: int, key: tuple[Key, ...], shape: tuple[int, ...], device: torch.device | str = "cpu", start: int = 0
+) -> Tensor:
+    """Numbers of the stream from `start` on, uniform in [-1, 1), float32; their standard deviation is 1/sqrt(3)."""
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, device=device)
+    drawn = bits(seed, key, start, math.prod(shape), device)
+    return (drawn >> 8).float().mul_(2.0**-23).view(shape)
+
+
+def integers(seed: int, key: tuple[Key, ...], shape: tuple[int, ...], high: int) -> Tensor:
+    """Integers uniform in 0 .. high - 1, int64, on the CPU; `high` is at most 2^31."""
+    wide = bits(seed, key, 0, math.prod(shape)).long().bitwise_and_(0xFFFFFFFF)
+    return (wide * high >> 32).view(shape)
+
+
+def permutation(seed: int, key: tuple[Key, ...], n: int) -> Tensor:
+    """A random order of 0 .. n - 1, int64, on the CPU."""
+    return torch.sort(bits(seed, key, 0, n), stable=True).indices
+
+
+def checksum(t: Tensor) -> str:
+    """Sixteen hexadecimal digits that tell whether a rebuilt tensor is the one that was saved.  Floating-point numbers
+    count as float32."""
+    t = t.detach().cpu()
+    t = t.float() if t.is_floating_point() else t.long()
+    return hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16]
