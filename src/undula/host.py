@@ -178,6 +178,18 @@ def select(model: nn.Module, name: str | None) -> None:
         host.own[path] = exchange(model, path, p)
 
 
+def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
+    """Another method and other factors at one site of the selected adapter, which stays the object that it is.  For
+    allocators; trained factors that go on training are passed as the parameters that they are."""
+    host, adapter = find(model, None)
+    slot = next(s for s, path in zip(host.slots, adapter.factors, strict=True) if path == site)
+    live = {k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()}
+    adapter.methods[site], adapter.factors[site] = method, live  # type: ignore[index]
+    slot.method = method
+    slot._parameters.clear()
+    slot._parameters.update(live)
+
+
 def _layer(model: nn.Module, path: str) -> LinearView:
     layer = view(model.get_submodule(path))
     assert layer is not None

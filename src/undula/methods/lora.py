@@ -41,6 +41,17 @@ class RankStabilised(Scaling):
         return alpha / math.sqrt(r)
 
 
+@Scaling.register
+@dataclass(frozen=True)
+class Fixed(Scaling):
+    """s itself: what rank and alpha gave when the adapter was made.  A change of rank does not rescale what stays."""
+
+    s: float
+
+    def __call__(self, r: int, alpha: float) -> float:
+        return self.s
+
+
 def check_rank(r: int) -> None:
     """Ranks are positive.  Raises ValueError."""
     if r < 1:

@@ -1,0 +1,107 @@
+"""Who gets how much rank, when.
+
+An Allocator is a configuration; `start` begins a Course, which changes the factors of a live adapter while it trains.
+In a loop of one's own:
+
+    course = undula.ranks.AdaLoRA(target=4).start(model, optimizer, steps=1000)
+    for batch in data:
+        course.before_forward()
+        model(**batch).loss.backward()
+        course.before_update()
+        optimizer.step()
+        course.after_update()
+        optimizer.zero_grad()
+    course.finish()
+
+Under `transformers.Trainer` the same calls come from a callback (`undula.allocating`).  Draws follow (seed, step) alone
+and decisions follow gradients that all processes share: under DDP every process makes the same ones.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..choice import Choice
+from ..host import selected
+from ..method import Factors, Method
+
+Quality = Callable[[], float]  # of the model as it is, on fixed data, in evaluation mode: higher is better
+
+
+@dataclass(frozen=True)
+class Place:
+    """One site of the live adapter."""
+
+    site: str
+    method: Method
+    f: Factors
+
+
+class Allocator(Choice):
+    """A frozen configuration, and the methods that it can work on."""
+
+    works_on: ClassVar[tuple[type[Method], ...]]
+    source: ClassVar[str] = ""
+    grade: ClassVar[str] = "exact"
+    needs_quality: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def start(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
+    ) -> Course:
+        """A course over `steps` updates of the selected adapter of `model`, whose factors `optimizer` trains.
+
+        Raises TypeError for an adapter of other methods, ValueError for a schedule that does not fit into `steps`.
+        """
+
+
+class Course:
+    """An allocator at work.  A subclass overrides the moments that it needs."""
+
+    def __init__(self, allocator: Allocator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
+        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.step = 0  # updates done
+        odd = {s: m for s, m in selected(model).methods.items() if not isinstance(m, allocator.works_on)}
+        if odd:
+            site, method = next(iter(odd.items()))
+            wanted = ", ".join(m.__name__ for m in allocator.works_on)
+            raise TypeError(f"{allocator!r} works on {wanted}; at {site} ({len(odd)} such sites) is {method!r}")
+
+    @property
+    def adapter(self) -> Adapter:
+        """The live adapter."""
+        return selected(self.model)
+
+    def places(self) -> Iterator[Place]:
+        """The sites of the adapter, with the parameters that train."""
+        adapter = self.adapter
+        for site, f in adapter.factors.items():
+            yield Place(site, adapter.methods[site], f)
+
+    def before_forward(self) -> None:
+        """Before the first forward pass of an update."""
+
+    def before_update(self) -> None:
+        """After the backward pass (all of an update's), before the optimiser's step: gradients are there."""
+
+    def after_update(self) -> None:
+        """After the optimiser's step, before gradients are cleared.  Overrides call this first: it counts."""
+        self.step += 1
+
+    def finish(self) -> None:
+        """After the last update."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON values) that a checkpoint must hold besides the adapter and the optimiser's state."""
+        return {}, {"step": self.step}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.step = values["step"]
