@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..host import change, selected
 
 
 @torch.no_grad()
@@ -26,3 +29,34 @@ def forget(optimizer: torch.optim.Optimizer | None, p: Tensor, rows: Tensor, dim
     for t in state.values():
         if isinstance(t, Tensor) and t.shape == p.shape:
             t.index_fill_(dim, rows, 0.0)
+
+
+@torch.no_grad()
+def adopt(model: nn.Module, saved: Adapter) -> None:
+    """Puts the methods and numbers of `saved` onto the selected adapter of `model`, which has the same sites.
+
+    Factors that are there already stay the objects that the optimiser knows, even where their shape changes; tensors
+    that `saved` shares are shared.  Raises ValueError for other sites or other parameters in full.
+    """
+    live = selected(model)
+    if set(live.factors) != set(saved.factors) or set(live.full) != set(saved.full):
+        raise ValueError(
+            f"the saved adapter has {len(saved.factors)} sites and {len(saved.full)} parameters in full; the live one "
+            f"has {len(live.factors)} and {len(live.full)}, or others"
+        )
+    once: dict[int, nn.Parameter] = {}
+    for site, f in saved.factors.items():
+        now = live.factors[site]
+        change(model, site, saved.methods[site], {k: _taken(now.get(k), t, once) for k, t in f.items()})
+    for name, t in saved.full.items():
+        live.full[name].copy_(t)
+
+
+def _taken(old: Tensor | None, new: Tensor, once: dict[int, nn.Parameter]) -> nn.Parameter:
+    """The parameter `old` (or a new one) with the numbers of `new`; one for each tensor that is shared."""
+    if id(new) not in once:
+        p = old if isinstance(old, nn.Parameter) else nn.Parameter(new.detach().clone(), new.requires_grad)
+        if p is old:
+            p.data = new.detach().to(p.device, p.dtype, copy=True)
+        once[id(new)] = p
+    return once[id(new)]
