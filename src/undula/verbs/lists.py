@@ -18,7 +18,7 @@ from . import shell
 
 
 def methods(to: shell.Json = None) -> None:
-    """The methods (what each can do: its rung; its law, what it costs, where it comes from), the allocators, the starts."""
+    """The methods (rung, law, cost, source), the allocators, the starts."""
     rows = [*_methods(), *_allocators(), *_starts()]
     shell.write(to, rows)
     if str(to) != "-":
