@@ -17,9 +17,12 @@ import undula
 from undula.study import FINAL, SWEEP, Faults, Ray, parse, read
 from undula.study.drive import estimate, run, warnings
 from undula.study.plan import Plan
+from undula.study.splits import opened
 from undula.study.store import Store
-from undula.study.trial import perform
+from undula.study.trial import Trial, perform
 from undula.study.watch import Watch, pruned
+from undula.train.base import open_model
+from undula.train.task import Examples
 
 from . import tiny
 
@@ -312,3 +315,25 @@ def test_the_report_is_written(whole):
     assert "LoRA" in (out / "report" / "report.html").read_text()
     with (out / "report" / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(found.outcomes)
+
+
+def test_a_language_model_as_it_is(tmp_path):
+    """Without a method and without a head nothing trains: the model is measured once, with no rate to choose."""
+    rows = [{"prompt": f"the day was {i}", "completion": r["text"]} for i, r in enumerate(tiny.reviews(40))]
+    data, model = tiny.jsonl(tmp_path / "rows.jsonl", rows), tiny.llama(tmp_path / "llama")
+    text = TEXT.format(model=model, data=data).replace('task = "classification"', 'task = "causal-lm"')
+    text = text.replace("steps = 12", "steps = 2").replace('[[methods]]\nmethod = "aurora"\n', "")
+    found = run(parse(text.replace('method = "none"', 'name = "untrained"\nmethod = "none"')), tmp_path / "out")
+    ours = [o for o in found.outcomes if o.arm == "untrained"]
+    assert [(o.stage, o.steps, o.parameters) for o in ours] == [(FINAL, 0, 0)]
+    trial = next(t for t in found_trials(tmp_path / "out") if t.run.method is None)
+    task, parts = opened(trial.rows, trial.split_seed)
+    base, processor = open_model(model, task, trial.run.dtype, seed=0)
+    assert ours[0].test == task.score(base, Examples(task, parts["test"], processor), 8)["loss"]
+    assert {c.arm for c in found.chosen} == {"LoRA"}
+    assert all(o.test < ours[0].test for o in found.outcomes if o.arm == "LoRA" and o.stage == FINAL)
+
+
+def found_trials(out):
+    with sqlite3.connect(out / "runs.sqlite") as store:
+        return [Trial.decode(json.loads(text)) for (text,) in store.execute("select trial from runs")]
