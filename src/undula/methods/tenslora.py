@@ -117,7 +117,7 @@ class Factorisation(Choice):
 
     @abc.abstractmethod
     def numbers(self, r: int, modes: Modes) -> int:
-        """How many numbers have factors with these rows."""
+        """How many numbers it has, the factors having these rows."""
 
     @abc.abstractmethod
     def draw(self, site: Site, name: str, rows: int, rank: int) -> Tensor:
