@@ -51,13 +51,16 @@ class BlockLoRA(LowRank):
         A_KI = Kaiming()(site, self.width)[1]
         return {"A": A_KI.requires_grad_(), "B": site.zeros(site.shape[0], self.r).requires_grad_()}
 
+    def summed(self, B_OR: Tensor) -> Tensor:
+        """B_1 + ... + B_n (O, r / n)."""
+        whole = F.pad(B_OR, (0, -self.r % self.width))  # the last block may be narrower
+        return whole.unflatten(1, (-1, self.width)).sum(1)
+
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
-        whole = F.pad(f["B"], (0, -self.r % self.width))  # the last block may be narrower
-        return self.scaling(self.r, self.alpha) * whole.unflatten(1, (-1, self.width)).sum(1), f["A"]
+        return self.scaling(self.r, self.alpha) * self.summed(f["B"]), f["A"]
 
     def merged_up(self, f: Factors) -> tuple[LoRA, dict[str, Tensor]]:
         """The LoRA of rank r / n that is the same update, and its factors: the blocks of B, summed."""
         plain = LoRA(r=self.width, alpha=self.width * self.scaling(self.r, self.alpha))
-        B_OK, A_KI = self.pair(f)
-        s = plain.scaling(plain.r, plain.alpha)
-        return plain, {"A": A_KI.detach().clone(), "B": (B_OK / s).detach()}
+        summed = {"A": f["A"].detach().clone(), "B": self.summed(f["B"].detach())}
+        return plain, {name: t.requires_grad_() for name, t in summed.items()}
