@@ -3,6 +3,7 @@
 import undula
 from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweight, Sum
 from undula.activations import ReLU, Sinter
+from undula.methods import lorta, tenslora
 from undula.methods.aurora import PerChannel
 from undula.starts import Gaussian
 
@@ -27,6 +28,12 @@ def zoo() -> list[Method]:
         Centred(LoRAN(r=2, activation=ReLU()), Gaussian(0.3)),
         undula.AuroRA(r=3, spline=PerChannel(), order=2),
         undula.AuroRAStatic(r=3, kappa=1.0, centred=False),
+        undula.LoRTA(r=3, heads=4, orientation=lorta.HeadsInOutputs()),
+        *(undula.TensLoRA(r=3, heads=4, stacking=s()) for s in tenslora.Stacking.registry.values()),
+        undula.TensLoRA(r=3, scale=2.0, factorisation=tenslora.CP()),
+        undula.TensLoRA(r=3, heads=4, stacking=tenslora.AttQKVDepth(), factorisation=tenslora.CP()),
+        undula.TensLoRA(r=2, heads=2, stacking=tenslora.AttQKVDepth(), factorisation=tenslora.Tucker(4, 3, 2, 2)),
+        undula.BlockLoRA(r=5, blocks=3),
     ]
     return plain + wrapped + varied
 
