@@ -27,7 +27,9 @@ import torch
 from torch import nn
 
 import undula
-from undula import AuroRA, AuroRAStatic, DoRA, Dropout, LoRA, LoRAN, LoRANActivation, SineLoRA
+from undula import AuroRA, AuroRAStatic, DoRA, Dropout, LoRA, LoRAN, LoRANActivation, Method, SineLoRA
+from undula.method import Wrapper
+from undula.study.sizes import at_rank
 
 CASES = {"lm-4x128": (4, 128), "lm-1x512": (1, 512), "layer-4096": (1, 512)}
 QV = ["q_proj", "v_proj"]
@@ -44,6 +46,20 @@ METHODS = {
     "lora-qv": (LoRA(r=8), QV),
     "loran-qv": (LoRAN(r=8), QV),
 }
+LISTED = ("lora", "dora", "dropout", "loran", "sinelora", "loranactivation", "aurora", "aurorastatic", "centred", "sum")
+
+
+def relatives() -> dict[str, tuple[Method, str]]:
+    """Every other registered method at rank 8 where it has a rank, at its defaults otherwise."""
+    found = {}
+    for name, cls in undula.methods().items():
+        if not issubclass(cls, Wrapper) and name.lower() not in LISTED:
+            method = cls()
+            found[name.lower()] = (at_rank(method, 8) or method, "all-linear")
+    return found
+
+
+METHODS |= relatives()
 OUTSIDE = ("floor", "floor+products", "peft-lora", "peft-lora-dropout", "peft-dora")
 # name: (a, b, bound): a's figure is at most bound times b's
 TIME_TARGETS = {
@@ -52,6 +68,7 @@ TIME_TARGETS = {
     "AuroRA r=8 / LoRA": ("aurora-r8", "lora", 1.15),
     "LoRAN q,v / LoRA q,v": ("loran-qv", "lora-qv", 1.25),
     "LoRAN / (floor + products)": ("loran", "floor+products", 1.15),
+    **{f"{name} / LoRA": (name, "lora", 1.3) for name in relatives()},
 }
 MEMORY_TARGETS = {"LoRA / PEFT LoRA": ("lora", "peft-lora", 1.0), "LoRAN / LoRA": ("loran", "lora", 1.05)}
 
@@ -90,7 +107,8 @@ def variant(name: str, model: nn.Module, batch: torch.Tensor) -> tuple[Step, Ste
     if name in METHODS:
         undula.select(model, None)
         method, where = METHODS[name]
-        undula.attach(model, method, where if not isinstance(model, Layer) else "*", name=name)
+        probe = undula.Probe([batch], lambda model, batch: loss(model, batch, leaf=False))
+        undula.attach(model, method, where if not isinstance(model, Layer) else "*", name=name, probe=probe)
         return lambda: undula.select(model, name), lambda: step(model, batch, leaf=isinstance(model, Layer))
     if name.startswith("floor"):
         products = name == "floor+products"
@@ -133,13 +151,16 @@ def peft_model(name: str, model: nn.Module) -> nn.Module:
 
 def step(model: nn.Module, batch: torch.Tensor, leaf: bool) -> None:
     """Forward and backward; `leaf`: the gradient reaches the model's input."""
+    loss(model, batch, leaf).backward()
+
+
+def loss(model: nn.Module, batch: torch.Tensor, leaf: bool) -> torch.Tensor:
     if batch.is_floating_point():
-        model(batch.detach().requires_grad_(leaf)).backward()
-    elif leaf:
+        return model(batch.detach().requires_grad_(leaf))
+    if leaf:
         inner = model.get_input_embeddings()(batch).detach().requires_grad_()
-        model(inputs_embeds=inner, labels=batch).loss.backward()
-    else:
-        model(input_ids=batch, labels=batch).loss.backward()
+        return model(inputs_embeds=inner, labels=batch).loss
+    return model(input_ids=batch, labels=batch).loss
 
 
 def timed(case: str, names: list[str], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:

@@ -86,10 +86,7 @@ class LoRTA(LowRank):
     def init(self, site: Site) -> dict[str, Tensor]:
         D, E, h = self.orientation.dims(*site.shape, self.heads)
         here, r = place(site.name), self.r
-        narrow, wide = (
-            r**-0.5,
-            (6 / r) ** 0.5,
-        )  # of Kaiming: a = sqrt 5 and a = 0 over r columns, as the code draws them
+        narrow, wide = r**-0.5, (6 / r) ** 0.5  # Kaiming with a = sqrt 5 and a = 0 over r columns, as the code draws
 
         def tied(*shape: int, bound: float, of: tuple[str | int, ...]) -> Tensor:
             return site.once((self, site.shape, *of), lambda: site.uniform(*shape, bound=bound).requires_grad_())
