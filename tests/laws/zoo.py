@@ -27,6 +27,8 @@ def zoo() -> list[Method]:
         Centred(LoRAN(r=2, activation=ReLU()), Gaussian(0.3)),
         undula.AuroRA(r=3, spline=PerChannel(), order=2),
         undula.AuroRAStatic(r=3, kappa=1.0, centred=False),
+        undula.Restarted(LoRA(r=2), past=3),
+        undula.Restarted(Dropout(undula.AuroRAStatic(), 0.5), past=2),
     ]
     return plain + wrapped + varied
 
