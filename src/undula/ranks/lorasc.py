@@ -61,6 +61,11 @@ class _LoRASC(Cycles):
     def __init__(self, allocator: LoRASC, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         super().__init__(allocator, model, optimizer, steps, allocator.cycles, allocator.every)
         self.allocator = allocator
+        trained = [
+            n for n in self.adapter.full if n.rpartition(".")[0] in self.adapter.factors and n.endswith("weight")
+        ]
+        if allocator.noise and trained:
+            raise ValueError(f"{trained[0]} trains in full: noise stands on copies of frozen weights; set noise=0")
         self._noisy: dict[str, Tensor] = {}
         self._noisy_in = -1  # the cycle that they belong to
 
