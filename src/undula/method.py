@@ -122,6 +122,7 @@ class Method(Choice):
     parameters: ClassVar[str] = ""  # per site, in O, I and the fields: an expression that the tests evaluate
     source: ClassVar[str] = ""  # authors, year, arXiv number
     grade: ClassVar[str] = "exact"  # or "interpretation": what the sources leave open is said in the docstring
+    size: ClassVar[str] = "r"  # the field that the number of parameters follows: what an equal-parameter budget changes
     starts_at_base: ClassVar[bool] = True  # whether the layer is unchanged until training moves it
 
     def __init_subclass__(cls, **options: Any) -> None:

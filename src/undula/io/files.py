@@ -33,6 +33,22 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     _atomic(path / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def write_state(folder: Path, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes JSON values and tensors as NAME.json and NAME.safetensors; the JSON comes last."""
+    held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    _atomic(folder / f"{name}.safetensors", lambda temporary: save_file(held, temporary))
+    text = json.dumps(values) + "\n"
+    _atomic(folder / f"{name}.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of `write_state`.  Raises FileNotFoundError."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {path.name}: it is no checkpoint of a training with an allocator")
+    return json.loads(path.read_text(encoding="utf-8")), load_file(folder / f"{name}.safetensors")
+
+
 def _atomic(path: Path, produce) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ALL = sys.maxsize
 SETTINGS = (
     *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "train_rows"),
-    *("where", "overrides", "full", "dtype"),
+    *("where", "overrides", "allocator", "full", "dtype"),
 )
 
 

@@ -45,12 +45,23 @@ class Cell:
         alone = self.method is None and not self.arm.full  # then the head's rate is what is swept
         run = Run(
             model=self.base.source, data=rows.source, task=rows.task, method=self.method, out=Path("unused"),
-            where=t.where, full=("*",) if self.arm.full else (), lr=lr, head_lr=None if alone else t.head_lr,
-            epochs=rows.epochs or t.epochs, max_steps=t.steps, batch=rows.batch or t.batch,
-            accumulate=t.accumulate, warmup=t.warmup, weight_decay=t.weight_decay, seed=seed, train_rows=rows.train,
-            eval_rows=rows.validation, dtype=dtype_called(self.base.dtype), bits=self.base.bits,
+            allocator=self.arm.allocator, where=t.where, full=("*",) if self.arm.full else (), lr=lr,
+            head_lr=None if alone else t.head_lr, epochs=rows.epochs or t.epochs, max_steps=t.steps,
+            batch=rows.batch or t.batch, accumulate=t.accumulate, warmup=t.warmup, weight_decay=t.weight_decay,
+            seed=seed, train_rows=rows.train, eval_rows=rows.validation, dtype=dtype_called(self.base.dtype),
+            bits=self.base.bits,
         )  # fmt: skip
         return Trial(run, rows, t.evaluations, self.study.split_seed, tested)
+
+    @property
+    def untrained(self) -> bool:
+        """A model without a new head and without a method: measured as it is, once."""
+        return self.method is None and not self.arm.full and not self.rows.task.has_head
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the final runs."""
+        return self.study.seeds[:1] if self.untrained else self.study.seeds
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -72,12 +83,14 @@ class Cell:
     def decision(self, known: Mapping[str, Record]) -> Decision:
         """What the sweep has come to."""
         s = self.study.sweep
+        if self.untrained:
+            return Decision(chosen=self.grid[0])
         return decide(self.grid, self.scores(known), s.factor, s.extend, self.rows.task.more_is_better)
 
     def scores(self, known: Mapping[str, Record]) -> dict[float, float | None]:
         """{rate: mean validation metric} of the rates whose runs have all ended; None: one failed or was pruned."""
         scores: dict[float, float | None] = {}
-        for lr in self.rates():
+        for lr in self.rates() if not self.untrained else ():
             records = [known.get(t.key) for t in self.sweep(lr)]
             ended = [r for r in records if r is not None and r.state in ("done", "failed")]
             if len(ended) == len(records):
@@ -89,7 +102,7 @@ class Cell:
         """The runs that can be made now and have not ended."""
         decision = self.decision(known)
         if decision.chosen is not None:
-            trials = [self.trial(decision.chosen, seed, tested=True) for seed in self.study.seeds]
+            trials = [self.trial(decision.chosen, seed, tested=True) for seed in self.seeds]
         else:
             trials = [t for lr in decision.more for t in self.sweep(lr)]
         return [t for t in trials if t.key not in known or known[t.key].state == "running"]
@@ -97,8 +110,8 @@ class Cell:
     def every(self) -> Iterator[str]:
         """The keys of every run that this cell could come to."""
         for lr in self.rates():
-            yield from (t.key for t in self.sweep(lr))
-            yield from (self.trial(lr, seed, tested=True).key for seed in self.study.seeds)
+            yield from () if self.untrained else (t.key for t in self.sweep(lr))
+            yield from (self.trial(lr, seed, tested=True).key for seed in self.seeds)
 
     def outcomes(self, known: Mapping[str, Record]) -> Iterator[Outcome]:
         """The runs that have ended."""
@@ -107,7 +120,7 @@ class Cell:
             for t in self.sweep(lr):
                 yield from self._outcome(t, SWEEP, known)
             if lr == chosen:
-                for seed in self.study.seeds:
+                for seed in self.seeds:
                     yield from self._outcome(self.trial(lr, seed, tested=True), FINAL, known)
 
     def _outcome(self, trial: Trial, stage: str, known: Mapping[str, Record]) -> Iterator[Outcome]:
@@ -122,9 +135,9 @@ class Cell:
         yield Outcome.decode(labels | what | metric | figures)
 
     def chosen(self, known: Mapping[str, Record]) -> ChosenRate | None:
-        """The rate that the sweep chose, once it has."""
+        """The rate that the sweep chose, once it has; None where there is nothing to choose."""
         decision = self.decision(known)
-        if decision.chosen is None:
+        if decision.chosen is None or self.untrained:
             return None
         tried = tuple(sorted(self.scores(known).items()))
         labels = self.base.label, self.rows.label, self.budget.label

@@ -6,7 +6,8 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 [[models]]  source, bits, dtype
 [[data]]    source, task, set, label, train, validation, test (rows), splits, epochs, batch (in the place of [train]'s)
 [[budgets]] rank | parameters | parameters_of and rank
-[[methods]] name, method (a method's name, "none": the head alone, "full": everything), set, rates
+[[methods]] name, method (a method's name, "none": the head alone, "full": everything), set, rates,
+            allocator (its name), allocate (its options)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from ..method import Method
 from ..options import build
+from ..ranks import Allocator
 from ..train.run import dtype_called
 from ..train.task import Task
 from . import splits
@@ -38,7 +40,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "data": {"source": str, "task": str, "set": dict, "label": str, "train": int, "validation": int, "test": int,
              "splits": dict, "epochs": NUMBER, "batch": int},
     "budgets": {"rank": int, "parameters": int, "parameters_of": str},
-    "methods": {"name": str, "method": str, "set": dict, "rates": list},
+    "methods": {"name": str, "method": str, "set": dict, "rates": list, "allocator": str, "allocate": dict},
 }  # fmt: skip
 MANY = ("models", "data", "budgets", "methods")
 NEEDED = {"models": ("source",), "data": ("source", "task"), "methods": ("method",)}
@@ -180,7 +182,27 @@ def _arm(reader: _Reader, i: int, t: dict[str, Any]) -> Arm | None:
         )
     place = ("methods", i, "set" if t.get("set") else "method")
     method = reader.attempt(place, lambda: build(Method, name, options(t.get("set", {}))))
-    return None if method is None else Arm(t.get("name", type(method).public().__name__), method, False, rates)
+    allocator = _allocator(reader, i, t, method)
+    if method is None or (allocator is None and "allocator" in t):
+        return None
+    called = " + ".join(type(part).public().__name__ for part in (method, allocator) if part is not None)
+    return Arm(t.get("name", called), method, False, rates, allocator)
+
+
+def _allocator(reader: _Reader, i: int, t: dict[str, Any], method: Method | None) -> Allocator | None:
+    place = ("methods", i, "allocate" if t.get("allocate") else "allocator")
+    if "allocator" not in t:
+        if t.get("allocate"):
+            reader.fault(place, "allocate has the options of an allocator: name one (allocator = ...)")
+        return None
+    made = reader.attempt(place, lambda: build(Allocator, t["allocator"], options(t.get("allocate", {}))))
+    if made is not None and method is not None and not isinstance(method, made.works_on):
+        wanted = ", ".join(m.__name__ for m in made.works_on)
+        reader.fault(
+            place, f"{type(made).__name__} works on the methods {wanted}, not on {type(method).public().__name__}"
+        )
+        return None
+    return made
 
 
 def options(table: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -18,14 +18,23 @@ SLACK = 0.25  # an arm that misses an equal-parameter budget by more than this s
 def at_rank(method: Method, r: int) -> Method | None:
     """`method` with rank r and alpha in proportion (so that alpha / r stays); a wrapper with its inner method so.
     None where a method has no rank."""
+    return _with_field(method, lambda m: "r", r)
+
+
+def at_size(method: Method, n: int) -> Method | None:
+    """`method` with n in the field that its number of parameters follows (`Method.size`)."""
+    return _with_field(method, lambda m: m.size, n)
+
+
+def _with_field(method: Method, name_in: Callable[[Method], str], n: int) -> Method | None:
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    if isinstance(values.get("r"), int):
-        alpha = values.get("alpha")
-        changes: dict[str, Any] = {"r": r} | ({"alpha": alpha * r / values["r"]} if alpha is not None else {})
-        return dataclasses.replace(method, **changes)  # type: ignore[type-var]
-    for name, inner in values.items():
-        if isinstance(inner, Method) and (resized := at_rank(inner, r)) is not None:
-            return dataclasses.replace(method, **{name: resized})  # type: ignore[type-var]
+    name, alpha = name_in(method), values.get("alpha")
+    if isinstance(values.get(name), int):
+        in_proportion = {"alpha": alpha * n / values[name]} if name == "r" and alpha is not None else {}
+        return dataclasses.replace(method, **{name: n}, **in_proportion)  # type: ignore[type-var]
+    for field, inner in values.items():
+        if isinstance(inner, Method) and (resized := _with_field(inner, name_in, n)) is not None:
+            return dataclasses.replace(method, **{field: resized})  # type: ignore[type-var]
     return None
 
 
@@ -40,23 +49,23 @@ def count(method: Method, shapes: Shapes) -> int:
 
 
 def with_parameters(method: Method, wanted: int, shapes: Shapes) -> Method:
-    """`method` at the rank that brings it closest to `wanted` parameters.
+    """`method` at the rank (or other size) that brings it closest to `wanted` parameters.
 
-    Raises ValueError where it has no rank, or comes no closer than a quarter.
+    Raises ValueError where it has none, or comes no closer than a quarter.
     """
-    most = max(min(shape) for shape in shapes.values())
-    if at_rank(method, 1) is None:
+    if at_size(method, 1) is None:
         return _close_enough(method, count(method, shapes), wanted)
+    most = max(min(shape) for shape in shapes.values()) if method.size == "r" else wanted
 
-    def having(r: int) -> int:
-        resized = at_rank(method, r)
+    def having(n: int) -> int:
+        resized = at_size(method, n)
         assert resized is not None
         return count(resized, shapes)
 
-    r = _closest(having, wanted, most)
-    resized = at_rank(method, r)
+    n = _closest(having, wanted, most)
+    resized = at_size(method, n)
     assert resized is not None
-    return _close_enough(resized, having(r), wanted)
+    return _close_enough(resized, having(n), wanted)
 
 
 def _close_enough(method: Method, found: int, wanted: int) -> Method:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..method import Method
+from ..ranks import Allocator
 from ..train.task import Task
-
-HEAD, FULL = "head only", "full fine-tuning"
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,7 @@ class Arm:
     method: Method | None
     full: bool = False  # with method None: train everything
     rates: tuple[float, ...] = ()  # its own grid to begin with; empty: the sweep's
+    allocator: Allocator | None = None
 
     @property
     def label(self) -> str:

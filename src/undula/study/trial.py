@@ -84,7 +84,7 @@ def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
         ready = assembled(run, parts["train"], parts["validation"])
         watch.begin(ready, trial.evaluations)
         set_seed(run.seed)
-        seconds, losses, steps = _fit(ready, watch)
+        seconds, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
     if not watch.curve:
         raise Diverged(f"the loss was not finite at any evaluation (lr={run.lr:g})")
     head = {id(ready.adapter.full[name]) for name in run.task.head(ready.model) if name in ready.adapter.full}
@@ -111,7 +111,7 @@ def _fit(ready: Prepared, watch: Watch) -> tuple[float, list[tuple[int, float]],
 
     from ..train.trainer import trainer
 
-    fitter = trainer(ready.run, ready.model, ready.train, (watch,))
+    fitter = trainer(ready.run, ready.model, ready.train, (watch,), ready.held)
     fitter.args.save_strategy = SaveStrategy.NO
     begun = time.perf_counter()
     fitter.train()
@@ -120,11 +120,17 @@ def _fit(ready: Prepared, watch: Watch) -> tuple[float, list[tuple[int, float]],
     return seconds, [(step, loss) for step, loss in log if math.isfinite(loss)], fitter.state.global_step
 
 
+def _as_it_is(watch: Watch) -> tuple[float, list[tuple[int, float]], int]:
+    """What `_fit` returns where there is nothing to train."""
+    watch.evaluate(0)
+    return watch.seconds, [], 0
+
+
 def _tested(ready: Prepared, watch: Watch, test: Examples) -> dict[str, Any]:
     """The figures on the test rows, which are touched here alone: once as trained, once in each deployed form."""
     from .deploy import deployed
 
-    watch.restore(ready.adapter)
+    watch.restore(ready.model)
     task: Task = ready.run.task
     others = task.score(ready.model, test, ready.run.batch)
     forms, errors = deployed(ready, test)

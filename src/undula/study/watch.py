@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ..adapter import Adapter
+from ..ranks.surgery import adopt
 from ..train.fit import Prepared
 
 Curve = Sequence[tuple[int, float]]
@@ -32,7 +34,7 @@ class Watch(TrainerCallback):
         self.heard, self.halving, self.rivals = heard, halving, rivals
         self.curve: list[tuple[int, float]] = []
         self.best: float | None = None
-        self.kept: list[torch.Tensor] = []
+        self.kept: Adapter | None = None
         self.seconds = 0.0  # spent here
         self.pruned = False
 
@@ -44,11 +46,15 @@ class Watch(TrainerCallback):
         self.heard(state.global_step, state.max_steps)
         step, steps = state.global_step, state.max_steps
         if step * self.evaluations // steps > (step - 1) * self.evaluations // steps:
-            begun = time.perf_counter()
-            self._evaluate(step)
-            self.seconds += time.perf_counter() - begun
+            self.evaluate(step)
             if self.curve and step < steps and self._hopeless():
                 self.pruned = control.should_training_stop = True
+
+    def evaluate(self, step: int) -> None:
+        """Measures the model as it is after so many steps, and keeps its adapter where none was better."""
+        begun = time.perf_counter()
+        self._evaluate(step)
+        self.seconds += time.perf_counter() - begun
 
     def _evaluate(self, step: int) -> None:
         ready = self.ready
@@ -60,18 +66,17 @@ class Watch(TrainerCallback):
         self.curve.append((step, found))
         if self.best is None or (found > self.best) == ready.run.task.more_is_better and found != self.best:
             self.best = found
-            self.kept = [p.detach().clone() for p in ready.adapter.parameters()]
+            self.kept = ready.adapter.copy()  # frozen factors too: an allocator may move them
 
     def _hopeless(self) -> bool:
         return self.halving is not None and pruned(
             self.curve, self.rivals, self.halving, self.ready.run.task.more_is_better
         )
 
-    @torch.no_grad()
-    def restore(self, adapter: Adapter) -> None:
-        """Puts the best point's numbers back."""
-        for p, best in zip(adapter.parameters(), self.kept, strict=True):
-            p.copy_(best)
+    def restore(self, model: nn.Module) -> None:
+        """Puts the best point's adapter back."""
+        assert self.kept is not None
+        adopt(model, self.kept)
 
 
 def pruned(curve: Curve, rivals: Sequence[Curve], reduction: int, more_is_better: bool) -> bool:

@@ -68,6 +68,7 @@ class CausalLM(Task):
     roles: ClassVar = {"prompt": ("prompt", "text", "instruction"), "completion": ("completion", "summary", "response")}
     peft = "CAUSAL_LM"
     headline = "loss"
+    has_head = False
     more_is_better = False
 
     prompt: str | None = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ..adapter import Adapter
 from ..host import attach
 from ..making import fresh
 from ..methods.lora import LoRA
+from ..probe import Probe
 from .base import model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
 from .measure import PeakMemory, versions
@@ -84,6 +86,7 @@ def _made(ready: Prepared) -> dict[str, Any]:
         "method": "head only" if method is None else type(method).public().__name__,
         "rung": None if method is None else method.rung(),
         "configuration": None if method is None else method.encode(),
+        "allocator": None if ready.run.allocator is None else ready.run.allocator.encode(),
         "trainable_parameters": ready.adapter.num_parameters(),
         "sites": len(ready.adapter.methods),
         "train_rows": len(ready.train),
@@ -117,6 +120,8 @@ def resume_command(out: Path) -> str:
 
 def prepare(run: Run) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached."""
+    if run.method is None and not run.full and not run.task.has_head:
+        raise ValueError("without a method only a head trains, and this task has none: choose a method")
     limits = {"train": run.train_rows, "validation": run.eval_rows}
     data = load_data(run.data)
     task = run.task.fitted(split_of(data, "train"))
@@ -129,19 +134,36 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached."""
     model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
     full = (*run.task.head(model), *run.full)
+    train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     if run.method is None:
         adapter = attach(model, _head_only(model, run, full))
     else:
-        adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full)
-    train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
+        probe = _probe(run, train_on)
+        adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full, probe=probe)
     return Prepared(run, model, processor, adapter, train_on, held)
 
 
+PROBE_BATCHES = 8
+
+
+def _probe(run: Run, examples: Examples) -> Probe:
+    """A few batches of the training data, for methods that start from gradients or activations.  They are made when
+    such a method asks for them."""
+
+    def batches() -> Iterator[Any]:
+        collate, order = examples.task.collator(examples.processor), random.Random(run.seed)
+        numbers = order.sample(range(len(examples)), min(len(examples), PROBE_BATCHES * run.batch))
+        for start in range(0, len(numbers), run.batch):
+            yield collate([examples[i] for i in numbers[start : start + run.batch]])
+
+    return Probe(batches())
+
+
 def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:
-    """An adapter of no sites: what a head alone can do."""
+    """An adapter of no sites: what a head alone can do, or without one the model as it is."""
     if not full:
-        raise ValueError("without a method only a head trains, and this task has none: choose a method")
+        return Adapter({}, {}, {})
     return Adapter({}, {}, {}, fresh(model, LoRA(r=1), run.where, {}, full).full)  # names resolved as `attach` does
 
 
@@ -163,8 +185,8 @@ def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) ->
     from .trainer import Stop, last_checkpoint, stopping, trainer
 
     out, stop = ready.run.out, Stop()
-    fitter = trainer(ready.run, ready.model, ready.train, (stop, *callbacks))
-    checkpoint = last_checkpoint(out) if resume else None
+    fitter = trainer(ready.run, ready.model, ready.train, (stop, *callbacks), ready.held)
+    checkpoint = last_checkpoint(out, ready.run.allocator is not None) if resume else None
     set_seed(ready.run.seed)  # whatever the evaluation drew
     begun = time.perf_counter()
     with stopping(stop):

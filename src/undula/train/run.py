@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..method import Method
+from ..ranks import Allocator
 from .task import Task
 
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
@@ -40,6 +41,7 @@ class Run:
     out: Path
     where: str | tuple[str, ...] = "all-linear"  # see sites.choose
     overrides: Mapping[str, Method] = field(default_factory=dict)  # other methods by pattern, see attach
+    allocator: Allocator | None = None  # who gets how much rank, when
     full: tuple[str, ...] = ()  # parameters to train in full besides the task's head
     lr: float = 1e-3  # at the top of the schedule: linear warm-up, then linearly to 0
     head_lr: float | None = None  # of the task's head where other parameters train too; None: lr
@@ -71,6 +73,9 @@ class Run:
         wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
         if wrong:
             raise ValueError(f"these are greater than 0: {', '.join(wrong)}")
+        if self.allocator is not None and not isinstance(self.method, self.allocator.works_on):
+            wanted = ", ".join(m.__name__ for m in self.allocator.works_on)
+            raise ValueError(f"{self.allocator!r} works on the methods {wanted}; the run has {self.method!r}")
         if self.bits not in (None, 4, 8):
             raise ValueError(f"bits is 4 or 8, or None for a model as it is; found {self.bits!r}")
         if not 0 <= self.warmup < 1 or self.weight_decay < 0:
@@ -87,8 +92,10 @@ class Run:
             data[name] = str(Path(data[name]).resolve()) if Path(data[name]).exists() else data[name]
         method = None if self.method is None else self.method.encode()
         overrides = {pattern: m.encode() for pattern, m in self.overrides.items()}
+        allocator = None if self.allocator is None else self.allocator.encode()
         dtype = str(self.dtype).removeprefix("torch.")
-        return data | {"task": self.task.encode(), "method": method, "overrides": overrides, "dtype": dtype}
+        own = {"method": method, "allocator": allocator, "overrides": overrides}
+        return data | {"task": self.task.encode(), "dtype": dtype} | own
 
     @staticmethod
     def decode(data: Mapping[str, Any], out: Path) -> Run:
@@ -102,6 +109,8 @@ class Run:
         values = dict(data)
         values["task"] = Task.decode(data["task"])
         values["method"] = None if data["method"] is None else Method.decode(data["method"])
+        if data.get("allocator") is not None:
+            values["allocator"] = Allocator.decode(data["allocator"])
         values["overrides"] = {p: Method.decode(m) for p, m in data.get("overrides", {}).items()}
         values["dtype"] = dtype_called(data.get("dtype", "float32"))
         for name in ("where", "full"):

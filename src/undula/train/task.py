@@ -30,6 +30,7 @@ class Task(Choice):
     peft: ClassVar[str | None]  # PEFT's task type, written into the adapter directory; None where PEFT has none
     headline: ClassVar[str]  # the metric of tables
     more_is_better: ClassVar[bool] = True
+    has_head: ClassVar[bool] = True  # whether the model gets a new head, which trains in full
 
     def fitted(self, train: Dataset) -> Self:
         """This task with what the training rows tell it (the names of the classes)."""

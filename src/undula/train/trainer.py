@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..adapter import Adapter
 from ..host import selected
+from ..integrations.allocating import STATE, Allocating
 from ..io import files
+from ..observe import moved
+from ..ranks.surgery import adopt
 from .run import CHECKPOINTS, Run
 from .task import Examples
 
@@ -29,6 +32,7 @@ class AdapterTrainer(Trainer):
     own learning rate."""
 
     model: Any
+    allocated = False  # whether an allocator may have changed the methods that a checkpoint holds
     head: tuple[torch.nn.Parameter, ...] = ()
     head_lr: float | None = None
 
@@ -49,7 +53,11 @@ class AdapterTrainer(Trainer):
             selected(self.model).save(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        restore(selected(self.model), Adapter.load(resume_from_checkpoint))
+        saved = Adapter.load(resume_from_checkpoint)
+        if self.allocated:
+            adopt(self.model, saved)
+        else:
+            restore(selected(self.model), saved)
 
 
 def give_rate(optimizer: torch.optim.Optimizer, head: tuple[torch.nn.Parameter, ...], lr: float) -> None:
@@ -121,8 +129,33 @@ def stopping(stop: Stop) -> Iterator[None]:
             signal.signal(s, handler)
 
 
-def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCallback, ...]) -> AdapterTrainer:
-    """The Trainer of a run."""
+QUALITY_ROWS = 32  # of the held-out examples: what an allocator that asks for the quality measures it on
+
+
+def quality_of(model: Any, held: Examples) -> Callable[[], float]:
+    """A function that gives the negative loss of the model as it is, on the first held-out examples."""
+    collate = held.task.collator(held.processor)
+    batch = collate([held[i] for i in range(min(QUALITY_ROWS, len(held)))])
+
+    @torch.no_grad()
+    def quality() -> float:
+        training = model.training
+        model.eval()
+        try:
+            return -float(model(**moved(batch, model.device)).loss)
+        finally:
+            model.train(training)
+
+    return quality
+
+
+def trainer(
+    run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCallback, ...], held: Examples | None = None
+) -> AdapterTrainer:
+    """The Trainer of a run.  An allocator that scores by quality measures it on `held`."""
+    if run.allocator is not None:
+        quality = quality_of(model, held) if held is not None and run.allocator.needs_quality else None
+        callbacks = (Allocating(run.allocator, quality), *callbacks)
     arguments = TrainingArguments(
         output_dir=str(run.out / CHECKPOINTS),
         learning_rate=run.lr,
@@ -154,6 +187,7 @@ def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCa
         callbacks=list(callbacks),
     )
     made.remove_callback(PrinterCallback)
+    made.allocated = run.allocator is not None
     if run.method is not None or run.full:
         names = set(run.task.head(model))
         made.head = tuple(p for name, p in model.named_parameters() if name in names)
@@ -161,11 +195,11 @@ def trainer(run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCa
     return made
 
 
-def last_checkpoint(out: Path) -> Path | None:
+def last_checkpoint(out: Path, allocated: bool = False) -> Path | None:
     """The latest complete checkpoint of a run: one whose writing a kill did not cut off."""
     found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
-        if _complete(path):
+        if _complete(path) and (not allocated or (path / f"{STATE}.json").is_file()):  # the allocator's comes last
             return path
     return None
 

@@ -10,6 +10,7 @@ import typer
 
 from ..method import Method
 from ..options import build, split_pair
+from ..ranks import Allocator
 from ..train import Run, Task, restored
 from ..train.fit import train as fit
 from ..train.run import dtype_called
@@ -33,6 +34,8 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The directory to write: adapter, report, checkpoints.")] = None,
     method: Annotated[str, typer.Option(help="See `undula methods`; none: the task's head alone.")] = "lora",
     options: shell.Set = [],
+    allocator: Annotated[str | None, typer.Option(help="Who gets how much rank, when: see `undula methods`.")] = None,
+    allocate: Annotated[Many, typer.Option(help="An option of the allocator, as in target=4.")] = [],
     column: Annotated[Many, typer.Option(help="ROLE=COLUMN, as in text=review. Repeatable.")] = [],
     task_set: Annotated[Many, typer.Option(help="An option of the task, as in max_length=64.")] = [],
     where: Annotated[Many, typer.Option(help="Layers: a name, its end, or a glob.")] = ["all-linear"],
@@ -69,6 +72,7 @@ def train(
         task=build(Task, task, [*_columns(Task.named(task), column), *task_set]),
         method=None if method.lower() == "none" else build(Method, method, options),
         out=out,
+        allocator=None if allocator is None else build(Allocator, allocator, allocate),
         where=where[0] if len(where) == 1 else tuple(where),
         overrides=dict(_override(text) for text in override),
         full=tuple(full),
