@@ -339,21 +339,45 @@ def test_restarted_refuses():
 # ReLoRA
 
 
-def test_pruned_keeps_the_largest_of_each_moment():
+def adam_after_one_step():
     p = nn.Parameter(torch.randn(20, 10))
     optimizer = torch.optim.Adam([p])
     p.grad = torch.randn(20, 10)
     optimizer.step()
-    before = {k: t.clone() for k, t in optimizer.state[p].items()}
+    optimizer.state[p]["exp_avg_sq"].mul_(torch.rand(20, 10))  # as if gradients had varied
+    return p, optimizer, {k: t.clone() for k, t in optimizer.state[p].items()}
+
+
+def test_pruned_keeps_the_largest_entries():
+    p, optimizer, before = adam_after_one_step()
     Pruned(0.99)(optimizer, p)
+    m = before["exp_avg"].abs()
+    largest = m > torch.quantile(m, 0.99)
+    assert largest.sum() == 2
     for k in ("exp_avg", "exp_avg_sq"):
-        t = optimizer.state[p][k]
-        threshold = torch.quantile(before[k].abs(), 0.99)  # as the authors' code has it: what exceeds it stays
-        assert torch.equal(t, before[k] * (before[k].abs() > threshold))
-        assert t.count_nonzero() == 2
+        assert torch.equal(optimizer.state[p][k], before[k] * largest)
     assert optimizer.state[p]["step"] == 1
     Cleared()(optimizer, p)
     assert not optimizer.state[p]
+
+
+def test_pruned_moments_still_fit_together():
+    """A deviation on purpose.  The authors' code prunes each moment by itself: an entry that keeps the first without
+    the second then moves by m / eps, since the gradient of A is zero while B is."""
+    for prune, longest in ((Pruned(0.9), 0.1), (by_themselves, 1e3)):
+        p, optimizer, _ = adam_after_one_step()
+        prune(optimizer, p)
+        start = p.detach().clone()
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        moved = (p.detach() - start).abs().max()
+        assert moved < longest if prune is not by_themselves else moved > longest
+
+
+def by_themselves(optimizer, p):
+    for k in ("exp_avg", "exp_avg_sq"):
+        t = optimizer.state[p][k]
+        t.mul_(t.abs() > torch.quantile(t.abs(), 0.9))
 
 
 def test_relora_prunes_and_forgets_nothing_else():

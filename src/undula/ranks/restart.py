@@ -44,8 +44,12 @@ class Cleared(Moments):
 @Moments.register
 @dataclass(frozen=True)
 class Pruned(Moments):
-    """The largest entries of each moment: a `share` of them is set to zero (Lialin et al. 2023: 0.99).  Adam's moments
-    then fit together no longer, an entry may keep the first without the second: re-warm the learning rate."""
+    """The entries where the first moment is largest, in every moment; a `share` of all is set to zero (Lialin et al.
+    2023: 0.99).
+
+    Their code prunes each moment by itself.  Adam then divides some kept first moments by second moments of zero, and
+    the gradients of A do not fill these up, being zero themselves while B = 0: the step is m / eps.
+    """
 
     share: float = 0.99
 
@@ -54,11 +58,13 @@ class Pruned(Moments):
             raise ValueError(f"the pruned share of the moments lies in [0, 1]; found share={self.share}")
 
     def __call__(self, optimizer: torch.optim.Optimizer, p: Tensor) -> None:
-        for t in optimizer.state.get(p, {}).values():
-            if isinstance(t, Tensor) and t.shape == p.shape:
-                flat = t.flatten()
-                kept = flat.abs().topk(round((1 - self.share) * flat.numel())).indices
-                t.copy_(torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(t))
+        moments = [t for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor) and t.shape == p.shape]
+        if not moments:
+            return
+        kept = moments[0].abs().flatten().topk(round((1 - self.share) * p.numel())).indices
+        mask = torch.zeros(p.numel(), dtype=torch.bool, device=p.device).index_fill_(0, kept, True).view(p.shape)
+        for t in moments:
+            t.mul_(mask)
 
 
 def check_cycles(cycles: int | None, every: int | None) -> None:
