@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import undula
-from undula import Dropout, LoRA, Restarted
+from undula import Centred, Dropout, LoRA, Restarted
 from undula.kernels import reference
 from undula.kernels.frozen_pair import beside_frozen
 from undula.ranks import LoRASC, ReLoRA, SRLoRA, XGBLoRA
@@ -22,6 +22,7 @@ from undula.ranks.restart import Cleared, Pruned, ends
 from undula.ranks.surgery import adopt
 from undula.ranks.xgblora import layer_of
 from undula.sites import site, view
+from undula.starts import Gaussian
 
 
 class Block(nn.Module):
@@ -232,6 +233,31 @@ def test_fits_to_convergence_are_greedy_approximations(allocator, r):
         assert torch.linalg.matrix_rank(undula.selected(model).delta("0"), atol=1e-4) <= 3 * r
     alone, _ = boosted(ReLoRA(cycles=1), LoRA(r=r, alpha=r), (U * S) @ V[:, :9].T, 1)
     assert alone > wanted[-1] + 1
+
+
+def test_any_low_rank_method_restarts():
+    """Bent, centred (with frozen factors that a restart replaces), dropped out, tied among sites."""
+    torch.set_default_dtype(torch.float64)
+    for inner in (undula.AuroRAStatic(), Centred(LoRA(r=2), Gaussian(0.3)), Dropout(LoRA(r=2), 0.5), Tied()):
+        model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+        adapter = undula.attach(model, inner)
+        optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+        course = ReLoRA(every=2, moments=Cleared()).start(model, optimizer, steps=5)
+        before = {}
+
+        def seen(moment, model=model, before=before, course=course, inner=inner, adapter=adapter):
+            if moment == "before":
+                before.update(weights(model))
+            if moment == "after":
+                torch.testing.assert_close(weights(model), before)
+                for f in adapter.factors.values():
+                    assert (inner.delta(f).norm() < 1e-12) == (course.step in (2, 4))
+
+        run(course, model, optimizer, 5, seen)
+        assert set(past(model).values()) == {8 if isinstance(inner, Centred) else 4}
+        assert {id(p) for p in adapter.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    ties = {id(f[k]) for f in adapter.factors.values() for k in "AB"}
+    assert len(ties) == 2
 
 
 def test_a_stack_never_outgrows_the_layer():
