@@ -420,6 +420,25 @@ def test_relora_prunes_and_forgets_nothing_else():
     assert not adapter.factors["layers.0.up"]["B"].any()
 
 
+def test_fresh_factors_follow_seed_cycle_and_site():
+    def drawn(seed, other=0):
+        torch.manual_seed(other)
+        model = Net(2)
+        adapter = undula.attach(model, LoRA(r=2))
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+        course = ReLoRA(every=1, seed=seed).start(model, optimizer, steps=3)
+        found = []
+        for step in (1, 2):
+            run(course, model, optimizer, step)
+            found += [adapter.factors[f"layers.{i}.up"]["A"].detach().clone() for i in range(2)]
+        return found
+
+    first = drawn(0)
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn(0, other=1), strict=True))
+    every = first + drawn(1)
+    assert not any(torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
+
+
 def test_jagged():
     m = jagged(100, cycles=4, warmup=10, floor=0.1)
     assert [m(s) for s in (0, 25, 50, 75)] == [0.0] * 4
