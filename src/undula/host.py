@@ -130,7 +130,9 @@ def attach(
     """
     host = host_of(model)
     if isinstance(what, Adapter) and (where is not None or overrides or full or probe is not None):
-        raise ValueError("an Adapter is made: `where`, `overrides`, `full` and `probe` go with a method alone")
+        raise ValueError(
+            "an Adapter knows its own sites: `where`, `overrides`, `full` and `probe` go with a method alone"
+        )
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
     if name in host.adapters:

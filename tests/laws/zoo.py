@@ -34,6 +34,8 @@ def zoo() -> list[Method]:
         undula.TensLoRA(r=3, heads=4, stacking=tenslora.AttQKVDepth(), factorisation=tenslora.CP()),
         undula.TensLoRA(r=2, heads=2, stacking=tenslora.AttQKVDepth(), factorisation=tenslora.Tucker(4, 3, 2, 2)),
         undula.BlockLoRA(r=5, blocks=3),
+        undula.Restarted(LoRA(r=2), past=3),
+        undula.Restarted(Dropout(undula.AuroRAStatic(), 0.5), past=2),
     ]
     return plain + wrapped + varied
 

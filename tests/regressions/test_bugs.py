@@ -140,3 +140,14 @@ def test_merging_for_good_thaws_what_trained_before():
     undula.attach(model, undula.LoRA(r=2), "*")
     undula.merge(model, keep=False)
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("method", [undula.LoRA(r=2), undula.LoRAN(r=2), undula.Restarted(undula.LoRA(r=2), past=1)])
+def test_a_layer_trained_in_full_beside_its_factors_gets_gradients(method):
+    """The fused products took weight and bias for frozen: they silently never trained."""
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(3, 6)
+    adapter = undula.attach(model, method, "*", full=["0.weight", "0.bias"])
+    model(x).square().sum().backward()
+    y = model(x).detach()
+    torch.testing.assert_close(adapter.full["0.bias"].grad, 2 * y.sum(0))
+    torch.testing.assert_close(adapter.full["0.weight"].grad, 2 * y.T @ x)

@@ -69,10 +69,12 @@ class _Lift(Function):
 
 
 def fusible(x: Tensor, layer: Layer, *factors: Tensor) -> bool:
-    """Whether the fused products apply: a plain linear layer, one dtype throughout, no autocast, and no compiler at
-    work (it fuses the plain law by itself and cannot follow a sum in place)."""
+    """Whether the fused products apply: a plain linear layer whose weight and bias are frozen, one dtype throughout, no
+    autocast, and no compiler at work (it fuses the plain law by itself and cannot follow a sum in place)."""
     if not layer.plain or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return False
+    if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        return False  # trained in full beside the factors
     return all(t.dtype == x.dtype for t in (layer.weight, *factors))
 
 

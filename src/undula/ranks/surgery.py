@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..host import change, selected
+from ..host import change, host_of, selected
+from ..sites import LinearView, site
 
 
 @torch.no_grad()
@@ -33,30 +34,45 @@ def forget(optimizer: torch.optim.Optimizer | None, p: Tensor, rows: Tensor, dim
 
 @torch.no_grad()
 def adopt(model: nn.Module, saved: Adapter) -> None:
-    """Puts the methods and numbers of `saved` onto the selected adapter of `model`, which has the same sites.
+    """Puts the methods and numbers of a saved adapter onto the live one of the same sites, to go on training it.
 
-    Factors that are there already stay the objects that the optimiser knows, even where their shape changes; tensors
-    that `saved` shares are shared.  Raises ValueError for other sites or other parameters in full.
+    Parameters that train stay the objects that an optimiser knows, though their shapes may change; frozen factors
+    become parameters of the model, those that sites share in `saved` one.  Raises ValueError, with nothing changed,
+    where the two have other sites or train other factors.
     """
-    live = selected(model)
-    if set(live.factors) != set(saved.factors) or set(live.full) != set(saved.full):
-        raise ValueError(
-            f"the saved adapter has {len(saved.factors)} sites and {len(saved.full)} parameters in full; the live one "
-            f"has {len(live.factors)} and {len(live.full)}, or others"
-        )
-    once: dict[int, nn.Parameter] = {}
-    for site, f in saved.factors.items():
-        now = live.factors[site]
-        change(model, site, saved.methods[site], {k: _taken(now.get(k), t, once) for k, t in f.items()})
-    for name, t in saved.full.items():
-        live.full[name].copy_(t)
+    adapter = selected(model)
+    taken = _taken(adapter, saved)
+    layers = live_layers(model)
+    for path in adapter.factors:
+        where = site(path, layers[path])
+        for t in saved.factors[path].values():
+            dtype = where.dtype if t.is_floating_point() else t.dtype
+            data = t.detach().to(where.device, dtype, copy=True)
+            if id(t) not in taken:
+                taken[id(t)] = nn.Parameter(data, requires_grad=False)
+            elif t.requires_grad:
+                taken[id(t)].data, taken[id(t)].grad = data, None
+        change(model, path, saved.methods[path], {k: taken[id(t)] for k, t in saved.factors[path].items()})
+    for name, p in adapter.full.items():
+        p.data, p.grad = saved.full[name].detach().to(p.device, p.dtype, copy=True), None
 
 
-def _taken(old: Tensor | None, new: Tensor, once: dict[int, nn.Parameter]) -> nn.Parameter:
-    """The parameter `old` (or a new one) with the numbers of `new`; one for each tensor that is shared."""
-    if id(new) not in once:
-        p = old if isinstance(old, nn.Parameter) else nn.Parameter(new.detach().clone(), new.requires_grad)
-        if p is old:
-            p.data = new.detach().to(p.device, p.dtype, copy=True)
-        once[id(new)] = p
-    return once[id(new)]
+def _taken(adapter: Adapter, saved: Adapter) -> dict[int, Tensor]:
+    """{id of a trained tensor of `saved`: the live parameter that takes its numbers}."""
+    if adapter.shapes != saved.shapes or set(adapter.full) != set(saved.full):
+        odd = [str(o) for o in {*adapter.shapes.items()} ^ {*saved.shapes.items()}] + [*{*adapter.full} ^ {*saved.full}]
+        raise ValueError(f"the saved adapter is for other sites or parameters than the live one: {sorted(odd)[:3]}")
+    pairs: dict[tuple[int, int], Tensor] = {}
+    for path, f in adapter.factors.items():
+        ours, theirs = ({k: t for k, t in g.items() if t.requires_grad} for g in (f, saved.factors[path]))
+        if set(ours) != set(theirs):
+            raise ValueError(f"{path}: the live adapter trains {sorted(ours)}, the saved one {sorted(theirs)}")
+        pairs |= {(id(ours[k]), id(theirs[k])): ours[k] for k in ours}
+    if not len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
+        raise ValueError("the saved adapter shares other tensors between its sites than the live one")
+    return {theirs: p for (_, theirs), p in pairs.items()}
+
+
+def live_layers(model: nn.Module) -> dict[str, LinearView]:
+    """The layers under the selected adapter, as they are without it."""
+    return {path: slot.layer for slot, path in zip(host_of(model).slots, selected(model).factors, strict=True)}
