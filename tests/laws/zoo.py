@@ -4,6 +4,8 @@ import undula
 from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweight, Sum
 from undula.activations import ReLU, Sinter
 from undula.methods.aurora import PerChannel
+from undula.methods.dylora import Frozen
+from undula.methods.lora import Fixed
 from undula.starts import Gaussian
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
@@ -27,6 +29,10 @@ def zoo() -> list[Method]:
         Centred(LoRAN(r=2, activation=ReLU()), Gaussian(0.3)),
         undula.AuroRA(r=3, spline=PerChannel(), order=2),
         undula.AuroRAStatic(r=3, kappa=1.0, centred=False),
+        undula.GatedLoRA(r=4, open=2),
+        Dropout(undula.AdaLoRA(r=2), 0.5),
+        undula.DyLoRA(r=3, scaling=Fixed(2.0)),
+        undula.DyLoRA(r=1, nesting=Frozen()),  # from rank 2 on, its gradient is not the function's
     ]
     return plain + wrapped + varied
 
