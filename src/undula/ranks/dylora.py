@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ class DyLoRACourse(Course):
         if not 1 <= how.low <= least:
             raise ValueError(f"{how!r}: low lies between 1 and the least rank of the adapter, {least}")
         self.kept: list[tuple[Tensor, Tensor]] = []  # (what an update may not move, a copy of it)
+        self.fresh: list[tuple[Tensor, Any]] = []  # (parameter, ranks) of which the optimiser knows nothing yet
 
     @property
     def b(self) -> int:
@@ -99,16 +101,22 @@ class DyLoRACourse(Course):
     @torch.no_grad()
     def before_update(self) -> None:
         b = self.b
-        still = []
+        self.kept, self.fresh = [], []
         for m, f in zip(self.methods, self.f, strict=True):
             for rows in m.nesting.still(min(b, m.r), m.r):
-                still += [t[rows] for t in self._with_state(f["A"])] + [t[:, rows] for t in self._with_state(f["B"])]
-        self.kept = [(t, t.clone()) for t in still if t.numel()]
+                if rows.start < rows.stop:
+                    self._keep(f["A"], rows)
+                    self._keep(f["B"], (slice(None), rows))
 
-    def _with_state(self, p: Tensor) -> list[Tensor]:
-        """The parameter, and what the optimiser remembers entry by entry."""
-        state = self.optimizer.state.get(p, {})
-        return [p, *(t for t in state.values() if isinstance(t, Tensor) and t.shape == p.shape)]
+    def _keep(self, p: Tensor, ranks: Any) -> None:
+        memory = self._memory(p)
+        self.kept += [(t[ranks], t[ranks].clone()) for t in (p, *memory)]
+        if not memory:
+            self.fresh.append((p, ranks))
+
+    def _memory(self, p: Tensor) -> list[Tensor]:
+        """What the optimiser remembers of p entry by entry."""
+        return [t for t in self.optimizer.state.get(p, {}).values() if isinstance(t, Tensor) and t.shape == p.shape]
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -116,6 +124,9 @@ class DyLoRACourse(Course):
         if self.kept:
             now, before = zip(*self.kept, strict=True)
             torch._foreach_copy_(list(now), list(before))
-        self.kept = []
+        for p, ranks in self.fresh:
+            for t in self._memory(p):
+                t[ranks] = 0
+        self.kept, self.fresh = [], []
         for m, f in zip(self.methods, self.f, strict=True):
             f["b"].fill_(m.r)
