@@ -250,6 +250,10 @@ def test_moving_ranks():
         s[:4] = torch.tensor([1.0, 2.0, 3.0, 4.0]) + i
     scores[2][:4] = torch.tensor([0.0, 0.1, 0.2, 9.0])  # the three worst of all
     A = adapter.factors["m.3"]["A"].detach().clone()
+    for f in adapter.factors.values():  # as if the closed ranks had been open once
+        f["B"].data[:, 4:] = 1.0
+        for k in "AB":
+            opt.state[f[k]]["exp_avg"].fill_(1.0)
     closed = {(s, k) for s, f in adapter.factors.items() for k in range(6) if f["g"][k] == 0}
     assert len(closed) == 8
     before = model(torch.eye(6)).detach()
