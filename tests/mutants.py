@@ -19,6 +19,8 @@ LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tes
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
 IMAGES = "tests/interop/test_images.py"
+GATED, RANKS = "tests/oracles/test_gated.py", "tests/oracles/test_ranks.py"
+ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_ranks_gates.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
@@ -70,6 +72,22 @@ MUTANTS = [
     ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
     ("study/store.py", "if row is not None and not is_free(row[0], row[2], row[3]):", "if False:", CHOICES),
+    ("methods/gated.py", "self.r if self.open is None else self.open, self.alpha", "self.r, self.alpha", GATED),
+    ("methods/dylora.py", "torch.where(last, B_OR, B_OR.detach())", "B_OR", GATED),
+    ("methods/dylora.py", "return [slice(0, b - 1), slice(b, r)]", "return [slice(b, r)]", GATES),
+    ("ranks/prune.py", "B_OR[:, alive] / s", "B_OR[:, alive]", GATED),
+    ("ranks/alora.py", "forget(self.optimizer, A_RI, rows, 0)", "pass", GATES),
+    ("ranks/adalora.py", "max(1, round(how.warmup * steps))", "round(how.warmup * steps)", ADALORA),
+    ("ranks/adalora.py", "self.uncertainty, now, 1 - self.how.beta2", "self.uncertainty, now, 1 - self.how.beta1", ADALORA),
+    ("ranks/adalora.py", "t.copy_(tensors[n])", "pass", RANKS),
+    ("ranks/sora.py", "g.grad = None", "pass", GATES),
+    ("ranks/alora.py", "B_OR.index_fill_(1, rows, 0)", "pass", GATES),
+    ("ranks/alora.py", "forget(self.optimizer, B_OR, rows, 1)", "pass", GATES),
+    ("ranks/dylora.py", "t[ranks] = 0", "pass", GATES),
+    ("ranks/dylora.py", "for t in (p, *memory)", "for t in (p,)", GATES),
+    ("ranks/diffora.py", "(1 - torch.sigmoid(self.theta_N)) * along_N", "along_N", GATES),
+    ("ranks/diffora.py", "self.B[i].mul_(torch.sigmoid(self.theta_N[i]))", "pass", GATES),
+    ("ranks/gates.py", "torch.distributed.broadcast(t, 0)", "pass", RANKS),
 ]  # fmt: skip
 
 

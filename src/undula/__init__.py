@@ -5,7 +5,7 @@ An adapter is a value; a method is a law W -> W'.
 
 from typing import Any
 
-from . import bundled, io, study, train
+from . import bundled, io, ranks, study, train
 from .adapter import Adapter
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .diagnose import diagnose
@@ -20,6 +20,7 @@ from .methods.lora import LoRA, RankStabilised
 from .methods.loran import LoRAN, LoRANActivation, SineLoRA
 from .methods.sum import Sum
 from .probe import Probe
+from .ranks.prune import prune
 from .train import Run, evaluate
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "evaluate",
     "io",
     "merge",
+    "prune",
+    "ranks",
     "rows",
     "select",
     "selected",

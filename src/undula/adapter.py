@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .method import RUNGS, Additive, Factors, Method
+from .methods.dropout import bare
 from .methods.sum import Sum
 
 
@@ -85,6 +86,21 @@ class Adapter:
                 "subtracted or truncated. `undula.collapse` fits a LowRank adapter to it"
             )
         return method
+
+    def at_rank(self, b: int) -> Adapter:
+        """The first b ranks of an adapter that was trained at every rank (DyLoRA), as plain LoRA.  Raises TypeError
+        for other methods, ValueError for a rank that is not there."""
+        methods: dict[str, Method] = {}
+        factors: dict[str, Factors] = {}
+        for site, f in self.factors.items():
+            method = bare(self.methods[site])
+            if not hasattr(method, "at_rank"):
+                raise TypeError(
+                    f"{method!r} at {site} was not trained to be cut at any rank: "
+                    f"collapse(Truncate({b})) makes the best adapter of rank {b} and reports the error"
+                )
+            methods[site], factors[site] = method.at_rank(f, b)
+        return replace(self, methods=methods, factors=factors)
 
     def save(self, path: str | Path, base: str | None = None, task: str | None = None) -> None:
         """Writes a PEFT adapter directory (see `undula.io.native`); `base` and `task` are for its readers."""

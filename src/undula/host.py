@@ -182,8 +182,10 @@ def select(model: nn.Module, name: str | None) -> None:
 
 def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
     """Another method and other factors at one site of the selected adapter, which stays the object that it is.  For
-    allocators; trained factors that go on training are passed as the parameters that they are."""
+    allocators; trained factors that go on training are passed as the parameters that they are.  Raises LookupError."""
     host, adapter = find(model, None)
+    if site not in adapter.factors:
+        raise LookupError(f"the adapter has no site {site!r}; it has: {', '.join(adapter.factors)}")
     slot = next(s for s, path in zip(host.slots, adapter.factors, strict=True) if path == site)
     live = {k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()}
     adapter.methods[site], adapter.factors[site] = method, live  # type: ignore[index]

@@ -94,7 +94,7 @@ DAMAGE = {
     "unknown method": (
         edit_config,
         lambda c: put(c, "undula", "methods", 0, "is", value="WhatLoRA"),
-        "no method is called 'WhatLoRA'; there are: AuroRA",
+        "no method is called 'WhatLoRA'; there are: .*AuroRA",
     ),
     "unknown field": (
         edit_config,

@@ -5,6 +5,8 @@ from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweig
 from undula.activations import ReLU, Sinter
 from undula.methods import lorta, tenslora
 from undula.methods.aurora import PerChannel
+from undula.methods.dylora import Frozen
+from undula.methods.lora import Fixed
 from undula.starts import Gaussian
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
@@ -36,6 +38,10 @@ def zoo() -> list[Method]:
         undula.BlockLoRA(r=5, blocks=3),
         undula.Restarted(LoRA(r=2), past=3),
         undula.Restarted(Dropout(undula.AuroRAStatic(), 0.5), past=2),
+        undula.GatedLoRA(r=4, open=2),
+        Dropout(undula.AdaLoRA(r=2), 0.5),
+        undula.DyLoRA(r=3, scaling=Fixed(2.0)),
+        undula.DyLoRA(r=1, nesting=Frozen()),  # from rank 2 on, its gradient is not the function's
     ]
     return plain + wrapped + varied
 

@@ -102,3 +102,10 @@ class _ReweightDropout(Dropout, Reweight):
 
 class _MethodDropout(Dropout):
     pass
+
+
+def bare(method: Method) -> Method:
+    """The method inside dropout, which has no factors of its own."""
+    while isinstance(method, Dropout):
+        method = method.inner
+    return method

@@ -4,11 +4,12 @@ import importlib
 import pkgutil
 
 from .allocator import Allocator, Course, Quality
+from .gates import live
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Allocator", "Course", "Quality"]
+__all__ = ["Allocator", "Course", "Quality", "live"]
 
 
 def __getattr__(name: str) -> type[Allocator]:

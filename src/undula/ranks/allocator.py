@@ -52,6 +52,10 @@ class Allocator(Choice):
     grade: ClassVar[str] = "exact"
     needs_quality: ClassVar[bool] = False
 
+    def serves(self, method: Method) -> bool:
+        """Whether it can work at a site of this method."""
+        return isinstance(method, self.works_on)
+
     @abc.abstractmethod
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
@@ -68,7 +72,7 @@ class Course:
     def __init__(self, allocator: Allocator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         self.model, self.optimizer, self.steps = model, optimizer, steps
         self.step = 0  # updates done
-        odd = {s: m for s, m in selected(model).methods.items() if not isinstance(m, allocator.works_on)}
+        odd = {s: m for s, m in selected(model).methods.items() if not allocator.serves(m)}
         if odd:
             site, method = next(iter(odd.items()))
             wanted = ", ".join(m.__name__ for m in allocator.works_on)

@@ -1,0 +1,73 @@
+"""What the allocators that move gates have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..method import Method
+from ..methods.dropout import bare
+from .allocator import Allocator, Course
+
+
+def gate_of(method: Method) -> str | None:
+    """The name of the factor that gates the ranks of this method; None where it has none."""
+    return getattr(type(bare(method)), "gate", None)
+
+
+def live(adapter: Adapter) -> dict[str, int]:
+    """{site: number of ranks whose gate is not zero}, of the sites that have a gate."""
+    gates = {s: f[name] for s, f in adapter.factors.items() if (name := gate_of(adapter.methods[s])) is not None}
+    if not gates:
+        return {}
+    counts = torch.stack([torch.count_nonzero(g).cpu() for g in gates.values()])
+    return dict(zip(gates, counts.tolist(), strict=True))
+
+
+def spread(amount: int, room: Sequence[int]) -> list[int]:
+    """`amount` dealt out one by one, in order, to places with this much room each: as equally as possible, and no more
+    than there is room for."""
+    given = [0] * len(room)
+    while amount > 0 and any(g < most for g, most in zip(given, room, strict=True)):
+        for i, most in enumerate(room):
+            if amount > 0 and given[i] < most:
+                given[i], amount = given[i] + 1, amount - 1
+    return given
+
+
+class GateAllocator(Allocator):
+    """Moves gates; sees the method inside dropout."""
+
+    def serves(self, method: Method) -> bool:
+        return isinstance(bare(method), self.works_on)
+
+
+class GateCourse(Course):
+    """The sites and their gates in parallel lists.  Shapes stay as they are while it runs."""
+
+    def __init__(self, allocator: Allocator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
+        super().__init__(allocator, model, optimizer, steps)
+        adapter = self.adapter
+        self.sites = list(adapter.factors)
+        if not self.sites:
+            raise ValueError(f"{allocator!r}: the adapter has no sites")
+        names = {s: gate_of(m) for s, m in adapter.methods.items()}
+        self.gates: list[Tensor] = [adapter.factors[s][name] for s, name in names.items() if name is not None]
+
+    def factor(self, name: str) -> list[Tensor]:
+        """This factor of every site."""
+        return [p.f[name] for p in self.places()]
+
+    def ranks(self) -> dict[str, int]:
+        """{site: ranks whose gate is not zero}."""
+        return live(self.adapter)
+
+
+def agreed(t: Tensor) -> Tensor:
+    """`t` as the first process has it: what was measured, and not computed from shared gradients, may differ."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(t, 0)
+    return t
