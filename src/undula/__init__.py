@@ -70,7 +70,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Every method by its name; `peft_config` and `enable_peft`: PEFT is imported when they are first asked for."""
+    """Every method by its name; `peft_config`, `enable_peft` and `allocating` import PEFT or transformers when they are
+    first asked for."""
     for method in Method.registry.values():
         if method.__name__ == name:
             return method
@@ -78,4 +79,8 @@ def __getattr__(name: str) -> Any:
         from .integrations import peft
 
         return getattr(peft, name)
+    if name == "allocating":
+        from .integrations.allocating import Allocating
+
+        return Allocating
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -56,6 +56,10 @@ class Allocator(Choice):
         """Whether it can work at a site of this method."""
         return isinstance(method, self.works_on)
 
+    def refusal(self, method: Method | None) -> str:
+        """What to say of a method that it does not serve."""
+        return f"{self!r} works on {', '.join(m.__name__ for m in self.works_on)}, not on {method!r}"
+
     @abc.abstractmethod
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
@@ -75,8 +79,7 @@ class Course:
         odd = {s: m for s, m in selected(model).methods.items() if not allocator.serves(m)}
         if odd:
             site, method = next(iter(odd.items()))
-            wanted = ", ".join(m.__name__ for m in allocator.works_on)
-            raise TypeError(f"{allocator!r} works on {wanted}; at {site} ({len(odd)} such sites) is {method!r}")
+            raise TypeError(f"{allocator.refusal(method)} ({site} and {len(odd) - 1} other sites)")
 
     @property
     def adapter(self) -> Adapter:

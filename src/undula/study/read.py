@@ -196,11 +196,8 @@ def _allocator(reader: _Reader, i: int, t: dict[str, Any], method: Method | None
             reader.fault(place, "allocate has the options of an allocator: name one (allocator = ...)")
         return None
     made = reader.attempt(place, lambda: build(Allocator, t["allocator"], options(t.get("allocate", {}))))
-    if made is not None and method is not None and not isinstance(method, made.works_on):
-        wanted = ", ".join(m.__name__ for m in made.works_on)
-        reader.fault(
-            place, f"{type(made).__name__} works on the methods {wanted}, not on {type(method).public().__name__}"
-        )
+    if made is not None and method is not None and not made.serves(method):
+        reader.fault(place, made.refusal(method))
         return None
     return made
 
