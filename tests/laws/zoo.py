@@ -4,7 +4,7 @@ import undula
 from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweight, Sum
 from undula.activations import ReLU, Sinter
 from undula.methods.aurora import PerChannel
-from undula.starts import Gaussian
+from undula.starts import Gaussian, channels, masks
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
 
@@ -27,6 +27,19 @@ def zoo() -> list[Method]:
         Centred(LoRAN(r=2, activation=ReLU()), Gaussian(0.3)),
         undula.AuroRA(r=3, spline=PerChannel(), order=2),
         undula.AuroRAStatic(r=3, kappa=1.0, centred=False),
+        undula.SHiRA(r=1, s=0.5, mask=masks.Rand(seed=3)),
+        undula.SHiRA(r=2, mask=masks.Struct(shift=2)),
+        undula.SHiRA(r=1, mask=masks.Magnitude()),
+        undula.SHiRA(r=1, mask=masks.Gradient()),
+        undula.SHiRA(r=2, mask=masks.SNIP()),
+        Dropout(undula.SHiRA(r=1), 0.5),
+        DoRA(undula.SHiRA(r=1)),
+        undula.S2FT(share=0.3, side=channels.Inputs()),
+        undula.S2FT(share=0.3, selection=channels.Weight()),
+        undula.S2FT(share=0.3, selection=channels.Activation(channels.Smallest())),
+        undula.S2FT(share=0.3, side=channels.Inputs(), selection=channels.WeightActivation()),
+        undula.S2FT(share=1.0, side=channels.Inputs(), selection=channels.Gradient()),
+        Dropout(undula.S2FT(share=0.3), 0.5),
     ]
     return plain + wrapped + varied
 
