@@ -20,6 +20,7 @@ COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagn
 CHOICES = "tests/oracles/test_study_choices.py"
 IMAGES = "tests/interop/test_images.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
+SPARSE = "tests/oracles/test_sparse.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -70,6 +71,18 @@ MUTANTS = [
     ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
     ("study/store.py", "if row is not None and not is_free(row[0], row[2], row[3]):", "if False:", CHOICES),
+    ("methods/shira.py", "self.r * (O + I), O * I", "self.r * (O + I) + 1, O * I", SPARSE),
+    ("methods/shira.py", "return f[\"index\"], self.s * f[\"values\"]", "return f[\"index\"], f[\"values\"]", SPARSE),
+    ("starts/masks.py", "[: k - len(above), 0]", "[-(k - len(above)) :, 0]", SPARSE),
+    ("starts/masks.py", "+ (j + self.shift) % I", "+ j % I", SPARSE),
+    ("kernels/frozen.py", "return number[when <= when.kthvalue(k).values]", "return number[:k]", SPARSE),
+    ("kernels/sparse.py", "index_K[start:stop] - rows.start * I", "index_K[start:stop]", SPARSE),
+    ("kernels/sparse.py", "beta=0 if rows.start == 0 else 1", "beta=0", SPARSE),
+    ("kernels/sparse.py", "ctx.save_for_backward(z_TK, W_OI, S_OK, index_K)", "ctx.save_for_backward(z_TK, W_OI, S_OK, index_K, x_TI)", SPARSE),
+    ("switching.py", "old.W_OI[old.at] = old.base", "pass", SPARSE),
+    ("starts/channels.py", "site.once((\"S2FT\", self, block(site.name), site.shape[0 if rows else 1] // unit), order)", "order()", SPARSE),
+    ("starts/channels.py", "(\"S2FT\", block(site.name))", "(\"S2FT\", site.name)", SPARSE),
+    ("methods/s2ft.py", "repeat_interleave(self.unit)", "repeat(self.unit)", SPARSE),
 ]  # fmt: skip
 
 

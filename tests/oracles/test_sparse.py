@@ -154,7 +154,7 @@ def test_masks_have_exactly_k_entries(mask, shape, r):
     assert len(index) == min(r * sum(shape), math.prod(shape))
     assert index.dtype == torch.int64
     assert (index.diff() > 0).all()  # different, rising
-    assert 0 <= index[0]
+    assert index[0] >= 0
     assert index[-1] < math.prod(shape)
 
 
@@ -199,9 +199,14 @@ def test_subsets_are_uniform():
 
 
 def test_struct_is_the_diagonal_and_whole_rows():
-    mask_OI = torch.zeros(9 * 9).index_fill(0, Struct()(site("l", view(nn.Linear(9, 9))), 9 + 2 * 8 + 3), 1).view(9, 9)
-    assert (mask_OI.diagonal() == 1).all()
-    assert mask_OI.sum(1).tolist() == [9, 1, 1, 9, 1, 1, 4, 1, 1]  # rows 0, 3, and 3 entries of row 6
+    def at(shift):
+        index = Struct(shift=shift)(site("l", view(nn.Linear(9, 9))), 9 + 2 * 8 + 3)
+        return torch.zeros(9 * 9).index_fill(0, index, 1).view(9, 9)
+
+    assert (at(0).diagonal() == 1).all()
+    assert at(0).sum(1).tolist() == [9, 1, 1, 9, 1, 1, 4, 1, 1]  # rows 0, 3, and 3 entries of row 6
+    assert (at(2).roll(-2, 1).diagonal() == 1).all()
+    assert at(2).sum(1).tolist() == [1, 1, 9, 1, 1, 9, 1, 1, 4]
 
 
 def test_rank_is_far_above_loras():

@@ -40,7 +40,8 @@ def offsets(index_K: Tensor, O: int, I: int) -> Tensor:
 
 def multiplied(x_TI: Tensor, start_O: Tensor, column_K: Tensor, values_K: Tensor) -> Tensor:
     """x S' (T, O) for S in rows of entries that begin at `start`."""
-    return F.embedding_bag(column_K, x_TI.t(), start_O, mode="sum", per_sample_weights=values_K).t()
+    x_IT = x_TI.t().contiguous()  # runs along the tokens: several times faster
+    return F.embedding_bag(column_K, x_IT, start_O, mode="sum", per_sample_weights=values_K).t()
 
 
 def sampled(g_TO: Tensor, x_TI: Tensor, index_K: Tensor) -> Tensor:
