@@ -71,7 +71,7 @@ class SHiRA(Additive):
         return f["index"], self.s * f["values"]
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
-        if layer.channel != -1 or not x.is_floating_point():  # convolutions, embeddings
+        if layer.channel != -1 or not x.is_floating_point() or torch.compiler.is_compiling():  # as a matrix
             return super().forward(x, layer, f)
         return sparse.entries(x, layer, *self.entries(f), f["outline"].shape[0])
 
