@@ -22,6 +22,7 @@ IMAGES = "tests/interop/test_images.py"
 GATED, RANKS = "tests/oracles/test_gated.py", "tests/oracles/test_ranks.py"
 ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_ranks_gates.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
+SPARSE = "tests/oracles/test_sparse.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -88,6 +89,18 @@ MUTANTS = [
     ("ranks/diffora.py", "(1 - torch.sigmoid(self.theta_N)) * along_N", "along_N", GATES),
     ("ranks/diffora.py", "self.B[i].mul_(torch.sigmoid(self.theta_N[i]))", "pass", GATES),
     ("ranks/gates.py", "torch.distributed.broadcast(t, 0)", "pass", RANKS),
+    ("methods/shira.py", "self.r * (O + I), O * I", "self.r * (O + I) + 1, O * I", SPARSE),
+    ("methods/shira.py", "return f[\"index\"], self.s * f[\"values\"]", "return f[\"index\"], f[\"values\"]", SPARSE),
+    ("starts/masks.py", "[: k - len(above), 0]", "[-(k - len(above)) :, 0]", SPARSE),
+    ("starts/masks.py", "+ (j + self.shift) % I", "+ j % I", SPARSE),
+    ("kernels/frozen.py", "return number[when <= when.kthvalue(k).values]", "return number[:k]", SPARSE),
+    ("kernels/sparse.py", "index_K[start:stop] - rows.start * I", "index_K[start:stop]", SPARSE),
+    ("kernels/sparse.py", "beta=0 if rows.start == 0 else 1", "beta=0", SPARSE),
+    ("kernels/sparse.py", "ctx.save_for_backward(z_TK, W_OI, S_OK, index_K)", "ctx.save_for_backward(z_TK, W_OI, S_OK, index_K, x_TI)", SPARSE),
+    ("switching.py", "old.W_OI[old.at] = old.base", "pass", SPARSE),
+    ("starts/channels.py", "site.once((\"S2FT\", self, block(site.name), site.shape[0 if rows else 1] // unit), order)", "order()", SPARSE),
+    ("starts/channels.py", "(\"S2FT\", block(site.name))", "(\"S2FT\", site.name)", SPARSE),
+    ("methods/s2ft.py", "repeat_interleave(self.unit)", "repeat(self.unit)", SPARSE),
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from undula.methods import lorta, tenslora
 from undula.methods.aurora import PerChannel
 from undula.methods.dylora import Frozen
 from undula.methods.lora import Fixed
-from undula.starts import Gaussian
+from undula.starts import Gaussian, channels, masks
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
 
@@ -42,6 +42,19 @@ def zoo() -> list[Method]:
         Dropout(undula.AdaLoRA(r=2), 0.5),
         undula.DyLoRA(r=3, scaling=Fixed(2.0)),
         undula.DyLoRA(r=1, nesting=Frozen()),  # from rank 2 on, its gradient is not the function's
+        undula.SHiRA(r=1, s=0.5, mask=masks.Rand(seed=3)),
+        undula.SHiRA(r=2, mask=masks.Struct(shift=2)),
+        undula.SHiRA(r=1, mask=masks.Magnitude()),
+        undula.SHiRA(r=1, mask=masks.Gradient()),
+        undula.SHiRA(r=2, mask=masks.SNIP()),
+        Dropout(undula.SHiRA(r=1), 0.5),
+        DoRA(undula.SHiRA(r=1)),
+        undula.S2FT(share=0.3, side=channels.Inputs()),
+        undula.S2FT(share=0.3, selection=channels.Weight()),
+        undula.S2FT(share=0.3, selection=channels.Activation(channels.Smallest())),
+        undula.S2FT(share=0.3, side=channels.Inputs(), selection=channels.WeightActivation()),
+        undula.S2FT(share=1.0, side=channels.Inputs(), selection=channels.Gradient()),
+        Dropout(undula.S2FT(share=0.3), 0.5),
     ]
     return plain + wrapped + varied
 

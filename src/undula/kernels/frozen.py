@@ -63,6 +63,22 @@ def permutation(seed: int, key: tuple[Key, ...], n: int) -> Tensor:
     return torch.sort(bits(seed, key, 0, n), stable=True).indices
 
 
+def subset(seed: int, key: tuple[Key, ...], n: int, k: int) -> Tensor:
+    """k different numbers of 0 .. n - 1 in rising order, all such sets equally likely, int64, on the CPU.  Work and
+    memory follow k."""
+    if 2 * k > n:
+        return permutation(seed, key, n)[:k].sort().values
+    draws = k + k // 2 + 64  # enough of them are different almost always
+    while True:
+        number, when = torch.sort(integers(seed, key, (draws,), n), stable=True)
+        first = torch.ones_like(number, dtype=torch.bool)
+        first[1:] = number[1:] != number[:-1]
+        number, when = number[first], when[first]
+        if len(number) >= k:  # the first k different ones, however many were drawn
+            return number[when <= when.kthvalue(k).values]
+        draws *= 2
+
+
 def checksum(t: Tensor) -> str:
     """Sixteen hexadecimal digits that tell whether a rebuilt tensor is the one that was saved.  Floating-point numbers
     count as float32."""

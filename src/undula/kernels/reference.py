@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,3 +45,14 @@ def additive(x: Tensor, layer: Layer, delta_OI: Tensor) -> Tensor:
 def bottleneck(x: Tensor, layer: Layer, A_RI: Tensor, bend, B_OR: Tensor) -> Tensor:
     """y = layer(x) + B bend(A x); `bend` maps (..., R) to (..., R)."""
     return added(layer(x), restore(F.linear(bend(project(x, layer, A_RI)), B_OR), layer))
+
+
+def columns(x: Tensor, layer: Layer, S_OK: Tensor, index_K: Tensor) -> Tensor:
+    """y = layer(x) + S x[index]: an update of columns `index` of W."""
+    return added(layer(x), F.linear(x.index_select(-1, index_K).to(S_OK.dtype), S_OK))
+
+
+def rows(x: Tensor, layer: Layer, S_KI: Tensor, index_K: Tensor) -> Tensor:
+    """y = layer(x), and S x added at `index`: an update of rows `index` of W."""
+    y, change = layer(x), F.linear(x.to(S_KI.dtype), S_KI)
+    return added(y, torch.zeros_like(y, dtype=change.dtype).index_add(-1, index_K, change))
