@@ -198,7 +198,8 @@ def test_merge_and_unmerge(m):
     model = net().eval()
     ref, x = copy.deepcopy(model), torch.randn(4, 12)
     adapter = undula.attach(model, m)
-    torch.testing.assert_close(model(x), ref(x))
+    if m.starts_at_base:
+        torch.testing.assert_close(model(x), ref(x))
     shake(adapter)
     y = model(x)
     assert not torch.allclose(y, ref(x))
@@ -251,7 +252,7 @@ def test_fused_is_reference(m):
     got = m.forward(x, layer, f)
     torch.testing.assert_close(got, want)
     g = torch.randn_like(want)
-    inputs = [x, *f.values()]
+    inputs = [x, *(t for t in f.values() if t.requires_grad)]
     for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g), strict=True):
         torch.testing.assert_close(a, b)
 

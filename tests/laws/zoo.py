@@ -4,6 +4,7 @@ import undula
 from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweight, Sum
 from undula.activations import ReLU, Sinter
 from undula.methods.aurora import PerChannel
+from undula.methods.unilora import Independent
 from undula.starts import Gaussian
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
@@ -27,6 +28,13 @@ def zoo() -> list[Method]:
         Centred(LoRAN(r=2, activation=ReLU()), Gaussian(0.3)),
         undula.AuroRA(r=3, spline=PerChannel(), order=2),
         undula.AuroRAStatic(r=3, kappa=1.0, centred=False),
+        Dropout(undula.VeRA(r=4), 0.5),
+        undula.NOLA(r=2, k=5, l=3, c=3.0, seed=1, scaling=undula.RankStabilised()),
+        undula.UniLoRA(r=2, d=30, bound=0.1, seed=1, assignment=Independent()),
+        undula.TeRA(r=2, modes=3, d=0.8, seed=1),
+        undula.TeRA(r=5, modes=1),
+        undula.LoRAXS(r=3, alpha=3.0, std=1e-3),
+        undula.LoRASB(r=3, alpha=1.5, eta=1e-3),
     ]
     return plain + wrapped + varied
 
