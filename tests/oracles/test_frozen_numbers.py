@@ -83,9 +83,7 @@ def test_uniform_fills_its_interval_on_a_grid():
     assert float(u.square().mean()) == pytest.approx(1 / 3, abs=5 * (4 / 45 / n) ** 0.5)
 
 
-@pytest.mark.parametrize(
-    "other", [(1, ("u",)), (0, ("v",)), (0, ("u", 0)), (0, ("u", 1)), (-1, ("u",))], ids=lambda o: repr(o)
-)
+@pytest.mark.parametrize("other", [(1, ("u",)), (0, ("v",)), (0, ("u", 0)), (0, ("u", 1)), (-1, ("u",))], ids=repr)
 def test_streams_are_independent(other):
     """Other seeds and keys, and a stream against itself some steps later."""
     n = 1 << 17
