@@ -7,8 +7,6 @@ drawing of K n numbers, a few nanoseconds each on a CPU.  These are operators of
 as they are instead of unrolling their loops.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
