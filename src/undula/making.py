@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .method import Evidence, Factors, Method
+from .method import Evidence, Factors, Method, Site
 from .sites import LinearView, Where, choose, matches, outline, site, view
 
 if TYPE_CHECKING:
@@ -45,6 +45,26 @@ def assigned(sites: Iterable[str], method: Method, overrides: Mapping[str, Metho
 
 def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method], evidence: Evidence | None = None) -> Adapter:
     """New factors for each layer, as parameters; what a method makes once for several sites is one parameter."""
+    return _filled(layers, methods, lambda method, where: method.init(replace(where, evidence=evidence)))
+
+
+def unstarted(
+    layers: Mapping[str, LinearView], methods: Mapping[str, Method], seeded: Callable[[str, str], bool]
+) -> Adapter:
+    """Factors for each layer that a file will fill: zeros, but for those (site, factor) that are `seeded`, made anew.
+    No start is computed, so none needs its data again."""
+
+    def zeros(method: Method, where: Site) -> Factors:
+        outlines = method.init(where.outline()).items()
+        blank = {k: torch.zeros_like(t, device=where.device).requires_grad_(t.requires_grad) for k, t in outlines}
+        return {**blank, **{k: t for k, t in method.rebuilt(where).items() if seeded(where.name, k)}}
+
+    return _filled(layers, methods, zeros)
+
+
+def _filled(
+    layers: Mapping[str, LinearView], methods: Mapping[str, Method], make: Callable[[Method, Site], Factors]
+) -> Adapter:
     factors: dict[str, Factors] = {}
     shared: dict[Any, Any] = {}
     sites = {path: site(path, layer, shared) for path, layer in layers.items()}
@@ -52,7 +72,7 @@ def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method], eviden
     peers = peers_of(methods, shapes)
     once: dict[int, tuple[Tensor, nn.Parameter]] = {}  # holds the tensors too, so that no id is used twice
     for path, where in sites.items():
-        new = methods[path].init(replace(where, peers=peers[methods[path]], evidence=evidence))
+        new = make(methods[path], replace(where, peers=peers[methods[path]]))
         factors[path] = {
             k: once.setdefault(id(t), (t, nn.Parameter(t.detach(), t.requires_grad)))[1] for k, t in new.items()
         }

@@ -148,7 +148,11 @@ DAMAGE = {
     "method": (configure, lambda u: u["methods"][0].update({"is": "WhatLoRA"}), "no method is called 'WhatLoRA'"),
     "field": (configure, lambda u: u["methods"][0].update(depth=3), "LoRA has no option depth"),
     "version": (configure, lambda u: u.update(version=9), "format version 9"),
-    "other model": (configure, lambda u: u["sites"].update({"a.b": [0, 8, 8]}), "sites that this model has not: a.b"),
+    "other model": (
+        configure,
+        lambda u: u["sites"].update({"a.b": [0, 8, 8]}) or u["order"].append("a.b"),
+        "sites that this model has not: a.b",
+    ),
     "other shape": (configure, lambda u: u["sites"].update({SITE: [0, 8, 8]}), r"\(8, 8\) in the adapter"),
     "tie": (configure, lambda u: u.update(tied={KEY: KEY[:-1] + "Z"}), "is tied to .*, which does not fit"),
 }

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -8,6 +10,12 @@ from undula import Site
 def _evidence(monkeypatch):
     """Every site knows a gradient and its inputs' moments: methods that start from data meet made-up data here."""
     monkeypatch.setattr(Site, "_evidence", lambda site, what: MadeUp(site.shape))
+
+
+@pytest.fixture(autouse=True)
+def _tiny():
+    """The laws' layers have fewer entries than UniLoRA's default vector has numbers."""
+    warnings.filterwarnings("ignore", ".* has more numbers than the .* entries")
 
 
 class MadeUp:

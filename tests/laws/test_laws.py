@@ -198,7 +198,8 @@ def test_merge_and_unmerge(m):
     model = net().eval()
     ref, x = copy.deepcopy(model), torch.randn(4, 12)
     adapter = undula.attach(model, m)
-    torch.testing.assert_close(model(x), ref(x))
+    if m.starts_at_base:
+        torch.testing.assert_close(model(x), ref(x))
     shake(adapter)
     y = model(x)
     assert not torch.allclose(y, ref(x))

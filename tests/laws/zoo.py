@@ -7,6 +7,7 @@ from undula.methods import lorta, tenslora
 from undula.methods.aurora import PerChannel
 from undula.methods.dylora import Frozen
 from undula.methods.lora import Fixed
+from undula.methods.unilora import Independent
 from undula.starts import Gaussian, channels, masks
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
@@ -55,6 +56,13 @@ def zoo() -> list[Method]:
         undula.S2FT(share=0.3, side=channels.Inputs(), selection=channels.WeightActivation()),
         undula.S2FT(share=1.0, side=channels.Inputs(), selection=channels.Gradient()),
         Dropout(undula.S2FT(share=0.3), 0.5),
+        Dropout(undula.VeRA(r=4), 0.5),
+        undula.NOLA(r=2, k=5, l=3, c=3.0, seed=1, scaling=undula.RankStabilised()),
+        undula.UniLoRA(r=2, d=30, bound=0.1, seed=1, assignment=Independent()),
+        undula.TeRA(r=2, modes=3, d=0.8, seed=1),
+        undula.TeRA(r=5, modes=1),
+        undula.LoRAXS(r=3, alpha=3.0, std=1e-3),
+        undula.LoRASB(r=3, alpha=1.5, eta=1e-3),
     ]
     return plain + wrapped + varied
 

@@ -32,7 +32,7 @@ except ImportError as error:
 
 from .. import bases
 from ..io import files, native
-from ..making import assigned, check_shapes, made
+from ..making import assigned, check_shapes, made, unstarted
 from ..merging import check_mergeable
 from ..method import Factors, Method
 from ..methods.sum import Sum
@@ -260,9 +260,13 @@ class UndulaModel(tuners_utils.BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])  # the caller keeps its own
         layers = self._chosen(model, config)
         if layers:  # without any, PEFT says what does not match
-            self.new: Any = made(layers, config.sites or assigned(layers, config.method, config.overrides))
-            if config.undula is not None:
-                native.as_recorded(self.new, config.undula, files.CONFIG)
+            recorded = config.undula
+            if recorded is None:
+                self.new: Any = made(layers, assigned(layers, config.method, config.overrides))
+            else:
+                seeded = recorded.get("rebuilt", {})
+                self.new = unstarted(layers, config.sites, lambda site, factor: native.key_of(site, factor) in seeded)
+                native.as_recorded(self.new, recorded, files.CONFIG)
             config.undula, config.sites = native.laid_out(self.new, None, None)[0]["undula"], self.new.methods
             self._check_new(model, adapter_name, config.undula["tied"])
         super().inject_adapter(model, adapter_name, *arguments, **options)

@@ -65,6 +65,7 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
             "version": VERSION,
             "methods": [m.encode() for m in kinds],
             "sites": {s: [kinds.index(m), *adapter.shapes[s]] for s, m in adapter.methods.items()},
+            "order": list(adapter.methods),  # `sites` may come back sorted: PEFT writes its JSON so
             "kernels": {s: list(kernel) for s, kernel in adapter.kernels.items()},
             "tied": tied,
             "rebuilt": checksums,
@@ -148,7 +149,10 @@ def read_sites(own: Mapping[str, Any], path: str) -> tuple[dict[str, Method], di
                 methods[site], shapes[site] = kinds[number], (O, I)
             case _:
                 raise ValueError(f"{path}: site {site} is [method of {len(kinds)}, O, I]; found {entry!r:.80}")
-    return methods, shapes
+    order = own.get("order", list(sites))
+    if not isinstance(order, list) or sorted(map(str, order)) != sorted(sites):
+        raise ValueError(f"{path}: `order` has other sites than `sites`")
+    return {site: methods[site] for site in order}, {site: shapes[site] for site in order}
 
 
 def _assemble(
@@ -170,6 +174,8 @@ def _assemble(
         else:
             factors[site][factor] = t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in still)
     for site, factor, t in _rebuild(methods, shapes, own.get("rebuilt", {}), path):
+        if factor in factors[site]:
+            raise ValueError(f"{path}: {site}.{factor} is rebuilt from a seed, and in the file as well")
         factors[site][factor] = t
     if not factors and not full:
         raise ValueError(f"{path} holds neither factors nor parameters")

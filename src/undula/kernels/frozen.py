@@ -17,13 +17,22 @@ from torch import Tensor
 Key = str | int
 
 
+def words(seed: int, key: tuple[Key, ...]) -> tuple[int, int]:
+    """(step, offset) of the stream (seed, key), signed 32-bit integers: all that `numbers` needs to know of it."""
+    digest = hashlib.sha256(repr((seed, key)).encode()).digest()
+    return _signed(int.from_bytes(digest[:4], "little") | 1), _signed(int.from_bytes(digest[4:8], "little"))
+
+
 def bits(seed: int, key: tuple[Key, ...], start: int, n: int, device: torch.device | str = "cpu") -> Tensor:
     """Numbers start, start + 1, ... start + n - 1 of the stream (seed, key): int32, uniform over all 32-bit values."""
-    digest = hashlib.sha256(repr((seed, key)).encode()).digest()
-    step = int.from_bytes(digest[:4], "little") | 1
-    offset = int.from_bytes(digest[4:8], "little")
-    h = torch.arange(n, dtype=torch.int32, device=device)
-    h.mul_(_signed(step)).add_(_signed(offset + step * start))
+    return numbers(torch.tensor(words(seed, key), dtype=torch.int32, device=device), start, n)
+
+
+def numbers(words_2: Tensor, start: int, n: int) -> Tensor:
+    """`bits` of the stream with these words, an int32 tensor: what a method can keep as a factor."""
+    step, offset = words_2.unbind()
+    h = torch.arange(n, dtype=torch.int32, device=words_2.device)
+    h.mul_(step).add_(step * _signed(start) + offset)
     _shifted(h, 16)
     h.mul_(_signed(0x7FEB352D))
     _shifted(h, 15)
@@ -48,8 +57,12 @@ def uniform(
     """Numbers of the stream from `start` on, uniform in [-1, 1), float32; their standard deviation is 1/sqrt(3)."""
     if torch.device(device).type == "meta":
         return torch.empty(shape, device=device)
-    drawn = bits(seed, key, start, math.prod(shape), device)
-    return (drawn >> 8).float().mul_(2.0**-23).view(shape)
+    return floats(bits(seed, key, start, math.prod(shape), device)).view(shape)
+
+
+def floats(drawn: Tensor) -> Tensor:
+    """Drawn bits as float32 numbers in [-1, 1)."""
+    return (drawn >> 8).float().mul_(2.0**-23)
 
 
 def integers(seed: int, key: tuple[Key, ...], shape: tuple[int, ...], high: int) -> Tensor:
