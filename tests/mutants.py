@@ -26,7 +26,7 @@ MUTANTS = [
     ("methods/lora.py", "return alpha / r\n", "return alpha\n", METHODS),
     ("methods/lora.py", "alpha / math.sqrt(r)", "alpha / r", METHODS),
     ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),
-    ("methods/loran.py", "and isinstance(start, Kaiming)", "and False", METHODS),
+    ("methods/loran.py", "and start.at_base", "and False", METHODS),
     ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", LAWS),
     ("methods/dora.py", "2 * (W_OI @ A_RI.T)", "W_OI @ A_RI.T", METHODS),
     ("methods/dora.py", "V_OI.norm(dim=1).detach()", "V_OI.norm(dim=1)", METHODS),

@@ -3,8 +3,9 @@
 import undula
 from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweight, Sum
 from undula.activations import ReLU, Sinter
+from undula.kernels.solver import Randomised
 from undula.methods.aurora import PerChannel
-from undula.starts import Gaussian
+from undula.starts import EVA, FullStep, Gaussian, LoRAGA, LoRASB, MiLoRA, OfWeight, OLoRA, Orthogonal, PiSSA, Shuffled
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
 
@@ -27,6 +28,11 @@ def zoo() -> list[Method]:
         Centred(LoRAN(r=2, activation=ReLU()), Gaussian(0.3)),
         undula.AuroRA(r=3, spline=PerChannel(), order=2),
         undula.AuroRAStatic(r=3, kappa=1.0, centred=False),
+        *(Centred(LoRA(r=2), start) for start in (Orthogonal(), PiSSA(), MiLoRA(), OLoRA(), LoRAGA(), LoRASB(), EVA())),
+        Centred(LoRA(r=3), LoRAGA(Shuffled(), FullStep())),
+        Centred(LoRA(r=1, scaling=undula.RankStabilised()), LoRAGA(magnitude=OfWeight())),
+        Centred(INNER[1], PiSSA(Randomised())),
+        Centred(LoRAN(r=2), EVA()),
     ]
     return plain + wrapped + varied
 
