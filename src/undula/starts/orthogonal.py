@@ -1,5 +1,5 @@
-"""A random projection: A with orthonormal rows, B = 0 (Zhu, Greenewald, Nadjahi, Haitz Saez de Ocariz Borde, Bruel
-Gabrielsson, Choshen, Ghassemi, Yurochkin, Solomon 2024, arXiv:2402.16842, who keep such an A frozen).
+"""A random projection: A with orthonormal rows, B = 0 (Zhu, Greenewald, Nadjahi, Saez de Ocariz Borde, Gabrielsson,
+Choshen, Ghassemi, Yurochkin, Solomon 2024, arXiv:2402.16842, who keep such an A frozen).
 
     A A' = 1, its rows spanning a uniformly random subspace,   B = 0
 

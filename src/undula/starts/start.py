@@ -30,13 +30,9 @@ def check_fits(start: Start, site: Site, r: int, needs: int, has: int) -> None:
         return
     O, I = site.shape
     most = r * has // needs
+    remedy = f"Give it a rank of {most} or less (see `overrides` of attach)" if most else "Leave it out of `where`"
     raise ValueError(
-        f"{start!r} at rank {r} needs {needs} directions at {site.name}, which is {O} x {I} (O x I) and has {has}. "
-        + (
-            f"Give this layer a rank of {most} or less (see `overrides` of attach)"
-            if most
-            else "Use another start here"
-        )
+        f"{start!r} at rank {r} needs {needs} directions at {site.name}, which is {O} x {I} and has {has}. {remedy}"
     )
 
 
