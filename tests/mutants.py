@@ -19,6 +19,7 @@ LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tes
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
 IMAGES = "tests/interop/test_images.py"
+STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
@@ -70,6 +71,25 @@ MUTANTS = [
     ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
     ("study/store.py", "if row is not None and not is_free(row[0], row[2], row[3]):", "if False:", CHOICES),
+    ("methods/lora.py", "start(site, self.r, self.scaling(self.r, self.alpha))", "start(site, self.r)", STARTS),
+    ("methods/centred.py", "self.start.at_base and self.inner.starts_at_base", "False", STARTS),
+    ("starts/milora.py", "sv[n - r :] / s", "sv[n - r :]", STARTS),
+    ("starts/olora.py", "Q_OR.T @ W_OI", "W_OI[:r]", STARTS),
+    ("starts/loraga.py", "return U[:, b] * z, V[:, a].T * z", "return U[:, b] * z * z, V[:, a].T", STARTS),
+    ("starts/loraga.py", "(self.solver(site.W, r)[1] / s).sqrt().mean()", "self.solver(site.W, r)[1].sqrt().mean()", STARTS),
+    ("starts/eva.py", "xx_II.double() / n - torch.outer(mean_I, mean_I)", "xx_II.double() / n", STARTS),
+    ("starts/first_step.py", "-eta * torch.sign", "eta * torch.sign", STARTS),
+    ("probe.py", "total.div_(len(self.data))", "total", PROBE),
+    ("probe.py", "inputs=[anchor]", "", PROBE),
+    ("probe.py", "self._gradients.clear()", "pass", PROBE),
+    ("probe.py", "sums[name].add_(part) if name in sums else part", "part", PROBE),
+    ("probe.py", "return y.clone()", "return y", PROBE),
+    ("probe.py", "if x._version != version:", "if False:", PROBE),
+    ("probe.py", "self._values.pop(self._taken, None)", "pass", PROBE),
+    ("probe.py", "model.eval()", "pass", PROBE),
+    ("probe.py", "mask = mask_of(batch)", "pass", PROBE),
+    ("probe.py", "if n == name or has_directions(layer)", "if True", PROBE),
+    ("probe.py", "p.requires_grad_(True)", "pass", PROBE),
 ]  # fmt: skip
 
 
