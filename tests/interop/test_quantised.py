@@ -20,6 +20,7 @@ from torchao.quantization import (
 )
 
 import undula
+from tests.laws.conftest import _evidence  # noqa: F401 - data-driven starts meet made-up data
 from tests.laws.zoo import ZOO
 from undula import AuroRA, DoRA, LeastSquares, LoRA, LoRAN, Reweight, bases, collapse
 from undula.sites import view

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import undula
+from tests.laws.conftest import _evidence  # noqa: F401 - data-driven starts meet made-up data
 from tests.laws.test_laws import net, shake
 from tests.laws.zoo import ZOO
 from undula import AuroRA, AuroRAStatic, Centred, DoRA, Dropout, LoRA, LoRAN, SineLoRA, diagnose
