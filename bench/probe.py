@@ -30,28 +30,31 @@ from undula.probe import loss_of
 from undula.starts import EVA, Kaiming, LoRAGA, LoRASB, MiLoRA, OLoRA, Orthogonal, PiSSA
 
 DEFAULT, UNLIMITED = 1 << 28, 1 << 60
-VARIANTS = {
-    "kaiming": (Kaiming(), DEFAULT),
-    "orthogonal": (Orthogonal(), DEFAULT),
-    "olora": (OLoRA(), DEFAULT),
-    "pissa-randomised": (PiSSA(Randomised()), DEFAULT),
-    "pissa": (PiSSA(), DEFAULT),
-    "milora": (MiLoRA(), DEFAULT),
-    "eva": (EVA(), DEFAULT),
-    "lora-sb": (LoRASB(), DEFAULT),
-    "lora-ga, all at once": (LoRAGA(), UNLIMITED),
-    "lora-ga": (LoRAGA(), DEFAULT),
-    "lora-ga, hold=0": (LoRAGA(), 0),
+VARIANTS = {  # name: (start, bytes to hold, batches)
+    "kaiming": (Kaiming(), DEFAULT, 8),
+    "orthogonal": (Orthogonal(), DEFAULT, 8),
+    "olora": (OLoRA(), DEFAULT, 8),
+    "pissa-randomised": (PiSSA(Randomised()), DEFAULT, 8),
+    "pissa": (PiSSA(), DEFAULT, 8),
+    "milora": (MiLoRA(), DEFAULT, 8),
+    "eva": (EVA(), DEFAULT, 8),
+    "lora-sb": (LoRASB(), DEFAULT, 8),
+    "lora-ga, all at once": (LoRAGA(), UNLIMITED, 8),
+    "lora-ga": (LoRAGA(), DEFAULT, 8),
+    "lora-ga, hold=0": (LoRAGA(), 0, 8),
+    "lora-ga, all at once, 1 batch": (LoRAGA(), UNLIMITED, 1),
+    "lora-ga, 1 batch": (LoRAGA(), DEFAULT, 1),
+    "lora-ga, hold=0, 1 batch": (LoRAGA(), 0, 1),
 }
-BATCHES, ROWS, LENGTH = 8, 2, 64
+ROWS, LENGTH = 2, 64
 
 
-def texts(folder: Path) -> list[dict[str, torch.Tensor]]:
+def texts(folder: Path, batches: int) -> list[dict[str, torch.Tensor]]:
     from transformers import AutoTokenizer
 
     licence = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(licence)["input_ids"])
-    rows = ids[: BATCHES * ROWS * LENGTH].view(BATCHES, ROWS, LENGTH)
+    rows = ids[: batches * ROWS * LENGTH].view(batches, ROWS, LENGTH)
     return [{"input_ids": b, "labels": b} for b in rows]
 
 
@@ -60,9 +63,9 @@ def measured(name: str) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     folder = undula.bundled.model_path("smollm2")
-    batches = texts(folder)
+    start, hold, count = VARIANTS[name]
+    batches = texts(folder, count)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    start, hold = VARIANTS[name]
     with torch.no_grad():
         model(input_ids=batches[0]["input_ids"][:1, :1])  # pages the weights in
     runs = 0
@@ -98,7 +101,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         row = json.loads(done.stdout.splitlines()[-1])
         rows[name] = {"date": f"{datetime.date.today()}", "threads": args.threads, **row}
-        print(f"{name:22} {row['seconds']:8.1f} s  {row['memory_mib']:7.0f} MiB  {row['passes']:5} passes", flush=True)
+        print(f"{name:30} {row['seconds']:8.1f} s  {row['memory_mib']:7.0f} MiB  {row['passes']:5} passes", flush=True)
         if args.json:
             write(args.json, rows)
 

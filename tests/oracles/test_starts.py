@@ -252,6 +252,18 @@ def test_eva_is_the_principal_components():
     assert (top @ mean).abs() > 0.95 > (A[0] @ mean).abs()  # without the mean taken out it would be the mean
 
 
+def test_eva_next_to_an_input_that_is_larger_by_far():
+    """Language models have them: one channel of one token a thousand times larger than the rest."""
+    torch.set_default_dtype(torch.float32)
+    x = torch.randn(50, I) * torch.linspace(2, 1, I)
+    x[0, 4] = 2000.0
+    model = nn.Sequential(nn.Linear(I, O))
+    A = undula.attach(model, Centred(LoRA(r=R), EVA()), probe=Probe([x])).factors["0"]["A"].detach().double()
+    x = x.double() - x.double().mean(0)
+    want = torch.linalg.svd(x).Vh[:R]
+    torch.testing.assert_close((A @ want.T).abs(), torch.eye(R).double(), rtol=1e-2, atol=1e-2)
+
+
 def test_eva_leaves_the_gradient_of_b_larger_than_a_random_start():
     """The paper's claim, on inputs that vary mostly in a few directions."""
     torch.manual_seed(1)

@@ -52,7 +52,9 @@ class EVA(Start):
     def _check_rank(self, site: Site, r: int, variances: Tensor) -> None:
         if variances.device.type == "meta":
             return
-        varied = int((variances > variances[0] * len(variances) * torch.finfo(site.dtype).eps).sum())
+        # what rounding leaves: of the moments in the site's type, and of their decomposition
+        noise = variances[0] * (torch.finfo(site.dtype).eps + len(variances) * torch.finfo(torch.float64).eps)
+        varied = int((variances > noise).sum())
         if varied < r:
             raise ValueError(
                 f"{self!r} at rank {r} needs inputs that vary in {r} directions; those of {site.name} vary in {varied} "
