@@ -75,7 +75,7 @@ MUTANTS = [
     ("methods/centred.py", "self.start.at_base and self.inner.starts_at_base", "False", STARTS),
     ("starts/milora.py", "sv[n - r :] / s", "sv[n - r :]", STARTS),
     ("starts/olora.py", "Q_OR.T @ W_OI", "W_OI[:r]", STARTS),
-    ("starts/loraga.py", "return U[:, b] * z, V[:, a].T * z", "return U[:, b] * z * z, V[:, a].T", STARTS),
+    ("starts/loraga.py", "(V[:, a].T * z)", "V[:, a].T", STARTS),
     ("starts/loraga.py", "(self.solver(site.W, r)[1] / s).sqrt().mean()", "self.solver(site.W, r)[1].sqrt().mean()", STARTS),
     ("starts/eva.py", "xx_II.double() / n - torch.outer(mean_I, mean_I)", "xx_II.double() / n", STARTS),
     ("starts/first_step.py", "-eta * torch.sign", "eta * torch.sign", STARTS),

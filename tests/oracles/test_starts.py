@@ -360,6 +360,14 @@ def test_shapes_are_known_without_numbers(start):
 
 
 @each
+def test_factors_lie_as_they_will_after_loading(start):
+    """In rows, one after another: products of other layouts round differently, and some are slow."""
+    B, A = start(where(), R)
+    assert B.is_contiguous()
+    assert A.is_contiguous()
+
+
+@each
 def test_files(tmp_path, start):
     model, x, target = regression()
     adapter = undula.attach(model, Dropout(Centred(LoRA(r=R), start), 0.1), probe=probed(x, target))

@@ -47,7 +47,7 @@ class EVA(Start):
         check_fits(self, site, r, needs=r, has=I)
         variances, directions = _principal(site)
         self._check_rank(site, r, variances)
-        return site.zeros(O, r), directions[:, :r].T.to(site.dtype)
+        return site.zeros(O, r), directions[:, :r].T.to(site.dtype).contiguous()
 
     def _check_rank(self, site: Site, r: int, variances: Tensor) -> None:
         if variances.device.type == "meta":

@@ -138,4 +138,4 @@ class LoRAGA(Start):
         U, _, V = self.solver(site.gradient(), 2 * r)
         b, a = self.directions(r, site.name)
         z = self.magnitude(site, r, s)
-        return U[:, b] * z, V[:, a].T * z
+        return (U[:, b] * z).contiguous(), (V[:, a].T * z).contiguous()

@@ -26,5 +26,5 @@ class OLoRA(Start):
     def __call__(self, site: Site, r: int, s: float = 1.0) -> tuple[Tensor, Tensor]:
         check_fits(self, site, r, needs=r, has=min(site.shape))
         W_OI = site.W
-        Q_OR = torch.linalg.qr(W_OI[:, :r]).Q
+        Q_OR = torch.linalg.qr(W_OI[:, :r]).Q.contiguous()
         return Q_OR, Q_OR.T @ W_OI

@@ -29,4 +29,4 @@ class Orthogonal(Start):
         O, I = site.shape
         check_fits(self, site, r, needs=r, has=I)
         Q_IR = torch.linalg.qr(site.normal(I, r, std=1.0)).Q
-        return site.zeros(O, r), Q_IR.T
+        return site.zeros(O, r), Q_IR.T.contiguous()
