@@ -226,6 +226,16 @@ def test_two_starts_at_a_layer_ask_once(monkeypatch):
     assert alive.passes == len(layers)
 
 
+def test_a_gradient_is_freed_when_the_next_is_asked_for():
+    probe, layers = bound(net(), data(1))
+    first, second = list(layers)[:2]
+    gradient = weakref.ref(probe.gradient(first))
+    assert gradient() is not None
+    probe.gradient(second)
+    gc.collect()
+    assert gradient() is None
+
+
 def test_batches_may_come_from_a_generator():
     model, batches = net(), data()
     want = wanted(model, batches)
