@@ -21,6 +21,7 @@ CHOICES = "tests/oracles/test_study_choices.py"
 IMAGES = "tests/interop/test_images.py"
 GATED, RANKS = "tests/oracles/test_gated.py", "tests/oracles/test_ranks.py"
 ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_ranks_gates.py"
+STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 SPARSE = "tests/oracles/test_sparse.py"
 
@@ -29,7 +30,7 @@ MUTANTS = [
     ("methods/lora.py", "return alpha / r\n", "return alpha\n", METHODS),
     ("methods/lora.py", "alpha / math.sqrt(r)", "alpha / r", METHODS),
     ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),
-    ("methods/loran.py", "and isinstance(start, Kaiming)", "and False", METHODS),
+    ("methods/loran.py", "and start.at_base", "and False", METHODS),
     ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", LAWS),
     ("methods/dora.py", "2 * (W_OI @ A_RI.T)", "W_OI @ A_RI.T", METHODS),
     ("methods/dora.py", "V_OI.norm(dim=1).detach()", "V_OI.norm(dim=1)", METHODS),
@@ -101,6 +102,25 @@ MUTANTS = [
     ("starts/channels.py", "site.once((\"S2FT\", self, block(site.name), site.shape[0 if rows else 1] // unit), order)", "order()", SPARSE),
     ("starts/channels.py", "(\"S2FT\", block(site.name))", "(\"S2FT\", site.name)", SPARSE),
     ("methods/s2ft.py", "repeat_interleave(self.unit)", "repeat(self.unit)", SPARSE),
+    ("methods/lora.py", "start(site, self.r, self.scaling(self.r, self.alpha))", "start(site, self.r)", STARTS),
+    ("methods/centred.py", "self.start.at_base and self.inner.starts_at_base", "False", STARTS),
+    ("starts/milora.py", "sv[n - r :] / s", "sv[n - r :]", STARTS),
+    ("starts/olora.py", "Q_OR.T @ W_OI", "W_OI[:r]", STARTS),
+    ("starts/loraga.py", "(V[:, a].T * z)", "V[:, a].T", STARTS),
+    ("starts/loraga.py", "(self.solver(site.W, r)[1] / s).sqrt().mean()", "self.solver(site.W, r)[1].sqrt().mean()", STARTS),
+    ("starts/eva.py", "xx_II.double() / n - torch.outer(mean_I, mean_I)", "xx_II.double() / n", STARTS),
+    ("starts/first_step.py", "-eta * site.gradient()", "eta * site.gradient()", STARTS),
+    ("probe.py", "total.div_(len(self.data))", "total", PROBE),
+    ("probe.py", "inputs=[anchor]", "", PROBE),
+    ("probe.py", "self._gradients.clear()", "pass", PROBE),
+    ("probe.py", "sums[name].add_(part) if name in sums else part", "part", PROBE),
+    ("probe.py", "return y.clone()", "return y", PROBE),
+    ("probe.py", "if x._version != version:", "if False:", PROBE),
+    ("probe.py", "self._values.pop(self._taken, None)", "pass", PROBE),
+    ("probe.py", "model.eval()", "pass", PROBE),
+    ("probe.py", "mask = mask_of(batch)", "pass", PROBE),
+    ("probe.py", "if n == name or has_directions(layer)", "if True", PROBE),
+    ("probe.py", "p.requires_grad_(True)", "pass", PROBE),
 ]  # fmt: skip
 
 

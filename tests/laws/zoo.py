@@ -3,12 +3,27 @@
 import undula
 from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweight, Sum
 from undula.activations import ReLU, Sinter
+from undula.kernels.solver import Randomised
 from undula.methods import lorta, tenslora
 from undula.methods.aurora import PerChannel
 from undula.methods.dylora import Frozen
 from undula.methods.lora import Fixed
 from undula.methods.unilora import Independent
-from undula.starts import Gaussian, channels, masks
+from undula.starts import (
+    EVA,
+    FullStep,
+    Gaussian,
+    LoRAGA,
+    LoRASB,
+    MiLoRA,
+    OfWeight,
+    OLoRA,
+    Orthogonal,
+    PiSSA,
+    Shuffled,
+    channels,
+    masks,
+)
 
 INNER = [LoRA(r=3), LoRAN(r=2, activation=Sinter(a=0.5, w=2.0)), DoRA(LoRA(r=2)), undula.AuroRA()]
 
@@ -63,6 +78,11 @@ def zoo() -> list[Method]:
         undula.TeRA(r=5, modes=1),
         undula.LoRAXS(r=3, alpha=3.0, std=1e-3),
         undula.LoRASB(r=3, alpha=1.5, eta=1e-3),
+        *(Centred(LoRA(r=2), start) for start in (Orthogonal(), PiSSA(), MiLoRA(), OLoRA(), LoRAGA(), LoRASB(), EVA())),
+        Centred(LoRA(r=3), LoRAGA(Shuffled(), FullStep())),
+        Centred(LoRA(r=1, scaling=undula.RankStabilised()), LoRAGA(magnitude=OfWeight())),
+        Centred(INNER[1], PiSSA(Randomised())),
+        Centred(LoRAN(r=2), EVA()),
     ]
     return plain + wrapped + varied
 

@@ -1,9 +1,9 @@
 """From any adapter to a plain LowRank one, with the error that it costs."""
 
+from ..kernels.solver import Exact, Randomised, Solver
 from .approximation import Approximation, Fit, Substitute, Truncate
 from .collapse import Collapsed, collapse
 from .least_squares import LeastSquares
-from .solver import Exact, Randomised, Solver
 
 __all__ = [
     "Approximation",

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..choice import Choice
 from ..kernels import svd
+from ..kernels.solver import Randomised, Solver
 from ..method import Additive, Factors, LowRank, Method, Reweight
 from ..methods.aurora import AuroRA
 from ..methods.dropout import Dropout
 from ..methods.lora import check_rank
 from ..sites import view
-from .solver import Randomised, Solver
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Truncate(Approximation):
         if isinstance(m, LowRank):
             B_OR, A_RI = m.pair(f)
             U, s, V = svd.factored(B_OR, A_RI)
-            B, A = _pair(U[:, : self.r], s[: self.r], V[:, : self.r], B_OR.dtype)
+            B, A = (t.to(B_OR.dtype) for t in svd.halves(U[:, : self.r], s[: self.r], V[:, : self.r]))
             miss = svd.factored_values(torch.cat([B_OR, B], 1), torch.cat([A_RI, -A])).norm()
             whole = s.norm()
         else:
             delta_OI = update(site, m, f, model)
-            B, A = _pair(*self.solver(delta_OI, self.r), delta_OI.dtype)
+            B, A = svd.halves(*self.solver(delta_OI, self.r))
             miss, whole = torch.addmm(delta_OI, B, A, alpha=-1).norm(), delta_OI.norm()
         return Fit(B, A, None, float(miss) ** 2, float(whole) ** 2)
 
@@ -100,11 +100,6 @@ def _no_delta(site: str, m: Method, model: nn.Module | None) -> str:
         f"{m!r} at {site} stands on the rung {m.rung()}: it has no update dW to truncate. "
         "Use LeastSquares(r, calibration), which fits what the adapter does to activations"
     )
-
-
-def _pair(U: Tensor, s: Tensor, V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    root = s.sqrt()
-    return (U * root).to(dtype), (V * root).T.to(dtype)
 
 
 @Approximation.register

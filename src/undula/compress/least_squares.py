@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..kernels import svd
+from ..kernels.solver import Randomised, Solver
 from ..method import Layer
 from ..methods.lora import check_rank
 from ..observe import Batch, batches, kept, listening, still
 from ..sites import EmbeddingView, LinearView, view
 from .approximation import Approximation, Fit
-from .solver import Randomised, Solver
 
 
 class Moments:

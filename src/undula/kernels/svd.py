@@ -62,6 +62,12 @@ def balanced(B_OR: Tensor, A_RI: Tensor) -> tuple[Tensor, Tensor]:
     return B_OR * gain, A_RI / gain[:, None]
 
 
+def halves(U_OR: Tensor, s_R: Tensor, V_IR: Tensor) -> tuple[Tensor, Tensor]:
+    """U diag(s) V' as a pair (B (O, R), A (R, I)) of equal norms: U sqrt(s) and sqrt(s) V'."""
+    root = s_R.sqrt()
+    return (U_OR * root).contiguous(), (V_IR * root).T.contiguous()
+
+
 def values(M_OI: Tensor, exact_below: int = 1024, leading: int = 64) -> Tensor:
     """The singular values of M, falling.  Where min(O, I) > `exact_below` the first `leading` are computed and the rest
     is taken as flat: its energy is right, its shape is not known."""

@@ -2,8 +2,8 @@
 
     W' = W + delta(f) - delta(f0),   f0 the factors at the start, frozen
 
-So PiSSA-like and random starts begin at the base, and activations that cannot leave B = 0 learn.  LowRank methods stay
-LowRank, at twice the rank.
+So PiSSA and its like begin at the base, and activations that cannot leave B = 0 learn.  LowRank methods stay LowRank,
+at twice the rank.  A start with B = 0 has nothing to count out: its method keeps its rank and its factors.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ class Centred(Wrapper):
 
     def init(self, site: Site) -> dict[str, Tensor]:
         f = self.inner.init(site, self.start)  # type: ignore[call-arg]
+        if self.at_base():
+            return f
         return {**f, **{f"{k}0": t.detach().clone() for k, t in f.items() if t.requires_grad}}
 
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
+
+    def at_base(self) -> bool:
+        """Whether dW(f0) = 0."""
+        return self.start.at_base and self.inner.starts_at_base
 
     def both(self, f: Factors) -> tuple[Factors, Factors]:
         """(the factors, the factors at the start).  Frozen ones are the same in both."""
@@ -54,11 +60,15 @@ class Centred(Wrapper):
 
 class _LowRankCentred(Centred, LowRank):
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
+        if self.at_base():
+            return self.inner.pair(f)  # type: ignore[attr-defined]
         (B, A), (B0, A0) = (self.inner.pair(g) for g in self.both(f))  # type: ignore[attr-defined]
         return torch.cat([B, -B0], 1), torch.cat([A, A0], 0)
 
 
 class _AdditiveCentred(Centred, Additive):
     def delta(self, f: Factors) -> Tensor:
+        if self.at_base():
+            return self.inner.delta(f)  # type: ignore[attr-defined]
         now, start = (self.inner.delta(g) for g in self.both(f))  # type: ignore[attr-defined]
         return now - start

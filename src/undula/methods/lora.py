@@ -74,7 +74,7 @@ class LoRA(LowRank):
         check_rank(self.r)
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
-        B_OR, A_RI = start(site, self.r)
+        B_OR, A_RI = start(site, self.r, self.scaling(self.r, self.alpha))
         return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_()}
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from .lora import Classic, Scaling, check_rank
 
 def learnable_start(activation: Activation, start: Start) -> None:
     """Refuses the trap f'(0) = 0 with B = 0: no gradient would ever reach B or A."""
-    if gain_at_zero(activation) == 0 and isinstance(start, Kaiming):
+    if gain_at_zero(activation) == 0 and start.at_base:
         raise ValueError(
             f"{activation!r} has derivative 0 at 0, and B = 0 at the start: the adapter could never learn. "
             "Start elsewhere: Centred(LoRAN(...), start=Gaussian())"

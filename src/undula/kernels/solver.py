@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..choice import Choice
-from ..kernels import svd
+from . import svd
 
 
 class Solver(Choice):
