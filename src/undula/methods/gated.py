@@ -67,7 +67,7 @@ class GatedLoRA(_Gated):
         return self.scaling(self.r if self.open is None else self.open, self.alpha)
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
-        B_OR, A_RI = start(site, self.r)
+        B_OR, A_RI = start(site, self.r, self.scale)
         g_R = torch.ones(self.r, dtype=site.dtype, device=site.device)
         g_R[self.r if self.open is None else self.open :] = 0
         return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_(), "g": g_R}

@@ -32,6 +32,6 @@ class SoRA(_Gated):
     scaling: Scaling = Classic()
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
-        B_OR, A_RI = start(site, self.r)
+        B_OR, A_RI = start(site, self.r, self.scale)
         f = {"A": A_RI, "B": B_OR, "g": site.normal(self.r, std=1.0)}
         return {k: t.requires_grad_() for k, t in f.items()}
