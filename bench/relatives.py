@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import undula
-from undula import Centred, LoRA, Method
+from undula import Centred, LoRA, Method, ranks
 from undula.method import Wrapper
 from undula.ranks import Allocator
 from undula.starts import Gaussian, Kaiming, Start
@@ -34,6 +34,18 @@ RATE, HEAD_RATE, STEPS = 3e-3, 3e-2, 300
 # what does not learn well at RATE: small frozen bases want more, dense entries less
 RATES = {"VeRA": 3e-2, "NOLA": 3e-2, "UniLoRA": 1e-2, "TeRA": 3e-2, "LoRAXS": 1e-2, "LoRASB": 1e-2, "SHiRA": 1e-3,
          "S2FT": 1e-3, "SineLoRA": 3e-4, "AuroRAStatic": 3e-4}  # fmt: skip
+ALLOCATED = (  # an allocator and what it works on; rounds, cycles and totals for so short a run
+    (undula.AdaLoRA(), ranks.AdaLoRA(target=8)),
+    (undula.SoRA(), ranks.SoRA()),
+    (undula.GatedLoRA(r=16, open=8), ranks.ALoRA(rounds=2)),
+    (undula.DyLoRA(), ranks.DyLoRA()),
+    (undula.GatedLoRA(), ranks.DiffoRA()),
+    (undula.GatedLoRA(), ranks.Budget(total=4 * 37)),  # MiniLM has 37 linear layers
+    (LoRA(), ranks.ReLoRA(cycles=3)),
+    (LoRA(), ranks.LoRASC(cycles=3)),
+    (LoRA(r=1, alpha=2.0), ranks.XGBLoRA(boosters=10)),
+    (LoRA(), ranks.SRLoRA()),
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,7 @@ def entries() -> list[Entry]:
     listed += [Entry("rsLoRA", LoRA(scaling=undula.RankStabilised()))]
     started = [s for s in Start.registry.values() if s is not Kaiming and s is not Gaussian]
     listed += [Entry(f"LoRA from {s.__name__}", Centred(LoRA(), s())) for s in started]
-    listed += [Entry(f"{a.__name__} (allocator)", a.works_on[0](), a()) for a in Allocator.registry.values()]
-    return listed
+    return listed + [Entry(f"{type(a).__name__} (allocator)", m, a) for m, a in ALLOCATED]
 
 
 def trained(entry: Entry, out: Path, steps: int) -> dict:
