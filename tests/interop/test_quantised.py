@@ -20,7 +20,7 @@ from torchao.quantization import (
 )
 
 import undula
-from tests.laws.conftest import _evidence  # noqa: F401  (autouse: data-driven methods are in the zoo)
+from tests.laws.conftest import _evidence, _tiny  # noqa: F401 (fixtures: what the methods of the zoo start from)
 from tests.laws.zoo import ZOO
 from undula import AuroRA, DoRA, LeastSquares, LoRA, LoRAN, Reweight, bases, collapse
 from undula.sites import view

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import undula
-from tests.laws.conftest import _evidence  # noqa: F401  (autouse: data-driven methods are in the zoo)
+from tests.laws.conftest import _evidence, _tiny  # noqa: F401 (fixtures: what the methods of the zoo start from)
 from tests.laws.test_laws import Conv1D, net, shake
 from tests.laws.zoo import LOW_RANK, MERGEABLE
 from undula import AuroRA, DoRA, Dropout, LeastSquares, LoRA, LoRAN, Substitute, Truncate, collapse

@@ -76,7 +76,7 @@ def test_vera_shares_one_basis_per_size():
     assert f["0"]["B"] is f["4"]["B"]
     assert adapter.num_parameters() == (9 + 4) + (6 + 4) + (9 + 4)
     for t, bound in ((f["0"]["A"], math.sqrt(6 / 6)), (f["2"]["A"], math.sqrt(6 / 9)), (f["0"]["B"], math.sqrt(6 / 4))):
-        assert 0.6 * bound < float(t.abs().max()) <= bound
+        assert 0.85 * bound < float(t.abs().max()) <= bound
     other = undula.attach(net(), VeRA(r=4, seed=4), where="*").factors
     assert not torch.equal(other["0"]["A"], f["0"]["A"])
 
@@ -286,8 +286,8 @@ def test_unilora_has_one_vector_for_the_model():
 def test_unilora_starts_small_and_not_at_a_stationary_point():
     m, layer = UniLoRA(r=2, d=23), view(nn.Linear(I, O))
     f = m.init(site("l", layer))
-    assert 0.7 * 0.02 < float(f["theta"].abs().max()) <= 0.02
-    assert 0 < float(m.delta(f).abs().max()) < 2 * 0.02**2 + 1e-12
+    assert 0.7 * 0.02 < float(f["theta"].detach().abs().max()) <= 0.02
+    assert 0 < float(m.delta(f).detach().abs().max()) < 2 * 0.02**2 + 1e-12
     (g,) = torch.autograd.grad(m.forward(torch.randn(3, I), layer, f).sin().sum(), f["theta"])
     assert g.abs().max() > 0
     zero = {**f, "theta": torch.zeros(23, requires_grad=True)}
@@ -386,7 +386,7 @@ def test_tera_shares_its_frozen_factors():
     assert f["0"]["U1"] is f["4"]["U1"]
     assert f["0"]["core"].data_ptr() == f["4"]["core"].data_ptr()
     assert not torch.equal(f["0"]["U1"], f["0"]["U2"])  # 9 = 3 x 3: as large, drawn apart
-    big = TeRA(r=40).rebuilt(where(1600, 1600))
+    big = TeRA(r=40).rebuilt(where(900, 900))  # U_1 is 30 x 40
     assert float(big["U1"].var()) == pytest.approx(1 / 40, rel=0.1)
     assert float(big["core"].var()) == pytest.approx(1 / 1600, rel=0.01)
 

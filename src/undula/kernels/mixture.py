@@ -31,7 +31,7 @@ def _mixed(c_K: Tensor, words_2: Tensor, n: int) -> Tensor:
     total = c_K.new_zeros(n)
     with torch.autocast(c_K.device.type, enabled=False):
         for which, M in _blocks(words_2, len(c_K), n, c_K.dtype):
-            total.addmv_(M.t(), c_K[which])
+            total += c_K[which] @ M
     return total
 
 
@@ -40,7 +40,7 @@ def _mixed_back(g_n: Tensor, words_2: Tensor, K: int) -> Tensor:
     dc = g_n.new_empty(K)
     with torch.autocast(g_n.device.type, enabled=False):
         for which, M in _blocks(words_2, K, len(g_n), g_n.dtype):
-            dc[which] = torch.mv(M, g_n)
+            dc[which] = M @ g_n
     return dc
 
 
