@@ -74,7 +74,8 @@ def _filled(
     for path, where in sites.items():
         new = make(methods[path], replace(where, peers=peers[methods[path]]))
         factors[path] = {
-            k: once.setdefault(id(t), (t, nn.Parameter(t.detach().contiguous(), t.requires_grad)))[1] for k, t in new.items()
+            k: once.setdefault(id(t), (t, nn.Parameter(t.detach().contiguous(), t.requires_grad)))[1]
+            for k, t in new.items()
         }
     return Adapter(dict(methods), factors, shapes, kernels=kernels(layers))
 
