@@ -21,6 +21,7 @@ from .methods.loran import LoRAN, LoRANActivation, SineLoRA
 from .methods.sum import Sum
 from .probe import Probe
 from .ranks.prune import prune
+from .switching import Switch
 from .train import Run, evaluate
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Site",
     "Substitute",
     "Sum",
+    "Switch",
     "Truncate",
     "adapters",
     "attach",
