@@ -57,6 +57,7 @@ class Run:
     save_every: int | None = None  # steps between checkpoints; None: ten in a run
     dtype: torch.dtype = torch.float32  # of the frozen model; the adapter is float32
     bits: int | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
+    probe_batches: int | None = None  # that a method which starts from data looks at; None: 8
 
     def __post_init__(self) -> None:
         positive = (
@@ -69,6 +70,7 @@ class Run:
             "train_rows",
             "eval_rows",
             "save_every",
+            "probe_batches",
         )
         wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
         if wrong:
