@@ -136,9 +136,6 @@ class SoRACourse(GateCourse):
     ):
         super().__init__(how, model, optimizer, steps)
         self.how, self.quality, self.path = how, quality, list[Point]()
-        frozen = [s for s, g in zip(self.sites, self.gates, strict=True) if not g.requires_grad]
-        if frozen:
-            raise TypeError(f"{how!r} moves trained gates; at {frozen[0]} ({len(frozen)} such sites) it is frozen")
         self.gates = list({id(g): g for g in self.gates}.values())
         self.lambdas = how.levels.values()
         self.rising = max(1, round(how.warmup * steps))
