@@ -196,6 +196,8 @@ def test_a_method_that_is_not_served_is_refused_first(name, usual):
         dataclasses.replace(usual, **nowhere, allocator=how)
     with pytest.raises(ValueError, match="not on None"):
         dataclasses.replace(usual, allocator=how)
+    with pytest.raises(ValueError, match=r"not on AuroRA\("):
+        dataclasses.replace(usual, method=COURSES[name][0], allocator=how, overrides={"*.query": stranger})
 
 
 # The command line

@@ -82,7 +82,19 @@ print("heavy:", [name for name in {heavy} if name in sys.modules])
     assert "heavy: []" in done.stdout
     assert all(
         verb in done.stdout
-        for verb in ("methods", "train", "eval", "show", "compare", "merge", "collapse", "export", "assets")
+        for verb in (
+            "methods",
+            "train",
+            "eval",
+            "show",
+            "compare",
+            "merge",
+            "collapse",
+            "prune",
+            "cut",
+            "export",
+            "assets",
+        )
     )
 
 

@@ -29,8 +29,8 @@ def live(adapter: Adapter) -> dict[str, int]:
 
 @torch.no_grad()
 def in_use(adapter: Adapter) -> dict[str, int]:
-    """{site: its rank}, of the sites on the rung LowRank, without the ranks whose gate is zero, with those that restarts
-    have left behind."""
+    """{site: its rank}, of the sites on the rung LowRank: ranks whose gate is zero left out, what restarts have left
+    behind counted in."""
     pairs = {s: m.pair(adapter.factors[s]) for s, m in adapter.methods.items() if isinstance(m, LowRank)}
     return {s: len(A_RI) for s, (_, A_RI) in pairs.items()} | live(adapter)
 
