@@ -155,7 +155,7 @@ def test_options_reach_the_method(trained, usual, tmp_path):
 
 def test_numbers_reach_the_run(usual, tmp_path):
     given = {"lr": 0.02, "epochs": 1.0, "accumulate": 2, "warmup": 0.2, "weight-decay": 0.1, "seed": 5}
-    given |= {"train-rows": 8, "eval-rows": 3, "save-every": 1, "max-steps": 1, "batch": 2}
+    given |= {"train-rows": 8, "eval-rows": 3, "save-every": 1, "max-steps": 1, "batch": 2, "probe-batches": 3}
     flat = [w for k, v in given.items() for w in (f"--{k}", v)]
     call("train", *usual, *flat, "--full", "LayerNorm", "--task-set", "max_length=7", "--out", tmp_path)
     run = undula.Run.load(tmp_path)
