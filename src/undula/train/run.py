@@ -75,8 +75,8 @@ class Run:
         wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
         if wrong:
             raise ValueError(f"these are greater than 0: {', '.join(wrong)}")
-        for method in (self.method, *self.overrides.values()) if self.allocator is not None else ():
-            if method is None or not self.allocator.serves(method):
+        for method in (self.method, *self.overrides.values()):
+            if self.allocator is not None and (method is None or not self.allocator.serves(method)):
                 raise ValueError(self.allocator.refusal(method))
         if self.bits not in (None, 4, 8):
             raise ValueError(f"bits is 4 or 8, or None for a model as it is; found {self.bits!r}")
