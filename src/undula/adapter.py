@@ -71,7 +71,7 @@ class Adapter:
 
         factors = {s: {k: once(t) for k, t in f.items()} for s, f in self.factors.items()}
         full = {k: once(t) for k, t in self.full.items()}
-        return replace(self, factors=factors, full=full)
+        return replace(self, methods=dict(self.methods), factors=factors, full=full)
 
     @torch.no_grad()
     def delta(self, site: str) -> Tensor:

@@ -41,6 +41,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare.compare,
     "merge": adapters.merge,
     "collapse": adapters.collapse,
+    "prune": adapters.prune,
+    "cut": adapters.cut,
     "export": adapters.export,
     "study": studies.study,
     "assets": lists.assets,

@@ -123,6 +123,7 @@ class Method(Choice):
     source: ClassVar[str] = ""  # authors, year, arXiv number
     grade: ClassVar[str] = "exact"  # or "interpretation": what the sources leave open is said in the docstring
     size: ClassVar[str] = "r"  # the field that the number of parameters follows: what an equal-parameter budget changes
+    beside: ClassVar[tuple[str, ...]] = ("alpha",)  # fields that stay in proportion to it
     starts_at_base: ClassVar[bool] = True  # whether the layer is unchanged until training moves it
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -142,6 +143,10 @@ class Method(Choice):
     @abc.abstractmethod
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         """The adapted layer's output for x."""
+
+    def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """The largest value of the field `size` that makes sense over sites of these shapes (O, I)."""
+        return max(min(shape) for shape in shapes.values())
 
     @classmethod
     def named(cls, name: str) -> type[Self]:

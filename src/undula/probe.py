@@ -10,6 +10,7 @@ model changes, and quantised bases work as well: the gradient is that of the mat
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Gradients and activations over `batches` (each is gone through at least once), in evaluation mode.
+    """Gradients and activations over `batches`, in evaluation mode.  They are gone through when a method first asks.
 
     `loss(model, batch)` is averaged over the batches; the default takes `.loss` of what the model returns.  Activations
     need no loss: with the default one, batches without `labels` will do for them.  Of layers that share a parameter,
@@ -60,21 +61,27 @@ class Probe:
     def on(self, model: nn.Module, layers: Mapping[str, LinearView]) -> Bound:
         """The probe as the `Evidence` of these layers of a model."""
         bases.keep_gradients(model)
-        return Bound(self, model, layers, tuple(self.batches))
+        return Bound(self, model, layers)
 
 
 class Bound:
     """A probe of one model's layers.  Layers are asked for in the model's order; what is measured for one that is never
     asked for is dropped with its group."""
 
-    def __init__(self, probe: Probe, model: nn.Module, layers: Mapping[str, LinearView], data: tuple[Batch, ...]):
+    def __init__(self, probe: Probe, model: nn.Module, layers: Mapping[str, LinearView]):
+        self.probe, self.model, self.layers = probe, model, dict(layers)
+        self._gradients = _Store()
+        self._moments = _Store()
+
+    @functools.cached_property
+    def data(self) -> tuple[Batch, ...]:
+        """The batches.  Nobody makes them before something is measured: most methods never ask."""
+        data = tuple(self.probe.batches)
         if not data:
             raise ValueError(
                 "the probe has no batches (an iterator gives them once, so a second attach finds it empty: give a list)"
             )
-        self.probe, self.model, self.layers, self.data = probe, model, dict(layers), data
-        self._gradients = _Store()
-        self._moments = _Store()
+        return data
 
     def gradient(self, name: str) -> Tensor:
         """dL/dW (O, I), averaged over the batches, float32 (float64 over a float64 base).  Raises RuntimeError where

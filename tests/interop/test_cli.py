@@ -82,14 +82,31 @@ print("heavy:", [name for name in {heavy} if name in sys.modules])
     assert "heavy: []" in done.stdout
     assert all(
         verb in done.stdout
-        for verb in ("methods", "train", "eval", "show", "compare", "merge", "collapse", "export", "assets")
+        for verb in (
+            "methods",
+            "train",
+            "eval",
+            "show",
+            "compare",
+            "merge",
+            "collapse",
+            "prune",
+            "cut",
+            "export",
+            "assets",
+        )
     )
 
 
 def test_methods_come_from_the_registry(tmp_path):
     shown, _ = call("methods", "--json", tmp_path / "m.json")
-    rows = {row["name"]: row for row in json.loads((tmp_path / "m.json").read_text())}
+    found = json.loads((tmp_path / "m.json").read_text())
+    rows = {row["name"]: row for row in found if row["kind"] == "method"}
     assert set(rows) == {m.__name__ for m in undula.Method.registry.values()} == set(undula.methods())
+    for kind, family in (("allocator", undula.ranks.Allocator), ("start", undula.starts.Start)):
+        names = {row["name"] for row in found if row["kind"] == kind}
+        assert names == {m.__name__ for m in family.registry.values()}
+        assert all(name in shown for name in names)
     assert rows["LoRAN"]["rung"] == "Additive"
     assert rows["Dropout"]["rung"] == "as inner"
     assert rows["AuroRA"]["grade"] == "interpretation"
@@ -138,7 +155,7 @@ def test_options_reach_the_method(trained, usual, tmp_path):
 
 def test_numbers_reach_the_run(usual, tmp_path):
     given = {"lr": 0.02, "epochs": 1.0, "accumulate": 2, "warmup": 0.2, "weight-decay": 0.1, "seed": 5}
-    given |= {"train-rows": 8, "eval-rows": 3, "save-every": 1, "max-steps": 1, "batch": 2}
+    given |= {"train-rows": 8, "eval-rows": 3, "save-every": 1, "max-steps": 1, "batch": 2, "probe-batches": 3}
     flat = [w for k, v in given.items() for w in (f"--{k}", v)]
     call("train", *usual, *flat, "--full", "LayerNorm", "--task-set", "max_length=7", "--out", tmp_path)
     run = undula.Run.load(tmp_path)
@@ -154,7 +171,7 @@ def test_head_alone(usual, tmp_path):
 
 
 MISTAKES = {
-    "method": (("--method", "lorra"), "no method is called 'lorra'; there are: AuroRA, AuroRAStatic"),
+    "method": (("--method", "lorra"), "no method is called 'lorra'; there are: AdaLoRA, AuroRA"),
     "option": (("--set", "depth=3"), "LoRA has no option depth; it has: r, alpha, scaling"),
     "value": (("--set", "r=two"), "LoRA.r is an integer, found 'two'"),
     "no value": (("--set", "r"), "an option is written NAME=VALUE, found 'r'"),
@@ -384,7 +401,7 @@ def test_a_broken_package_does_not_break_undula(installed, tmp_path):
     (place / "undula_tilt.py").write_text("raise OSError('half installed')")
     script = "import undula; print(sorted(undula.methods())[:2])"
     done = subprocess.run([sys.executable, "-c", script], env=installed, capture_output=True, text=True, check=True)
-    assert done.stdout == "['AuroRA', 'AuroRAStatic']\n"
+    assert done.stdout == "['AdaLoRA', 'AuroRA']\n"
     assert (
         "the method Tilt = undula_tilt:Tilt of another package did not load: OSError('half installed')" in done.stderr
     )

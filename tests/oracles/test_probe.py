@@ -389,7 +389,26 @@ def test_a_loss_that_is_no_number():
 
 def test_no_batches():
     with pytest.raises(ValueError, match=r"no batches \(an iterator gives them once"):
-        bound(net(), [])
+        bound(net(), [])[0].gradient("twice")
+
+
+def test_batches_are_made_when_they_are_asked_for():
+    """Once, and not at all for a method that asks for nothing."""
+    made = []
+
+    def batches():
+        made.append("begun")
+        yield from data()
+
+    model = net()
+    undula.attach(model, undula.LoRA(r=1), probe=undula.Probe(batches(), loss=lambda m, b: m(b[0]).square().mean()))
+    assert made == []
+    undula.detach(model)
+    probe, _ = bound(model, batches(), loss=lambda m, b: m(b[0]).square().mean())
+    assert made == []
+    assert torch.equal(probe.gradient("twice"), probe.gradient("twice"))
+    probe.moments("twice")
+    assert made == ["begun"]
 
 
 def test_no_gradient():

@@ -12,6 +12,7 @@ from torch import nn
 import undula
 from undula import ranks
 from undula.kernels import frozen
+from undula.ranks.diffora import Shared
 from undula.ranks.gates import spread
 from undula.ranks.sora import Linear
 from undula.ranks.surgery import forget, set_data
@@ -24,6 +25,7 @@ COURSES = [
     (undula.DyLoRA(r=R), ranks.DyLoRA()),
     (undula.DyLoRA(r=R, nesting=undula.methods.dylora.Frozen()), ranks.DyLoRA(low=2)),
     (undula.GatedLoRA(r=R), ranks.DiffoRA(rho=0.5, warmup=0.1, search=0.5)),
+    (undula.GatedLoRA(r=R), ranks.DiffoRA(rho=0.3, warmup=0.1, search=0.5, rest=Shared())),
     (undula.GatedLoRA(r=R), ranks.Budget(total=5)),
 ]
 each = pytest.mark.parametrize(("method", "how"), COURSES, ids=[repr(how) for _, how in COURSES])
@@ -171,7 +173,7 @@ def test_configuration_round_trip(method, how):
 def test_other_methods_are_refused(method, how):
     model = net()
     adapter = undula.attach(model, undula.LoRA(r=R), overrides={"2": method})
-    with pytest.raises(TypeError, match=r"works on .*, not on LoRA.* \(0 and 1 other sites\)"):
+    with pytest.raises(TypeError, match=r"works on .*, not on LoRA\(.*\(0 and 1 other sites\)"):
         start(model, how, optimiser(adapter))
 
 
@@ -212,7 +214,7 @@ def test_bad_values_are_refused():
             wrong()
     model = net()
     opt = optimiser(undula.attach(model, undula.GatedLoRA()))
-    with pytest.raises(TypeError, match="moves trained gates"):
+    with pytest.raises(TypeError, match="methods with a trained gate"):
         ranks.SoRA().start(model, opt, 10)
     with pytest.raises(TypeError, match="give start"):
         ranks.ALoRA().start(model, opt, 100)

@@ -11,6 +11,7 @@ from torch import nn
 import undula
 from undula import ranks
 from undula.methods.lora import Fixed
+from undula.ranks.diffora import Shared
 from undula.ranks.dylora import Geometric as Often
 from undula.ranks.dylora import Uniform
 from undula.ranks.sora import Constant, Geometric, Linear, Listed, prox
@@ -463,3 +464,83 @@ def test_diffora_finds_where_an_adapter_is_needed():
         assert torch.equal(f["A"], still[s]) != kept
         assert bool(adapter.delta(s).any()) == kept
     assert set(undula.prune(adapter).methods) == {s for s, kept in zip(adapter.factors, chosen, strict=True) if kept}
+
+
+def sharing(steps=60, until=40):
+    """Five layers of two shapes, one of them to be chosen, under a course that lets the rest share."""
+    torch.manual_seed(0)
+    model = Parallel(5)
+    model.m[4] = nn.Linear(6, 7)
+    target = planted(model, 1)
+    adapter = undula.attach(model, undula.GatedLoRA(r=2))
+    opt = torch.optim.AdamW(adapter.parameters(), lr=0.02, weight_decay=0.1)
+    course = ranks.DiffoRA(rho=0.2, warmup=0.1, search=0.5, rest=Shared()).start(model, opt, steps)
+    for step in range(until):
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step))
+        course.before_forward()
+        F.mse_loss(model(x), target(x)).backward()
+        course.before_update()
+        opt.step()
+        course.after_update()
+        opt.zero_grad()
+        yield model, adapter, course, step + 1, target
+
+
+def test_at_the_choice_the_rest_becomes_one_pair():
+    *_, (_, adapter, course, _, _) = sharing(until=30)
+    f = list(adapter.factors.values())
+    gamma = course.theta_N.sigmoid()
+    before = {k: [g[k].detach().clone() for g in f] for k in "AB"}
+    course.before_forward()
+    assert course.chosen == [False, True, False, False, False]
+    assert course.shared == [[0, 2, 3], [4]]
+    for i in (0, 2, 3):
+        torch.testing.assert_close(f[i]["A"].detach(), sum(before["A"][j] for j in (0, 2, 3)) / 3)
+        torch.testing.assert_close(f[i]["B"].detach(), sum(gamma[j] * before["B"][j] for j in (0, 2, 3)) / 3)
+    assert torch.equal(f[4]["A"], before["A"][4])  # alone of its shape
+    assert all(torch.equal(g["g"], torch.ones(2)) for g in f)
+    assert [len(course.optimizer.state[g["A"]]) for g in f] == [0, 3, 0, 0, 0]
+
+
+def test_a_shared_pair_is_one_throughout(tmp_path):
+    for model, adapter, course, step, _ in sharing(until=60):  # noqa: B007
+        f = list(adapter.factors.values())
+        same = [torch.equal(f[0][k], f[i][k]) for i in (2, 3) for k in "AB"]
+        assert all(same) if step > 30 else not any(same)
+        assert f[0]["A"] is not f[2]["A"]
+    x = torch.randn(4, 6)
+    before = model(x)
+    assert adapter.num_parameters() == 2 * (4 * (5 + 6) + (7 + 6))
+    course.finish()
+    assert torch.equal(model(x), before)
+    f = list(adapter.factors.values())
+    assert all(f[i][k] is f[0][k] for i in (2, 3) for k in "ABg")
+    assert adapter.num_parameters() == 2 * (5 + 6) + 2 * (5 + 6) + 2 * (7 + 6)  # chosen + a pair for each shape
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter.num_parameters()
+    for made in (undula.prune(adapter), adapter):
+        made.save(tmp_path / type(made.method).__name__)
+        loaded = undula.Adapter.load(tmp_path / type(made.method).__name__)
+        assert loaded.num_parameters() == adapter.num_parameters()
+        assert all(torch.equal(loaded.delta(s), adapter.delta(s)) for s in adapter.factors)
+
+
+def test_a_shared_pair_moves_as_a_tied_one():
+    """One step of SGD, against a model in which the three sites have the same parameters."""
+    *_, (model, adapter, course, _, target) = sharing(until=35)
+    tied = adapter.copy()
+    for i in (2, 3):
+        tied.factors[f"m.{i}"] |= {k: tied.factors["m.0"][k] for k in "AB"}
+    undula.detach(model)
+    x, found = torch.randn(16, 6), []
+    for one in (adapter, tied):
+        live = undula.attach(model, one)
+        opt = torch.optim.SGD(live.parameters(), lr=0.1)
+        F.mse_loss(model(x), target(x)).backward()
+        if one is adapter:
+            course.before_update()
+        opt.step()
+        undula.detach(model)
+        found.append([f[k].detach() for f in live.factors.values() for k in "AB"])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(torch.equal(found[0][k], found[0][2 * i + k]) for i in (2, 3) for k in (0, 1))

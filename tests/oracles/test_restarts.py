@@ -471,7 +471,7 @@ def test_schedules_that_do_not_fit():
         XGBLoRA(boosters=12).start(model, optimizer, steps=10)
     undula.detach(model)
     undula.attach(model, undula.LoRAN())
-    with pytest.raises(TypeError, match=r"works on LowRank, not on LoRAN.* \(layers.0.up and 1 other sites\)"):
+    with pytest.raises(TypeError, match=r"works on LowRank, not on LoRAN\(.* \(layers.0.up and 1 other sites\)"):
         ReLoRA().start(model, optimizer, steps=10)
 
 

@@ -89,6 +89,36 @@ def test_a_budget_that_cannot_be_met_is_refused(model):
         with_parameters(undula.LoRA(), 10**6, shapes(model))
 
 
+SIZES = [
+    (undula.UniLoRA(r=2), 100, undula.UniLoRA(r=2, d=100)),
+    (undula.NOLA(r=2, k=6, l=3), 40, undula.NOLA(r=2, k=13, l=6)),  # 2 layers: 2 * (13 + 6) = 38
+    (undula.VeRA(r=4), 67, undula.VeRA(r=15)),  # O is 30 and 7; a rank may be above both
+    (undula.GatedLoRA(r=4, open=2, alpha=8), 79, undula.GatedLoRA(r=1, open=1, alpha=2.0)),
+    (undula.Dropout(undula.UniLoRA(r=2), 0.1), 100, undula.Dropout(undula.UniLoRA(r=2, d=100), 0.1)),
+    (undula.Centred(undula.DyLoRA(r=4, alpha=8)), 158, undula.Centred(undula.DyLoRA(r=2, alpha=4.0))),
+]
+
+
+@pytest.mark.parametrize(("method", "wanted", "found"), SIZES, ids=[repr(m) for m, _, _ in SIZES])
+def test_the_size_that_parameters_follow(method, wanted, found, model):
+    assert with_parameters(method, wanted, shapes(model)) == found
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        (undula.UniLoRA(r=2), 2 * 79),  # no more than there are entries in all A and B
+        (undula.NOLA(r=2), 2 * 2 * 60),  # no more matrices than A has entries
+        (undula.VeRA(), 37 + 2 * 60),  # no rank above twice the largest side
+        (undula.S2FT(), count(undula.S2FT(), {"0": (30, 12), "1": (7, 30)})),  # a share is no size
+    ],
+    ids=repr,
+)
+def test_no_size_beyond_sense(method, most, model):
+    with pytest.raises(ValueError, match=f"the closest that it comes to 10,000 parameters is {most} "):
+        with_parameters(method, 10_000, shapes(model))
+
+
 def test_another_rank_keeps_alpha_over_r():
     assert at_rank(undula.DoRA(undula.LoRA(r=8, alpha=16)), 2) == undula.DoRA(undula.LoRA(r=2, alpha=4.0))
 

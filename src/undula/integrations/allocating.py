@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..adapter import Adapter
+from ..host import selected
 from ..io import files
 from ..ranks import Allocator, Course, Quality
 from ..ranks.surgery import adopt
@@ -20,8 +21,8 @@ class Allocating(TrainerCallback):
 
         Trainer(model, ..., callbacks=[Allocating(undula.ranks.AdaLoRA(target=4))])
 
-    `quality` tells allocators that want to know how good the model is (ALoRA).  The course's state goes into every
-    checkpoint, and comes back where the Trainer resumes from one that holds the adapter, as `undula.train`'s do.
+    `quality` tells allocators that want to know how good the model is (ALoRA).  The adapter and the course's state go
+    into every checkpoint, and come back where the Trainer resumes from one, on a model with the adapter attached anew.
     """
 
     def __init__(self, allocator: Allocator, quality: Quality | None = None):
@@ -51,9 +52,12 @@ class Allocating(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._course.after_update()
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         if state.is_world_process_zero:
-            self.write(_checkpoint(args, state))
+            folder = _checkpoint(args, state)
+            if not (folder / files.CONFIG).is_file():  # `undula.train` has written it
+                selected(found["model"]).save(folder)
+            self.write(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:

@@ -51,6 +51,7 @@ class GatedLoRA(_Gated):
     formula = "W' = W + s B diag(g) A, g in {0, 1}"
     parameters = "r*(O + I)"
     source = "Liu et al. 2024, arXiv:2403.16187"
+    beside = ("alpha", "open")
 
     r: int = 8
     open: int | None = None  # how many ranks are open at the start; None: all r

@@ -15,6 +15,7 @@ of k LoRA adapters instead.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class NOLA(LowRank):
     formula = "W' = W + s (sum_j beta_j B_j) (A_0 + sum_i alpha_i A_i)"
     parameters = "k + l"
     source = "Koohpayegani et al. 2023, arXiv:2310.02556"
+    size, beside = "k", ("l",)
 
     r: int = 8
     k: int = 256  # matrices that A is mixed from
@@ -45,6 +47,9 @@ class NOLA(LowRank):
         check_rank(self.r)
         if self.k < 1 or self.l < 1:
             raise ValueError(f"A and B are mixed from at least one matrix each, found k={self.k}, l={self.l}")
+
+    def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        return max(self.r * I for _, I in shapes.values())  # so many matrices A_i span all of A
 
     def init(self, site: Site) -> dict[str, Tensor]:
         alpha_K, beta_L = site.zeros(self.k), site.zeros(self.l)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import itertools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class UniLoRA(LowRank):
     parameters = "d"  # of the whole model, not of each site
     source = "Li, Han, Ji 2025, arXiv:2506.00799"
     starts_at_base = False
+    size = "d"
 
     r: int = 4
     d: int = 256
@@ -72,6 +74,9 @@ class UniLoRA(LowRank):
         if self.bound <= 0:
             raise ValueError(f"theta = 0 has no gradient, so it could never learn: bound > 0, found {self.bound}")
 
+    def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        return sum(self.r * (O + I) for O, I in shapes.values())  # the entries of all A and B
+
     def init(self, site: Site) -> dict[str, Tensor]:
         theta_d = site.once((*self._of_all(site), "theta"), lambda: self._start(site))
         return {**self.rebuilt(site), "theta": theta_d}
@@ -81,7 +86,7 @@ class UniLoRA(LowRank):
         return ("UniLoRA", self, tuple(site.peers))
 
     def _start(self, site: Site) -> Tensor:
-        D = sum(self.r * (O + I) for O, I in site.peers.values())
+        D = self.most(site.peers)
         if self.d > D and site.device.type != "meta":
             warnings.warn(
                 f"{self!r} has more numbers than the {D} entries of all factors: {self.d - D} at least remain unused. "

@@ -10,6 +10,7 @@ follow that layer's size.)  Start: b = 0, d = 0.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class VeRA(LowRank):
         check_rank(self.r)
         if self.d == 0:
             raise ValueError("d=0 with b = 0 has no gradient at all: VeRA could never learn. The paper has d=0.1")
+
+    def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        return 2 * max(max(shape) for shape in shapes.values())  # the paper goes to 4/3 of it
 
     def init(self, site: Site) -> dict[str, Tensor]:
         b_O, d_R = site.zeros(site.shape[0]), torch.full((self.r,), self.d, dtype=site.dtype, device=site.device)

@@ -7,12 +7,13 @@
 After arXiv:2502.08905, interpretation: its method section could not be read.  Settled here: first order; the batches of
 every second update of the search are those of theta; theta steps by lr times its gradient over the root mean square of
 all sites' (the scale of a loss does not matter, that of one site against another does); the choice is made over the
-whole model; B takes gamma in when gamma becomes 1, so the function of the chosen sites does not jump.  The paper's
-sharing of one pair among the sites that were not chosen is not there: they get nothing.
+whole model; B takes gamma in when gamma becomes 1, so the function of the chosen sites does not jump.  What the
+sites that were not chosen get is `rest`: nothing, or (the paper's weight sharing) one pair for all of one shape.
 """
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +22,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..choice import Choice
+from ..host import change
 from ..methods.gated import GatedLoRA
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse
+
+
+class Rest(Choice):
+    """What the sites get that were not chosen."""
+
+    @abc.abstractmethod
+    def together(self, left: list[int], kinds: list[Any]) -> list[list[int]]:
+        """Those of `left` that train as one, group by group; the others are closed.  `kinds` are equal where sites
+        could share."""
+
+
+@Rest.register
+@dataclass(frozen=True)
+class Dropped(Rest):
+    """Nothing: they are closed."""
+
+    def together(self, left: list[int], kinds: list[Any]) -> list[list[int]]:
+        return []
+
+
+@Rest.register
+@dataclass(frozen=True)
+class Shared(Rest):
+    """One pair for all that have one method and one shape."""
+
+    def together(self, left: list[int], kinds: list[Any]) -> list[list[int]]:
+        groups: dict[Any, list[int]] = {}
+        for i in left:
+            groups.setdefault(kinds[i], []).append(i)
+        return list(groups.values())
 
 
 @Allocator.register
@@ -39,6 +72,7 @@ class DiffoRA(GateAllocator):
     warmup: float = 0.05  # share of the updates before theta moves: while B = 0 it has no gradient
     search: float = 0.3  # share of the updates after which the choice is made
     lr: float = 0.1  # of theta
+    rest: Rest = Dropped()  # what the other sites get
 
     def __post_init__(self) -> None:
         if not 0 < self.rho <= 1 or self.lr <= 0:
@@ -61,6 +95,8 @@ class DiffoRACourse(GateCourse):
             raise ValueError(f"{how!r}: a search from update {self.begin} to {self.end} does not fit into {steps}")
         self.theta_N = self.gates[0].new_zeros(len(self.sites))
         self.chosen: list[bool] | None = None
+        self.shared: list[list[int]] = []  # once the choice is made: the sites that train as one
+        self.closed: list[int] = []  # and those that do not train
 
     @property
     def searching(self) -> bool:
@@ -83,23 +119,48 @@ class DiffoRACourse(GateCourse):
         for g, gamma in zip(self.gates, torch.sigmoid(self.theta_N), strict=True):
             g.copy_((g != 0) * gamma)
 
+    def _choose(self, chosen: list[bool]) -> None:
+        methods, shapes = self.adapter.methods, self.adapter.shapes
+        kinds = [(methods[s], shapes[s], A.device, A.dtype) for s, A in zip(self.sites, self.A, strict=True)]
+        left = [i for i, stays in enumerate(chosen) if not stays]
+        self.chosen, self.shared = chosen, self.how.rest.together(left, kinds)
+        self.closed = [i for i in left if not any(i in group for group in self.shared)]
+
     def _discretise(self) -> None:
         best = torch.sort(self.theta_N, descending=True, stable=True).indices[: self.keep].tolist()
-        self.chosen = [i in best for i in range(len(self.sites))]
+        self._choose([i in best for i in range(len(self.sites))])
         for i, g in enumerate(self.gates):
             if self.keep < len(self.sites):
                 self.B[i].mul_(torch.sigmoid(self.theta_N[i]))
-            g.copy_((g != 0) * self.chosen[i])
+            g.copy_((g != 0) * (i not in self.closed))
+        for p_N in self._as_one():
+            mean = torch.stack(p_N).mean(0)
+            for p in p_N:
+                p.copy_(mean)
+                self.optimizer.state.pop(p, None)  # the optimiser moves equals with equal pasts and gradients equally
+
+    def _as_one(self) -> list[list[Tensor]]:
+        """The parameters that stand for one."""
+        return [[p[i] for i in group] for group in self.shared for p in (self.A, self.B)]
 
     @torch.no_grad()
     def before_update(self) -> None:
         if self.choosing:
             self._descend()
-            still = range(len(self.sites))
-        else:
-            still = [i for i, chosen in enumerate(self.chosen or []) if not chosen]  # type: ignore[assignment]
-        for i in still:
+        for i in range(len(self.sites)) if self.choosing else self.closed:
             self.A[i].grad = self.B[i].grad = None  # the optimiser leaves them alone
+        for p_N in self._as_one():
+            total = sum((p.grad for p in p_N if p.grad is not None), torch.zeros_like(p_N[0]))
+            for p in p_N:
+                p.grad = total.clone()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """What stood for one becomes one: only now, since optimisers and DDP know the others."""
+        adapter = self.adapter
+        for first, *others in ([self.sites[i] for i in group] for group in self.shared):
+            for site in others:
+                change(self.model, site, adapter.methods[site], adapter.factors[first])
 
     def _descend(self) -> None:
         grads = [torch.zeros_like(B) if B.grad is None else B.grad for B in self.B]
@@ -115,4 +176,5 @@ class DiffoRACourse(GateCourse):
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super().restore(tensors, values)
         self.theta_N.copy_(tensors["theta"])
-        self.chosen = values["chosen"]
+        if values["chosen"] is not None:
+            self._choose(values["chosen"])

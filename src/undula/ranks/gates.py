@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..method import Method
+from ..method import LowRank, Method
 from ..methods.dropout import bare
 from .allocator import Allocator, Course
 
@@ -25,6 +25,14 @@ def live(adapter: Adapter) -> dict[str, int]:
         return {}
     counts = torch.stack([torch.count_nonzero(g).cpu() for g in gates.values()])
     return dict(zip(gates, counts.tolist(), strict=True))
+
+
+@torch.no_grad()
+def in_use(adapter: Adapter) -> dict[str, int]:
+    """{site: its rank}, of the sites on the rung LowRank: ranks whose gate is zero left out, what restarts have left
+    behind counted in."""
+    pairs = {s: m.pair(adapter.factors[s]) for s, m in adapter.methods.items() if isinstance(m, LowRank)}
+    return {s: len(A_RI) for s, (_, A_RI) in pairs.items()} | live(adapter)
 
 
 def spread(amount: int, room: Sequence[int]) -> list[int]:

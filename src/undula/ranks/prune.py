@@ -29,6 +29,7 @@ def prune(adapter: Adapter) -> Adapter:
         )
     adapter = adapter.copy()
     methods, factors = dict(adapter.methods), dict(adapter.factors)
+    pairs: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}  # sites that share one go on sharing it
     for site, name in gated.items():
         method, f = methods.pop(site), factors.pop(site)
         alive = f[name] != 0
@@ -37,8 +38,8 @@ def prune(adapter: Adapter) -> Adapter:
         assert isinstance(method, LowRank)
         B_OR, A_RI = method.pair(f)
         s = getattr(bare(method), "scale", 1.0)
-        pair = {"A": A_RI[alive], "B": B_OR[:, alive] / s}
-        factors[site] = {k: t.clone().requires_grad_() for k, t in pair.items()}
+        pair = {"A": A_RI[alive].requires_grad_(), "B": (B_OR[:, alive] / s).requires_grad_()}
+        factors[site] = pairs.setdefault(tuple(id(t) for t in f.values()), pair)
         methods[site] = _around(method, LoRA(r=int(alive.sum()), alpha=1.0, scaling=Fixed(s)))
     order = [s for s in adapter.methods if s in methods]
     return replace(

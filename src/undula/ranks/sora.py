@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..choice import Choice
 from ..method import Method
 from ..methods import sora as law
+from ..sites import outline
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, gate_of
 
@@ -117,7 +118,11 @@ class SoRA(GateAllocator):
             raise ValueError(f"lr > 0 and lambdas >= 0 are needed, found {self!r} with {self.levels.values()}")
 
     def serves(self, method: Method) -> bool:
-        return gate_of(method) is not None
+        gate = gate_of(method)
+        return gate is not None and method.init(outline("any", (8, 8)))[gate].requires_grad
+
+    def refusal(self, method: Method | None) -> str:
+        return f"{self!r} works on SoRA and other methods with a trained gate, not on {method!r}"
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
@@ -131,9 +136,6 @@ class SoRACourse(GateCourse):
     ):
         super().__init__(how, model, optimizer, steps)
         self.how, self.quality, self.path = how, quality, list[Point]()
-        frozen = [s for s, g in zip(self.sites, self.gates, strict=True) if not g.requires_grad]
-        if frozen:
-            raise TypeError(f"{how!r} moves trained gates; at {frozen[0]} ({len(frozen)} such sites) it is frozen")
         self.gates = list({id(g): g for g in self.gates}.values())
         self.lambdas = how.levels.values()
         self.rising = max(1, round(how.warmup * steps))

@@ -177,6 +177,9 @@ def _arm(reader: _Reader, i: int, t: dict[str, Any]) -> Arm | None:
     if name in YARDSTICKS:
         if t.get("set"):
             reader.fault(("methods", i, "set"), f"method = {name!r} has no options")
+        if "allocator" in t or t.get("allocate"):
+            key = "allocator" if "allocator" in t else "allocate"
+            reader.fault(("methods", i, key), f"method = {name!r} has no ranks to allocate")
         return Arm(
             t.get("name", "full fine-tuning" if YARDSTICKS[name] else "head only"), None, YARDSTICKS[name], rates
         )

@@ -18,24 +18,37 @@ SLACK = 0.25  # an arm that misses an equal-parameter budget by more than this s
 def at_rank(method: Method, r: int) -> Method | None:
     """`method` with rank r and alpha in proportion (so that alpha / r stays); a wrapper with its inner method so.
     None where a method has no rank."""
-    return _with_field(method, lambda m: "r", r)
+    return _resized(method, lambda m: "r", r)
 
 
 def at_size(method: Method, n: int) -> Method | None:
-    """`method` with n in the field that its number of parameters follows (`Method.size`)."""
-    return _with_field(method, lambda m: m.size, n)
+    """`method` with n in the field that its number of parameters follows (`Method.size`); None where it has none."""
+    return _resized(method, lambda m: m.size, n)
 
 
-def _with_field(method: Method, name_in: Callable[[Method], str], n: int) -> Method | None:
+def _resized(method: Method, name_in: Callable[[Method], str], n: int) -> Method | None:
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]
-    name, alpha = name_in(method), values.get("alpha")
+    name = name_in(method)
     if isinstance(values.get(name), int):
-        in_proportion = {"alpha": alpha * n / values[name]} if name == "r" and alpha is not None else {}
+        beside = [k for k in method.beside if name == method.size and values.get(k) is not None]
+        in_proportion = {k: _like(values[k], values[k] * n / values[name]) for k in beside}
         return dataclasses.replace(method, **{name: n}, **in_proportion)  # type: ignore[type-var]
     for field, inner in values.items():
-        if isinstance(inner, Method) and (resized := _with_field(inner, name_in, n)) is not None:
+        if isinstance(inner, Method) and (resized := _resized(inner, name_in, n)) is not None:
             return dataclasses.replace(method, **{field: resized})  # type: ignore[type-var]
     return None
+
+
+def _like(old: float, new: float) -> float:
+    return max(1, round(new)) if isinstance(old, int) else new
+
+
+def _sized(method: Method) -> Method | None:
+    """The method that `at_size` would change: this one, or one inside it."""
+    values = [getattr(method, f.name) for f in dataclasses.fields(method)]  # type: ignore[arg-type]
+    if isinstance(getattr(method, method.size, None), int):
+        return method
+    return next((found for v in values if isinstance(v, Method) and (found := _sized(v)) is not None), None)
 
 
 def count(method: Method, shapes: Shapes) -> int:
@@ -51,21 +64,19 @@ def count(method: Method, shapes: Shapes) -> int:
 def with_parameters(method: Method, wanted: int, shapes: Shapes) -> Method:
     """`method` at the rank (or other size) that brings it closest to `wanted` parameters.
 
-    Raises ValueError where it has none, or comes no closer than a quarter.
+    Raises ValueError where that is no closer than a quarter; a method without such a size must fit as it is.
     """
-    if at_size(method, 1) is None:
+    sized = _sized(method)
+    if sized is None:
         return _close_enough(method, count(method, shapes), wanted)
-    most = max(min(shape) for shape in shapes.values()) if method.size == "r" else wanted
 
-    def having(n: int) -> int:
+    def having(n: int) -> Method:
         resized = at_size(method, n)
         assert resized is not None
-        return count(resized, shapes)
+        return resized
 
-    n = _closest(having, wanted, most)
-    resized = at_size(method, n)
-    assert resized is not None
-    return _close_enough(resized, having(n), wanted)
+    n = _closest(lambda n: count(having(n), shapes), wanted, sized.most(shapes))
+    return _close_enough(having(n), count(having(n), shapes), wanted)
 
 
 def _close_enough(method: Method, found: int, wanted: int) -> Method:

@@ -130,7 +130,7 @@ def _tested(ready: Prepared, watch: Watch, test: Examples) -> dict[str, Any]:
     """The figures on the test rows, which are touched here alone: once as trained, once in each deployed form."""
     from .deploy import deployed
 
-    watch.restore(ready.model)
+    ready = watch.restore()
     task: Task = ready.run.task
     others = task.score(ready.model, test, ready.run.batch)
     forms, errors = deployed(ready, test)

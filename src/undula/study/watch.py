@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from ..adapter import Adapter
-from ..ranks.surgery import adopt
+from ..host import attach, detach
 from ..train.fit import Prepared
 
 Curve = Sequence[tuple[int, float]]
@@ -73,10 +73,12 @@ class Watch(TrainerCallback):
             self.curve, self.rivals, self.halving, self.ready.run.task.more_is_better
         )
 
-    def restore(self, model: nn.Module) -> None:
-        """Puts the best point's adapter back."""
+    def restore(self) -> Prepared:
+        """The run with the best point's adapter on its model.  Attached anew: an allocator may have changed methods and
+        shapes, and at the end which sites share a parameter."""
         assert self.kept is not None
-        adopt(model, self.kept)
+        detach(self.ready.model)
+        return dataclasses.replace(self.ready, adapter=attach(self.ready.model, self.kept))
 
 
 def pruned(curve: Curve, rivals: Sequence[Curve], reduction: int, more_is_better: bool) -> bool:

@@ -19,6 +19,7 @@ from ..host import attach
 from ..making import fresh
 from ..methods.lora import LoRA
 from ..probe import Probe
+from ..ranks.gates import in_use
 from .base import model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
 from .measure import PeakMemory, versions
@@ -87,6 +88,7 @@ def _made(ready: Prepared) -> dict[str, Any]:
         "rung": None if method is None else method.rung(),
         "configuration": None if method is None else method.encode(),
         "allocator": None if ready.run.allocator is None else ready.run.allocator.encode(),
+        "ranks": None if ready.run.allocator is None else _ranks(ready.adapter),
         "trainable_parameters": ready.adapter.num_parameters(),
         "sites": len(ready.adapter.methods),
         "train_rows": len(ready.train),
@@ -94,6 +96,12 @@ def _made(ready: Prepared) -> dict[str, Any]:
         "device": str(ready.model.device),
         "seed": ready.run.seed,
     }
+
+
+def _ranks(adapter: Adapter) -> dict[str, int]:
+    """The ranks of all sites in all, of the smallest and of the largest."""
+    found = in_use(adapter).values()
+    return {"total": sum(found), "least": min(found, default=0), "most": max(found, default=0)}
 
 
 def _check_finite(adapter: Adapter, run: Run) -> None:
@@ -144,7 +152,7 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     return Prepared(run, model, processor, adapter, train_on, held)
 
 
-PROBE_BATCHES = 8
+PROBE_BATCHES = 8  # where a run does not say
 
 
 def _probe(run: Run, examples: Examples) -> Probe:
@@ -153,7 +161,8 @@ def _probe(run: Run, examples: Examples) -> Probe:
 
     def batches() -> Iterator[Any]:
         collate, order = examples.task.collator(examples.processor), random.Random(run.seed)
-        numbers = order.sample(range(len(examples)), min(len(examples), PROBE_BATCHES * run.batch))
+        most = (run.probe_batches or PROBE_BATCHES) * run.batch
+        numbers = order.sample(range(len(examples)), min(len(examples), most))
         for start in range(0, len(numbers), run.batch):
             yield collate([examples[i] for i in numbers[start : start + run.batch]])
 

@@ -57,6 +57,7 @@ class Run:
     save_every: int | None = None  # steps between checkpoints; None: ten in a run
     dtype: torch.dtype = torch.float32  # of the frozen model; the adapter is float32
     bits: int | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
+    probe_batches: int | None = None  # that a method which starts from data looks at; None: 8
 
     def __post_init__(self) -> None:
         positive = (
@@ -69,12 +70,14 @@ class Run:
             "train_rows",
             "eval_rows",
             "save_every",
+            "probe_batches",
         )
         wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
         if wrong:
             raise ValueError(f"these are greater than 0: {', '.join(wrong)}")
-        if self.allocator is not None and (self.method is None or not self.allocator.serves(self.method)):
-            raise ValueError(self.allocator.refusal(self.method))
+        for method in (self.method, *self.overrides.values()):
+            if self.allocator is not None and (method is None or not self.allocator.serves(method)):
+                raise ValueError(self.allocator.refusal(method))
         if self.bits not in (None, 4, 8):
             raise ValueError(f"bits is 4 or 8, or None for a model as it is; found {self.bits!r}")
         if not 0 <= self.warmup < 1 or self.weight_decay < 0:

@@ -187,6 +187,8 @@ def trainer(
         callbacks=list(callbacks),
     )
     made.remove_callback(PrinterCallback)
+    if run.accumulate > 1 and run.task.has_head:  # whose loss is a batch's mean: many a head is given the number of all
+        made.model_accepts_loss_kwargs = False  # items and ignores it, and the Trainer then would not divide by batches
     made.allocated = run.allocator is not None
     if run.method is not None or run.full:
         names = set(run.task.head(model))

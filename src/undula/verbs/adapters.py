@@ -1,18 +1,19 @@
 # ruff: noqa: B006 (typer wants lists as defaults of lists, and copies them)
-"""`undula show`, `merge`, `collapse` and `export`: what can be done with a trained adapter."""
+"""`undula show`, `merge`, `collapse`, `prune`, `cut` and `export`: what can be done with a trained adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .. import compress, merging
+from .. import compress, merging, ranks
 from ..adapter import Adapter
 from ..choice import Choice
 from ..diagnose import diagnose
@@ -22,6 +23,7 @@ from ..method import LowRank, Reweight
 from ..options import build
 from ..train import Restored, restored
 from ..train import dense as unquantised
+from ..train.run import RUN, Run
 from . import shell
 
 How = Annotated[str | None, typer.Option(help="truncate, substitute or least-squares. (default: by the rung)")]
@@ -148,10 +150,43 @@ def collapse(
     opened = restored(path, model)
     made = _collapsed(opened, how, options, data, rows)
     made.adapter.save(out, base=opened.folder, task=opened.run.task.peft)
-    dataclasses.replace(opened.run, out=out, method=made.adapter.method).save(None)
+    _carry(opened.run, made.adapter, out)
     _show_collapsed(made, to)
     if str(to) != "-":
         shell.note(f"Saved in {out}")
+
+
+def _carry(run: Run, adapter: Adapter, out: Path) -> None:
+    """The run that made an adapter, beside what has become of it: what it is for, not how to train it again."""
+    method = adapter.method if adapter.methods else None
+    dataclasses.replace(run, out=out, method=method, allocator=None, overrides={}).save(None)
+
+
+def prune(path: shell.Directory, *, out: shell.Out) -> None:
+    """Leave the live ranks of a gated adapter as a plain LoRA; what it computes stays."""
+    _lessened(path, out, ranks.prune.prune)
+
+
+def cut(
+    path: shell.Directory,
+    *,
+    rank: Annotated[int, typer.Option(help="How many of the first ranks to keep.")],
+    out: shell.Out,
+) -> None:
+    """Keep the first ranks of an adapter that was trained at every rank (DyLoRA), as a plain LoRA."""
+    _lessened(path, out, lambda adapter: adapter.at_rank(rank))
+
+
+def _lessened(path: Path, out: Path, less: Callable[[Adapter], Adapter]) -> None:
+    shell.fresh(out)
+    adapter, config = Adapter.load(path), _config(path)
+    made = less(adapter)
+    made.save(out, config.get("base_model_name_or_path"), config.get("task_type"))
+    if (path / RUN).is_file():
+        _carry(Run.load(path), made, out)
+    before, after = adapter.num_parameters(), made.num_parameters()
+    sites = f"{len(made.methods)} of {len(adapter.methods)} layers"
+    shell.note(f"{sites}, {after:,} of {before:,} parameters stay. Saved in {out}")
 
 
 def _collapsed(

@@ -19,7 +19,7 @@ from . import shell
 Many = list[str]
 NUMBERS = (
     *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay"),
-    *("seed", "train_rows", "eval_rows", "save_every", "bits"),
+    *("seed", "train_rows", "eval_rows", "save_every", "bits", "probe_batches"),
 )
 
 
@@ -55,6 +55,7 @@ def train(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. (default: a tenth)")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the frozen model.")] = "float32",
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the frozen model.")] = None,
+    probe_batches: Annotated[int | None, typer.Option(help="For a start from data. (default: 8)")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the training in this directory.")] = None,
     to: shell.Json = None,
 ) -> None:
@@ -63,6 +64,8 @@ def train(
         _check_alone(ctx)
         _fit(Run.load(resume), True, to)
         return
+    if allocate and allocator is None:
+        raise ValueError("--allocate has the options of an allocator: name one with --allocator")
     if model is None or data is None or task is None or out is None:
         needed = {"--model": model, "--data": data, "--task": task, "--out": out}
         raise ValueError(f"train needs {', '.join(k for k, v in needed.items() if v is None)} (or --resume DIRECTORY)")
@@ -118,9 +121,10 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
 
 
 def _summary(report: dict[str, Any]) -> str:
-    memory = report["peak_memory_bytes"] / 2**20
+    memory, ranks = report["peak_memory_bytes"] / 2**20, report["ranks"]
+    told = "" if ranks is None else f"{ranks['total']} ranks ({ranks['least']} to {ranks['most']} at a site), "
     return (
-        f"{report['method']}: {report['trainable_parameters']:,} parameters, {report['steps']} steps in "
+        f"{report['method']}: {report['trainable_parameters']:,} parameters, {told}{report['steps']} steps in "
         f"{report['seconds']:.1f} s, {memory:.0f} MiB at most. Saved in {report['out']}"
     )
 
