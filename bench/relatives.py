@@ -31,9 +31,13 @@ from undula.starts import Gaussian, Kaiming, Start
 from undula.train import Classification, Run
 
 RATE, HEAD_RATE, STEPS = 3e-3, 3e-2, 300
-# what does not learn well at RATE: small frozen bases want more, dense entries less
-RATES = {"VeRA": 3e-2, "NOLA": 3e-2, "UniLoRA": 1e-2, "TeRA": 3e-2, "LoRAXS": 1e-2, "LoRASB": 1e-2, "SHiRA": 1e-3,
-         "S2FT": 1e-3, "SineLoRA": 3e-4, "AuroRAStatic": 3e-4}  # fmt: skip
+# what does not learn well at RATE: small frozen bases want more, dense entries and large starts less
+RATES = {
+    **dict.fromkeys(("VeRA", "TeRA"), 3e-2),
+    **dict.fromkeys(("UniLoRA", "LoRASB"), 1e-2),
+    **dict.fromkeys(("LoRAXS", "rsLoRA", "SHiRA", "S2FT"), 1e-3),
+    **dict.fromkeys(("SineLoRA", "AuroRAStatic", "LoRA from LoRAGA"), 3e-4),
+}
 ALLOCATED = (  # an allocator and what it works on; rounds, cycles and totals for so short a run
     (undula.AdaLoRA(), ranks.AdaLoRA(target=8)),
     (undula.SoRA(), ranks.SoRA()),
