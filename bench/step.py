@@ -28,6 +28,7 @@ from torch import nn
 
 import undula
 from undula import AuroRA, AuroRAStatic, DoRA, Dropout, LoRA, LoRAN, LoRANActivation, Method, SineLoRA
+from undula.kernels import frozen, mixture
 from undula.method import Wrapper
 from undula.study.sizes import at_rank
 
@@ -60,7 +61,7 @@ def relatives() -> dict[str, tuple[Method, str]]:
 
 
 METHODS |= relatives()
-OUTSIDE = ("floor", "floor+products", "peft-lora", "peft-lora-dropout", "peft-dora")
+OUTSIDE = ("floor", "floor+products", "lora+drawing", "peft-lora", "peft-lora-dropout", "peft-dora")
 # name: (a, b, bound): a's figure is at most bound times b's
 TIME_TARGETS = {
     "LoRA / floor": ("lora", "floor", 1.10),
@@ -68,7 +69,8 @@ TIME_TARGETS = {
     "AuroRA r=8 / LoRA": ("aurora-r8", "lora", 1.15),
     "LoRAN q,v / LoRA q,v": ("loran-qv", "lora-qv", 1.25),
     "LoRAN / (floor + products)": ("loran", "floor+products", 1.15),
-    **{f"{name} / LoRA": (name, "lora", 1.3) for name in relatives()},
+    **{f"{name} / LoRA": (name, "lora", 1.3) for name in relatives() if name != "nola"},
+    "nola / (LoRA + drawing its bases twice)": ("nola", "lora+drawing", 1.15),
 }
 MEMORY_TARGETS = {"LoRA / PEFT LoRA": ("lora", "peft-lora", 1.0), "LoRAN / LoRA": ("loran", "lora", 1.05)}
 
@@ -110,6 +112,17 @@ def variant(name: str, model: nn.Module, batch: torch.Tensor) -> tuple[Step, Ste
         probe = undula.Probe([batch], lambda model, batch: loss(model, batch, leaf=False))
         undula.attach(model, method, where if not isinstance(model, Layer) else "*", name=name, probe=probe)
         return lambda: undula.select(model, name), lambda: step(model, batch, leaf=isinstance(model, Layer))
+    if name == "lora+drawing":
+        undula.select(model, None)
+        where = "*" if isinstance(model, Layer) else "all-linear"
+        undula.attach(model, LoRA(r=8), where, name=name)
+        shapes = [undula.sites.site(n, layer).shape for n, layer in undula.sites.choose(model, where).items()]
+
+        def both() -> None:
+            step(model, batch, leaf=isinstance(model, Layer))
+            draw(shapes, undula.NOLA(r=8))
+
+        return lambda: undula.select(model, name), both
     if name.startswith("floor"):
         products = name == "floor+products"
 
@@ -120,6 +133,16 @@ def variant(name: str, model: nn.Module, batch: torch.Tensor) -> tuple[Step, Ste
         return prepare, lambda: step(model, batch, leaf=True)
     wrapped = peft_model(name, model)
     return lambda: None, lambda: step(wrapped, batch, leaf=isinstance(model, Layer))
+
+
+def draw(shapes: list[tuple[int, int]], nola: Method) -> None:
+    """Draws the numbers that NOLA's step needs, forwards and backwards, and does nothing with them."""
+    words = torch.tensor(frozen.words(0, ("bench",)), dtype=torch.int32)
+    for O, I in shapes * 2:
+        for K, n in ((nola.k, nola.r * I), (nola.l, nola.r * O)):
+            each = max(1, mixture.BLOCK // n)
+            for i in range(0, K, each):
+                frozen.floats(frozen.numbers(words, i * n, min(each, K - i) * n))
 
 
 def toggle(model: nn.Module, on: bool) -> None:
