@@ -11,6 +11,7 @@ peak memory is measured in a process of its own for each variant, above the load
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -213,6 +214,7 @@ def peak(case: str, name: str) -> float:
     model.train()
     prepare, go = variant(name, model, batch)
     prepare()
+    ctypes.CDLL(None).malloc_trim(0)  # what a start took and freed goes back, or it would hide what a step takes
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
