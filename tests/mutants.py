@@ -108,7 +108,7 @@ MUTANTS = [
     ("starts/olora.py", "Q_OR.T @ W_OI", "W_OI[:r]", STARTS),
     ("starts/loraga.py", "(V[:, a].T * z)", "V[:, a].T", STARTS),
     ("starts/loraga.py", "(self.solver(site.W, r)[1] / s).sqrt().mean()", "self.solver(site.W, r)[1].sqrt().mean()", STARTS),
-    ("starts/eva.py", "xx_II.double() / n - torch.outer(mean_I, mean_I)", "xx_II.double() / n", STARTS),
+    ("starts/eva.py", "xx_II / n - torch.outer(mean_I, mean_I)", "xx_II / n", STARTS),
     ("starts/first_step.py", "-eta * site.gradient()", "eta * site.gradient()", STARTS),
     ("probe.py", "total.div_(len(self.data))", "total", PROBE),
     ("probe.py", "inputs=[anchor]", "", PROBE),

@@ -90,12 +90,12 @@ class Site:
         return self._evidence("gradients").gradient(self.name).to(self.device, self.dtype)
 
     def moments(self) -> tuple[Tensor, Tensor, int]:
-        """(sum of x x' (I, I), sum of x (I), count) of the layer's inputs over the batches of the probe."""
+        """(sum of x x' (I, I), sum of x (I), count) of the layer's inputs over the batches of the probe, float64."""
         if self.device.type == "meta":
             I = self.shape[1]
-            return *(torch.empty(s, dtype=self.dtype, device="meta") for s in ((I, I), (I,))), 1  # type: ignore[return-value]
+            return *(torch.empty(s, dtype=torch.float64, device="meta") for s in ((I, I), (I,))), 1  # type: ignore[return-value]
         xx_II, x_I, n = self._evidence("activations").moments(self.name)
-        return xx_II.to(self.device, self.dtype), x_I.to(self.device, self.dtype), n
+        return xx_II.to(self.device, torch.float64), x_I.to(self.device, torch.float64), n
 
     def _evidence(self, what: str) -> Evidence:
         if self.evidence is None:

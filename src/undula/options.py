@@ -30,6 +30,21 @@ def split_pair(pair: str, what: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def pairs_of(table: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A TOML table of options as `NAME=VALUE` texts: {activation = {is = "sinter", a = 0.02}} gives
+    `activation=sinter`, `activation.a=0.02`."""
+    pairs = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            pairs += pairs_of(value, f"{prefix}{key}.")
+        elif key == "is":
+            pairs.append(f"{prefix.rstrip('.')}={value}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            pairs.append(f"{prefix}{key}={text}")
+    return sorted(pairs, key=lambda p: p.partition("=")[0].count("."))
+
+
 def _tree(pairs: Iterable[str]) -> Tree:
     tree: Tree = {}
     for pair in pairs:

@@ -165,7 +165,8 @@ class Activation(_Scored):
 
     def score(self, site: Site, rows: bool) -> Tensor:
         xx_II, _, n = site.moments()
-        return ((site.W @ xx_II) * site.W).sum(1) / n if rows else xx_II.diagonal() / n
+        W_OI = site.W.double()
+        return ((W_OI @ xx_II) * W_OI).sum(1) / n if rows else xx_II.diagonal() / n
 
 
 @Selection.register

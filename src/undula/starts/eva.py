@@ -30,8 +30,8 @@ def explained(site: Site, r: int) -> Tensor:
 def _principal(site: Site) -> tuple[Tensor, Tensor]:
     """(variances (I) falling, directions (I, I) as columns) of the layer's inputs, in float64."""
     xx_II, x_I, n = site.moments()
-    mean_I = x_I.double() / n
-    values, vectors = torch.linalg.eigh(xx_II.double() / n - torch.outer(mean_I, mean_I))
+    mean_I = x_I / n
+    values, vectors = torch.linalg.eigh(xx_II / n - torch.outer(mean_I, mean_I))
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
@@ -52,8 +52,8 @@ class EVA(Start):
     def _check_rank(self, site: Site, r: int, variances: Tensor) -> None:
         if variances.device.type == "meta":
             return
-        # what rounding leaves: of the moments in the site's type, and of their decomposition
-        noise = variances[0] * (torch.finfo(site.dtype).eps + len(variances) * torch.finfo(torch.float64).eps)
+        # what rounding leaves: of the inputs in the site's type, and of the decomposition
+        noise = variances[0] * (torch.finfo(site.dtype).eps ** 2 + len(variances) * torch.finfo(torch.float64).eps)
         varied = int((variances > noise).sum())
         if varied < r:
             raise ValueError(

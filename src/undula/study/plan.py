@@ -68,12 +68,14 @@ class Cell:
         return self.arm.rates or self.study.sweep.rates
 
     def sweep(self, lr: float) -> list[Trial]:
-        """The runs that measure one rate."""
-        return [self.trial(lr, seed, tested=False) for seed in self.study.sweep.seeds]
+        """The runs that measure one rate; none where nothing trains."""
+        return [] if self.untrained else [self.trial(lr, seed, tested=False) for seed in self.study.sweep.seeds]
 
     def rates(self) -> list[float]:
         """Every rate that the sweep could come to."""
         s, grid = self.study.sweep, sorted(self.grid)
+        if self.untrained:
+            return [self.grid[0]]
         found, low, high = set(grid), grid[0], grid[-1]
         for _ in range(s.extend):
             low, high = (float(f"{v:.3g}") for v in (low / s.factor, high * s.factor))
@@ -90,8 +92,10 @@ class Cell:
     def scores(self, known: Mapping[str, Record]) -> dict[float, float | None]:
         """{rate: mean validation metric} of the rates whose runs have all ended; None: one failed or was pruned."""
         scores: dict[float, float | None] = {}
-        for lr in self.rates() if not self.untrained else ():
+        for lr in self.rates():
             records = [known.get(t.key) for t in self.sweep(lr)]
+            if not records:
+                continue
             ended = [r for r in records if r is not None and r.state in ("done", "failed")]
             if len(ended) == len(records):
                 values = [r.result["validation"] for r in ended if r.result is not None and not r.result["pruned"]]
@@ -110,7 +114,7 @@ class Cell:
     def every(self) -> Iterator[str]:
         """The keys of every run that this cell could come to."""
         for lr in self.rates():
-            yield from () if self.untrained else (t.key for t in self.sweep(lr))
+            yield from (t.key for t in self.sweep(lr))
             yield from (self.trial(lr, seed, tested=True).key for seed in self.seeds)
 
     def outcomes(self, known: Mapping[str, Record]) -> Iterator[Outcome]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..method import Method
-from ..options import build
+from ..options import build, pairs_of
 from ..ranks import Allocator
 from ..train.run import dtype_called
 from ..train.task import Task
@@ -184,7 +184,7 @@ def _arm(reader: _Reader, i: int, t: dict[str, Any]) -> Arm | None:
             t.get("name", "full fine-tuning" if YARDSTICKS[name] else "head only"), None, YARDSTICKS[name], rates
         )
     place = ("methods", i, "set" if t.get("set") else "method")
-    method = reader.attempt(place, lambda: build(Method, name, options(t.get("set", {}))))
+    method = reader.attempt(place, lambda: build(Method, name, pairs_of(t.get("set", {}))))
     allocator = _allocator(reader, i, t, method)
     if method is None or (allocator is None and "allocator" in t):
         return None
@@ -198,26 +198,11 @@ def _allocator(reader: _Reader, i: int, t: dict[str, Any], method: Method | None
         if t.get("allocate"):
             reader.fault(place, "allocate has the options of an allocator: name one (allocator = ...)")
         return None
-    made = reader.attempt(place, lambda: build(Allocator, t["allocator"], options(t.get("allocate", {}))))
+    made = reader.attempt(place, lambda: build(Allocator, t["allocator"], pairs_of(t.get("allocate", {}))))
     if made is not None and method is not None and not made.serves(method):
         reader.fault(place, made.refusal(method))
         return None
     return made
-
-
-def options(table: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A TOML table of options as `NAME=VALUE` texts: {activation = {is = "sinter", a = 0.02}} gives
-    `activation=sinter`, `activation.a=0.02`."""
-    pairs = []
-    for key, value in table.items():
-        if isinstance(value, dict):
-            pairs += options(value, f"{prefix}{key}.")
-        elif key == "is":
-            pairs.append(f"{prefix.rstrip('.')}={value}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            pairs.append(f"{prefix}{key}={text}")
-    return sorted(pairs, key=lambda p: p.partition("=")[0].count("."))
 
 
 def _base(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Base | None:
@@ -231,7 +216,7 @@ def _base(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]
 
 def _data(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Rows | None:
     place = ("data", i, "set" if t.get("set") else "task")
-    task = reader.attempt(place, lambda: build(Task, t["task"], options(t.pop("set", {}))))
+    task = reader.attempt(place, lambda: build(Task, t["task"], pairs_of(t.pop("set", {}))))
     wrong = [k for k in ("train", "validation", "test", "epochs", "batch") if t.get(k, 1) <= 0]
     for key in wrong:
         reader.fault(("data", i, key), f"{key} is greater than 0, found {t[key]}")
