@@ -153,6 +153,7 @@ def test_accumulated_gradients_are_one_update(method, how):
 
 @each
 def test_sees_the_method_inside_dropout(method, how):
+    torch.set_default_dtype(torch.float64)
     found = []
     for m in (method, undula.Dropout(method, 0.0)):
         model = net()
@@ -161,7 +162,7 @@ def test_sees_the_method_inside_dropout(method, how):
         train(model, opt, course, STEPS)
         found.append(every(undula.selected(model)))
     for k, t in found[0].items():
-        torch.testing.assert_close(found[1][k], t, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[1][k], t)
 
 
 @each
