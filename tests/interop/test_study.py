@@ -14,8 +14,8 @@ from collections import Counter
 import pytest
 
 import undula
-from undula.study import FINAL, SWEEP, Faults, Ray, parse, read
-from undula.study.drive import estimate, run, warnings
+from undula.study import FINAL, SWEEP, Faults, Ray, parse, read, splits
+from undula.study.drive import estimate, report, run, warnings
 from undula.study.plan import Plan
 from undula.study.splits import opened
 from undula.study.store import Store
@@ -126,6 +126,22 @@ def test_what_has_ended_is_not_run_again(whole, text):
     again = run(parse(text), out)
     assert Store(out / "runs.sqlite").records(Plan(parse(text)).keys()) == before
     assert again.outcomes == found.outcomes
+
+
+def test_runs_on_other_rows_are_not_mixed_in(text, sources, tmp_path):
+    path = tmp_path / "changing.jsonl"
+    tiny.jsonl(path, tiny.reviews(120))
+    study = parse(text.replace(sources["data"], str(path)).split("[[methods]]")[0] + '[[methods]]\nmethod = "lora"\n')
+    first = run(study, tmp_path / "o").outcomes
+    tiny.jsonl(path, [*tiny.reviews(119), {"text": "another film", "label": "bad"}])
+    splits._opened.clear()  # as in another process
+    with pytest.raises(
+        ValueError, match=f"reviews: {len(first)} of the runs here were made on other rows .* another --out"
+    ):
+        run(study, tmp_path / "o")
+    found = report(study, tmp_path / "o")
+    assert found.outcomes == first
+    assert "were made on other rows than there are now" in (found.report.parent / "report.md").read_text()
 
 
 def command(path, out, *more):

@@ -12,8 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+import undula
+from undula.study import spec
 from undula.study import statistics as S
 from undula.study.outcome import FINAL, SWEEP, ChosenRate, Outcome
+from undula.study.plan import Plan
+from undula.study.power import power
 from undula.study.report import svg, write_report
 from undula.study.report.plots import pareto
 from undula.study.summary import summarise
@@ -257,6 +261,24 @@ def test_the_words_say_what_three_seeds_are_worth(tmp_path):
     assert "Unbracketed" in text
     assert "AuroRA (bert, news, r=8)" in text
     assert "Over all groups" not in text
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 6, 9])
+@pytest.mark.parametrize("sets", [1, 3])
+def test_what_seeds_could_decide_is_what_the_summary_decides_of_the_largest_differences(seeds, sets):
+    names = ("news", "films", "mail")[:sets]
+    arms = [spec.Arm(a, undula.LoRA(r=r)) for r, a in enumerate(("LoRA", *"abcdefgh"), 1)]
+    data = tuple(spec.Rows(n, undula.train.Classification()) for n in names)
+    planned = spec.Study("t", tuple(arms), (spec.Base("bert"),), data, seeds=tuple(range(seeds)))
+    foreseen = power(Plan(planned))
+    runs = [run(a.name, s, float(a.name != "LoRA"), data=n) for a in arms for s in range(seeds) for n in names]
+    found = summarise(runs, (), "LoRA")
+    single = [r.against.verdict for r in found.rows if r.against]
+    assert (foreseen.single, foreseen.single_decidable) == (len(single), single.count(S.WIN))
+    over = [p.verdict for p in found.pooled]
+    assert (foreseen.pooled, foreseen.pooled_decidable) == (len(over), over.count(S.WIN))
+    for needed, decided in ((foreseen.seeds_for_pooled, over), (foreseen.seeds_for_every, single + over)):
+        assert (seeds >= needed) == all(v == S.WIN for v in decided)
 
 
 def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn(tmp_path):

@@ -41,7 +41,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a study has come to so far, and the folder of its report."""
+    """What a study has come to so far, and its report: an HTML file, the other forms beside it."""
 
     outcomes: list[Outcome]
     chosen: list[ChosenRate]
@@ -61,10 +61,13 @@ def run(
 
     May be stopped at any time and called again, or called in several processes on one `out` at once: runs that have
     ended are never repeated.  A failed run is recorded with its error and does not stop the rest; `retry_failed` makes
-    such runs again.  Raises ValueError or LookupError for a study that cannot be carried out, before any run.
+    such runs again.  Raises ValueError or LookupError for a study that cannot be carried out, or whose data changed
+    since runs in OUT were made, before any run.
     """
     executor, view, out = executor or Local(), view or Silent(), Path(out)
     plan, store = Plan(study), Store(out / STORE)
+    if changed := plan.strangers(store.records(plan.keys())):
+        raise ValueError(f"{'; '.join(changed)}: bring the rows back, or begin again in another --out than {out}")
     if retry_failed:
         store.forget_failures(plan.keys())
     try:
@@ -118,8 +121,10 @@ def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None
     from .report import write_report
 
     out = Path(out)
-    outcomes, chosen = Plan(study).outcomes(Store(out / STORE))
-    told = {"warnings": "\n".join(warnings(study))} | dict(about or {})
+    plan, store = Plan(study), Store(out / STORE)
+    outcomes, chosen = plan.outcomes(store)
+    doubts = [*warnings(study), *plan.strangers(store.records(plan.keys()))]
+    told = {"warnings": "\n".join(doubts)} | dict(about or {})
     made = write_report(out / REPORT, outcomes, chosen, title=study.title, baseline=study.baseline, about=told)
     return Finished(outcomes, chosen, made)
 

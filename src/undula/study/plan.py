@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from .sizes import Shapes, at_rank, count, with_parameters
 from .spec import Arm, Base, Budget, Rows, Study
 from .store import Record, Store
 from .trial import Trial
+
+NOT_OUTCOME = ("evaluation_seconds", "wall_seconds", "rows_digest")  # of a run's figures: about how it was made
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Cell:
         labels = {"model": self.base.label, "data": self.rows.label, "budget": self.budget.label, "arm": self.arm.name}
         what = {"stage": stage, "lr": trial.run.lr, "seed": trial.run.seed, "wanted_parameters": self.wanted}
         metric = {"metric": task.headline, "more_is_better": task.more_is_better, "error": record.error}
-        figures = {k: v for k, v in (record.result or {}).items() if k not in ("evaluation_seconds", "wall_seconds")}
+        figures = {k: v for k, v in (record.result or {}).items() if k not in NOT_OUTCOME}
         yield Outcome.decode(labels | what | metric | figures)
 
     def chosen(self, known: Mapping[str, Record]) -> ChosenRate | None:
@@ -177,6 +180,21 @@ class Plan:
         known = store.records(self.keys())
         outcomes = [o for cell in self.cells for o in cell.outcomes(known)]
         return outcomes, [c for cell in self.cells if (c := cell.chosen(known)) is not None]
+
+    def strangers(self, known: Mapping[str, Record]) -> list[str]:
+        """Sentences on runs that were made on other rows than their source holds now."""
+        other: Counter[str] = Counter()
+        for rows in self.study.data:
+            keys = {key for cell in self.cells if cell.rows == rows for key in cell.every()}
+            made = [r.result.get("rows_digest") for k, r in known.items() if k in keys and r.result is not None]
+            if any(made):
+                now = splits.digest(rows, self.study.split_seed)
+                other[rows.label] += sum(digest not in (None, now) for digest in made)
+        return [
+            f"{label}: {n} of the runs here were made on other rows than there are now"
+            for label, n in other.items()
+            if n
+        ]
 
     def counts(self, known: Mapping[str, Record]) -> dict[str, int]:
         """Runs: ended, failed, at least still to come, at most still to come (if every grid grows to its bound)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -46,6 +48,16 @@ def _read(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
     parts = with_validation(parts, seed + 1)
     most = {"train": rows.train, "validation": rows.validation, "test": rows.test}
     return task, DatasetDict({part: sample(parts[part], most[part], seed) for part in PARTS})
+
+
+def digest(rows: Rows, seed: int) -> str:
+    """A hash of the rows of the three parts: it changes with any text, label, number or pixel, and with their order."""
+    made = hashlib.sha256()
+    for part, held in opened(rows, seed)[1].items():
+        for column in sorted(held.column_names):
+            values = [fingerprint(v) for v in held[column]] if column == "image" else held[column][:]
+            made.update(json.dumps([part, column, values]).encode())
+    return made.hexdigest()[:24]
 
 
 def leaks(parts: DatasetDict) -> Iterator[str]:

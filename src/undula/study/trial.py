@@ -100,6 +100,7 @@ def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
         "curve": watch.curve,
         "pruned": watch.pruned,
         "evaluation_seconds": round(watch.seconds, 3),
+        "rows_digest": splits.digest(trial.rows, trial.split_seed),
     }
     found |= _tested(ready, watch, Examples(task, parts["test"], ready.processor)) if trial.tested else {}
     return found | {"wall_seconds": round(time.perf_counter() - begun, 3)}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 import os
@@ -71,8 +72,10 @@ def _executor(room: Any, name: str, workers: int) -> Any:
 def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     """The plan in numbers."""
     from ..study.plan import Plan
+    from ..study.power import power
 
     plan = Plan(made)
+    foreseen = power(plan)
     rows = [
         {
             "method": c.arm.name,
@@ -87,7 +90,7 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     warnings = room.warnings(made)
     found = room.estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
     counts = found.counts if found else plan.counts({})
-    told = {"cells": rows, "runs": dict(counts), "warnings": warnings}
+    told = {"cells": rows, "runs": dict(counts), "decidable": dataclasses.asdict(foreseen), "warnings": warnings}
     if found:
         told["hours"] = {"least": found.seconds_least / 3600, "most": found.seconds_most / 3600, "from": found.based_on}
     shell.write(to, told)
@@ -100,6 +103,7 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         f"{len(rows)} cells; {counts['ended']} runs have ended, {counts['least']} are to come, "
         f"at most {counts['most']} if every grid of rates grows to its bound"
     )
+    shell.note(foreseen.words)
     if found:
         least, most = _lasting(found.seconds_least), _lasting(found.seconds_most)
         shell.note(f"about {least}, at most {most}, by {found.based_on}, one run at a time")

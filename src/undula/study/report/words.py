@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from .. import statistics as S
@@ -105,7 +104,7 @@ def _too_few(summary: Summary) -> str:
     """How many seeds it would take."""
     rows, alpha = _undecided(summary), summary.rule.alpha
     pairs = max(row.against.pairs for row in rows if row.against)
-    one, every = (math.ceil(math.log2(2 * m / alpha)) for m in (1, summary.compared))
+    one, every = (S.pairs_for(m, alpha) for m in (1, summary.compared))
     needed = f"{one} seeds would do for a single comparison"
     if every > one:
         needed += f", {every} for all {summary.compared} of this report"
