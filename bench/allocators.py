@@ -11,14 +11,12 @@ on the machine disturbs little.  Shares are medians over the steps, and means, w
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from record import record
 from torch import nn
 
 import undula
@@ -94,16 +92,7 @@ def main() -> None:
         rows.append(row | {"met": row["mean"] <= AIM})
         print(f"{name:18} median {row['median']:.2%}  mean {row['mean']:.2%}  most {row['most']:.1%}", flush=True)
     if args.json:
-        result = {
-            "date": datetime.date.today().isoformat(),
-            "command": f"python bench/allocators.py --steps {args.steps}",
-            "machine": f"{os.uname().machine}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
-            "aim": f"a mean of at most {AIM:.0%}",
-            "rows": rows,
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        record(args.json, {"threads": 1, "aim": f"a mean of at most {AIM:.0%}", "rows": rows})
 
 
 if __name__ == "__main__":

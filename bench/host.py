@@ -11,17 +11,13 @@ likewise.  Medians of ratios within one round, all variants interleaved.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import record
 from step import CLOCKS, base, ratios  # the benchmark beside this one
 
 import undula
@@ -129,10 +125,6 @@ def main() -> None:
         print(f"{'met   ' if met[n] else 'MISSED'} {n}: {v:.3f}")
     if args.json:
         result = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
             "threads": args.threads,
             "clock": args.clock,
             "targets_met": all(met.values()),
@@ -140,8 +132,7 @@ def main() -> None:
             "seconds": figures,
             "decode / base": decode,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        record(args.json, result)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ import argparse
 import ctypes
 import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from record import record
 from step import resident, resource_peak  # the benchmark beside this one
 from torch import nn
 
@@ -104,17 +103,8 @@ def main() -> None:
         rows[name] = {"date": f"{datetime.date.today()}", "threads": args.threads, **row}
         print(f"{name:30} {row['seconds']:8.1f} s  {row['memory_mib']:7.0f} MiB  {row['passes']:5} passes", flush=True)
         if args.json:
-            write(args.json, rows)
-
-
-def write(path: Path, rows: dict[str, dict]) -> None:
-    figures = {
-        "command": "python bench/probe.py --json bench/results/probe.json",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "variants": {n: rows[n] for n in VARIANTS if n in rows},
-    }
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+            kept = {"variants": {n: rows[n] for n in VARIANTS if n in rows}}
+            record(args.json, kept, command="python bench/probe.py --json bench/results/probe.json")
 
 
 if __name__ == "__main__":

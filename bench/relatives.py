@@ -11,10 +11,8 @@ this table shows that each method learns, not which is best (`undula study` does
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from record import record
 
 import undula
 from undula import Centred, LoRA, Method, ranks
@@ -158,7 +157,8 @@ def main() -> None:
                 rows[entry.name] = {"name": entry.name, "fault": f"{type(error).__name__}: {error}"}
         told(rows[entry.name])
         if args.json:
-            write(args, rows)
+            figures = {"threads": 1, "rows": list(rows.values())}
+            record(args.json, figures, command=f"python bench/relatives.py --steps {args.steps} --json {args.json}")
 
 
 def told(row: dict) -> None:
@@ -172,18 +172,6 @@ def told(row: dict) -> None:
         f"{row['seconds']:6.1f} s  {ends}  {row.get('fault', '')}",
         flush=True,
     )
-
-
-def write(args: argparse.Namespace, rows: dict[str, dict]) -> None:
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python bench/relatives.py --steps {args.steps}",
-        "machine": f"{os.uname().machine}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
-        "torch": torch.__version__,
-        "rows": list(rows.values()),
-    }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

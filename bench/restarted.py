@@ -8,8 +8,10 @@ Prints the median CPU time of each method over that of LoRA r=8, interleaved, on
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
+from record import record
 from torch import nn
 
 from undula import LoRA, Restarted
@@ -35,19 +37,21 @@ def stepper(module, method, x, g):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     methods = {"LoRA": LoRA(r=8), "LoRA again": LoRA(r=8)}
     for past in (8, 32, 128):
         methods[f"Restarted, past {past}"] = Restarted(LoRA(r=8), past)
         methods[f"stacked, past {past}"] = Stacked(LoRA(r=8), past)
+    rows = []
     for O, I in ((576, 576), (1536, 576), (576, 1536)):
         torch.manual_seed(0)
         module = nn.Linear(I, O, bias=False).requires_grad_(False)
         x, g = torch.randn(4, 128, I, requires_grad=True), torch.randn(4, 128, O)
         steps = {name: stepper(module, m, x, g) for name, m in methods.items()}
         times = {name: [] for name in steps}
-        for _ in range(rounds):
+        for _ in range(args.rounds):
             for name, step in steps.items():
                 step()
                 start = time.process_time()
@@ -59,6 +63,9 @@ def main() -> None:
         for name, found in times.items():
             low, middle, high = (q / floor for q in statistics.quantiles(found, n=4))
             print(f"  {name:20} {middle:.2f} x  ({low:.2f}-{high:.2f})")
+            rows.append({"layer": f"{I} -> {O}", "method": name, "median": middle, "low": low, "high": high})
+    if args.json:
+        record(args.json, {"threads": 1, "rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
-import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import record
 from torch import nn
 
 import undula
@@ -304,19 +301,14 @@ def main() -> None:
     for t in targets:
         print(f"{'met ' if t['met'] else 'MISSED'}  {t['case']:12} {t['target']:36} {t['median']:.3f} <= {t['bound']}")
     if args.json:
-        result = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
+        figures = {
             "threads": args.threads,
             "clock": args.clock,
             "targets_met": all(t["met"] for t in targets),
             "targets": targets,
             "rows": rows,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        record(args.json, figures)
 
 
 if __name__ == "__main__":

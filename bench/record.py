@@ -1,0 +1,27 @@
+"""How the programs beside this one keep their figures: one JSON file with date, machine, command and torch."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def record(path: Path, figures: dict[str, Any], command: str = "") -> None:
+    """Writes PATH whole or not at all.  `command` where the words of this process are not those that repeat it."""
+    head = {
+        "date": datetime.date.today().isoformat(),
+        "command": command or " ".join(["python", *sys.argv]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(head | figures, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
