@@ -240,6 +240,8 @@ def test_a_dry_run_tells_runs_and_time_and_runs_nothing(text, tmp_path):
                           text=True, check=True)  # fmt: skip
     told = json.loads(done.stdout)
     assert told["runs"] == {"ended": 0, "failed": 0, "least": 12, "most": 18}
+    assert told["decidable"] == {"seeds": 2, "single": 2, "single_decidable": 0, "pooled": 0, "pooled_decidable": 0,
+                                 "seeds_for_pooled": 0, "seeds_for_every": 7}  # fmt: skip
     assert 0 < told["hours"]["least"] < told["hours"]["most"] < 1
     assert not (tmp_path / "o").exists()
 

@@ -18,8 +18,8 @@ class Power:
     single_decidable: int
     pooled: int  # over all groups together
     pooled_decidable: int
-    seeds_for_pooled: int | None  # the fewest with which all of them could be decided; None: more than S.EXACT
-    seeds_for_every: int | None
+    seeds_for_pooled: int  # the fewest with which all of them could be decided
+    seeds_for_every: int
 
     @property
     def words(self) -> str:
@@ -27,37 +27,30 @@ class Power:
         parts = [f"{self.single_decidable} of {self.single} comparisons within a group"]
         if self.pooled:
             parts.append(f"{self.pooled_decidable} of {self.pooled} over all groups together")
-        needed = {"those over all groups": self.seeds_for_pooled if self.pooled else None, "all": self.seeds_for_every}
-        more = [f"{n} seeds for {what}" for what, n in needed.items() if n is not None and n > self.seeds]
         told = f"{self.seeds} seeds could decide {' and '.join(parts)}, however large the differences"
+        needed = {"those over all groups": self.seeds_for_pooled if self.pooled else 0, "all": self.seeds_for_every}
+        more = [f"{n} seeds for {what}" for what, n in needed.items() if n > self.seeds]
         return told + (f"; it takes {', '.join(more)}" if more else "")
 
 
 def power(plan: Plan, rule: S.Rule = S.Rule()) -> Power:
     """What the study's seeds can decide by the exact test, corrected for all its comparisons."""
     seeds = len(plan.study.seeds)
-    single, pooled = _decidable(plan, seeds, rule)
-    needed = {n: _decidable(plan, n, rule) for n in range(1, S.EXACT + 1)}
+    counts = list(_groups(plan))
+    single = sum(counts)
+    pooled = [n for n in counts if n > 1]
+    pairs = [seeds] * single + [seeds * n for n in pooled]
+    found = S.decidable([S.smallest_p(n, rule) for n in pairs], rule.alpha)
     return Power(
-        *(seeds, len(single), sum(single), len(pooled), sum(pooled)),
-        seeds_for_pooled=next((n for n, (_, over) in needed.items() if all(over)), None),
-        seeds_for_every=next((n for n, (each, over) in needed.items() if all(each) and all(over)), None),
+        *(seeds, single, sum(found[:single]), len(pooled), sum(found[single:])),
+        seeds_for_pooled=S.seeds_for(len(pooled), rule.alpha, min(pooled)) if pooled else 0,
+        seeds_for_every=S.seeds_for(len(pairs), rule.alpha) if pairs else 0,
     )
 
 
-def _decidable(plan: Plan, seeds: int, rule: S.Rule) -> tuple[list[bool], list[bool]]:
-    """(within a group, over all groups): which comparisons so many seeds could decide."""
-    groups = {(c.base, c.rows.label, c.budget) for c in plan.cells}
-    pairs = list(_pairs(plan, seeds))
-    within = [n for counts in pairs for n in counts]
-    over = [sum(counts) for counts in pairs] if len(groups) > 1 else []
-    found = S.decidable([S.smallest_p(n, rule) for n in within + over], rule.alpha)
-    return found[: len(within)], found[len(within) :]
-
-
-def _pairs(plan: Plan, seeds: int) -> Iterator[list[int]]:
-    """Of each arm beside the baseline its pairs in each group.  One run of an untrained model makes no comparison."""
+def _groups(plan: Plan) -> Iterator[int]:
+    """In how many groups each arm is compared with the baseline.  One run of an untrained model is no comparison."""
     for arm in plan.study.arms:
-        pairs = [seeds for c in plan.cells if c.arm == arm and not c.untrained]
-        if pairs and arm.name != plan.study.baseline:
-            yield pairs
+        groups = sum(c.arm == arm and not c.untrained for c in plan.cells)
+        if groups and arm.name != plan.study.baseline:
+            yield groups

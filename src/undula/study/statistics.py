@@ -142,9 +142,10 @@ def smallest_p(n: int, rule: Rule = Rule()) -> float:
     return 2.0 ** (1 - max(n, 1)) if n <= EXACT else 1 / (1 + rule.resamples)
 
 
-def pairs_for(comparisons: int, alpha: float) -> int:
-    """The fewest pairs with which the exact test could decide each of so many comparisons: 2 m / 2^n <= alpha."""
-    return math.ceil(math.log2(2 * comparisons / alpha))
+def seeds_for(comparisons: int, alpha: float, groups: int = 1) -> int:
+    """The fewest seeds with which the exact test could decide each of so many comparisons, each over so many groups:
+    2 m / 2^(seeds groups) <= alpha."""
+    return math.ceil(math.log2(2 * comparisons / alpha) / groups)
 
 
 def _chunks(count: int, width: int, most: int = 1 << 22) -> list[int]:

@@ -90,24 +90,11 @@ def interval(low: float | None, high: float | None) -> str:
 def _over_all(summary: Summary) -> Iterator[Block]:
     if not summary.pooled:
         return
-    head = (
-        "arm",
-        "groups",
-        "pairs",
-        "ahead",
-        "wins",
-        "ties",
-        "losses",
-        "undecided",
-        "mean gain",
-        "p",
-        "p (Holm)",
-        "verdict",
-    )
+    head = ("arm", "groups", "pairs", "ahead", "won / tied / lost / open", "mean gain", "p", "p (Holm)", "verdict")
     rows: list[tuple[str | Mark, ...]] = [
         (
             *(each.arm, str(each.groups), str(each.pairs), str(each.ahead)),
-            *(str(each.verdicts.get(v, 0)) for v in ("win", "tie", "loss", "undecided")),
+            " / ".join(str(each.verdicts.get(v, 0)) for v in ("win", "tie", "loss", "undecided")),
             f"{signed(each.gain.mean)} ({interval(each.gain.low, each.gain.high)})" if each.gain else "",
             *(words.chance(each.p), words.chance(each.p_holm), Mark(each.verdict, each.verdict)),
         )

@@ -104,10 +104,13 @@ def _too_few(summary: Summary) -> str:
     """How many seeds it would take."""
     rows, alpha = _undecided(summary), summary.rule.alpha
     pairs = max(row.against.pairs for row in rows if row.against)
-    one, every = (S.pairs_for(m, alpha) for m in (1, summary.compared))
+    one, every = (S.seeds_for(m, alpha) for m in (1, summary.compared))
     needed = f"{one} seeds would do for a single comparison"
     if every > one:
         needed += f", {every} for all {summary.compared} of this report"
+    if any(each.verdict == S.UNDECIDED for each in summary.pooled):
+        groups = min(each.groups for each in summary.pooled)
+        needed += f", {S.seeds_for(len(summary.pooled), alpha, groups)} for those over all groups together"
     return (
         f"Undecidable does not mean equal. With {some(pairs, 'pair')} of seeds the smallest p that the exact test can "
         f"give is {chance(S.smallest_p(pairs, summary.rule))}, whatever the figures: {needed}. Until then there are "
