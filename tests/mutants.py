@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
+STUDY = "tests/interop/test_study.py::test_runs_on_other_rows_are_not_mixed_in"
+REPORT = "tests/oracles/test_study_report.py"
 IMAGES = "tests/interop/test_images.py"
 GATED, RANKS = "tests/oracles/test_gated.py", "tests/oracles/test_ranks.py"
 ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_ranks_gates.py"
@@ -73,6 +75,10 @@ MUTANTS = [
     ("integrations/peft.py", "        bases.keep_gradients(model)\n", "", "tests/interop/test_quantised.py"),
     ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
+    ("study/plan.py", "if other:", "if False:", STUDY),
+    ("study/splits.py", "made.update(json.dumps([part, column, values]).encode())", "pass", STUDY),
+    ("study/statistics.py", "math.log2(2 * comparisons / alpha)", "math.log2(comparisons / alpha)", REPORT),
+    ("study/power.py", "[seeds * n for n in pooled]", "[seeds for n in pooled]", REPORT),
     ("study/store.py", "if row is not None and not is_free(row[0], row[2], row[3]):", "if False:", CHOICES),
     ("methods/gated.py", "self.r if self.open is None else self.open, self.alpha", "self.r, self.alpha", GATED),
     ("methods/dylora.py", "torch.where(last, B_OR, B_OR.detach())", "B_OR", GATED),

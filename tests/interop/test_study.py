@@ -135,10 +135,12 @@ def test_runs_on_other_rows_are_not_mixed_in(text, sources, tmp_path):
     first = run(study, tmp_path / "o").outcomes
     tiny.jsonl(path, [*tiny.reviews(119), {"text": "another film", "label": "bad"}])
     splits._opened.clear()  # as in another process
+    splits._digests.clear()
     with pytest.raises(
         ValueError, match=f"reviews: {len(first)} of the runs here were made on other rows .* another --out"
     ):
         run(study, tmp_path / "o")
+    assert any("made on other rows" in w for w in warnings(study, tmp_path / "o"))  # what a dry run says
     found = report(study, tmp_path / "o")
     assert found.outcomes == first
     assert "were made on other rows than there are now" in (found.report.parent / "report.md").read_text()

@@ -158,4 +158,6 @@ def test_a_run_is_taken_once(tmp_path):
     assert not Store(tmp_path / "runs.sqlite").claim(trial)  # this process has it, and lives
     store.finish(trial, {"validation": 0.5})
     assert not store.claim(trial)
-    assert store.records([trial.key])[trial.key].result == {"validation": 0.5}
+    before = store.path.read_bytes()
+    assert Store(store.path).records([trial.key])[trial.key].result == {"validation": 0.5}
+    assert store.path.read_bytes() == before  # reading writes nothing

@@ -66,8 +66,8 @@ def run(
     """
     executor, view, out = executor or Local(), view or Silent(), Path(out)
     plan, store = Plan(study), Store(out / STORE)
-    if changed := plan.strangers(store.records(plan.keys())):
-        raise ValueError(f"{'; '.join(changed)}: bring the rows back, or begin again in another --out than {out}")
+    if changed := "; ".join(plan.strangers(store.records(plan.keys()))):
+        raise ValueError(f"{changed}: bring the rows back, or begin again in another --out than {out}")
     if retry_failed:
         store.forget_failures(plan.keys())
     try:
@@ -121,17 +121,19 @@ def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None
     from .report import write_report
 
     out = Path(out)
-    plan, store = Plan(study), Store(out / STORE)
-    outcomes, chosen = plan.outcomes(store)
-    doubts = [*warnings(study), *plan.strangers(store.records(plan.keys()))]
-    told = {"warnings": "\n".join(doubts)} | dict(about or {})
+    outcomes, chosen = Plan(study).outcomes(Store(out / STORE))
+    told = {"warnings": "\n".join(warnings(study, out))} | dict(about or {})
     made = write_report(out / REPORT, outcomes, chosen, title=study.title, baseline=study.baseline, about=told)
     return Finished(outcomes, chosen, made)
 
 
-def warnings(study: Study) -> list[str]:
-    """What makes the data of a study doubtful."""
-    return [f"{r.label}: {text}" for r in study.data for text in splits.leaks(splits.opened(r, study.split_seed)[1])]
+def warnings(study: Study, out: str | Path | None = None) -> list[str]:
+    """What makes the data of a study doubtful, and the runs in `out`, if there are any."""
+    told = [f"{r.label}: {text}" for r in study.data for text in splits.leaks(splits.opened(r, study.split_seed)[1])]
+    if out is not None and (Path(out) / STORE).is_file():
+        plan = Plan(study)
+        told += plan.strangers(Store(Path(out) / STORE).records(plan.keys()))
+    return told
 
 
 @dataclass(frozen=True)

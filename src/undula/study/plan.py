@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,20 +180,15 @@ class Plan:
         outcomes = [o for cell in self.cells for o in cell.outcomes(known)]
         return outcomes, [c for cell in self.cells if (c := cell.chosen(known)) is not None]
 
-    def strangers(self, known: Mapping[str, Record]) -> list[str]:
+    def strangers(self, known: Mapping[str, Record]) -> Iterator[str]:
         """Sentences on runs that were made on other rows than their source holds now."""
-        other: Counter[str] = Counter()
         for rows in self.study.data:
             keys = {key for cell in self.cells if cell.rows == rows for key in cell.every()}
-            made = [r.result.get("rows_digest") for k, r in known.items() if k in keys and r.result is not None]
-            if any(made):
-                now = splits.digest(rows, self.study.split_seed)
-                other[rows.label] += sum(digest not in (None, now) for digest in made)
-        return [
-            f"{label}: {n} of the runs here were made on other rows than there are now"
-            for label, n in other.items()
-            if n
-        ]
+            results = [r.result for k, r in known.items() if k in keys and r.result is not None]
+            made = [r["rows_digest"] for r in results if "rows_digest" in r]  # records of older versions have none
+            other = sum(digest != splits.digest(rows, self.study.split_seed) for digest in made)
+            if other:
+                yield f"{rows.label}: {other} of the runs here were made on other rows than there are now"
 
     def counts(self, known: Mapping[str, Record]) -> dict[str, int]:
         """Runs: ended, failed, at least still to come, at most still to come (if every grid grows to its bound)."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "validation", "test")
 _opened: dict[tuple[str, int], tuple[Task, DatasetDict]] = {}
+_digests: dict[tuple[str, int], str] = {}
 
 
 def opened(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
@@ -51,9 +52,17 @@ def _read(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
 
 
 def digest(rows: Rows, seed: int) -> str:
-    """A hash of the rows of the three parts: it changes with any text, label, number or pixel, and with their order."""
+    """A hash of the rows of the three parts: it changes with any text, label, number or pixel, and with their order.
+    Computed once in a process."""
+    key = (repr(rows), seed)
+    if key not in _digests:
+        _digests[key] = _digest(opened(rows, seed)[1])
+    return _digests[key]
+
+
+def _digest(parts: DatasetDict) -> str:
     made = hashlib.sha256()
-    for part, held in opened(rows, seed)[1].items():
+    for part, held in parts.items():
         for column in sorted(held.column_names):
             values = [fingerprint(v) for v in held[column]] if column == "image" else held[column][:]
             made.update(json.dumps([part, column, values]).encode())

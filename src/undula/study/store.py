@@ -54,8 +54,9 @@ class Store:
             (version,) = db.execute("pragma user_version").fetchone()
             if version not in (0, VERSION):
                 raise ValueError(f"{path} is a store of version {version}; this undula reads version {VERSION}")
-            db.executescript(SCHEMA)
-            db.execute(f"pragma user_version = {VERSION}")
+            if version == 0:  # a new file; one that exists is not touched
+                db.executescript(SCHEMA)
+                db.execute(f"pragma user_version = {VERSION}")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -87,7 +87,7 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         }
         for c in plan.cells
     ]
-    warnings = room.warnings(made)
+    warnings = room.warnings(made, out)
     found = room.estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
     counts = found.counts if found else plan.counts({})
     told = {"cells": rows, "runs": dict(counts), "decidable": dataclasses.asdict(foreseen), "warnings": warnings}

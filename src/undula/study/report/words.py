@@ -109,8 +109,8 @@ def _too_few(summary: Summary) -> str:
     if every > one:
         needed += f", {every} for all {summary.compared} of this report"
     if any(each.verdict == S.UNDECIDED for each in summary.pooled):
-        groups = min(each.groups for each in summary.pooled)
-        needed += f", {S.seeds_for(len(summary.pooled), alpha, groups)} for those over all groups together"
+        over = S.seeds_for(len(summary.pooled), alpha, len(summary.groups))
+        needed += f", {over} for those over all groups together, where an arm has figures in every group"
     return (
         f"Undecidable does not mean equal. With {some(pairs, 'pair')} of seeds the smallest p that the exact test can "
         f"give is {chance(S.smallest_p(pairs, summary.rule))}, whatever the figures: {needed}. Until then there are "
