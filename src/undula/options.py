@@ -1,4 +1,5 @@
-"""Choices from `name=value` texts, as on a command line: `activation=sinter`, `activation.a=1e-3`, `inner.r=4`."""
+"""Choices from `name=value` texts, as on a command line (`activation=sinter`, `activation.a=1e-3`, `inner.r=4`), and
+from tables of values, as in a TOML file (`{ activation = { is = "sinter", a = 1e-3 }, inner = { r = 4 } }`)."""
 
 from __future__ import annotations
 
@@ -18,8 +19,12 @@ Tree = dict[str, Any]
 def build(family: type[C], name: str, pairs: Iterable[str]) -> C:
     """The member of `family` called `name` with these options.  Raises LookupError that lists what exists, ValueError
     for text that is no value of the option's type."""
-    member = family.named(name)
-    return family.build(name, _values(member, _tree(pairs)))
+    return family.build(name, _values(family.named(name), _tree(pairs)))
+
+
+def build_from(family: type[C], name: str, table: Mapping[str, Any]) -> C:
+    """The same from a table; `is` names an option that has options itself.  Texts and lists are taken as they are."""
+    return family.build(name, _values(family.named(name), _tree_of(table)))
 
 
 def split_pair(pair: str, what: str) -> tuple[str, str]:
@@ -30,19 +35,9 @@ def split_pair(pair: str, what: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def pairs_of(table: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A TOML table of options as `NAME=VALUE` texts: {activation = {is = "sinter", a = 0.02}} gives
-    `activation=sinter`, `activation.a=0.02`."""
-    pairs = []
-    for key, value in table.items():
-        if isinstance(value, dict):
-            pairs += pairs_of(value, f"{prefix}{key}.")
-        elif key == "is":
-            pairs.append(f"{prefix.rstrip('.')}={value}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            pairs.append(f"{prefix}{key}={text}")
-    return sorted(pairs, key=lambda p: p.partition("=")[0].count("."))
+def _tree_of(table: Mapping[str, Any]) -> Tree:
+    nodes = {k: _tree_of(v) if isinstance(v, Mapping) else {OWN: v} for k, v in table.items() if k != "is"}
+    return nodes | ({OWN: str(table["is"])} if "is" in table else {})
 
 
 def _tree(pairs: Iterable[str]) -> Tree:
@@ -69,7 +64,7 @@ def _values(member: type[Choice], tree: Mapping[str, Tree]) -> dict[str, Any]:
     return values
 
 
-def _nested(member: type[Choice], field: dataclasses.Field, own: str | None, inner: Mapping[str, Tree]) -> dict:
+def _nested(member: type[Choice], field: dataclasses.Field, own: Any, inner: Mapping[str, Tree]) -> dict:
     """An option that has options itself, written as JSON."""
     where = f"{member.__name__}.{field.name}"
     family = _family(typing.get_type_hints(member)[field.name])

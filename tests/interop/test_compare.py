@@ -1,5 +1,6 @@
 """`undula compare` on tiny adapters that `undula train` made."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,8 +9,9 @@ import torch
 from scipy import stats
 
 from undula.study import statistics as S
-from undula.study.compare import brief, compare
+from undula.study.compare import SETTINGS, _baseline, _entries, brief, compare
 from undula.train import restored
+from undula.train.run import Run
 
 from . import tiny
 from .test_cli import call, call_raw, fails
@@ -53,6 +55,17 @@ def trained(bert, data, tmp_path_factory):
             made[method, seed] = out / f"{method}{seed}"
             call("train", *usual, "--method", method, *options, "--seed", seed, "--out", made[method, seed])
     return made
+
+
+def test_runs_of_one_arm_differ_in_nothing_but_the_seed():
+    """Every field of a run tells arms apart, but those that all have in common and those that change no figure."""
+    common, beside = {"model", "data", "task"}, {"method", "seed", "out", "eval_rows", "save_every"}
+    assert {f.name for f in dataclasses.fields(Run)} == {*SETTINGS, *common, *beside}
+
+
+def test_a_baseline_may_be_called_as_on_the_command_line(trained):
+    entries = _entries([trained["lora", 0], trained["dora", 0]])
+    assert _baseline(entries, "DoRA") == _baseline(entries, "do-ra") == _baseline(entries, str(trained["dora", 0]))
 
 
 def test_two_arms_with_two_seeds(trained, tmp_path):

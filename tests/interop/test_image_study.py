@@ -79,12 +79,16 @@ def test_the_vision_transformer_study(folder, fine, tmp_path):
     assert told["runs"]["least"] == len(study.arms) * distinct * 3 + len(told["cells"]) * 5
     assert told["warnings"] == []
 
-    found = run(parse(shortened(path, 3, ("LoRA r=16", "AuroRA r=2")), "short", replace), tmp_path / "o")
+    found = run(parse(shortened(path, 3, {a.name for a in study.arms}), "short", replace), tmp_path / "o")
     assert not [o.error for o in found.outcomes if o.error]
     final = {o.arm: o for o in found.outcomes if o.stage == FINAL}
     assert {arm: set(o.deployed) for arm, o in final.items()} == {
         "LoRA r=16": {"merged"},
         "AuroRA r=2": {"least squares", "substituted"},
+        "LoRA r=2": {"merged"},
+        "AuroRA static r=2": {"merged"},
+        "head only": set(),
+        "full fine-tuning": set(),
     }
     assert final["LoRA r=16"].parameters == 2 * 2 * 16 * 64  # query and value of two layers
     assert "CIFAR-100" in (tmp_path / "o" / "report" / "report.html").read_text()

@@ -219,6 +219,63 @@ def test_successive_halving_prunes_the_hopeless(text, tmp_path):
     assert not any(o.pruned for o in found.outcomes if o.stage == FINAL)
 
 
+def test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off(text, tmp_path):
+    """By each seed apart every rate could lose once, and none would be left to choose."""
+    swept = text.split("[[methods]]")[0] + '[[methods]]\nmethod = "lora"\n'
+    swept = swept.replace("rates = [3e-3, 1e-2]\nextend = 1", "rates = [1e-8, 1e-2, 1e-1]\nextend = 0\nseeds = [0, 5]")
+    found = run(parse(swept.replace("extend = 0", "extend = 0\nhalving = 2")), tmp_path)
+    sweep = [o for o in found.outcomes if o.stage == SWEEP]
+    lost = {o.lr for o in sweep if o.pruned}
+    assert lost
+    assert {(o.lr, o.seed) for o in sweep} == {(lr, s) for lr in (1e-8, 1e-2, 1e-1) for s in (0, 5)
+                                               if s == 0 or lr not in lost}  # fmt: skip
+    assert {o.seed for o in sweep if o.pruned} == {0}
+    assert found.chosen[0].lr not in lost
+    whole = [o for o in run(parse(swept), tmp_path).outcomes if o.stage == SWEEP]
+    assert len(whole) == 6
+    assert all(o.steps == 12 and not o.pruned for o in whole)
+
+
+class Impatient:
+    """Presses Ctrl-C at the second run."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def counts(self, counts): ...
+    def step(self, step, steps): ...
+    def ended(self, ended): ...
+
+    def begun(self, trial):
+        self.seen += 1
+        if self.seen == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_study_goes_on_in_the_same_process(whole, text, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(parse(text), tmp_path, view=Impatient())
+    assert ended(tmp_path) == 1
+    assert not any(
+        r.state == "running" for r in Store(tmp_path / "runs.sqlite").records(Plan(parse(text)).keys()).values()
+    )
+    assert table(run(parse(text), tmp_path)) == table(whole[1])
+
+
+def test_a_report_says_that_a_study_is_not_complete(whole, text):
+    longer = parse(text.replace("seeds = [1, 2]", "seeds = [1, 2, 3]"))
+    told = (report(longer, whole[0]).report.parent / "report.md").read_text()
+    assert "The study is not complete:" in told
+    assert "3 at least are to come" in told
+    assert "not complete" not in (report(parse(text), whole[0]).report.parent / "report.md").read_text()
+
+
+def test_the_head_alone_has_a_pilot_too(text, tmp_path):
+    alone = text.split("[[methods]]")[0] + '[[methods]]\nmethod = "none"\n'
+    found = estimate(parse(alone.replace("[train]", 'baseline = "head only"\n[train]', 1)), tmp_path)
+    assert 0 < found.seconds_least < found.seconds_most
+
+
 def test_equal_parameters(text):
     study = parse(text + '[[budgets]]\nparameters_of = "LoRA"\nrank = 4\n[[budgets]]\nrank = 4\n')
     cells = {(c.arm.name, c.budget.label): c for c in Plan(study).cells}
@@ -290,6 +347,42 @@ def test_every_fault_of_a_file_is_listed_with_its_line(sources, tmp_path):
     for line, part in wanted.items():
         assert part in found[line], (line, found)
     assert any("no method is called 'LoRA'; there are: head only" in t for _, t in caught.value.found)
+
+
+def test_numbers_that_no_run_could_have_are_faults_with_their_lines(text):
+    head = text.replace("[train]\n", '[train]\nwarmup = 1.5\nweight_decay = -1.0\nwhere = ["q", 1]\nhead_lr = nan\n')
+    head = head.replace("rates = [3e-3, 1e-2]", "rates = [nan, inf]").replace("seeds = [1, 2]", "seeds = [-1, 2]")
+    bad = (
+        head.replace('task = "classification"', 'task = "classification"\nsplits = { tset = "test" }')
+        + '[[budgets]]\nrank = 4\n[[budgets]]\nrank = 4\n[[methods]]\nmethod = "lora"\n'
+    )
+    with pytest.raises(Faults) as caught:
+        parse(bad)
+    lines = bad.splitlines()
+    told = {(lines[line - 1] if line else None, fault) for line, fault in caught.value.found}
+    for line, part in (
+        ("warmup = 1.5", "0 or more and below 1"),
+        ("weight_decay = -1.0", "0 or more"),
+        ('where = ["q", 1]', "a list of names and globs"),
+        ("head_lr = nan", "head_lr is a number"),
+        ("rates = [nan, inf]", "rates greater than 0"),
+        ("seeds = [-1, 2]", "from 0 to 2^32 - 1"),
+        ('splits = { tset = "test" }', "splits gives names to train, validation, test"),
+        ("[[budgets]]", "two of the budgets are called 'r=4'"),
+        ("[[methods]]", "two of the methods are called 'LoRA'"),
+    ):
+        assert any(at == line and part in fault for at, fault in told), (line, told)
+    same = text.replace('task = "classification"', 'task = "classification"\nsplits = { test = "train" }')
+    with pytest.raises(Faults, match="rows of 'train' would be learned from and measured on"):
+        parse(same)
+
+
+def test_every_arm_that_a_budget_does_not_fit_is_named_with_the_budgets_line(text):
+    bad = text + "[[budgets]]\nrank = 2\n[[budgets]]\nparameters = 9\n"
+    with pytest.raises(Faults) as caught:
+        parse(bad)
+    assert {line for line, _ in caught.value.found} == {bad.splitlines().index("parameters = 9")}
+    assert sorted(fault.partition(":")[0] for _, fault in caught.value.found) == ["AuroRA", "LoRA"]
 
 
 def test_models_data_and_budgets_are_looked_at_before_anything_runs(text, sources, tmp_path):

@@ -8,6 +8,8 @@ import pytest
 from scipy import stats
 
 from undula.study import statistics as S
+from undula.study.outcome import FINAL, Outcome
+from undula.study.summary import summarise
 
 # Demsar (2006), table 5 a: critical values of the two-tailed Nemenyi test at 0.05, for k = 2 ... 10
 NEMENYI = (1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164)
@@ -32,6 +34,7 @@ def test_spread_is_students_interval():
     assert (found.low, found.high) == pytest.approx(known)
     assert found.standard_error == pytest.approx(stats.sem(x))
     assert S.spread([1.5]) == S.Spread(1, 1.5)
+    assert S.spread([0.1, 0.1, 0.1]) == S.Spread(3, 0.1, 0.0)  # accuracies that agree by chance: no interval
     with pytest.raises(ValueError, match="no figures"):
         S.spread([])
 
@@ -113,12 +116,28 @@ def test_what_cannot_be_decided_costs_nothing():
 def test_friedman_is_scipys():
     table = draws(4).normal(size=(7, 5)) + np.arange(5) * 0.4
     found = S.ranks("abcde", table)
-    known = stats.friedmanchisquare(*table.T)
-    assert (found.chi2, found.p) == pytest.approx((known.statistic, known.pvalue))
+    assert found.chi2 == pytest.approx(stats.friedmanchisquare(*table.T).statistic)
     assert found.arms[0] == "abcde"[stats.rankdata(-table, axis=1).mean(0).argmin()]  # more is better
     tied = np.round(table)
     assert any(len(set(row)) < 5 for row in tied)
     assert S.ranks("abcde", tied).chi2 == pytest.approx(stats.friedmanchisquare(*tied.T).statistic)
+
+
+@pytest.mark.parametrize("table", [[[3, 2, 1], [9, 8, 7]], [[3, 2, 1], [9, 8, 7], [1, 2, 3]], [[2, 2, 1], [1, 3, 2]]])
+def test_friedmans_p_is_that_of_all_permutations(table):
+    """Where two groups agree on three arms it is 1/6; Iman and Davenport's F says 0 there, chi-square 0.135."""
+    found, ranked = S.ranks("abc", table), stats.rankdata(-np.array(table), axis=1)
+    every = [
+        np.square(np.sum(rows, 0)).sum() for rows in itertools.product(*(itertools.permutations(r) for r in ranked))
+    ]
+    exact = np.mean(np.array(every) >= np.square(ranked.sum(0)).sum())
+    assert abs(found.p - exact) < 5 * math.sqrt(exact * (1 - exact) / S.Rule().resamples) + 1e-4
+    assert found.p == S.ranks("abc", table).p
+
+
+def test_friedmans_p_of_many_groups_is_chi_squares():
+    table = draws(6).normal(size=(200, 4)) + np.arange(4) * 0.07
+    assert S.ranks("abcd", table).p == pytest.approx(stats.friedmanchisquare(*table.T).pvalue, abs=0.02)
 
 
 def test_demsars_example():
@@ -191,16 +210,42 @@ def test_the_pooled_interval_covers_as_stated():
     assert S.pooled([[1.0, 2.0], [1.0]]) is None
 
 
-def report(draw, arms, sets, seeds, effect=0.0):
-    """Adjusted p of every comparison of a study whose arms differ from the baseline by `effect` in the first alone, and
-    the p before adjusting."""
+def figures(draw, arms, sets, seeds, effect=0.0):
+    """(arms and the baseline, which is first; data sets; seeds): the first arm is better by `effect` noise levels."""
     noise = draw.normal(size=(arms + 1, sets, seeds)) * (1 + np.arange(sets)[:, None])
     noise[1] += effect * (1 + np.arange(sets)[:, None])
-    d = noise[1:] - noise[0]
+    return noise
+
+
+def report(draw, arms, sets, seeds, effect=0.0):
+    """Adjusted p of every comparison of such a study, and the p before adjusting."""
+    found = figures(draw, arms, sets, seeds, effect)
+    d = found[1:] - found[0]
     p = [S.sign_flip(d[a, g]) for a in range(arms) for g in range(sets)]
     p += [S.sign_flip(S.standardised(d[a])) for a in range(arms)]
     smallest = [S.smallest_p(seeds)] * (arms * sets) + [S.smallest_p(seeds * sets)] * arms
     return S.corrected(p, smallest, 0.05), p, smallest
+
+
+@pytest.mark.parametrize(("sets", "seeds"), [(4, 3), (1, 8), (2, 7)])
+def test_a_summary_has_these_figures(sets, seeds):
+    arms = ["LoRA", *"abcde"]
+    runs = [
+        Outcome(arm, "m", f"set {g}", "b", FINAL, 1e-3, s, "accuracy", True, test=float(v))
+        for arm, rows in zip(arms, figures(draws(sets), 5, sets, seeds, 1.0), strict=True)
+        for g, row in enumerate(rows)
+        for s, v in enumerate(row)
+    ]
+    summary = summarise(runs, [], "LoRA")
+    single = {(row.arm, row.data): row.against for row in summary.rows}
+    every = [single[arm, f"set {g}"] for arm in arms[1:] for g in range(sets)]
+    every += summary.pooled or [single[arm, "set 0"] for arm in arms[1:]]
+    adjusted, p, smallest = report(draws(sets), 5, sets, seeds, 1.0)
+    if sets == 1:  # then the pooled comparisons are the single ones, and no family of their own
+        adjusted, p, smallest = S.corrected(p[:5], smallest[:5], 0.05) * 2, p[:5] * 2, smallest[:5] * 2
+    assert [c.p for c in every] == pytest.approx(p)
+    assert [c.smallest_p for c in every] == smallest
+    assert [c.p_holm for c in every] == pytest.approx(adjusted)
 
 
 @pytest.mark.parametrize(("sets", "seeds"), [(4, 3), (1, 8), (2, 7)])

@@ -10,13 +10,19 @@ import torch
 from torch import nn
 
 import undula
+from undula.method import Method
+from undula.options import build_from
 from undula.sites import choose, site
+from undula.study import spec
+from undula.study.executors import Ray
 from undula.study.lines import line_of, lines
+from undula.study.plan import Plan
 from undula.study.rates import Decision, decide
 from undula.study.sizes import at_rank, count, with_parameters
 from undula.study.spec import Rows
 from undula.study.store import SILENCE, Store, is_free, worker
 from undula.study.trial import Trial
+from undula.train.task import Task
 
 GRID = (1e-3, 1e-2)
 
@@ -48,6 +54,12 @@ def test_failed_rates_are_worse_than_any_and_where_all_fail_the_grid_goes_down()
     assert decide(GRID, scores, 10, 1, True) == Decision(more=(1e-4,))
     assert decide(GRID, scores | {1e-4: None}, 10, 1, True) == Decision()
     assert decide(GRID, scores | {1e-4: 0.1}, 10, 1, True) == Decision(chosen=1e-4, bracketed=False)
+
+
+def test_what_an_older_form_tried_beyond_a_gap_changes_nothing():
+    scores = {1e-3: 0.1, 1e-2: 0.5, 1.0: 0.9}
+    assert decide(GRID, scores, 10, 2, True) == Decision(more=(0.1,))
+    assert decide(GRID, scores | {0.1: 0.2}, 10, 2, True) == Decision(chosen=1.0, bracketed=False)
 
 
 def test_of_equal_scores_the_lower_rate_wins():
@@ -129,11 +141,63 @@ def test_a_run_is_free_when_its_process_is_gone():
         assert not is_free("running", name, 0.0)
         child.kill()
     assert is_free("running", name, time.time())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        name = worker(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet asked after
+        assert is_free("running", name, time.time())
     assert not is_free("done", name, 0.0)
     host, pid, birth = worker(os.getpid()).split("/")
     assert is_free("running", f"{host}/{pid}/{birth}9", time.time())  # the number belongs to a later process now
     assert not is_free("running", "elsewhere/1/1", time.time())
     assert is_free("running", "elsewhere/1/1", time.time() - 2 * SILENCE)
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path):
+    (tmp_path / "runs.sqlite").write_text("a text that is long enough to be looked at" * 99)
+    with pytest.raises(OSError, match=r"the runs in .*runs.sqlite cannot be read or written: file is not a database"):
+        Store(tmp_path / "runs.sqlite")
+
+
+def test_options_of_a_table_are_taken_as_they_are():
+    data = undula.train.CausalLM
+    made = build_from(Task, "causal-lm", {"format": {"is": "chat", "instruction": "Sum up: "}, "generate": 3})
+    assert isinstance(made, data)
+    assert (made.format.instruction, made.generate) == ("Sum up: ", 3)
+    named = build_from(Task, "classification", {"names": ["Sports, news", "Tech"]})
+    assert named.names == ("Sports, news", "Tech")
+    loran = build_from(Method, "loran", {"r": 2, "activation": {"a": 0.02}, "learn": ["a"]})
+    assert loran == undula.LoRAN(r=2, activation=undula.activations.Sinter(a=0.02), learn=("a",))
+    assert build_from(Method, "dora", {"inner": {"is": "lora", "r": 4}}) == undula.DoRA(undula.LoRA(r=4))
+    with pytest.raises(LookupError, match="no method is called '3'"):
+        build_from(Method, "dora", {"inner": {"is": 3}})
+
+
+def test_a_run_is_the_same_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "d.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    task = undula.train.Classification()
+    runs = [undula.train.Run(model="m", data=d, task=task, method=undula.LoRA(), out=tmp_path)
+            for d in ("d.jsonl", str(tmp_path / "d.jsonl"))]  # fmt: skip
+    keys = {Trial(run, Rows(run.data, task), 1, 0, tested=False).key for run in runs}
+    assert len(keys) == 1
+    assert Trial.decode(Trial(runs[0], Rows("d.jsonl", task), 1, 0, False).encode()).rows.source == runs[1].data
+
+
+def test_a_study_built_as_a_value_is_checked_before_it_runs():
+    task = undula.train.Classification()
+    arms = (spec.Arm("a", undula.LoRA()), spec.Arm("a", undula.DoRA()))
+    wrong = spec.Study("t", arms, (spec.Base("m"),), (spec.Rows("d", task),), seeds=(0, -1))
+    with pytest.raises(ValueError, match="two of the methods") as caught:
+        Plan(wrong)
+    for part in ("two of the methods are called 'a'", "no method is called 'LoRA'; there are: a, a",
+                 "whole numbers from 0", "none of them may be a seed of the sweep"):  # fmt: skip
+        assert part in str(caught.value)
+
+
+def test_no_run_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="found slots=0"):
+        Ray(slots=0)
 
 
 def test_lines_of_a_study_file():

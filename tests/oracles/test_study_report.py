@@ -18,7 +18,7 @@ from undula.study import statistics as S
 from undula.study.outcome import FINAL, SWEEP, ChosenRate, Outcome
 from undula.study.plan import Plan
 from undula.study.power import power
-from undula.study.report import svg, write_report
+from undula.study.report import svg, write, write_report
 from undula.study.report.plots import pareto
 from undula.study.summary import summarise
 
@@ -102,6 +102,45 @@ def test_three_seeds_decide_over_groups_and_never_within_one():
     assert summary.ranks.arms[0] == "DoRA"
 
 
+def test_budgets_are_no_new_evidence():
+    """One data set under two budgets: as many pairs as seeds, whether the runs are the same or not."""
+    few = [replace(o, budget=b) for b in ("r=8", "parameters of LoRA") for o in study(data=("news",))[0]]
+    assert {each.verdict for each in summarise(few, [], "LoRA").pooled} == {S.UNDECIDED}
+    draw, runs = random.Random(1), []
+    for arm, s, b in itertools.product(("LoRA", "DoRA"), range(3), ("r=8", "r=2")):
+        runs.append(run(arm, s, draw.random(), budget=b))
+    (pooled,) = summarise(runs, [], "LoRA").pooled
+    value = {(o.arm, o.seed, o.budget): o.test for o in runs}
+    gains = [sum(value["DoRA", s, b] - value["LoRA", s, b] for b in ("r=8", "r=2")) / 2 for s in range(3)]
+    assert (pooled.groups, pooled.pairs, pooled.smallest_p) == (2, 3, 0.25)
+    assert pooled.p == S.sign_flip(gains)
+    assert (pooled.gain.mean, pooled.gain.low) == pytest.approx((S.spread(gains).mean, S.spread(gains).low))
+
+
+def test_nothing_is_pooled_over_one_group():
+    runs = [o for o in study(seeds=8)[0] if (o.arm, o.data) != ("AuroRA", "films")]
+    summary = summarise(runs, [], "LoRA")
+    assert [each.arm for each in summary.pooled] == ["DoRA"]
+    assert row(summary, "AuroRA").against.p_holm < 0.05
+
+
+def test_a_baseline_without_a_figure_leaves_the_figures_of_the_others(tmp_path):
+    runs = [run("LoRA", stage=SWEEP, error="it diverged"), run("DoRA", 0, 0.9), run("DoRA", data="films")]
+    summary = summarise(runs, [], "LoRA")
+    assert (row(summary, "LoRA").quality, row(summary, "DoRA").against) == (None, None)
+    assert "The baseline LoRA has no figure, so nothing is compared with it" in words(tmp_path, runs)
+
+
+def test_an_arm_that_never_worked_has_a_row(tmp_path):
+    runs, rates = study()
+    runs += [run("SHiRA", 7, None, stage=SWEEP, error="it diverged")]
+    found = row(summarise(runs, rates, "LoRA"), "SHiRA")
+    assert (found.quality, found.failed, found.failed_sweep) == (None, 0, 1)
+    text = words(tmp_path, runs, rates)
+    assert "No final run has given a figure of: SHiRA (bert, news, r=8)." in text
+    assert "4 arms in 2 groups" in text
+
+
 def test_an_arm_that_is_missing_somewhere_has_no_rank():
     runs = [o for o in study()[0] if (o.arm, o.data) != ("AuroRA", "films")]
     summary = summarise([*runs, run("SHiRA"), run("SHiRA", data="films")], [], "LoRA")
@@ -115,8 +154,6 @@ def test_the_order_of_the_runs_does_not_matter():
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(LookupError, match="'lora' has no final run; the arms are: DoRA, LoRA"):
-        summarise([run(), run("DoRA")], [], "lora")
     with pytest.raises(ValueError, match=r"2 final runs of bert, news, r=8, LoRA, seed 0; .* by accuracy and loss"):
         summarise([run(), run(), run("DoRA", metric="loss")], [], "LoRA")
     with pytest.raises(ValueError, match=r"none of the 1 runs is a final one$"):
@@ -269,7 +306,7 @@ def test_what_seeds_could_decide_is_what_the_summary_decides_of_the_largest_diff
     names = ("news", "films", "mail")[:sets]
     arms = [spec.Arm(a, undula.LoRA(r=r)) for r, a in enumerate(("LoRA", *"abcdefgh"), 1)]
     data = tuple(spec.Rows(n, undula.train.Classification()) for n in names)
-    planned = spec.Study("t", tuple(arms), (spec.Base("bert"),), data, seeds=tuple(range(seeds)))
+    planned = spec.Study("t", tuple(arms), (spec.Base("bert"),), data, seeds=tuple(range(1, seeds + 1)))
     foreseen = power(Plan(planned))
     runs = [run(a.name, s, float(a.name != "LoRA"), data=n) for a in arms for s in range(seeds) for n in names]
     found = summarise(runs, (), "LoRA")
@@ -279,6 +316,46 @@ def test_what_seeds_could_decide_is_what_the_summary_decides_of_the_largest_diff
     assert (foreseen.pooled, foreseen.pooled_decidable) == (len(over), over.count(S.WIN))
     for needed, decided in ((foreseen.seeds_for_pooled, over), (foreseen.seeds_for_every, single + over)):
         assert (seeds >= needed) == all(v == S.WIN for v in decided)
+
+
+def test_the_seeds_of_an_untrained_model_are_not_asked_for(tmp_path):
+    runs, rates = study(data=("news",))
+    runs += [run("untrained", 0, 0.1, parameters=0, head_parameters=0)]
+    assert "7 for all 2 of this report" in words(tmp_path, runs, rates)
+
+
+def test_the_bootstraps_warning_stays_where_one_arm_has_a_single_pair(tmp_path):
+    text = words(tmp_path, [*study(data=("news",))[0], run("SHiRA")])
+    assert "it covers the truth at most 75 % of the time" in text
+    assert "An arm with one pair of seeds has no interval and no test" in text
+
+
+def test_equal_bests_are_all_named(tmp_path):
+    text = words(tmp_path, [run(), run("DoRA", 0, 0.9), run("AuroRA", 0, 0.9)])
+    assert "The highest mean accuracy is that of AuroRA and DoRA, 0.9000" in text
+
+
+def test_what_halving_ended_is_told(tmp_path):
+    runs, rates = study(arms=("LoRA", "DoRA"))
+    assert "Every chosen rate lies between rates that did no better." in words(tmp_path, runs, rates)
+    runs = [replace(o, pruned=o.stage == SWEEP and o.lr == 1e-2) for o in runs]
+    assert "Successive halving ended 4 of its runs early." in words(tmp_path, runs, rates)
+
+
+def test_an_interval_that_is_cut_has_an_arrow(tmp_path):
+    noisy = [run(a, s, v) for a in ("LoRA", "DoRA") for s, v in enumerate((0.5, 0.6, 0.7 + 0.1 * (a == "DoRA")))]
+    words(tmp_path, noisy)
+    drawn = ElementTree.parse(tmp_path / "plots" / "differences-1.svg").iter("{http://www.w3.org/2000/svg}polyline")
+    bars = [p.get("points").split() for p in drawn if p.get("class").endswith("bar")]
+    assert [len(points) for points in bars] == [2, 3, 3]  # Student's interval of three pairs: cut at both ends
+
+
+def test_the_rows_are_called_what_they_are(tmp_path):
+    summary = summarise([run(), run("DoRA")], [], "LoRA", split="validation")
+    write(tmp_path, summary, "t", {})
+    text = (tmp_path / "report.md").read_text()
+    assert "on validation rows" in text
+    assert "test rows;" not in text.replace("other test rows", "")
 
 
 def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn(tmp_path):

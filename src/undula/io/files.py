@@ -7,7 +7,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,17 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     comes last, so a directory with a config is whole."""
     path.mkdir(parents=True, exist_ok=True)
     held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    _atomic(path / TENSORS, lambda temporary: save_file(held, temporary, metadata={"format": "pt"}))
+    atomic(path / TENSORS, lambda temporary: save_file(held, temporary, metadata={"format": "pt"}))
     for name, text in extra.items():
-        _atomic(path / name, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
-    text = json.dumps(config, indent=2) + "\n"
-    _atomic(path / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_text(path / name, text)
+    write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def write_state(folder: Path, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes JSON values and tensors as NAME.json and NAME.safetensors; the JSON comes last."""
     held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    _atomic(folder / f"{name}.safetensors", lambda temporary: save_file(held, temporary))
-    text = json.dumps(values) + "\n"
-    _atomic(folder / f"{name}.json", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    atomic(folder / f"{name}.safetensors", lambda temporary: save_file(held, temporary))
+    write_text(folder / f"{name}.json", json.dumps(values) + "\n")
 
 
 def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -49,7 +47,13 @@ def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tenso
     return json.loads(path.read_text(encoding="utf-8")), load_file(folder / f"{name}.safetensors")
 
 
-def _atomic(path: Path, produce) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a text: complete or not at all."""
+    atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline="\n"))
+
+
+def atomic(path: Path, produce: Callable[[str], object]) -> None:
+    """`produce` writes the file that it is given; then this is `path`, which is complete or not there."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:

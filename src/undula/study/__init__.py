@@ -9,7 +9,7 @@ import sys
 import types
 from pathlib import Path
 
-from .drive import Estimate, Finished, View, estimate, report, run, warnings
+from .drive import Estimate, Finished, View, counted, estimate, report, run, warnings
 from .executors import Executor, Local, Ray
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
 from .read import Faults, parse, read
@@ -34,6 +34,7 @@ __all__ = [
     "Sweep",
     "Training",
     "View",
+    "counted",
     "estimate",
     "parse",
     "read",

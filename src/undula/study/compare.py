@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..choice import Choice
+from ..choice import Choice, plain
 from ..io import files
 from ..method import Method
 from ..train.data import load_data, sample
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ALL = sys.maxsize
 SETTINGS = (
     *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "train_rows"),
-    *("where", "overrides", "allocator", "full", "dtype"),
+    *("where", "overrides", "allocator", "full", "dtype", "bits", "probe_batches"),
 )
 
 
@@ -98,7 +98,7 @@ def compare(
         score, correct = _score(opened, examples)
         outcomes.append(_outcome(entry, opened, score))
         right[entry.arm, entry.run.seed], count = correct, len(examples)
-    summary = summarise(outcomes, [], base, rule)
+    summary = summarise(outcomes, [], base, rule, split)
     return Compared(summary, _row_by_row(summary, right, rule), split, count, tuple(entries))
 
 
@@ -199,13 +199,13 @@ def _baseline(entries: Sequence[Entry], asked: str | None) -> str:
     arms = list(dict.fromkeys(e.arm for e in entries))
     by_method: dict[str, set[str]] = {}
     for e in entries:
-        name = "none" if e.run.method is None else type(e.run.method).public().__name__.lower()
+        name = "none" if e.run.method is None else plain(type(e.run.method).public().__name__)
         by_method.setdefault(name, set()).add(e.arm)
     lora = by_method.get("lora", set()) & {e.arm for e in entries if e.report}  # one that was trained as such
     if asked is None:
         return next(iter(lora)) if len(lora) == 1 else arms[0]
     named = {asked} & set(arms) or {e.arm for e in entries if e.path.resolve() == Path(asked).resolve()}
-    named = named or by_method.get(asked.lower(), set())
+    named = named or by_method.get(plain(asked), set())
     if len(named) != 1:
         what = "means several arms" if named else "is no arm, method or directory here"
         raise LookupError(f"baseline={asked!r} {what}; the arms are: {'; '.join(arms)}")
@@ -225,7 +225,8 @@ def _score(opened: Restored, examples: Examples) -> tuple[dict[str, float], torc
 
 def _outcome(entry: Entry, opened: Restored, score: Mapping[str, float]) -> Outcome:
     run, report = entry.run, entry.report
-    head = sum(t.numel() for t in opened.adapter.full.values())
+    full = opened.adapter.full
+    head = sum(full[name].numel() for name in run.task.head(opened.model) if name in full)
     whole = not report.get("resumed_from_step")  # else the seconds are those of the last session alone
     return Outcome(
         *(entry.arm, run.model, run.data, type(run.task).__name__.lower(), FINAL, run.lr, run.seed),

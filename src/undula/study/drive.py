@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -68,18 +68,26 @@ def run(
     plan, store = Plan(study), Store(out / STORE)
     if changed := "; ".join(plan.strangers(store.records(plan.keys()))):
         raise ValueError(f"{changed}: bring the rows back, or begin again in another --out than {out}")
-    if retry_failed:
-        store.forget_failures(plan.keys())
+    _free(plan, store, retry_failed)
+    mine: set[str] = set()
     try:
         with store.beating():
-            _drive(plan, store, executor, view)
+            _drive(plan, store, executor, view, mine)
     finally:
         executor.close()
+        store.release(mine)
     return report(study, out, about)
 
 
-def _drive(plan: Plan, store: Store, executor: Executor, view: View) -> None:
-    mine: set[str] = set()
+def _free(plan: Plan, store: Store, retry_failed: bool) -> None:
+    """Lets go of runs that are to be made again: failed ones, and halved ones where the study halves no more."""
+    known = store.records(plan.keys())
+    whole = plan.study.sweep.halving is None
+    store.forget([k for k, r in known.items() if (retry_failed and r.error is not None) or (whole and r.pruned)])
+
+
+def _drive(plan: Plan, store: Store, executor: Executor, view: View, mine: set[str]) -> None:
+    """`mine`: the runs in hand."""
     while True:
         known = store.records(plan.keys())
         view.counts(plan.counts(known))
@@ -87,8 +95,10 @@ def _drive(plan: Plan, store: Store, executor: Executor, view: View) -> None:
         for trial in due:
             if len(mine) >= executor.slots:
                 break
-            if store.claim(trial):
-                mine.add(trial.key)
+            mine.add(trial.key)  # first, so that no interruption leaves a claim behind
+            if not store.claim(trial):
+                mine.remove(trial.key)
+            else:
                 view.begun(trial)
                 executor.submit(_order(plan, trial, known))
         if mine:
@@ -104,7 +114,7 @@ def _drive(plan: Plan, store: Store, executor: Executor, view: View) -> None:
 
 def _order(plan: Plan, trial: Trial, known: Mapping[str, Record]) -> Order:
     halving = plan.study.sweep.halving
-    if halving is None or trial.tested:
+    if halving is None or not plan.halved(trial):
         return Order(trial)
     return Order(trial, halving, plan.rivals(trial, known))
 
@@ -120,20 +130,39 @@ def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None
     """Writes OUT/report from what has ended so far; nothing is run."""
     from .report import write_report
 
-    out = Path(out)
-    outcomes, chosen = Plan(study).outcomes(Store(out / STORE))
-    told = {"warnings": "\n".join(warnings(study, out))} | dict(about or {})
-    made = write_report(out / REPORT, outcomes, chosen, title=study.title, baseline=study.baseline, about=told)
+    out, plan = Path(out), Plan(study)
+    outcomes, chosen = plan.outcomes(Store(out / STORE))
+    made = write_report(
+        *(out / REPORT, outcomes, chosen),
+        title=study.title, baseline=study.baseline, about=about or {}, notes=list(_notes(plan, out)),
+    )  # fmt: skip
     return Finished(outcomes, chosen, made)
+
+
+def _notes(plan: Plan, out: Path) -> Iterator[str]:
+    """What a reader should know before any figure."""
+    counts = counted(plan, out)
+    if counts["least"]:
+        yield f"The study is not complete: {counts['ended']} runs have ended, {counts['least']} at least are to come."
+    yield from (f"Mind the data. {text}." for text in warnings(plan.study, out))
 
 
 def warnings(study: Study, out: str | Path | None = None) -> list[str]:
     """What makes the data of a study doubtful, and the runs in `out`, if there are any."""
     told = [f"{r.label}: {text}" for r in study.data for text in splits.leaks(splits.opened(r, study.split_seed)[1])]
-    if out is not None and (Path(out) / STORE).is_file():
+    if out is not None:
         plan = Plan(study)
-        told += plan.strangers(Store(Path(out) / STORE).records(plan.keys()))
+        told += plan.strangers(_known(plan, Path(out)))
     return told
+
+
+def counted(plan: Plan, out: Path) -> dict[str, int]:
+    """`Plan.counts` of the runs in `out`."""
+    return plan.counts(_known(plan, out))
+
+
+def _known(plan: Plan, out: Path) -> dict[str, Record]:
+    return Store(out / STORE).records(plan.keys()) if (out / STORE).is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -147,10 +176,10 @@ class Estimate:
 
 
 def estimate(study: Study, out: str | Path, heard: Callable[[str], None] = lambda _: None) -> Estimate:
-    """How long `run` would take.  Only a pilot of the baseline is run: a few steps and one evaluation per model and
-    data set; the other arms are taken to be as fast, full fine-tuning included."""
-    plan, path = Plan(study), Path(out) / STORE
-    known = Store(path).records(plan.keys()) if path.is_file() else {}
+    """How long `run` would take.  Only a pilot of the first arm with a method is run: a few steps and one evaluation
+    per model and data set; the other arms are taken to be as fast, full fine-tuning included."""
+    plan = Plan(study)
+    known = _known(plan, Path(out))
     counts = plan.counts(known)
     mean, based_on = _mean_seconds(plan, known, heard)
     return Estimate(counts, counts["least"] * mean, counts["most"] * mean, based_on)
@@ -163,7 +192,8 @@ def _mean_seconds(plan: Plan, known: Mapping[str, Record], heard: Callable[[str]
     spent = []
     for base in plan.study.models:
         for rows in plan.study.data:
-            cell = next(c for c in plan.cells if c.base == base and c.rows == rows and c.method is not None)
+            here = [c for c in plan.cells if c.base == base and c.rows == rows]
+            cell = next((c for c in here if c.method is not None), here[0])
             heard(f"pilot: {PILOT_STEPS} steps of {cell.arm.name} on {base.label}, {rows.label}")
             spent.append(_pilot(cell.trial(cell.grid[0], 0, tested=False)))
     return sum(spent) / len(spent), f"a pilot of {PILOT_STEPS} steps"

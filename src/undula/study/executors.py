@@ -86,6 +86,8 @@ class Ray(Executor):
     """
 
     def __init__(self, slots: int = 2, cpus: float = 1, gpus: float = 0, address: str | None = None):
+        if slots < 1:
+            raise ValueError(f"at least one run at a time, found slots={slots}")
         import ray
 
         self.ray, self.slots = ray, slots

@@ -76,7 +76,7 @@ class ChosenRate:
     data: str
     budget: str
     lr: float
-    bracketed: bool  # both neighbours in the grid were tried and are worse: the best does not lie at an edge
+    bracketed: bool  # a lower and a higher rate were tried and did no better: the best does not lie at an edge
     tried: tuple[tuple[float, float | None], ...]  # (rate, mean validation metric; None: every run there failed)
 
     @property

@@ -15,7 +15,7 @@ from . import splits
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
 from .rates import Decision, decide
 from .sizes import Shapes, at_rank, count, with_parameters
-from .spec import Arm, Base, Budget, Rows, Study
+from .spec import Arm, Base, Budget, Rows, Study, faults
 from .store import Record, Store
 from .trial import Trial
 
@@ -74,7 +74,7 @@ class Cell:
         return [] if self.untrained else [self.trial(lr, seed, tested=False) for seed in self.study.sweep.seeds]
 
     def rates(self) -> list[float]:
-        """Every rate that the sweep could come to."""
+        """Every rate that the sweep could come to, see `decide`."""
         s, grid = self.study.sweep, sorted(self.grid)
         if self.untrained:
             return [self.grid[0]]
@@ -92,15 +92,18 @@ class Cell:
         return decide(self.grid, self.scores(known), s.factor, s.extend, self.rows.task.more_is_better)
 
     def scores(self, known: Mapping[str, Record]) -> dict[float, float | None]:
-        """{rate: mean validation metric} of the rates whose runs have all ended; None: one failed or was pruned."""
+        """{rate: mean validation metric} of the rates whose runs have all ended; None: one failed, or the first was
+        pruned, and then the others are not made."""
         scores: dict[float, float | None] = {}
         for lr in self.rates():
             records = [known.get(t.key) for t in self.sweep(lr)]
             if not records:
                 continue
             ended = [r for r in records if r is not None and r.state in ("done", "failed")]
-            if len(ended) == len(records):
-                values = [r.result["validation"] for r in ended if r.result is not None and not r.result["pruned"]]
+            if any(r.pruned for r in ended):
+                scores[lr] = None
+            elif len(ended) == len(records):
+                values = [r.result["validation"] for r in ended if r.result is not None]
                 scores[lr] = fmean(values) if len(values) == len(records) else None
         return scores
 
@@ -151,9 +154,14 @@ class Cell:
 
 
 class Plan:
-    """The cells of a study.  Opens its models once, where a budget counts parameters."""
+    """The cells of a study.  Opens its models once, where a budget counts parameters.
+
+    Raises ValueError for a study that cannot be carried out.
+    """
 
     def __init__(self, study: Study):
+        if found := "; ".join(text for _, _, text in faults(study)):
+            raise ValueError(found)
         self.study = study
         self.cells = tuple(_cells(study))
 
@@ -167,12 +175,16 @@ class Plan:
         return sorted(due.values(), key=lambda t: max(2, known[t.key].attempts) if t.key in known else 2)
 
     def rivals(self, trial: Trial, known: Mapping[str, Record]) -> list[list[tuple[int, float]]]:
-        """The curves of the sweep that `trial` belongs to, in the order of the rates."""
-        cell = next((c for c in self.cells if any(t.key == trial.key for lr in c.rates() for t in c.sweep(lr))), None)
-        if cell is None:
-            return []
-        records = [known.get(t.key) for lr in cell.rates() for t in cell.sweep(lr)]
+        """The curves of the other rates of the sweep that `trial` belongs to.  Rates are halved by the sweep's first
+        seed: by each seed apart, every rate could lose once."""
+        firsts = [[t for lr in c.rates() for t in c.sweep(lr)[:1]] for c in self.cells]
+        mine = next((f for f in firsts if any(t.key == trial.key for t in f)), [])
+        records = [known.get(t.key) for t in mine]
         return [[(int(s), float(v)) for s, v in r.result["curve"]] for r in records if r is not None and r.result]
+
+    def halved(self, trial: Trial) -> bool:
+        """Whether successive halving may end a run early."""
+        return not trial.tested and trial.run.seed == self.study.sweep.seeds[0]
 
     def outcomes(self, store: Store) -> tuple[list[Outcome], list[ChosenRate]]:
         """Everything that has ended, and the rates that were chosen."""
@@ -211,30 +223,47 @@ def _cells(study: Study) -> Iterator[Cell]:
         for base in study.models:
             for rows in study.data:
                 for budget in study.budgets:
-                    counted = budget.parameters is not None or budget.parameters_of is not None
-                    shapes = _shapes(study, base, rows) if counted else None
-                    wanted = _wanted(study, budget, shapes)
+                    shapes, wanted = _wanted(study, base, rows, budget)
                     yield Cell(study, arm, base, rows, budget, sized(arm, budget, wanted, shapes), wanted)
+
+
+def impossible(study: Study) -> Iterator[tuple[int, str]]:
+    """(number of the budget, why) of every arm that a budget does not fit."""
+    for i, budget in enumerate(study.budgets):
+        told = set()
+        for base in study.models:
+            for rows in study.data:
+                shapes, wanted = _wanted(study, base, rows, budget)
+                for arm in study.arms:
+                    try:
+                        sized(arm, budget, wanted, shapes)
+                    except ValueError as error:
+                        told.add(str(error))
+        yield from ((i, text) for text in sorted(told))
 
 
 def sized(arm: Arm, budget: Budget, wanted: int | None, shapes: Shapes | None) -> Method | None:
     """The arm's method as the budget wants it.  Raises ValueError that names the arm where that cannot be."""
     if arm.method is None:
         return None
-    if wanted is not None and shapes is not None:
-        try:
+    try:
+        if wanted is not None and shapes is not None:
             return with_parameters(arm.method, wanted, shapes)
-        except ValueError as error:
-            raise ValueError(f"{arm.name}: {error}") from None
-    return arm.method if budget.rank is None else at_rank(arm.method, budget.rank) or arm.method
+        return arm.method if budget.rank is None else at_rank(arm.method, budget.rank) or arm.method
+    except ValueError as error:
+        raise ValueError(f"{arm.name}: {error}") from None
 
 
-def _wanted(study: Study, budget: Budget, shapes: Shapes | None) -> int | None:
-    if budget.parameters_of is None or shapes is None:
-        return budget.parameters
+def _wanted(study: Study, base: Base, rows: Rows, budget: Budget) -> tuple[Shapes | None, int | None]:
+    """(the sites, how many parameters the budget asks for) where a budget counts parameters."""
+    if budget.parameters is None and budget.parameters_of is None:
+        return None, None
+    shapes = _shapes(study, base, rows)
+    if budget.parameters_of is None:
+        return shapes, budget.parameters
     method = study.arm(budget.parameters_of).method
     assert method is not None
-    return count(method if budget.rank is None else at_rank(method, budget.rank) or method, shapes)
+    return shapes, count(method if budget.rank is None else at_rank(method, budget.rank) or method, shapes)
 
 
 _known_shapes: dict[tuple[str, str, str], Shapes] = {}

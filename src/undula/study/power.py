@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import statistics as S
-from .plan import Plan
+from .plan import Cell, Plan
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Power:
 def power(plan: Plan, rule: S.Rule = S.Rule()) -> Power:
     """What the study's seeds can decide by the exact test, corrected for all its comparisons."""
     seeds = len(plan.study.seeds)
-    counts = list(_groups(plan))
-    single = sum(counts)
-    pooled = [n for n in counts if n > 1]
+    arms = list(_compared(plan))
+    single = sum(map(len, arms))
+    pooled = [len({(c.base, c.rows.label) for c in cells}) for cells in arms if len(cells) > 1]
     pairs = [seeds] * single + [seeds * n for n in pooled]
     found = S.decidable([S.smallest_p(n, rule) for n in pairs], rule.alpha)
     return Power(
@@ -48,9 +48,11 @@ def power(plan: Plan, rule: S.Rule = S.Rule()) -> Power:
     )
 
 
-def _groups(plan: Plan) -> Iterator[int]:
-    """In how many groups each arm is compared with the baseline.  One run of an untrained model is no comparison."""
+def _compared(plan: Plan) -> Iterator[list[Cell]]:
+    """The cells of each arm that are compared with the baseline.  One run of an untrained model is no comparison."""
+    trained = [c for c in plan.cells if not c.untrained]
+    there = {(c.base, c.rows.label, c.budget) for c in trained if c.arm.name == plan.study.baseline}
     for arm in plan.study.arms:
-        groups = sum(c.arm == arm and not c.untrained for c in plan.cells)
-        if groups and arm.name != plan.study.baseline:
-            yield groups
+        cells = [c for c in trained if c.arm == arm and (c.base, c.rows.label, c.budget) in there]
+        if cells and arm.name != plan.study.baseline:
+            yield cells

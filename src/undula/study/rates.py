@@ -27,7 +27,10 @@ def decide(
     the grid comes first: where runs are ended early, it is against a rate that is likely to be good.
     """
     first = sorted(grid)
-    tried = sorted(set(first) | {lr for lr in scores if lr < first[0] or lr > first[-1]})
+    tried = list(first)
+    for _ in range(extend):  # what lies beyond a gap was tried by an older form of the study
+        tried += [lr for lr in (_rounded(min(tried) / factor), _rounded(max(tried) * factor)) if lr in scores]
+    tried.sort()
     middle = first[(len(first) - 1) // 2]
     missing = tuple(lr for lr in sorted(tried, key=lambda lr: abs(math.log(lr / middle))) if lr not in scores)
     if missing:

@@ -13,22 +13,23 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..method import Method
-from ..options import build, pairs_of
+from ..options import build_from
 from ..ranks import Allocator
 from ..train.run import dtype_called
 from ..train.task import Task
 from . import splits
 from .lines import Path as Place
 from .lines import line_of, lines
-from .plan import Plan
-from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
+from .plan import impossible
+from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training, faults
 
 NUMBER = (int, float)
 TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
@@ -85,7 +86,7 @@ class _Reader:
                 close = difflib.get_close_matches(key, kinds, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 self.fault((*place, key), f"there is no {key!r} here; there are: {', '.join(kinds)}{hint}")
-            elif not isinstance(value, kinds[key]) or isinstance(value, bool):
+            elif not isinstance(value, kinds[key]) or isinstance(value, bool) or _endless(value):
                 self.fault((*place, key), f"{key} is {_called(kinds[key])}, found {value!r:.60}")
             else:
                 kept[key] = value
@@ -96,7 +97,8 @@ class _Reader:
 
     def numbers(self, place: Place, values: Any, kind: Any) -> tuple[Any, ...]:
         """A list of distinct numbers, rates greater than 0."""
-        wrong = [v for v in values if not isinstance(v, kind) or isinstance(v, bool) or (kind is NUMBER and v <= 0)]
+        wrong = [v for v in values if not isinstance(v, kind) or isinstance(v, bool)]
+        wrong += [v for v in values if kind is NUMBER and v not in wrong and not 0 < v < math.inf]
         if wrong or not values or len(set(values)) < len(values):
             what = "rates greater than 0" if kind is NUMBER else "whole numbers"
             self.fault(place, f"{place[-1]} is a list of different {what}, found {values!r:.60}")
@@ -129,7 +131,8 @@ def parse(text: str, name: str = "the study", replace: Mapping[str, str] | None 
     if not reader.found and check:
         _opened(reader, study)
     if not reader.found and check:
-        reader.attempt(("budgets",), lambda: Plan(study))
+        for i, fault in reader.attempt(("budgets",), lambda: list(impossible(study))) or ():
+            reader.fault(("budgets", i), fault)
     if reader.found:
         raise Faults(name, reader.found)
     return study
@@ -137,31 +140,29 @@ def parse(text: str, name: str = "the study", replace: Mapping[str, str] | None 
 
 def _study(reader: _Reader, top: dict[str, Any], replace: Mapping[str, str]) -> Study:
     many = {name: list(_rows(reader, name, top.get(name, []))) for name in MANY}
-    arms = tuple(a for i, t in many["methods"] if (a := _arm(reader, i, t)) is not None)
-    models = tuple(m for i, t in many["models"] if (m := _base(reader, i, t, replace)) is not None)
-    data = tuple(d for i, t in many["data"] if (d := _data(reader, i, t, replace)) is not None)
-    budgets = tuple(b for i, t in many["budgets"] if (b := _budget(reader, i, t, arms)) is not None)
-    for kind, found in (("methods", arms), ("models", models), ("data", data)):
-        if not top.get(kind):
-            reader.fault((kind,), f"a study needs at least one [[{kind}]]")
-        labels = [v.label for v in found]  # type: ignore[attr-defined]
-        for twice in sorted({n for n in labels if labels.count(n) > 1}):
-            reader.fault((kind,), f"two of the {kind} are called {twice!r}: give them different names")
-    rest: dict[str, Any] = {k: top[k] for k in ("title", "split_seed") if k in top}
-    baseline = top.get("baseline", Study.baseline)
-    if arms and baseline not in {a.name for a in arms}:
-        reader.fault(("baseline",), f"no method is called {baseline!r}; there are: {', '.join(a.name for a in arms)}")
-    if "seeds" in top:
-        rest["seeds"] = reader.numbers(("seeds",), top["seeds"], int)
-    sweep = _sweep(reader, top.get("sweep", {}))
-    if set(rest.get("seeds", Study.seeds)) & set(sweep.seeds):
-        reader.fault(("seeds",), "seeds of final runs are fresh: none of them may be a seed of the sweep")
+    arms = [(i, a) for i, t in many["methods"] if (a := _arm(reader, i, t)) is not None]
+    models = [(i, m) for i, t in many["models"] if (m := _base(reader, i, t, replace)) is not None]
+    data = [(i, d) for i, t in many["data"] if (d := _data(reader, i, t, replace)) is not None]
+    known = tuple(a for _, a in arms)
+    budgets = [(i, b) for i, t in many["budgets"] if (b := _budget(reader, i, t, known)) is not None]
+    rest: dict[str, Any] = {k: top[k] for k in ("title", "split_seed", "baseline") if k in top}
+    if "seeds" in top and (seeds := reader.numbers(("seeds",), top["seeds"], int)):
+        rest["seeds"] = seeds
     train = _train(reader, top.get("train", {}))
     for i, table in many["data"]:
         if "epochs" in table and train.steps is not None:
             reader.fault(("data", i, "epochs"), f"[train] steps = {train.steps} decides how long a run is, not epochs")
-    return Study(rest.pop("title", "A study of adapters"), arms, models, data, budgets or (Budget(),), baseline,
-                 sweep=sweep, train=train, **rest)  # fmt: skip
+    study = Study(
+        rest.pop("title", "A study of adapters"), known, tuple(m for _, m in models), tuple(d for _, d in data),
+        tuple(b for _, b in budgets) or (Budget(),), sweep=_sweep(reader, top.get("sweep", {})), train=train, **rest,
+    )  # fmt: skip
+    pairs: dict[str, Sequence[tuple[int, Any]]] = {"methods": arms, "models": models, "data": data, "budgets": budgets}
+    for part, number, text in faults(study):
+        if number is not None:
+            reader.fault((part, pairs[part][number][0]), text)
+        elif not top.get(part) or part not in MANY:  # what is there and wrong has its own faults
+            reader.fault((part,), text)
+    return study
 
 
 def _rows(reader: _Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -184,7 +185,7 @@ def _arm(reader: _Reader, i: int, t: dict[str, Any]) -> Arm | None:
             t.get("name", "full fine-tuning" if YARDSTICKS[name] else "head only"), None, YARDSTICKS[name], rates
         )
     place = ("methods", i, "set" if t.get("set") else "method")
-    method = reader.attempt(place, lambda: build(Method, name, pairs_of(t.get("set", {}))))
+    method = reader.attempt(place, lambda: build_from(Method, name, t.get("set", {})))
     allocator = _allocator(reader, i, t, method)
     if method is None or (allocator is None and "allocator" in t):
         return None
@@ -198,7 +199,7 @@ def _allocator(reader: _Reader, i: int, t: dict[str, Any], method: Method | None
         if t.get("allocate"):
             reader.fault(place, "allocate has the options of an allocator: name one (allocator = ...)")
         return None
-    made = reader.attempt(place, lambda: build(Allocator, t["allocator"], pairs_of(t.get("allocate", {}))))
+    made = reader.attempt(place, lambda: build_from(Allocator, t["allocator"], t.get("allocate", {})))
     if made is not None and method is not None and not made.serves(method):
         reader.fault(place, made.refusal(method))
         return None
@@ -216,15 +217,28 @@ def _base(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]
 
 def _data(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Rows | None:
     place = ("data", i, "set" if t.get("set") else "task")
-    task = reader.attempt(place, lambda: build(Task, t["task"], pairs_of(t.pop("set", {}))))
+    task = reader.attempt(place, lambda: build_from(Task, t["task"], t.pop("set", {})))
     wrong = [k for k in ("train", "validation", "test", "epochs", "batch") if t.get(k, 1) <= 0]
     for key in wrong:
         reader.fault(("data", i, key), f"{key} is greater than 0, found {t[key]}")
+    if (fault := _renamed(t.get("splits", {}))) is not None:
+        reader.fault(("data", i, "splits"), fault)
+        wrong.append("splits")
     if task is None or wrong:
         return None
     return Rows(
         **{**t, "task": task, "label": t.get("label", t["source"]), "source": replace.get(t["source"], t["source"])}
     )
+
+
+def _renamed(names: dict[str, Any]) -> str | None:
+    """What is wrong with other names of the splits."""
+    if any(part not in splits.PARTS or not isinstance(name, str) for part, name in names.items()):
+        return f"splits gives names to {', '.join(splits.PARTS)}, found {names!r:.80}"
+    train = names.get("train", "train")
+    if train in (names.get("validation"), names.get("test")):
+        return f"rows of {train!r} would be learned from and measured on"
+    return None
 
 
 def _budget(reader: _Reader, i: int, t: dict[str, Any], arms: tuple[Arm, ...]) -> Budget | None:
@@ -243,9 +257,10 @@ def _budget(reader: _Reader, i: int, t: dict[str, Any], arms: tuple[Arm, ...]) -
 
 def _sweep(reader: _Reader, data: dict[str, Any]) -> Sweep:
     t = reader.table(("sweep",), data, TABLES["sweep"])
-    for key, kind in (("rates", NUMBER), ("seeds", int)):
-        if key in t:
-            t[key] = reader.numbers(("sweep", key), t[key], kind)
+    lists = {key: (t.pop(key), kind) for key, kind in (("rates", NUMBER), ("seeds", int)) if key in t}
+    for key, (given, kind) in lists.items():
+        if values := reader.numbers(("sweep", key), given, kind):
+            t[key] = values
     limits = {"factor": 1.01, "extend": 0, "halving": 2}
     for key in [k for k, least in limits.items() if k in t and t[k] < least]:
         reader.fault(("sweep", key), f"{key} is at least {limits[key]}, found {t.pop(key)}")
@@ -256,8 +271,13 @@ def _train(reader: _Reader, data: dict[str, Any]) -> Training:
     t = reader.table(("train",), data, TABLES["train"])
     for key in [k for k in t if k not in ("where", "warmup", "weight_decay") and t[k] <= 0]:
         reader.fault(("train", key), f"{key} is greater than 0, found {t.pop(key)}")
+    for key, most in (("warmup", 1.0), ("weight_decay", math.inf)):
+        if not 0 <= t.get(key, 0) < most:
+            reader.fault(("train", key), f"{key} is 0 or more{' and below 1' if most == 1 else ''}, found {t.pop(key)}")
     if isinstance(t.get("where"), list):
-        t["where"] = tuple(t["where"])
+        t["where"] = where = tuple(t["where"])
+        if not where or not all(isinstance(name, str) for name in where):
+            reader.fault(("train", "where"), f"where is a list of names and globs, found {list(where)!r:.60}")
     return Training(**t)
 
 
@@ -279,6 +299,10 @@ def _config(source: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(f"no model could be opened at {source!r} ({reason})") from None
+
+
+def _endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _called(kind: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..method import Method
@@ -36,7 +37,9 @@ class Base:
 
     @property
     def label(self) -> str:
-        return self.source if self.bits is None else f"{self.source} ({self.bits} bits)"
+        how = [f"{self.bits} bits"] if self.bits is not None else []
+        how += [self.dtype] if self.dtype != Base.dtype else []
+        return f"{self.source} ({', '.join(how)})" if how else self.source
 
 
 @dataclass(frozen=True)
@@ -119,3 +122,28 @@ class Study:
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""
         return next(a for a in self.arms if a.name == name)
+
+
+def faults(study: Study) -> Iterator[tuple[str, int | None, str]]:
+    """(part, its number there, why) of all that makes no study, models and data unopened."""
+    parts = {
+        "methods": [arm.label for arm in study.arms],
+        "models": [base.label for base in study.models],
+        "data": [rows.label for rows in study.data],
+        "budgets": [budget.label for budget in study.budgets],
+    }
+    for part, labels in parts.items():
+        if not labels:
+            yield part, None, f"a study needs at least one [[{part}]]"
+        for i, label in enumerate(labels):
+            if label in labels[:i]:
+                yield part, i, f"two of the {part} are called {label!r}: give them different names"
+    names = [arm.name for arm in study.arms]
+    if names and study.baseline not in names:
+        yield "baseline", None, f"no method is called {study.baseline!r}; there are: {', '.join(names)}"
+    for part, seeds in (("seeds", study.seeds), ("sweep", study.sweep.seeds)):
+        wrong = [s for s, n in Counter(seeds).items() if n > 1 or not 0 <= s < 2**32]
+        if wrong or not seeds:
+            yield part, None, f"seeds are different whole numbers from 0 to 2^32 - 1, found {list(seeds)!r:.60}"
+    if set(study.seeds) & set(study.sweep.seeds):
+        yield "seeds", None, "seeds of final runs are fresh: none of them may be a seed of the sweep"

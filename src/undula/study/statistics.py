@@ -49,9 +49,8 @@ class Ranks:
     arms: tuple[str, ...]  # by average rank
     average: tuple[float, ...]
     groups: int
-    chi2: float
-    p: float  # Friedman's test, chi-square with k - 1 degrees of freedom
-    p_f: float  # the same with Iman and Davenport's F, which is less timid for few groups
+    chi2: float  # Friedman's statistic, corrected for ties
+    p: float  # its share of random permutations within the groups: right for few groups too
     critical: float  # Nemenyi's critical difference
     cliques: tuple[tuple[str, ...], ...]  # the largest sets of neighbours that are not told apart
 
@@ -59,13 +58,16 @@ class Ranks:
 def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
     """Mean, standard error s / sqrt(n) and Student's interval: mean -+ t_{n-1} s / sqrt(n).
 
-    For normal figures it covers at its stated rate for every n >= 2.  Raises ValueError for no figures.
+    For normal figures it covers at its stated rate for every n >= 2.  Equal figures have no interval: accuracies of
+    few rows may agree by chance.  Raises ValueError for no figures.
     """
     x = np.asarray(values, float)
     if not x.size:
         raise ValueError("the mean of no figures does not exist")
     if x.size == 1:
         return Spread(1, float(x[0]))
+    if np.ptp(x) == 0:
+        return Spread(x.size, float(x[0]), 0.0)
     error = float(x.std(ddof=1)) / math.sqrt(x.size)
     half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1)) * error
     return Spread(x.size, float(x.mean()), error, float(x.mean()) - half, float(x.mean()) + half)
@@ -84,7 +86,7 @@ def pooled(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> Sprea
     mean, error = float(np.mean([x.mean() for x in sets])), math.sqrt(parts.sum()) / len(sets)
     n = sum(x.size for x in sets)
     if not error:
-        return Spread(n, mean, 0.0, mean, mean)
+        return Spread(n, mean, 0.0)
     freedom = parts.sum() ** 2 / sum(v**2 / (x.size - 1) for v, x in zip(parts, sets, strict=True))
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
     return Spread(n, mean, error, mean - half, mean + half)
@@ -202,9 +204,11 @@ def verdict(gain: float, p_holm: float | None, alpha: float) -> str:
     return TIE if p_holm > alpha else WIN if gain > 0 else LOSS
 
 
-def ranks(arms: Sequence[str], table: Sequence[Sequence[float]], alpha: float = 0.05) -> Ranks | None:
+def ranks(arms: Sequence[str], table: Sequence[Sequence[float]], rule: Rule = Rule()) -> Ranks | None:
     """Average ranks, Friedman's test (with ties) and Nemenyi's critical difference q_alpha sqrt(k (k + 1) / 6 N).
 
+    Friedman's p is (1 + hits) / (1 + resamples) of random permutations of the ranks within each group; his chi-square
+    and Iman and Davenport's F are for many groups (for two that agree on three arms F says p = 0, the truth is 1/6).
     `table`: one row of qualities (more is better) per group, one column per arm.  None for fewer than two groups or
     three arms, where the tests do not exist.
     """
@@ -218,17 +222,22 @@ def ranks(arms: Sequence[str], table: Sequence[Sequence[float]], alpha: float = 
     correction = 1 - tied / (n * k * (k * k - 1))
     raw = 12 * n / (k * (k + 1)) * float(np.sum(average**2)) - 3 * n * (k + 1)
     chi2 = raw / correction if correction > 0 else 0.0
-    rest = n * (k - 1) - chi2
-    f = (n - 1) * chi2 / rest if rest > 1e-9 else math.inf
     order = sorted(range(k), key=lambda i: (average[i], arms[i]))
     names, means = tuple(arms[i] for i in order), tuple(float(average[i]) for i in order)
     critical = (
-        float(stats.studentized_range.ppf(1 - alpha, k, math.inf)) / math.sqrt(2) * math.sqrt(k * (k + 1) / 6 / n)
+        float(stats.studentized_range.ppf(1 - rule.alpha, k, math.inf)) / math.sqrt(2) * math.sqrt(k * (k + 1) / 6 / n)
     )
-    return Ranks(
-        *(names, means, n, chi2, float(stats.chi2.sf(chi2, k - 1))),
-        *(float(stats.f.sf(f, k - 1, (k - 1) * (n - 1))), critical, _cliques(names, means, critical)),
-    )
+    return Ranks(names, means, n, chi2, _friedman(ranked, rule), critical, _cliques(names, means, critical))
+
+
+def _friedman(ranked: np.ndarray, rule: Rule) -> float:
+    """The p of Friedman's statistic, which grows with the sum over arms of the squared sums of ranks."""
+    seen = float(np.sum(ranked.sum(0) ** 2)) * (1 - 1e-9)
+    draw, hits = np.random.default_rng(rule.seed), 0
+    for count in _chunks(rule.resamples, ranked.size):
+        shuffled = draw.permuted(np.broadcast_to(ranked, (count, *ranked.shape)), axis=2)
+        hits += int(np.sum((shuffled.sum(1) ** 2).sum(1) >= seen))
+    return (1 + hits) / (1 + rule.resamples)
 
 
 def _cliques(names: Sequence[str], means: Sequence[float], critical: float) -> tuple[tuple[str, ...], ...]:

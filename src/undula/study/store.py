@@ -43,9 +43,17 @@ class Record:
     result: Mapping[str, Any] | None
     error: str | None
 
+    @property
+    def pruned(self) -> bool:
+        """Whether successive halving ended it early."""
+        return self.result is not None and self.result["pruned"]
+
 
 class Store:
-    """One file.  A run is claimed by one process at a time; that of a process that died is free again."""
+    """One file.  A run is claimed by one process at a time; that of a process that died is free again.
+
+    Everything raises OSError for a file that cannot be used.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +68,11 @@ class Store:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         try:
-            yield db
-        finally:
-            db.close()
+            with contextlib.closing(sqlite3.connect(self.path, timeout=60, isolation_level=None)) as db:
+                yield db
+        except sqlite3.Error as error:
+            raise OSError(f"the runs in {self.path} cannot be read or written: {error}") from error
 
     def records(self, keys: Iterable[str]) -> dict[str, Record]:
         """What is known of these runs."""
@@ -107,12 +115,16 @@ class Store:
         with self._open() as db:
             db.execute("update runs set state = ?, result = ?, beat = ? where key = ?", (state, text, time.time(), key))
 
-    def forget_failures(self, keys: Iterable[str]) -> int:
-        """Makes failed runs free again; how many there were."""
+    def release(self, keys: Iterable[str]) -> None:
+        """Lets go of runs that this process has claimed and not ended."""
         with self._open() as db:
-            return sum(
-                db.execute("delete from runs where key = ? and state = 'failed'", (key,)).rowcount for key in keys
-            )
+            own = [(key, self.worker) for key in keys]
+            db.executemany("delete from runs where key = ? and worker = ? and state = 'running'", own)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Makes runs free again."""
+        with self._open() as db:
+            db.executemany("delete from runs where key = ?", [(key,) for key in keys])
 
     def beat(self) -> None:
         """A sign of life of this process."""
@@ -126,7 +138,7 @@ class Store:
 
         def go() -> None:
             while not over.wait(BEAT):
-                with contextlib.suppress(sqlite3.OperationalError):  # a locked file: the next beat will do
+                with contextlib.suppress(OSError):  # a locked file: the next beat will do
                     self.beat()
 
         thread = threading.Thread(target=go, daemon=True)
@@ -153,7 +165,7 @@ def worker(pid: int) -> str:
     birth = "0"
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        birth = fields[19]
+        birth = "gone" if fields[0] == "Z" else fields[19]  # Z: it died, and nobody has asked how
     if birth == "0" and not _alive(pid):
         birth = "gone"
     return f"{socket.gethostname()}/{pid}/{birth}"

@@ -14,34 +14,36 @@ from .table import Comparison, Group, Pooled, Row, Summary, failed, measured
 
 
 def summarise(
-    outcomes: Iterable[Outcome], chosen: Iterable[ChosenRate], baseline: str, rule: S.Rule = S.Rule()
+    outcomes: Iterable[Outcome],
+    chosen: Iterable[ChosenRate],
+    baseline: str,
+    rule: S.Rule = S.Rule(),
+    split: str = "test",
 ) -> Summary:
-    """The figures of a study.  The order of the runs does not matter.
+    """The figures of a study.  The order of the runs does not matter; without a figure of the baseline nothing is
+    compared.  `split` names the rows of the figures.
 
-    Raises ValueError for no final runs, for two final runs of one arm, group and seed, for several metrics in a group,
-    and LookupError (with the arms there are) for a baseline that does not exist.
+    Raises ValueError for no final runs, for two final runs of one arm, group and seed, and for several metrics in a
+    group.
     """
     runs = tuple(sorted(outcomes, key=lambda o: (*o.group, o.arm, o.stage, o.lr, o.seed)))
     rates = tuple(sorted(chosen, key=lambda c: (*c.group, c.arm)))
-    _check(runs, baseline)
-    groups = sorted({o.group for o in runs if o.stage == FINAL})
+    _check(runs)
+    groups = sorted({o.group for o in runs})
     rows = [row for group in groups for row in _rows(runs, rates, group, baseline, rule)]
     pooled = _pooled(rows, runs, baseline, rule) if len(groups) > 1 else []
     rows, pooled = _decided(rows, pooled, rule)
     ranked, unranked = _ranked(rows, groups, rule)
     wrong = tuple(o for o in runs if failed(o))
-    return Summary(baseline, rule, runs, rates, tuple(rows), tuple(pooled), ranked, unranked, wrong)
+    return Summary(baseline, rule, split, runs, rates, tuple(rows), tuple(pooled), ranked, unranked, wrong)
 
 
-def _check(runs: Sequence[Outcome], baseline: str) -> None:
+def _check(runs: Sequence[Outcome]) -> None:
     finals = [o for o in runs if o.stage == FINAL]
     if not finals:
         errors = Counter(o.error for o in runs if o.error)
         told = "".join(f"\n  {count} of them failed: {error}" for error, count in errors.most_common(5))
         raise ValueError(f"there is nothing to compare yet: none of the {len(runs)} runs is a final one{told}")
-    arms = sorted({o.arm for o in finals})
-    if baseline not in arms:
-        raise LookupError(f"baseline={baseline!r} has no final run; the arms are: {', '.join(arms)}")
     seen = Counter((*o.group, o.arm, f"seed {o.seed}") for o in finals)
     faults = [f"{count} final runs of {', '.join(key)}" for key, count in seen.items() if count > 1]
     for group in sorted({o.group for o in runs}):
@@ -54,12 +56,12 @@ def _check(runs: Sequence[Outcome], baseline: str) -> None:
 
 def _rows(runs: Sequence[Outcome], rates: Sequence[ChosenRate], group: Group, baseline: str, rule: S.Rule) -> list[Row]:
     here = [o for o in runs if o.group == group]
-    arms = sorted({o.arm for o in here if o.stage == FINAL})
+    arms = sorted({o.arm for o in here})
     figures = {arm: _figures(here, arm) for arm in arms}
     made = []
     for arm in arms:
         d = _differences(figures[arm], figures.get(baseline, {}))
-        against = _against(d, here[0].more_is_better, rule) if arm != baseline and d else None
+        against = _against(list(d.values()), here[0].more_is_better, rule) if arm != baseline and d else None
         rate = next((c for c in rates if (c.group, c.arm) == (group, arm)), None)
         made.append(_row([o for o in here if o.arm == arm], rate, figures[arm], against, rule))
     return sorted(made, key=lambda r: (r.quality is None, -_quality(r) if r.quality else 0.0, r.arm))
@@ -70,8 +72,9 @@ def _figures(runs: Iterable[Outcome], arm: str) -> dict[int, float]:
     return {o.seed: o.test for o in runs if o.arm == arm and o.stage == FINAL and measured(o) and o.test is not None}
 
 
-def _differences(arm: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
-    return [arm[seed] - baseline[seed] for seed in sorted(set(arm) & set(baseline))]
+def _differences(arm: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
+    """{seed: arm - baseline} of the pairs."""
+    return {seed: arm[seed] - baseline[seed] for seed in sorted(set(arm) & set(baseline))}
 
 
 def _against(d: Sequence[float], more_is_better: bool, rule: S.Rule) -> Comparison:
@@ -99,7 +102,7 @@ def _row(
     rule: S.Rule,
 ) -> Row:
     finals = [o for o in runs if o.stage == FINAL]
-    good, first = [o for o in finals if measured(o)], finals[0]
+    good, first = [o for o in finals if measured(o)], runs[0]
     tried = sorted({o.lr for o in finals})
     memory = _some(o.peak_memory_bytes for o in good)
     seconds = _some(o.seconds_per_step for o in good)
@@ -131,21 +134,25 @@ def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _pooled(rows: Sequence[Row], runs: Sequence[Outcome], baseline: str, rule: S.Rule) -> list[Pooled]:
+    """The arms that are compared in two groups or more.  Budgets share seeds, rows and at times whole runs, so they are
+    no new evidence: a pair is a seed on a model and data set, its gain the mean over the budgets."""
     made = []
     for arm in sorted({row.arm for row in rows} - {baseline}):
         compared = [row for row in rows if row.arm == arm and row.against is not None]
-        gains = []
+        if len(compared) < 2:
+            continue
+        found: dict[tuple[str, str], dict[int, list[float]]] = {}
         for row in compared:
             here = [o for o in runs if o.group == row.group]
-            d = _differences(_figures(here, arm), _figures(here, baseline))
-            gains.append([v if row.more_is_better else -v for v in d])
-        if not gains:
-            continue
+            seeds = found.setdefault((row.model, row.data), {})
+            for seed, d in _differences(_figures(here, arm), _figures(here, baseline)).items():
+                seeds.setdefault(seed, []).append(d if row.more_is_better else -d)
+        gains = [[fmean(d) for d in seeds.values()] for seeds in found.values()]
         pairs, alike = sum(map(len, gains)), len({row.metric for row in compared}) == 1
         terms = S.standardised(gains)
         made.append(
             Pooled(
-                *(arm, len(gains), pairs, sum(v > 0 for d in gains for v in d)),
+                *(arm, len(compared), pairs, sum(v > 0 for d in gains for v in d)),
                 gain=S.pooled(gains, rule.confidence) if alike else None,
                 lean=sum(terms) / len(gains),
                 p=S.sign_flip(terms, rule),
@@ -181,9 +188,10 @@ def _ranked(rows: Sequence[Row], groups: Sequence[Group], rule: S.Rule) -> tuple
     """The ranks of the arms that have a figure in every group, and the other arms."""
     found = {(row.group, row.arm): row for row in rows if row.quality is not None}
     arms = sorted({row.arm for row in rows})
-    whole = [arm for arm in arms if all((group, arm) in found for group in groups)]
-    table = [[_quality(found[group, arm]) for arm in whole] for group in groups]
-    return S.ranks(whole, table, rule.alpha), tuple(arm for arm in arms if arm not in whole)
+    measured_in = [group for group in groups if any((group, arm) in found for arm in arms)]
+    whole = [arm for arm in arms if all((group, arm) in found for group in measured_in)]
+    table = [[_quality(found[group, arm]) for arm in whole] for group in measured_in]
+    return S.ranks(whole, table, rule), tuple(arm for arm in arms if arm not in whole)
 
 
 def _quality(row: Row) -> float:

@@ -42,7 +42,7 @@ class Row:
     arm: str
     metric: str
     more_is_better: bool
-    quality: S.Spread | None  # on test rows; None when every run failed
+    quality: S.Spread | None  # on test rows; None without a final run that worked
     against: Comparison | None  # None for the baseline, and where there is no pair
     failed: int  # final runs without a figure
     failed_sweep: int  # runs of the sweep
@@ -59,6 +59,11 @@ class Row:
     @property
     def group(self) -> Group:
         return self.model, self.data, self.budget
+
+    @property
+    def untrained(self) -> bool:
+        """The model as it is: one run, whatever the seeds."""
+        return self.parameters == 0 and not self.head_parameters
 
     def flat(self) -> dict[str, Any]:
         """One level of plain values, for CSV and Parquet."""
@@ -77,11 +82,11 @@ class Pooled:
     """An arm against the baseline over all groups."""
 
     arm: str
-    groups: int
-    pairs: int
+    groups: int  # in which it is compared
+    pairs: int  # independent ones: seeds on a model and data set, whatever the number of budgets
     ahead: int
-    gain: S.Spread | None  # mean gain over the groups; None where they have several metrics or single pairs
-    lean: float  # mean over the groups of gain / root mean square: 1 when every pair shows the same gain, 0 for none
+    gain: S.Spread | None  # mean over models and data sets; None where they have several metrics or single pairs
+    lean: float  # their mean gain / root mean square: 1 when every pair shows the same gain, 0 for none
     p: float
     smallest_p: float
     verdicts: Mapping[str, int]  # {"win": groups in which the arm won, ...}
@@ -95,6 +100,7 @@ class Summary:
 
     baseline: str
     rule: S.Rule
+    split: str  # whose rows the figures are of: "test"
     runs: tuple[Outcome, ...]  # sorted
     rates: tuple[ChosenRate, ...]
     rows: tuple[Row, ...]  # by group, in each the best first

@@ -51,9 +51,11 @@ class Trial:
     def encode(self) -> dict[str, Any]:
         """As JSON values.  What is None or empty is left out, so that a new option of runs, which is off by default,
         does not make old records strangers."""
-        rows = dataclasses.asdict(dataclasses.replace(self.rows, label=self.rows.source)) | {"task": None}
+        run = self.run.encode()
+        source = run["data"]  # a path made absolute: another process may stand elsewhere
+        rows = dataclasses.asdict(dataclasses.replace(self.rows, source=source, label=source)) | {"task": None}
         rest = {"evaluations": self.evaluations, "split_seed": self.split_seed, "tested": self.tested}
-        return {"protocol": PROTOCOL, "run": _told(self.run.encode()), "rows": _told(rows), **rest}
+        return {"protocol": PROTOCOL, "run": _told(run), "rows": _told(rows), **rest}
 
     @staticmethod
     def decode(data: Mapping[str, Any]) -> Trial:

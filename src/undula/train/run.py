@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..io import files
 from ..method import Method
 from ..ranks import Allocator
 from .task import Task
@@ -153,10 +154,7 @@ def read_run(out: Path) -> dict[str, Any]:
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON to `path`: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    files.write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def dtype_called(name: str) -> torch.dtype:

@@ -21,7 +21,7 @@ def compare(
     *,
     out: Annotated[Path | None, typer.Option(help="Write a report (HTML, Markdown, CSV, Parquet) there.")] = None,
     split: Annotated[str | None, typer.Option(help="(default: test where the data have it, else validation)")] = None,
-    rows: Annotated[int | None, typer.Option(help="So many rows, the same for all. (default: all)")] = None,
+    rows: Annotated[int | None, typer.Option(help="So many rows, the same for all. (default: all)", min=1)] = None,
     baseline: Annotated[str | None, typer.Option(help="An arm, a method or a directory. (default: LoRA)")] = None,
     to: shell.Json = None,
 ) -> None:
@@ -103,7 +103,7 @@ def _report(found: Compared, out: Path, command: str) -> Path:
         "versions": "\n".join(f"{name} {version}" for name, version in versions().items()),
     }
     extra = sections(found.row_by_row, found.summary.baseline, f"{100 * rule.confidence:g}")
-    return write(out, found.summary, f"{len(found.summary.arms)} adapters compared", about, extra)
+    return write(out, found.summary, f"{len(found.summary.arms)} adapters compared", about, extra=extra)
 
 
 def _command(paths: list[Path], split: str | None, rows: int | None, baseline: str | None) -> str:

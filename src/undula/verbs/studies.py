@@ -38,7 +38,7 @@ def study(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Make failed runs again.")] = False,
     replace: Annotated[list[str], typer.Option(help="SOURCE=OTHER: other models or data. Repeatable.")] = [],
     executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    workers: Annotated[int, typer.Option(help="Runs at a time (ray).")] = 2,
+    workers: Annotated[int, typer.Option(help="Runs at a time (ray).", min=1)] = 2,
     to: shell.Json = None,
 ) -> None:
     """Compare methods honestly: sweep each one's rate, run fresh seeds, report.  Stop it when you like: the same
@@ -89,7 +89,7 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     ]
     warnings = room.warnings(made, out)
     found = room.estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
-    counts = found.counts if found else plan.counts({})
+    counts = found.counts if found else room.counted(plan, out)
     told = {"cells": rows, "runs": dict(counts), "decidable": dataclasses.asdict(foreseen), "warnings": warnings}
     if found:
         told["hours"] = {"least": found.seconds_least / 3600, "most": found.seconds_most / 3600, "from": found.based_on}

@@ -25,20 +25,28 @@ def write_report(
     title: str,
     baseline: str,
     about: Mapping[str, str],
+    notes: Sequence[str] = (),
     rule: S.Rule = S.Rule(),
 ) -> Path:
     """Writes OUT/report.html, report.md, plots/*.svg, runs.csv, runs.parquet and table.csv; returns the first.
 
-    `about`: what was run and how to repeat it, texts by their titles.  Equal input gives equal files.  Raises what
-    `summarise` raises.
+    `about`: what was run and how to repeat it, texts by their titles; `notes`: sentences to be told first.  Equal
+    input gives equal files.  Raises what `summarise` raises.
     """
-    return write(out, summarise(outcomes, chosen, baseline, rule), title, about)
+    return write(out, summarise(outcomes, chosen, baseline, rule), title, about, notes)
 
 
-def write(out: Path, summary: Summary, title: str, about: Mapping[str, str], extra: Sequence[Section] = ()) -> Path:
+def write(
+    out: Path,
+    summary: Summary,
+    title: str,
+    about: Mapping[str, str],
+    notes: Sequence[str] = (),
+    extra: Sequence[Section] = (),
+) -> Path:
     """The same for figures that are there already, with sections of its own behind the results."""
     out = Path(out)
-    sections = document(summary, about, extra)
+    sections = document(summary, about, notes, extra)
     figures = [f for s in sections for b in s.blocks if isinstance(b, Drawn) for f in b.figures]
     for figure in figures:
         drawing = sheet(figure.panels, figure.columns, f"{figure.title}: {figure.caption}")

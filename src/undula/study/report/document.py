@@ -12,15 +12,18 @@ from .plots import Figure
 from .svg import Canvas
 
 WORDS = frozenset({"arm", "verdict", "rate", "model", "data", "budget", "stage", "why"})
+CUT = " (an arrow where it goes on)"
 LOOK = (
     "Blue triangles up: a win. Orange triangles down: a loss. Grey circles: a tie or undecided. Diamond: the baseline."
 )
 
 
-def document(summary: Summary, about: Mapping[str, str], extra: Sequence[Section] = ()) -> tuple[Section, ...]:
-    """Everything that the report says; `extra` stands behind the results."""
+def document(
+    summary: Summary, about: Mapping[str, str], notes: Sequence[str] = (), extra: Sequence[Section] = ()
+) -> tuple[Section, ...]:
+    """Everything that the report says; `notes` are told early, `extra` stands behind the results."""
     made = [
-        Section("In plain words", (Bullets(words.opening(summary)),)),
+        Section("In plain words", (Bullets(words.opening(summary, notes)),)),
         Section("Results", tuple(_results(summary))),
         *extra,
         Section("Over all groups", tuple(_over_all(summary))),
@@ -50,11 +53,11 @@ def _results(summary: Summary) -> Iterator[Block]:
     for group in summary.groups:
         rows = summary.rows_of(group)
         cells = tuple((_named(row, summary), *_quality(row), *_against(row.against)) for row in rows)
-        yield Table(head, cells, f"{words.called(group)}: {plots.better(rows[0])}, test rows", WORDS)
+        yield Table(head, cells, f"{words.called(group)}: {plots.better(rows[0])}, {summary.split} rows", WORDS)
     yield Text(LOOK)
-    caption = "Every seed a dot, the mean and its interval; dashed: the baseline's mean"
+    caption = f"Every seed a dot, the mean and its interval{CUT}; dashed: the baseline's mean"
     yield Drawn(tuple(_each(summary, "seeds", caption, lambda g: plots.seeds(summary, g))))
-    caption = f"Paired difference to {summary.baseline}: every pair a dot, the mean and its interval"
+    caption = f"Paired difference to {summary.baseline}: every pair a dot, the mean and its interval{CUT}"
     yield Drawn(tuple(_each(summary, "differences", caption, lambda g: plots.differences(summary, g))))
 
 
@@ -108,8 +111,8 @@ def _over_all(summary: Summary) -> Iterator[Block]:
         return
     caption = "Arms joined by a line at the right are not told apart by Nemenyi's test. Marks: the verdict above"
     yield Drawn((Figure("ranks", "Average ranks", caption, (canvas,)),))
-    text = f"Friedman's test that all arms rank alike: chi2 = {ranks.chi2:.2f}, p = {words.chance(ranks.p)}; Iman and "
-    text += f"Davenport's F: p = {words.chance(ranks.p_f)}."
+    text = f"Friedman's test that all arms rank alike: chi2 = {ranks.chi2:.2f}, p = {words.chance(ranks.p)}, by "
+    text += f"{summary.rule.resamples:,} random permutations within the groups."
     if summary.unranked:
         text += f" Without a figure in every group, and so without a rank: {words.listed(summary.unranked)}."
     yield Text(text)
@@ -175,9 +178,8 @@ def _deployed(summary: Summary) -> Iterator[Block]:
             continue
         head = ("arm", "as trained", *(part for form in forms for part in (form, f"error {form}")))
         cells = tuple((_named(row, summary), _quality(row)[1], *_forms(row, forms)) for row in rows)
-        caption = (
-            f"{words.called(group)}: mean {rows[0].metric} on test rows in other forms; relative error of the outputs"
-        )
+        caption = f"{words.called(group)}: mean {rows[0].metric} on {summary.split} rows in other forms; "
+        caption += "relative error of the outputs"
         yield Table(head, cells, caption, WORDS)
 
 

@@ -6,26 +6,20 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...io import files
 from ..outcome import Outcome
 from ..table import Row
 
 MAPS, LINES = ("others", "deployed", "deployed_error"), ("losses", "curve")
 
 
-def atomically(path: Path, produce: Callable[[Path], object]) -> None:
-    """The file is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    produce(temporary)
-    temporary.replace(path)
-
-
 def text(path: Path, content: str) -> None:
-    atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8", newline="\n"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, content)
 
 
 def runs_csv(runs: Iterable[Outcome], path: Path) -> None:
@@ -68,7 +62,7 @@ def runs_parquet(runs: Sequence[Outcome], path: Path) -> None:
     )
     columns = {f.name: [_arrow(f.name, getattr(run, f.name)) for run in runs] for f in dataclasses.fields(Outcome)}
     made = pa.table(columns, schema=schema)
-    atomically(path, lambda temporary: parquet.write_table(made, temporary))
+    files.atomic(path, lambda temporary: parquet.write_table(made, temporary))
 
 
 def _arrow(name: str, value: Any) -> Any:

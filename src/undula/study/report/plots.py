@@ -44,6 +44,16 @@ def rows_by_name(names: Sequence[str], scale: Scale, title: str, right: float = 
     return canvas, heights
 
 
+def _interval(canvas: Canvas, scale: Scale, low: float | None, high: float | None, y: float, look: str) -> None:
+    """A horizontal bar; where it is cut at the end of the scale, an arrow."""
+    if low is None or high is None:
+        return
+    canvas.line([(scale(low), y), (scale(high), y)], look)
+    for x, inwards, cut in ((scale.start, 4, low < scale.low), (scale.end, -4, high > scale.high)):
+        if cut:
+            canvas.line([(x + inwards, y - 3.5), (x, y), (x + inwards, y + 3.5)], look)
+
+
 def better(row: Row) -> str:
     """The metric's name with where the better figures are."""
     return f"{row.metric} ({'more' if row.more_is_better else 'less'} is better)"
@@ -56,14 +66,13 @@ def seeds(summary: Summary, group: Group) -> Canvas | None:
         return None
     values = {row.arm: [o.test or 0.0 for o in summary.finals(group, row.arm)] for row in rows}
     scale = linear([v for found in values.values() for v in found], LEFT + 6, WIDTH - RIGHT - 6, 0.25)
-    canvas, heights = rows_by_name([row.arm for row in rows], scale, f"{better(rows[0])}, test rows")
+    canvas, heights = rows_by_name([row.arm for row in rows], scale, f"{better(rows[0])}, {summary.split} rows")
     for row, y in zip(rows, heights, strict=True):
         quality, look = row.quality, kind(row, summary)
         assert quality is not None
         if row.arm == summary.baseline:
             canvas.line([(scale(quality.mean), TOP), (scale(quality.mean), heights[-1] + ROW / 2)], "axis dash")
-        if quality.low is not None and quality.high is not None:
-            canvas.line([(scale(quality.low), y), (scale(quality.high), y)], f"{look} bar")
+        _interval(canvas, scale, quality.low, quality.high, y, f"{look} bar")
         for v in values[row.arm]:
             canvas.mark(scale(v), y, f"seed {look}", size=3)
         canvas.mark(scale(quality.mean), y, look, f"{row.arm}: {quality.mean:.4g}, {quality.n} seeds")
@@ -88,8 +97,7 @@ def differences(summary: Summary, group: Group) -> Canvas | None:
     for row, y in zip(rows, heights, strict=True):
         against = row.against
         assert against is not None
-        if against.low is not None and against.high is not None:
-            canvas.line([(scale(against.low), y), (scale(against.high), y)], f"{against.verdict} bar")
+        _interval(canvas, scale, against.low, against.high, y, f"{against.verdict} bar")
         for v in pairs[row.arm]:
             canvas.mark(scale(v), y, f"seed {against.verdict}", size=3)
         canvas.mark(scale(against.difference), y, against.verdict, f"{row.arm}: {against.difference:+.4g}")

@@ -46,9 +46,9 @@ def chance(p: float | None) -> str:
     return "1e-12 at most" if p < 1e-12 else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def opening(summary: Summary) -> tuple[str, ...]:
-    """What the reader should know first."""
-    found = [_what(summary)]
+def opening(summary: Summary, notes: Sequence[str] = ()) -> tuple[str, ...]:
+    """What the reader should know first; `notes` about the whole stand behind the first sentence."""
+    found = [_what(summary), *notes, *_without_figure(summary)]
     found += [_over_all(summary)] if summary.pooled else []
     found += [_in_group(summary, group) for group in summary.groups]
     found += [_too_few(summary)] if _undecided(summary) else []
@@ -60,11 +60,22 @@ def _what(summary: Summary) -> str:
     counts = sorted({row.quality.n for row in summary.rows if row.quality})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
     groups = some(len(summary.groups), "group (model, data, budget)", "groups (model, data, budget)")
+    compared = f"Every arm is compared with the baseline {summary.baseline}, on {summary.split} rows"
+    compared += " that chose nothing" if summary.rates else ""
+    if not any(row.quality for row in summary.rows if row.arm == summary.baseline):
+        compared = f"The baseline {summary.baseline} has no figure, so nothing is compared with it"
     return (
         f"{some(len(summary.arms), 'arm')} in {groups}, {seeds} measured {'seed' if seeds == '1' else 'seeds'} each, "
-        f"{some(len(finals), 'final run')} in all. Every arm is compared with the baseline {summary.baseline}, on test "
-        f"rows{' that chose nothing' if summary.rates else ''}."
+        f"{some(len(finals), 'final run')} in all. {compared}."
     )
+
+
+def _without_figure(summary: Summary) -> tuple[str, ...]:
+    lacking = [f"{row.arm} ({called(row.group)})" for row in summary.rows if row.quality is None]
+    if not lacking:
+        return ()
+    names = listed(lacking) if len(lacking) <= 6 else f"{len(lacking)} arms in their groups, see Every figure"
+    return (f"No final run has given a figure of: {names}.",)
 
 
 def _by_verdict(verdicts: Sequence[tuple[str, str]], than: str) -> str:
@@ -80,7 +91,12 @@ def _by_verdict(verdicts: Sequence[tuple[str, str]], than: str) -> str:
 
 
 def _over_all(summary: Summary) -> str:
-    return f"Over all groups together: {_by_verdict([(e.verdict, e.arm) for e in summary.pooled], summary.baseline)}."
+    count = len(summary.groups)
+    arms = [
+        (each.verdict, each.arm if each.groups == count else f"{each.arm} (in {each.groups} of {count})")
+        for each in summary.pooled
+    ]
+    return f"Over all groups together: {_by_verdict(arms, summary.baseline)}."
 
 
 def _in_group(summary: Summary, group: Group) -> str:
@@ -93,7 +109,9 @@ def _in_group(summary: Summary, group: Group) -> str:
     extreme = "highest" if best.more_is_better else "lowest"
     base = next((row for row in rows if row.arm == summary.baseline and row.quality), None)
     beside = f" ({summary.baseline}: {figure(base.quality.mean)})" if base and base.quality and base != best else ""
-    return f"{words} The {extreme} mean {best.metric} is {best.arm}'s, {figure(best.quality.mean)}{beside}."
+    equals = [row.arm for row in rows if row.quality and row.quality.mean == best.quality.mean]
+    whose = f"{best.arm}'s" if len(equals) == 1 else f"that of {listed(equals)}"
+    return f"{words} The {extreme} mean {best.metric} is {whose}, {figure(best.quality.mean)}{beside}."
 
 
 def _undecided(summary: Summary) -> list[Row]:
@@ -104,12 +122,13 @@ def _too_few(summary: Summary) -> str:
     """How many seeds it would take."""
     rows, alpha = _undecided(summary), summary.rule.alpha
     pairs = max(row.against.pairs for row in rows if row.against)
-    one, every = (S.seeds_for(m, alpha) for m in (1, summary.compared))
+    trained = summary.compared - sum(row.against is not None and row.untrained for row in summary.rows)
+    one, every = S.seeds_for(1, alpha), S.seeds_for(max(trained, 1), alpha)
     needed = f"{one} seeds would do for a single comparison"
     if every > one:
-        needed += f", {every} for all {summary.compared} of this report"
+        needed += f", {every} for all {trained} of this report"
     if any(each.verdict == S.UNDECIDED for each in summary.pooled):
-        over = S.seeds_for(len(summary.pooled), alpha, len(summary.groups))
+        over = S.seeds_for(len(summary.pooled), alpha, len({(model, data) for model, data, _ in summary.groups}))
         needed += f", {over} for those over all groups together, where an arm has figures in every group"
     return (
         f"Undecidable does not mean equal. With {some(pairs, 'pair')} of seeds the smallest p that the exact test can "
@@ -130,8 +149,10 @@ def _rates(summary: Summary) -> str:
         f"Each arm's learning rate was chosen on validation rows, among rates from {min(tried):g} to {max(tried):g}"
         f"{with_seeds}. "
     )
+    pruned = sum(o.pruned for o in summary.runs)
+    text += f"Successive halving ended {pruned:,} of its runs early. " if pruned else ""
     if not loose:
-        return text + "Every chosen rate has worse neighbours on both sides."
+        return text + "Every chosen rate lies between rates that did no better."
     names = listed(loose) if len(loose) <= 6 else f"{len(loose)} of {len(summary.rates)} choices"
     return text + (
         f"Unbracketed, that is at an edge of what was tried, so that the arm may be better than it seems: {names}."
@@ -151,7 +172,7 @@ def _failed(summary: Summary) -> tuple[str, ...]:
 def limits(summary: Summary) -> tuple[str, ...]:
     """What is computed, what decides, and what the figures do not say."""
     rule, pairs = summary.rule, [row.against.pairs for row in summary.rows if row.against]
-    few = min(pairs, default=0)
+    few = min((n for n in pairs if n > 1), default=0)
     percent = f"{rule.confidence:.0%}".replace("%", " %")
     found = [
         "A pair is a seed with which both the arm and the baseline were trained; seeds that only one of them has do "
@@ -167,7 +188,7 @@ def limits(summary: Summary) -> tuple[str, ...]:
         "beside the word tie or undecided is no contradiction. They suppose that the noise of seeds is about normal; "
         "for few seeds they are wide because nothing better is known.",
     ]
-    if few > 1:
+    if few:
         bound = f"{S.bootstrap_covers_at_most(few):.0%}".replace("%", " %")
         found.append(
             f"The bootstrap interval is the percentile interval of {rule.resamples:,} resamples of the pairs. It "
@@ -182,10 +203,12 @@ def limits(summary: Summary) -> tuple[str, ...]:
     )
     if summary.pooled:
         found.append(
-            "Over all groups: the same test on the differences of all groups, each divided by its group's root mean "
-            "square, so that every group weighs the same in any unit; runs of different groups count as independent. "
-            "It is about these groups. Average ranks with "
-            "Friedman's test and Nemenyi's critical difference ask about groups in general; they take groups as "
-            "independent, which groups that share data are not, and see little with fewer than about ten."
+            "Over all groups: the same test on the pairs of all models and data sets, each difference divided by the "
+            "root mean square there, so that all weigh the same in any unit. It decides, and its sign can differ from "
+            "the mean gain's, which large differences on one data set can rule. Budgets are no new evidence: a pair's "
+            "difference is the mean over them. Runs on different models or data count as independent. It is about "
+            "these groups. Average ranks with Friedman's test and Nemenyi's critical difference ask about groups in "
+            "general; they take groups as independent, which groups that share data are not, and see little with "
+            "fewer than about ten."
         )
     return tuple(found)
