@@ -19,7 +19,9 @@ LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tes
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
 STUDY = "tests/interop/test_study.py::test_runs_on_other_rows_are_not_mixed_in"
-REPORT = "tests/oracles/test_study_report.py"
+HALVING = "tests/interop/test_study.py::test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off"
+REPORT, STATISTICS = "tests/oracles/test_study_report.py", "tests/oracles/test_statistics.py"
+COMPARE = "tests/interop/test_compare.py::test_runs_of_one_arm_differ_in_nothing_but_the_seed"
 IMAGES = "tests/interop/test_images.py"
 GATED, RANKS = "tests/oracles/test_gated.py", "tests/oracles/test_ranks.py"
 ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_ranks_gates.py"
@@ -80,6 +82,11 @@ MUTANTS = [
     ("study/statistics.py", "math.log2(2 * comparisons / alpha)", "math.log2(comparisons / alpha)", REPORT),
     ("study/power.py", "[seeds * n for n in pooled]", "[seeds for n in pooled]", REPORT),
     ("study/store.py", "if row is not None and not is_free(row[0], row[2], row[3]):", "if False:", CHOICES),
+    ("study/store.py", 'if fields[0] == "Z" else', "if False else", CHOICES),
+    ("study/summary.py", "setdefault((row.model, row.data), {})", "setdefault(row.group, {})", REPORT),
+    ("study/statistics.py", "ranked.shape)), axis=2)", "ranked.shape)), axis=1)", STATISTICS),
+    ("study/drive.py", "(whole and r.pruned)", "False", HALVING),
+    ("study/compare.py", '"bits", "probe_batches"', '"probe_batches"', COMPARE),
     ("methods/gated.py", "self.r if self.open is None else self.open, self.alpha", "self.r, self.alpha", GATED),
     ("methods/dylora.py", "torch.where(last, B_OR, B_OR.detach())", "B_OR", GATED),
     ("methods/dylora.py", "return [slice(0, b - 1), slice(b, r)]", "return [slice(b, r)]", GATES),
