@@ -24,6 +24,8 @@ def build(family: type[C], name: str, pairs: Iterable[str]) -> C:
 
 def build_from(family: type[C], name: str, table: Mapping[str, Any]) -> C:
     """The same from a table; `is` names an option that has options itself.  Texts and lists are taken as they are."""
+    if "is" in table:
+        raise ValueError(f"{name} is named already: `is` names an option that has options itself")
     return family.build(name, _values(family.named(name), _tree_of(table)))
 
 

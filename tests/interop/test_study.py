@@ -15,7 +15,7 @@ import pytest
 
 import undula
 from undula.study import FINAL, SWEEP, Faults, Ray, parse, read, splits
-from undula.study.drive import estimate, report, run, warnings
+from undula.study.drive import counted, estimate, report, run, warnings
 from undula.study.plan import Plan
 from undula.study.splits import opened
 from undula.study.store import Store
@@ -231,6 +231,7 @@ def test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off(text, t
                                                if s == 0 or lr not in lost}  # fmt: skip
     assert {o.seed for o in sweep if o.pruned} == {0}
     assert found.chosen[0].lr not in lost
+    assert counted(Plan(parse(swept)), tmp_path)["least"] > 0  # as a dry run tells it
     whole = [o for o in run(parse(swept), tmp_path).outcomes if o.stage == SWEEP]
     assert len(whole) == 6
     assert all(o.steps == 12 and not o.pruned for o in whole)
@@ -375,6 +376,12 @@ def test_numbers_that_no_run_could_have_are_faults_with_their_lines(text):
     same = text.replace('task = "classification"', 'task = "classification"\nsplits = { test = "train" }')
     with pytest.raises(Faults, match="rows of 'train' would be learned from and measured on"):
         parse(same)
+    with pytest.raises(Faults, match="rows of 'validation' would be learned from and measured on"):
+        parse(same.replace('test = "train"', 'train = "validation"'))
+    seeds = text.replace("seeds = [1, 2]", "seeds = [1.5]").replace("extend = 1", "extend = 1\nseeds = [1, -1]")
+    with pytest.raises(Faults, match=r"2 fault\(s\)") as caught:  # and no clash with seeds that nobody gave
+        parse(seeds)
+    assert [seeds.splitlines()[line - 1] for line, _ in caught.value.found] == ["seeds = [1.5]", "seeds = [1, -1]"]
 
 
 def test_every_arm_that_a_budget_does_not_fit_is_named_with_the_budgets_line(text):

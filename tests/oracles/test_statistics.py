@@ -34,7 +34,9 @@ def test_spread_is_students_interval():
     assert (found.low, found.high) == pytest.approx(known)
     assert found.standard_error == pytest.approx(stats.sem(x))
     assert S.spread([1.5]) == S.Spread(1, 1.5)
-    assert S.spread([0.1, 0.1, 0.1]) == S.Spread(3, 0.1, 0.0)  # accuracies that agree by chance: no interval
+    for equal in ([0.1] * 3, [0.7 - 0.6, 0.6 - 0.5, 0.8 - 0.7]):  # accuracies that agree by chance: no interval
+        assert S.spread(equal) == S.Spread(3, pytest.approx(0.1), 0.0)
+        assert S.pooled([equal, equal]) == S.Spread(6, pytest.approx(0.1), 0.0)
     with pytest.raises(ValueError, match="no figures"):
         S.spread([])
 

@@ -59,7 +59,8 @@ def test_failed_rates_are_worse_than_any_and_where_all_fail_the_grid_goes_down()
 def test_what_an_older_form_tried_beyond_a_gap_changes_nothing():
     scores = {1e-3: 0.1, 1e-2: 0.5, 1.0: 0.9}
     assert decide(GRID, scores, 10, 2, True) == Decision(more=(0.1,))
-    assert decide(GRID, scores | {0.1: 0.2}, 10, 2, True) == Decision(chosen=1.0, bracketed=False)
+    assert decide(GRID, scores | {0.1: 0.2}, 10, 2, True) == Decision(chosen=1e-2, bracketed=True)
+    assert decide(GRID, scores | {0.1: 0.7}, 10, 2, True) == Decision(chosen=1.0, bracketed=False)
 
 
 def test_of_equal_scores_the_lower_rate_wins():
@@ -169,6 +170,8 @@ def test_options_of_a_table_are_taken_as_they_are():
     loran = build_from(Method, "loran", {"r": 2, "activation": {"a": 0.02}, "learn": ["a"]})
     assert loran == undula.LoRAN(r=2, activation=undula.activations.Sinter(a=0.02), learn=("a",))
     assert build_from(Method, "dora", {"inner": {"is": "lora", "r": 4}}) == undula.DoRA(undula.LoRA(r=4))
+    with pytest.raises(ValueError, match="lora is named already"):
+        build_from(Method, "lora", {"is": "lora", "r": 8})
     with pytest.raises(LookupError, match="no method is called '3'"):
         build_from(Method, "dora", {"inner": {"is": 3}})
 
@@ -187,17 +190,33 @@ def test_a_run_is_the_same_from_another_folder(tmp_path, monkeypatch):
 def test_a_study_built_as_a_value_is_checked_before_it_runs():
     task = undula.train.Classification()
     arms = (spec.Arm("a", undula.LoRA()), spec.Arm("a", undula.DoRA()))
-    wrong = spec.Study("t", arms, (spec.Base("m"),), (spec.Rows("d", task),), seeds=(0, -1))
+    budgets = (spec.Budget(rank=4, parameters_of="b"),)
+    wrong = spec.Study("t", arms, (spec.Base("m"),), (spec.Rows("d", task),), budgets, seeds=(0, -1))
     with pytest.raises(ValueError, match="two of the methods") as caught:
         Plan(wrong)
     for part in ("two of the methods are called 'a'", "no method is called 'LoRA'; there are: a, a",
-                 "whole numbers from 0", "none of them may be a seed of the sweep"):  # fmt: skip
+                 "no method is called 'b'; there are: a, a", "whole numbers from 0",
+                 "none of them may be a seed of the sweep"):  # fmt: skip
         assert part in str(caught.value)
 
 
 def test_no_run_at_a_time_is_refused():
     with pytest.raises(ValueError, match="found slots=0"):
         Ray(slots=0)
+
+
+def test_only_what_was_read_is_forgotten(tmp_path):
+    """Another process may have taken a failed run since."""
+    task = undula.train.Classification()
+    run = undula.train.Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
+    trial, store = Trial(run, Rows("d", task), 1, 0, tested=False), Store(tmp_path / "runs.sqlite")
+    store.claim(trial)
+    store.fail(trial, "no memory")
+    failed = store.records([trial.key])
+    store.forget(failed)
+    assert store.claim(trial)
+    store.forget(failed)
+    assert store.records([trial.key])[trial.key].state == "running"
 
 
 def test_lines_of_a_study_file():

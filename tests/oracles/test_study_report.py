@@ -114,6 +114,9 @@ def test_budgets_are_no_new_evidence():
     gains = [sum(value["DoRA", s, b] - value["LoRA", s, b] for b in ("r=8", "r=2")) / 2 for s in range(3)]
     assert (pooled.groups, pooled.pairs, pooled.smallest_p) == (2, 3, 0.25)
     assert pooled.p == S.sign_flip(gains)
+    once = study(data=("news", "films"))[0]
+    twice = [replace(o, budget=b) for b in ("r=8", "parameters of LoRA") for o in once]
+    assert summarise(twice, [], "LoRA").ranks == summarise(once, [], "LoRA").ranks
     assert (pooled.gain.mean, pooled.gain.low) == pytest.approx((S.spread(gains).mean, S.spread(gains).low))
 
 
@@ -322,6 +325,12 @@ def test_the_seeds_of_an_untrained_model_are_not_asked_for(tmp_path):
     runs, rates = study(data=("news",))
     runs += [run("untrained", 0, 0.1, parameters=0, head_parameters=0)]
     assert "7 for all 2 of this report" in words(tmp_path, runs, rates)
+    runs, rates = study(arms=("LoRA", "DoRA"))
+    runs += [run("untrained", 0, 0.1, data=d, parameters=0, head_parameters=0) for d in ("news", "films")]
+    assert "7 for all 3 of this report" in words(tmp_path, runs, rates)
+    runs, rates = study(arms=("LoRA", "DoRA"), data=("news",), seeds=8)
+    runs += [run("untrained", 0, 0.1, parameters=0, head_parameters=0)]
+    assert "would do for a single comparison" not in words(tmp_path, runs, rates)
 
 
 def test_the_bootstraps_warning_stays_where_one_arm_has_a_single_pair(tmp_path):
@@ -351,11 +360,11 @@ def test_an_interval_that_is_cut_has_an_arrow(tmp_path):
 
 
 def test_the_rows_are_called_what_they_are(tmp_path):
-    summary = summarise([run(), run("DoRA")], [], "LoRA", split="validation")
+    summary = summarise(study()[0], [], "LoRA", split="validation")
     write(tmp_path, summary, "t", {})
     text = (tmp_path / "report.md").read_text()
-    assert "on validation rows" in text
-    assert "test rows;" not in text.replace("other test rows", "")
+    assert text.count("validation rows") >= 5  # the opening, two tables and two forms of deployment
+    assert "test rows" not in text.replace("other test rows", "")
 
 
 def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn(tmp_path):

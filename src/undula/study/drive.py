@@ -66,7 +66,7 @@ def run(
     """
     executor, view, out = executor or Local(), view or Silent(), Path(out)
     plan, store = Plan(study), Store(out / STORE)
-    if changed := "; ".join(plan.strangers(store.records(plan.keys()))):
+    if changed := "; ".join(plan.strangers(plan.known(store))):
         raise ValueError(f"{changed}: bring the rows back, or begin again in another --out than {out}")
     _free(plan, store, retry_failed)
     mine: set[str] = set()
@@ -74,22 +74,23 @@ def run(
         with store.beating():
             _drive(plan, store, executor, view, mine)
     finally:
-        executor.close()
-        store.release(mine)
+        try:
+            executor.close()
+        finally:
+            store.release(mine)
     return report(study, out, about)
 
 
 def _free(plan: Plan, store: Store, retry_failed: bool) -> None:
-    """Lets go of runs that are to be made again: failed ones, and halved ones where the study halves no more."""
-    known = store.records(plan.keys())
-    whole = plan.study.sweep.halving is None
-    store.forget([k for k, r in known.items() if (retry_failed and r.error is not None) or (whole and r.pruned)])
+    """Lets go of runs that are to be made again: those that do not count, and failed ones if asked to."""
+    known, held = plan.known(store), store.records(plan.keys())
+    store.forget({k: r for k, r in held.items() if k not in known or (retry_failed and r.error is not None)})
 
 
 def _drive(plan: Plan, store: Store, executor: Executor, view: View, mine: set[str]) -> None:
     """`mine`: the runs in hand."""
     while True:
-        known = store.records(plan.keys())
+        known = plan.known(store)
         view.counts(plan.counts(known))
         due = [t for t in plan.due(known) if t.key not in mine]
         for trial in due:
@@ -131,29 +132,34 @@ def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None
     from .report import write_report
 
     out, plan = Path(out), Plan(study)
-    outcomes, chosen = plan.outcomes(Store(out / STORE))
+    known = plan.known(Store(out / STORE))
+    outcomes, chosen = plan.outcomes(known)
     made = write_report(
         *(out / REPORT, outcomes, chosen),
-        title=study.title, baseline=study.baseline, about=about or {}, notes=list(_notes(plan, out)),
+        title=study.title, baseline=study.baseline, about=about or {}, notes=list(_notes(plan, known)),
     )  # fmt: skip
     return Finished(outcomes, chosen, made)
 
 
-def _notes(plan: Plan, out: Path) -> Iterator[str]:
+def _notes(plan: Plan, known: Mapping[str, Record]) -> Iterator[str]:
     """What a reader should know before any figure."""
-    counts = counted(plan, out)
+    counts = plan.counts(known)
     if counts["least"]:
         yield f"The study is not complete: {counts['ended']} runs have ended, {counts['least']} at least are to come."
-    yield from (f"Mind the data. {text}." for text in warnings(plan.study, out))
+    yield from (f"Mind the data. {text}." for text in _doubts(plan, known))
 
 
 def warnings(study: Study, out: str | Path | None = None) -> list[str]:
     """What makes the data of a study doubtful, and the runs in `out`, if there are any."""
-    told = [f"{r.label}: {text}" for r in study.data for text in splits.leaks(splits.opened(r, study.split_seed)[1])]
-    if out is not None:
-        plan = Plan(study)
-        told += plan.strangers(_known(plan, Path(out)))
-    return told
+    plan = Plan(study)
+    return list(_doubts(plan, {} if out is None else _known(plan, Path(out))))
+
+
+def _doubts(plan: Plan, known: Mapping[str, Record]) -> Iterator[str]:
+    for rows in plan.study.data:
+        _, parts = splits.opened(rows, plan.study.split_seed)
+        yield from (f"{rows.label}: {text}" for text in splits.leaks(parts))
+    yield from plan.strangers(known)
 
 
 def counted(plan: Plan, out: Path) -> dict[str, int]:
@@ -162,7 +168,7 @@ def counted(plan: Plan, out: Path) -> dict[str, int]:
 
 
 def _known(plan: Plan, out: Path) -> dict[str, Record]:
-    return Store(out / STORE).records(plan.keys()) if (out / STORE).is_file() else {}
+    return plan.known(Store(out / STORE)) if (out / STORE).is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Plan:
     """
 
     def __init__(self, study: Study):
-        if found := "; ".join(text for _, _, text in faults(study)):
+        if found := "; ".join(text for _, text in faults(study)):
             raise ValueError(found)
         self.study = study
         self.cells = tuple(_cells(study))
@@ -186,9 +186,15 @@ class Plan:
         """Whether successive halving may end a run early."""
         return not trial.tested and trial.run.seed == self.study.sweep.seeds[0]
 
-    def outcomes(self, store: Store) -> tuple[list[Outcome], list[ChosenRate]]:
+    def known(self, store: Store) -> dict[str, Record]:
+        """What the store holds of this study's runs.  One that another form of the study cut short, and this one would
+        make whole, counts as never made."""
+        firsts = {t.key for cell in self.cells for lr in cell.rates() for t in cell.sweep(lr)[:1]}
+        halves = set() if self.study.sweep.halving is None else firsts
+        return {k: r for k, r in store.records(self.keys()).items() if not r.pruned or k in halves}
+
+    def outcomes(self, known: Mapping[str, Record]) -> tuple[list[Outcome], list[ChosenRate]]:
         """Everything that has ended, and the rates that were chosen."""
-        known = store.records(self.keys())
         outcomes = [o for cell in self.cells for o in cell.outcomes(known)]
         return outcomes, [c for cell in self.cells if (c := cell.chosen(known)) is not None]
 

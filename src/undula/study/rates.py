@@ -26,26 +26,23 @@ def decide(
     by `factor` is tried too, at most `extend` times at either end.  Of equal scores the lower rate wins.  The middle of
     the grid comes first: where runs are ended early, it is against a rate that is likely to be good.
     """
-    first = sorted(grid)
-    tried = list(first)
-    for _ in range(extend):  # what lies beyond a gap was tried by an older form of the study
-        tried += [lr for lr in (_rounded(min(tried) / factor), _rounded(max(tried) * factor)) if lr in scores]
-    tried.sort()
-    middle = first[(len(first) - 1) // 2]
-    missing = tuple(lr for lr in sorted(tried, key=lambda lr: abs(math.log(lr / middle))) if lr not in scores)
-    if missing:
-        return Decision(more=missing)
-    alive = {lr: s for lr in tried if (s := scores[lr]) is not None}
+    tried, lower, higher = sorted(grid), 0, 0
+    middle = tried[(len(tried) - 1) // 2]
     sign = 1 if more_is_better else -1
-    best = max(alive, key=lambda lr: (sign * alive[lr], -lr)) if alive else tried[0]  # where all diverge: go down
-    lower, higher = sum(lr < first[0] for lr in tried), sum(lr > first[-1] for lr in tried)
-    if best == tried[0] and lower < extend:
-        return Decision(more=(_rounded(tried[0] / factor),))
-    if alive and best == tried[-1] and higher < extend:
-        return Decision(more=(_rounded(tried[-1] * factor),))
-    if not alive:
-        return Decision()
-    return Decision(chosen=best, bracketed=tried[0] < best < tried[-1])
+    while True:  # step by step, as if nothing had been tried: scores beyond are of an older form of the study
+        missing = tuple(lr for lr in sorted(tried, key=lambda lr: abs(math.log(lr / middle))) if lr not in scores)
+        if missing:
+            return Decision(more=missing)
+        alive = {lr: s for lr in tried if (s := scores[lr]) is not None}
+        best = max(alive, key=lambda lr: (sign * alive[lr], -lr)) if alive else tried[0]  # where all diverge: go down
+        if best == tried[0] and lower < extend:
+            tried, lower = [_rounded(tried[0] / factor), *tried], lower + 1
+        elif alive and best == tried[-1] and higher < extend:
+            tried, higher = [*tried, _rounded(tried[-1] * factor)], higher + 1
+        elif not alive:
+            return Decision()
+        else:
+            return Decision(chosen=best, bracketed=tried[0] < best < tried[-1])
 
 
 def _rounded(lr: float) -> float:

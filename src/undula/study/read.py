@@ -62,8 +62,10 @@ class _Reader:
 
     def __init__(self, text: str):
         self.where, self.found = lines(text), list[tuple[int | None, str]]()
+        self.places = set[Place]()  # that have a fault
 
     def fault(self, place: Place, text: str) -> None:
+        self.places.add(place)
         self.found.append((line_of(place, self.where), text))
 
     def attempt(self, place: Place, make: Callable[[], Any]) -> Any:
@@ -143,25 +145,26 @@ def _study(reader: _Reader, top: dict[str, Any], replace: Mapping[str, str]) -> 
     arms = [(i, a) for i, t in many["methods"] if (a := _arm(reader, i, t)) is not None]
     models = [(i, m) for i, t in many["models"] if (m := _base(reader, i, t, replace)) is not None]
     data = [(i, d) for i, t in many["data"] if (d := _data(reader, i, t, replace)) is not None]
-    known = tuple(a for _, a in arms)
-    budgets = [(i, b) for i, t in many["budgets"] if (b := _budget(reader, i, t, known)) is not None]
+    budgets = [(i, b) for i, t in many["budgets"] if (b := _budget(reader, i, t)) is not None]
     rest: dict[str, Any] = {k: top[k] for k in ("title", "split_seed", "baseline") if k in top}
-    if "seeds" in top and (seeds := reader.numbers(("seeds",), top["seeds"], int)):
-        rest["seeds"] = seeds
+    if "seeds" in top:
+        rest["seeds"] = reader.numbers(("seeds",), top["seeds"], int)
     train = _train(reader, top.get("train", {}))
     for i, table in many["data"]:
         if "epochs" in table and train.steps is not None:
             reader.fault(("data", i, "epochs"), f"[train] steps = {train.steps} decides how long a run is, not epochs")
     study = Study(
-        rest.pop("title", "A study of adapters"), known, tuple(m for _, m in models), tuple(d for _, d in data),
-        tuple(b for _, b in budgets) or (Budget(),), sweep=_sweep(reader, top.get("sweep", {})), train=train, **rest,
+        rest.pop("title", "A study of adapters"), tuple(a for _, a in arms), tuple(m for _, m in models),
+        tuple(d for _, d in data), tuple(b for _, b in budgets) or (Budget(),),
+        sweep=_sweep(reader, top.get("sweep", {})), train=train, **rest,
     )  # fmt: skip
-    pairs: dict[str, Sequence[tuple[int, Any]]] = {"methods": arms, "models": models, "data": data, "budgets": budgets}
-    for part, number, text in faults(study):
-        if number is not None:
-            reader.fault((part, pairs[part][number][0]), text)
-        elif not top.get(part) or part not in MANY:  # what is there and wrong has its own faults
-            reader.fault((part,), text)
+    pairs: dict[Any, Sequence[tuple[int, Any]]] = {"methods": arms, "models": models, "data": data, "budgets": budgets}
+    for (part, *inside), text in faults(study):
+        if part in MANY and inside:  # counted among those that could be read
+            inside[0] = pairs[part][int(inside[0])][0]
+        read = (part, *inside) in reader.places or (not inside and part in MANY and top.get(part))
+        if not read:  # what is there and wrong has its own fault
+            reader.fault((part, *inside), text)
     return study
 
 
@@ -235,21 +238,18 @@ def _renamed(names: dict[str, Any]) -> str | None:
     """What is wrong with other names of the splits."""
     if any(part not in splits.PARTS or not isinstance(name, str) for part, name in names.items()):
         return f"splits gives names to {', '.join(splits.PARTS)}, found {names!r:.80}"
-    train = names.get("train", "train")
-    if train in (names.get("validation"), names.get("test")):
+    train, *measured = (names.get(part, part) for part in splits.PARTS)
+    if train in measured:
         return f"rows of {train!r} would be learned from and measured on"
     return None
 
 
-def _budget(reader: _Reader, i: int, t: dict[str, Any], arms: tuple[Arm, ...]) -> Budget | None:
-    of, place = t.get("parameters_of"), ("budgets", i)
+def _budget(reader: _Reader, i: int, t: dict[str, Any]) -> Budget | None:
+    place = ("budgets", i)
     if "parameters" in t and len(t) > 1 or not t:
         reader.fault(place, "a budget is `rank`, or `parameters`, or `parameters_of` (with a `rank`)")
     elif any(t.get(k, 1) < 1 for k in ("rank", "parameters")):
         reader.fault(place, "rank and parameters are 1 or more")
-    elif of is not None and not any(a.name == of and a.method is not None for a in arms):
-        known = ", ".join(a.name for a in arms if a.method is not None)
-        reader.fault((*place, "parameters_of"), f"no method is called {of!r}; there are: {known}")
     else:
         return Budget(**t)
     return None
@@ -257,10 +257,9 @@ def _budget(reader: _Reader, i: int, t: dict[str, Any], arms: tuple[Arm, ...]) -
 
 def _sweep(reader: _Reader, data: dict[str, Any]) -> Sweep:
     t = reader.table(("sweep",), data, TABLES["sweep"])
-    lists = {key: (t.pop(key), kind) for key, kind in (("rates", NUMBER), ("seeds", int)) if key in t}
-    for key, (given, kind) in lists.items():
-        if values := reader.numbers(("sweep", key), given, kind):
-            t[key] = values
+    for key, kind in (("rates", NUMBER), ("seeds", int)):
+        if key in t:
+            t[key] = reader.numbers(("sweep", key), t[key], kind)
     limits = {"factor": 1.01, "extend": 0, "halving": 2}
     for key in [k for k, least in limits.items() if k in t and t[k] < least]:
         reader.fault(("sweep", key), f"{key} is at least {limits[key]}, found {t.pop(key)}")

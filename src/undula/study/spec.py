@@ -22,10 +22,6 @@ class Arm:
     rates: tuple[float, ...] = ()  # its own grid to begin with; empty: the sweep's
     allocator: Allocator | None = None
 
-    @property
-    def label(self) -> str:
-        return self.name
-
 
 @dataclass(frozen=True)
 class Base:
@@ -124,26 +120,31 @@ class Study:
         return next(a for a in self.arms if a.name == name)
 
 
-def faults(study: Study) -> Iterator[tuple[str, int | None, str]]:
-    """(part, its number there, why) of all that makes no study, models and data unopened."""
+def faults(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """(place, why) of all that makes no study, models and data unopened.  A place is as `("methods", 2)`."""
+    names = [arm.name for arm in study.arms]
     parts = {
-        "methods": [arm.label for arm in study.arms],
+        "methods": names,
         "models": [base.label for base in study.models],
         "data": [rows.label for rows in study.data],
         "budgets": [budget.label for budget in study.budgets],
     }
     for part, labels in parts.items():
         if not labels:
-            yield part, None, f"a study needs at least one [[{part}]]"
+            yield (part,), f"a study needs at least one [[{part}]]"
         for i, label in enumerate(labels):
             if label in labels[:i]:
-                yield part, i, f"two of the {part} are called {label!r}: give them different names"
-    names = [arm.name for arm in study.arms]
+                yield (part, i), f"two of the {part} are called {label!r}: give them different names"
     if names and study.baseline not in names:
-        yield "baseline", None, f"no method is called {study.baseline!r}; there are: {', '.join(names)}"
-    for part, seeds in (("seeds", study.seeds), ("sweep", study.sweep.seeds)):
+        yield ("baseline",), f"no method is called {study.baseline!r}; there are: {', '.join(names)}"
+    counted = [arm.name for arm in study.arms if arm.method is not None]
+    for i, budget in enumerate(study.budgets):
+        if budget.parameters_of is not None and budget.parameters_of not in counted:
+            why = f"no method is called {budget.parameters_of!r}; there are: {', '.join(counted)}"
+            yield ("budgets", i, "parameters_of"), why
+    for place, seeds in ((("seeds",), study.seeds), (("sweep", "seeds"), study.sweep.seeds)):
         wrong = [s for s, n in Counter(seeds).items() if n > 1 or not 0 <= s < 2**32]
         if wrong or not seeds:
-            yield part, None, f"seeds are different whole numbers from 0 to 2^32 - 1, found {list(seeds)!r:.60}"
+            yield place, f"seeds are different whole numbers from 0 to 2^32 - 1, found {list(seeds)!r:.60}"
     if set(study.seeds) & set(study.sweep.seeds):
-        yield "seeds", None, "seeds of final runs are fresh: none of them may be a seed of the sweep"
+        yield ("seeds",), "seeds of final runs are fresh: none of them may be a seed of the sweep"

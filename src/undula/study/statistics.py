@@ -66,8 +66,8 @@ def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
         raise ValueError("the mean of no figures does not exist")
     if x.size == 1:
         return Spread(1, float(x[0]))
-    if np.ptp(x) == 0:
-        return Spread(x.size, float(x[0]), 0.0)
+    if _alike(x):
+        return Spread(x.size, float(x.mean()), 0.0)
     error = float(x.std(ddof=1)) / math.sqrt(x.size)
     half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1)) * error
     return Spread(x.size, float(x.mean()), error, float(x.mean()) - half, float(x.mean()) + half)
@@ -85,11 +85,16 @@ def pooled(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> Sprea
     parts = np.array([x.var(ddof=1) / x.size for x in sets])
     mean, error = float(np.mean([x.mean() for x in sets])), math.sqrt(parts.sum()) / len(sets)
     n = sum(x.size for x in sets)
-    if not error:
+    if all(_alike(x) for x in sets):
         return Spread(n, mean, 0.0)
     freedom = parts.sum() ** 2 / sum(v**2 / (x.size - 1) for v, x in zip(parts, sets, strict=True))
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
     return Spread(n, mean, error, mean - half, mean + half)
+
+
+def _alike(x: np.ndarray) -> bool:
+    """Whether figures are equal but for the rounding of their differences."""
+    return bool(np.ptp(x) <= 1e-12 * max(1.0, float(np.abs(x).max())))
 
 
 def bootstrap(differences: Sequence[float], rule: Rule = Rule()) -> tuple[float, float] | None:

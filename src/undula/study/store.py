@@ -121,10 +121,11 @@ class Store:
             own = [(key, self.worker) for key in keys]
             db.executemany("delete from runs where key = ? and worker = ? and state = 'running'", own)
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """Makes runs free again."""
+    def forget(self, records: Mapping[str, Record]) -> None:
+        """Makes runs free again, but those that another process has taken since they were read."""
         with self._open() as db:
-            db.executemany("delete from runs where key = ?", [(key,) for key in keys])
+            read = [(key, r.state, r.beat) for key, r in records.items()]
+            db.executemany("delete from runs where key = ? and state = ? and beat = ?", read)
 
     def beat(self) -> None:
         """A sign of life of this process."""

@@ -31,9 +31,9 @@ def summarise(
     _check(runs)
     groups = sorted({o.group for o in runs})
     rows = [row for group in groups for row in _rows(runs, rates, group, baseline, rule)]
-    pooled = _pooled(rows, runs, baseline, rule) if len(groups) > 1 else []
+    pooled = _pooled(rows, runs, baseline, rule)
     rows, pooled = _decided(rows, pooled, rule)
-    ranked, unranked = _ranked(rows, groups, rule)
+    ranked, unranked = _ranked(rows, rule)
     wrong = tuple(o for o in runs if failed(o))
     return Summary(baseline, rule, split, runs, rates, tuple(rows), tuple(pooled), ranked, unranked, wrong)
 
@@ -184,13 +184,15 @@ def _decided(rows: Sequence[Row], pooled: Sequence[Pooled], rule: S.Rule) -> tup
     return told, summed
 
 
-def _ranked(rows: Sequence[Row], groups: Sequence[Group], rule: S.Rule) -> tuple[S.Ranks | None, tuple[str, ...]]:
-    """The ranks of the arms that have a figure in every group, and the other arms."""
-    found = {(row.group, row.arm): row for row in rows if row.quality is not None}
+def _ranked(rows: Sequence[Row], rule: S.Rule) -> tuple[S.Ranks | None, tuple[str, ...]]:
+    """The ranks, on every model and data set, of the arms that have a figure in all groups; and the other arms.  Over
+    budgets the mean is ranked: they are no new evidence here either."""
+    found = {(row.group, row.arm): _quality(row) for row in rows if row.quality is not None}
     arms = sorted({row.arm for row in rows})
-    measured_in = [group for group in groups if any((group, arm) in found for arm in arms)]
-    whole = [arm for arm in arms if all((group, arm) in found for group in measured_in)]
-    table = [[_quality(found[group, arm]) for arm in whole] for group in measured_in]
+    groups = sorted({group for group, _ in found})
+    whole = [arm for arm in arms if all((group, arm) in found for group in groups)]
+    places = sorted({(model, data) for model, data, _ in groups})
+    table = [[fmean(found[g, arm] for g in groups if g[:2] == place) for arm in whole] for place in places]
     return S.ranks(whole, table, rule), tuple(arm for arm in arms if arm not in whole)
 
 

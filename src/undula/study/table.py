@@ -118,6 +118,11 @@ class Summary:
         """The baseline, then the others by name."""
         return tuple(sorted({row.arm for row in self.rows}, key=lambda a: (a != self.baseline, a)))
 
+    @property
+    def places(self) -> int:
+        """On how many models and data sets, budgets apart."""
+        return len({(model, data) for model, data, _ in self.groups})
+
     def rows_of(self, group: Group) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.group == group)
 

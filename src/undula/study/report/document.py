@@ -107,7 +107,7 @@ def _over_all(summary: Summary) -> Iterator[Block]:
     yield Table(head, tuple(rows), caption, WORDS)
     canvas, ranks = plots.average_ranks(summary), summary.ranks
     if ranks is None or canvas is None:
-        yield Text("Average ranks take three arms with a figure in every one of two groups or more.")
+        yield Text("Average ranks take three arms with a figure in every group, and two data sets or models.")
         return
     caption = "Arms joined by a line at the right are not told apart by Nemenyi's test. Marks: the verdict above"
     yield Drawn((Figure("ranks", "Average ranks", caption, (canvas,)),))

@@ -127,7 +127,7 @@ def average_ranks(summary: Summary) -> Canvas | None:
         return None
     right = min(14 + 9.0 * len(ranks.cliques), 120)
     scale = Scale(1.0, float(len(ranks.arms)), LEFT + 8, WIDTH - right - 8)
-    title = f"average rank over {ranks.groups} groups (1 is the best)"
+    title = f"average rank over {ranks.groups} data sets and models (1 is the best)"
     canvas, heights = rows_by_name(ranks.arms, scale, title, right)
     place = dict(zip(ranks.arms, heights, strict=True))
     verdicts = {each.arm: each.verdict for each in summary.pooled}

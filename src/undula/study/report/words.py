@@ -115,20 +115,22 @@ def _in_group(summary: Summary, group: Group) -> str:
 
 
 def _undecided(summary: Summary) -> list[Row]:
-    return [row for row in summary.rows if row.against and row.against.verdict == S.UNDECIDED]
+    """An untrained model has one run, and no seeds would change that."""
+    return [r for r in summary.rows if r.against and r.against.verdict == S.UNDECIDED and not r.untrained]
 
 
 def _too_few(summary: Summary) -> str:
     """How many seeds it would take."""
     rows, alpha = _undecided(summary), summary.rule.alpha
+    trained = [row for row in summary.rows if row.against and not row.untrained]
+    pooled = [each for each in summary.pooled if each.arm in {row.arm for row in trained}]
     pairs = max(row.against.pairs for row in rows if row.against)
-    trained = summary.compared - sum(row.against is not None and row.untrained for row in summary.rows)
-    one, every = S.seeds_for(1, alpha), S.seeds_for(max(trained, 1), alpha)
+    one, every = (S.seeds_for(m, alpha) for m in (1, len(trained) + len(pooled)))
     needed = f"{one} seeds would do for a single comparison"
     if every > one:
-        needed += f", {every} for all {trained} of this report"
-    if any(each.verdict == S.UNDECIDED for each in summary.pooled):
-        over = S.seeds_for(len(summary.pooled), alpha, len({(model, data) for model, data, _ in summary.groups}))
+        needed += f", {every} for all {len(trained) + len(pooled)} of this report"
+    if any(each.verdict == S.UNDECIDED for each in pooled):
+        over = S.seeds_for(len(pooled), alpha, summary.places)
         needed += f", {over} for those over all groups together, where an arm has figures in every group"
     return (
         f"Undecidable does not mean equal. With {some(pairs, 'pair')} of seeds the smallest p that the exact test can "
