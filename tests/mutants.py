@@ -85,7 +85,7 @@ MUTANTS = [
     ("study/store.py", 'if fields[0] == "Z" else', "if False else", CHOICES),
     ("study/summary.py", "setdefault((row.model, row.data), {})", "setdefault(row.group, {})", REPORT),
     ("study/statistics.py", "ranked.shape)), axis=2)", "ranked.shape)), axis=1)", STATISTICS),
-    ("study/plan.py", "if not r.pruned or k in halves", "if True", HALVING),
+    ("study/plan.py", "if not r.pruned or k in halved", "if True", HALVING),
     ("study/compare.py", '"bits", "probe_batches"', '"probe_batches"', COMPARE),
     ("methods/gated.py", "self.r if self.open is None else self.open, self.alpha", "self.r, self.alpha", GATED),
     ("methods/dylora.py", "torch.where(last, B_OR, B_OR.detach())", "B_OR", GATED),

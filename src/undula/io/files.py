@@ -1,4 +1,5 @@
-"""Reading and writing the two files of an adapter directory: atomically, and trusting nothing that is read."""
+"""Reading and writing the two files of an adapter directory: atomically, as any file is written here, and trusting
+nothing that is read."""
 
 from __future__ import annotations
 

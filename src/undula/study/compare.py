@@ -23,6 +23,7 @@ from . import statistics as S
 from .outcome import FINAL, Outcome
 from .summary import summarise
 from .table import Summary
+from .trial import head_size
 
 if TYPE_CHECKING:
     import torch
@@ -225,8 +226,7 @@ def _score(opened: Restored, examples: Examples) -> tuple[dict[str, float], torc
 
 def _outcome(entry: Entry, opened: Restored, score: Mapping[str, float]) -> Outcome:
     run, report = entry.run, entry.report
-    full = opened.adapter.full
-    head = sum(full[name].numel() for name in run.task.head(opened.model) if name in full)
+    head = head_size(run.task, opened.model, opened.adapter)
     whole = not report.get("resumed_from_step")  # else the seconds are those of the last session alone
     return Outcome(
         *(entry.arm, run.model, run.data, type(run.task).__name__.lower(), FINAL, run.lr, run.seed),

@@ -114,10 +114,8 @@ def _drive(plan: Plan, store: Store, executor: Executor, view: View, mine: set[s
 
 
 def _order(plan: Plan, trial: Trial, known: Mapping[str, Record]) -> Order:
-    halving = plan.study.sweep.halving
-    if halving is None or not plan.halved(trial):
-        return Order(trial)
-    return Order(trial, halving, plan.rivals(trial, known))
+    rivals = plan.rivals(trial, known)
+    return Order(trial) if rivals is None else Order(trial, plan.study.sweep.halving, rivals)
 
 
 def _record(store: Store, ended: Ended) -> None:

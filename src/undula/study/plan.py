@@ -73,6 +73,11 @@ class Cell:
         """The runs that measure one rate; none where nothing trains."""
         return [] if self.untrained else [self.trial(lr, seed, tested=False) for seed in self.study.sweep.seeds]
 
+    def halved(self) -> list[Trial]:
+        """The runs that successive halving may end early: of each rate the one with the sweep's first seed.  By each
+        seed apart, every rate could lose once."""
+        return [] if self.study.sweep.halving is None else [t for lr in self.rates() for t in self.sweep(lr)[:1]]
+
     def rates(self) -> list[float]:
         """Every rate that the sweep could come to, see `decide`."""
         s, grid = self.study.sweep, sorted(self.grid)
@@ -174,24 +179,19 @@ class Plan:
         due = {t.key: t for cell in self.cells for t in cell.due(known)}
         return sorted(due.values(), key=lambda t: max(2, known[t.key].attempts) if t.key in known else 2)
 
-    def rivals(self, trial: Trial, known: Mapping[str, Record]) -> list[list[tuple[int, float]]]:
-        """The curves of the other rates of the sweep that `trial` belongs to.  Rates are halved by the sweep's first
-        seed: by each seed apart, every rate could lose once."""
-        firsts = [[t for lr in c.rates() for t in c.sweep(lr)[:1]] for c in self.cells]
-        mine = next((f for f in firsts if any(t.key == trial.key for t in f)), [])
-        records = [known.get(t.key) for t in mine]
+    def rivals(self, trial: Trial, known: Mapping[str, Record]) -> list[list[tuple[int, float]]] | None:
+        """The curves so far of the rates that halving compares `trial` with; None for a run that it leaves whole."""
+        cell = next((c for c in self.cells if any(t.key == trial.key for t in c.halved())), None)
+        if cell is None:
+            return None
+        records = [known.get(t.key) for t in cell.halved()]
         return [[(int(s), float(v)) for s, v in r.result["curve"]] for r in records if r is not None and r.result]
-
-    def halved(self, trial: Trial) -> bool:
-        """Whether successive halving may end a run early."""
-        return not trial.tested and trial.run.seed == self.study.sweep.seeds[0]
 
     def known(self, store: Store) -> dict[str, Record]:
         """What the store holds of this study's runs.  One that another form of the study cut short, and this one would
         make whole, counts as never made."""
-        firsts = {t.key for cell in self.cells for lr in cell.rates() for t in cell.sweep(lr)[:1]}
-        halves = set() if self.study.sweep.halving is None else firsts
-        return {k: r for k, r in store.records(self.keys()).items() if not r.pruned or k in halves}
+        halved = {t.key for cell in self.cells for t in cell.halved()}
+        return {k: r for k, r in store.records(self.keys()).items() if not r.pruned or k in halved}
 
     def outcomes(self, known: Mapping[str, Record]) -> tuple[list[Outcome], list[ChosenRate]]:
         """Everything that has ended, and the rates that were chosen."""

@@ -12,10 +12,9 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,10 @@ from ..ranks import Allocator
 from ..train.run import dtype_called
 from ..train.task import Task
 from . import splits
-from .lines import Path as Place
-from .lines import line_of, lines
 from .plan import impossible
+from .reader import NUMBER, Faults, Reader
 from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training, faults
 
-NUMBER = (int, float)
 TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
 TABLES: dict[str, dict[str, Any]] = {
     "train": {"steps": int, "epochs": NUMBER, "batch": int, "accumulate": int, "warmup": NUMBER, "weight_decay": NUMBER,
@@ -46,66 +43,6 @@ TABLES: dict[str, dict[str, Any]] = {
 MANY = ("models", "data", "budgets", "methods")
 NEEDED = {"models": ("source",), "data": ("source", "task"), "methods": ("method",)}
 YARDSTICKS = {"none": False, "full": True}
-
-
-class Faults(ValueError):
-    """Everything that is wrong with a study file, a line each."""
-
-    def __init__(self, path: str, found: Iterable[tuple[int | None, str]]):
-        self.found = sorted(found, key=lambda f: (f[0] or 0, f[1]))
-        told = "\n".join(f"  line {line}: {text}" if line else f"  {text}" for line, text in self.found)
-        super().__init__(f"{path} cannot be run; {len(self.found)} fault(s):\n{told}")
-
-
-class _Reader:
-    """Collects faults while it turns parts of the file into values."""
-
-    def __init__(self, text: str):
-        self.where, self.found = lines(text), list[tuple[int | None, str]]()
-        self.places = set[Place]()  # that have a fault
-
-    def fault(self, place: Place, text: str) -> None:
-        self.places.add(place)
-        self.found.append((line_of(place, self.where), text))
-
-    def attempt(self, place: Place, make: Callable[[], Any]) -> Any:
-        """make(), or None with its error noted."""
-        try:
-            return make()
-        except (LookupError, ValueError, TypeError, OSError, RuntimeError) as error:
-            text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-            self.fault(place, text)
-            return None
-
-    def table(self, place: Place, data: Any, kinds: Mapping[str, Any], needed: Iterable[str] = ()) -> dict[str, Any]:
-        """The known entries of the right type."""
-        if not isinstance(data, dict):
-            self.fault(place, f"{place[-1] if place else 'a study'} is a table, found {data!r:.60}")
-            return {}
-        kept = {}
-        for key, value in data.items():
-            if key not in kinds:
-                close = difflib.get_close_matches(key, kinds, 1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                self.fault((*place, key), f"there is no {key!r} here; there are: {', '.join(kinds)}{hint}")
-            elif not isinstance(value, kinds[key]) or isinstance(value, bool) or _endless(value):
-                self.fault((*place, key), f"{key} is {_called(kinds[key])}, found {value!r:.60}")
-            else:
-                kept[key] = value
-        for key in needed:
-            if key not in data:
-                self.fault(place, f"{key} is missing")
-        return kept
-
-    def numbers(self, place: Place, values: Any, kind: Any) -> tuple[Any, ...]:
-        """A list of distinct numbers, rates greater than 0."""
-        wrong = [v for v in values if not isinstance(v, kind) or isinstance(v, bool)]
-        wrong += [v for v in values if kind is NUMBER and v not in wrong and not 0 < v < math.inf]
-        if wrong or not values or len(set(values)) < len(values):
-            what = "rates greater than 0" if kind is NUMBER else "whole numbers"
-            self.fault(place, f"{place[-1]} is a list of different {what}, found {values!r:.60}")
-            return ()
-        return tuple(float(v) if kind is NUMBER else v for v in values)
 
 
 def read(path: str | Path, replace: Mapping[str, str] | None = None) -> Study:
@@ -127,7 +64,7 @@ def parse(text: str, name: str = "the study", replace: Mapping[str, str] | None 
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise Faults(name, [(None, f"not TOML: {error}")]) from None
-    reader = _Reader(text)
+    reader = Reader(text)
     top = reader.table((), data, TOP | {t: list if t in MANY else dict for t in TABLES})
     study = _study(reader, top, replace or {})
     if not reader.found and check:
@@ -140,7 +77,7 @@ def parse(text: str, name: str = "the study", replace: Mapping[str, str] | None 
     return study
 
 
-def _study(reader: _Reader, top: dict[str, Any], replace: Mapping[str, str]) -> Study:
+def _study(reader: Reader, top: dict[str, Any], replace: Mapping[str, str]) -> Study:
     many = {name: list(_rows(reader, name, top.get(name, []))) for name in MANY}
     arms = [(i, a) for i, t in many["methods"] if (a := _arm(reader, i, t)) is not None]
     models = [(i, m) for i, t in many["models"] if (m := _base(reader, i, t, replace)) is not None]
@@ -162,20 +99,20 @@ def _study(reader: _Reader, top: dict[str, Any], replace: Mapping[str, str]) -> 
     for (part, *inside), text in faults(study):
         if part in MANY and inside:  # counted among those that could be read
             inside[0] = pairs[part][int(inside[0])][0]
-        read = (part, *inside) in reader.places or (not inside and part in MANY and top.get(part))
-        if not read:  # what is there and wrong has its own fault
+        told = (part, *inside) in reader.places or (not inside and part in MANY and top.get(part))
+        if not told:  # what is there and could not be read has its own fault
             reader.fault((part, *inside), text)
     return study
 
 
-def _rows(reader: _Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(reader: Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     for i, table in enumerate(tables):
         known = reader.table((name, i), table, TABLES[name], NEEDED.get(name, ()))
         if all(key in known for key in NEEDED.get(name, ())):
             yield i, known
 
 
-def _arm(reader: _Reader, i: int, t: dict[str, Any]) -> Arm | None:
+def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
     rates = reader.numbers(("methods", i, "rates"), t["rates"], NUMBER) if "rates" in t else ()
     name = t["method"]
     if name in YARDSTICKS:
@@ -196,7 +133,7 @@ def _arm(reader: _Reader, i: int, t: dict[str, Any]) -> Arm | None:
     return Arm(t.get("name", called), method, False, rates, allocator)
 
 
-def _allocator(reader: _Reader, i: int, t: dict[str, Any], method: Method | None) -> Allocator | None:
+def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None) -> Allocator | None:
     place = ("methods", i, "allocate" if t.get("allocate") else "allocator")
     if "allocator" not in t:
         if t.get("allocate"):
@@ -209,7 +146,7 @@ def _allocator(reader: _Reader, i: int, t: dict[str, Any], method: Method | None
     return made
 
 
-def _base(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Base | None:
+def _base(reader: Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Base | None:
     if t.get("bits") not in (None, 4, 8):
         reader.fault(("models", i, "bits"), f"bits is 4 or 8, found {t['bits']}")
         return None
@@ -218,7 +155,7 @@ def _base(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]
     return Base(**{**t, "source": replace.get(t["source"], t["source"])})
 
 
-def _data(reader: _Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Rows | None:
+def _data(reader: Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Rows | None:
     place = ("data", i, "set" if t.get("set") else "task")
     task = reader.attempt(place, lambda: build_from(Task, t["task"], t.pop("set", {})))
     wrong = [k for k in ("train", "validation", "test", "epochs", "batch") if t.get(k, 1) <= 0]
@@ -244,7 +181,7 @@ def _renamed(names: dict[str, Any]) -> str | None:
     return None
 
 
-def _budget(reader: _Reader, i: int, t: dict[str, Any]) -> Budget | None:
+def _budget(reader: Reader, i: int, t: dict[str, Any]) -> Budget | None:
     place = ("budgets", i)
     if "parameters" in t and len(t) > 1 or not t:
         reader.fault(place, "a budget is `rank`, or `parameters`, or `parameters_of` (with a `rank`)")
@@ -255,7 +192,7 @@ def _budget(reader: _Reader, i: int, t: dict[str, Any]) -> Budget | None:
     return None
 
 
-def _sweep(reader: _Reader, data: dict[str, Any]) -> Sweep:
+def _sweep(reader: Reader, data: dict[str, Any]) -> Sweep:
     t = reader.table(("sweep",), data, TABLES["sweep"])
     for key, kind in (("rates", NUMBER), ("seeds", int)):
         if key in t:
@@ -266,7 +203,7 @@ def _sweep(reader: _Reader, data: dict[str, Any]) -> Sweep:
     return Sweep(**t)
 
 
-def _train(reader: _Reader, data: dict[str, Any]) -> Training:
+def _train(reader: Reader, data: dict[str, Any]) -> Training:
     t = reader.table(("train",), data, TABLES["train"])
     for key in [k for k in t if k not in ("where", "warmup", "weight_decay") and t[k] <= 0]:
         reader.fault(("train", key), f"{key} is greater than 0, found {t.pop(key)}")
@@ -280,7 +217,7 @@ def _train(reader: _Reader, data: dict[str, Any]) -> Training:
     return Training(**t)
 
 
-def _opened(reader: _Reader, study: Study) -> None:
+def _opened(reader: Reader, study: Study) -> None:
     """Opens every data set and looks for every model."""
     for i, rows in enumerate(study.data):
         reader.attempt(("data", i, "source"), partial(splits.opened, rows, study.split_seed))
@@ -298,14 +235,3 @@ def _config(source: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise FileNotFoundError(f"no model could be opened at {source!r} ({reason})") from None
-
-
-def _endless(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def _called(kind: Any) -> str:
-    names = {str: "a text", int: "a whole number", list: "a list", dict: "a table", float: "a number"}
-    if kind is NUMBER:
-        return "a number"
-    return " or ".join(names[k] for k in (kind if isinstance(kind, tuple) else (kind,)))

@@ -24,6 +24,9 @@ from . import splits
 from .spec import Rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..adapter import Adapter
     from .watch import Watch
 
 PROTOCOL = 1  # raise it when the same configuration would give other figures
@@ -89,8 +92,7 @@ def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
         seconds, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
     if not watch.curve:
         raise Diverged(f"the loss was not finite at any evaluation (lr={run.lr:g})")
-    head = {id(ready.adapter.full[name]) for name in run.task.head(ready.model) if name in ready.adapter.full}
-    heads = sum(p.numel() for p in ready.adapter.parameters() if id(p) in head)
+    heads = head_size(run.task, ready.model, ready.adapter)
     found = {
         "validation": watch.best,
         "parameters": ready.adapter.num_parameters() - heads,
@@ -106,6 +108,12 @@ def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
     }
     found |= _tested(ready, watch, Examples(task, parts["test"], ready.processor)) if trial.tested else {}
     return found | {"wall_seconds": round(time.perf_counter() - begun, 3)}
+
+
+def head_size(task: Task, model: PreTrainedModel, adapter: Adapter) -> int:
+    """How many numbers of a new head train beside the adapter's own."""
+    full = {id(t): t for name in task.head(model) if (t := adapter.full.get(name)) is not None}
+    return sum(t.numel() for t in full.values())
 
 
 def _fit(ready: Prepared, watch: Watch) -> tuple[float, list[tuple[int, float]], int]:
