@@ -60,7 +60,7 @@ class Adapter:
 
     def map(self, fn: Callable[[Factors], Factors]) -> Adapter:
         """The same adapter with `fn` applied to every site's factors."""
-        return replace(self, factors={s: fn(f) for s, f in self.factors.items()})
+        return replace(self, methods=dict(self.methods), factors={s: fn(f) for s, f in self.factors.items()})
 
     def copy(self) -> Adapter:
         """A detached copy that no training changes; tensors that sites share stay shared."""

@@ -93,12 +93,20 @@ class Host:
 
 
 def host_of(model: nn.Module) -> Host:
-    """The adapters of `model`; an empty host is made where there is none."""
-    return model.__dict__.setdefault("_undula", Host())
+    """The adapters of `model`; where there are none, an empty host that the model does not keep: asking changes nothing."""
+    return model.__dict__.get("_undula") or Host()
 
 
 def find(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
-    """The host and one of its adapters, the selected one where no name is given.  Raises LookupError."""
+    """The host and one of its adapters, the selected one where no name is given.  Raises LookupError, and RuntimeError
+    where the model no longer computes with what the selected adapter trains."""
+    host, adapter = _named(model, name)
+    if name in (None, host.selected):
+        _check_live(model, host)
+    return host, adapter
+
+
+def _named(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
     host = host_of(model)
     name = host.selected if name is None else name
     if name not in host.adapters:
@@ -106,6 +114,38 @@ def find(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
         asked = "no adapter is selected" if name is None else f"no adapter is called {name!r}"
         raise LookupError(f"{asked}; attached are: {there}")
     return host, host.adapters[name]
+
+
+def _check_live(model: nn.Module, host: Host) -> None:
+    """Raises RuntimeError where a layer or parameter of the selected adapter was replaced behind its back (a resized
+    vocabulary, a library that swaps modules): what is trained there no longer counts."""
+    if host.selected is None or host.merged is not None:
+        return
+    adapter = host.adapters[host.selected]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for slot, (path, f) in zip(host.slots, adapter.factors.items(), strict=True):
+        module, layer = modules.get(path), slot.layer
+        if module is not layer.module or module._modules.get("undula") is not slot:
+            raise RuntimeError(_replaced(path, "the layer is another one now"))
+        if any(slot._parameters.get(k) is not t for k, t in f.items()):
+            raise RuntimeError(_replaced(path, "its factors are others now"))
+        _check_shape(path, layer, adapter)
+    for path, p in adapter.full.items():
+        if parameter(model, path) is not p:
+            raise RuntimeError(_replaced(path, "the parameter is another one now"))
+
+
+def _check_shape(path: str, layer: LinearView, adapter: Adapter) -> None:
+    if bases.is_plain(layer.module.weight) and tuple(layer.weight.shape) != adapter.shapes[path]:
+        change = f"its weight is {tuple(layer.weight.shape)} now, it was {adapter.shapes[path]} (O, I)"
+        raise RuntimeError(_replaced(path, change))
+
+
+def _replaced(path: str, how: str) -> str:
+    return (
+        f"{path} was changed after the adapter was attached: {how}, and what the adapter trained there no longer "
+        "counts. Detach the adapter (`undula.detach`) before layers are replaced or resized, and attach it afterwards"
+    )
 
 
 def attach(
@@ -152,6 +192,7 @@ def attach(
         host.thawed = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
     host.adapters[name] = adapter
+    model.__dict__["_undula"] = host
     select(model, name)
     bases.keep_gradients(model)
     bases.warn_where_cut(model)
@@ -162,16 +203,21 @@ def select(model: nn.Module, name: str | None) -> None:
     """Makes the attached adapter `name` the active one; None: the base alone, exactly as it was before."""
     host = host_of(model)
     if name is not None:
-        find(model, name)
+        adapter = _named(model, name)[1]
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before selecting")
+    if name is not None and host.slots:
+        _check_live(model, host)
     _clear(model, host)
-    host.selected = name
+    host.selected = None
     if name is None:
         return
-    adapter = host.adapters[name]
+    layers = {path: _layer(model, path) for path in adapter.factors}
+    for path, layer in layers.items():
+        _check_shape(path, layer, adapter)
+    host.selected = name
     for path, f in adapter.factors.items():
-        layer = _layer(model, path)
+        layer = layers[path]
         for t in f.values():
             if t.device != layer.device:
                 t.data = t.data.to(layer.device)
@@ -183,7 +229,7 @@ def select(model: nn.Module, name: str | None) -> None:
 def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
     """Another method and other factors at one site of the selected adapter, which stays the object that it is.  For
     allocators; trained factors that go on training are passed as the parameters that they are.  Raises LookupError."""
-    host, adapter = find(model, None)
+    host, adapter = _named(model, None)
     if site not in adapter.factors:
         raise LookupError(f"the adapter has no site {site!r}; it has: {', '.join(adapter.factors)}")
     slot = next(s for s, path in zip(host.slots, adapter.factors, strict=True) if path == site)
@@ -195,8 +241,12 @@ def change(model: nn.Module, site: str, method: Method, factors: Factors) -> Non
 
 
 def _layer(model: nn.Module, path: str) -> LinearView:
-    layer = view(model.get_submodule(path))
-    assert layer is not None
+    try:
+        layer = view(model.get_submodule(path))
+    except AttributeError:
+        layer = None
+    if layer is None:
+        raise RuntimeError(_replaced(path, "there is no such layer now"))
     return layer
 
 
@@ -217,15 +267,26 @@ def exchange(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
 def _clear(model: nn.Module, host: Host) -> None:
     for slot in host.slots:
         take(slot)
+    full: Mapping[str, Tensor] = host.adapters[host.selected].full if host.selected in host.adapters else {}
     for path, p in host.own.items():
-        exchange(model, path, p)
+        if parameter(model, path) is full.get(path):  # a parameter that was put there since then stays
+            exchange(model, path, p)
     host.slots, host.own = [], {}
+
+
+def parameter(model: nn.Module, path: str) -> Tensor | None:
+    """The parameter at `path`, None where there is none."""
+    parent, _, leaf = path.rpartition(".")
+    try:
+        return model.get_submodule(parent)._parameters.get(leaf)
+    except AttributeError:
+        return None
 
 
 def detach(model: nn.Module, name: str | None = None) -> Adapter:
     """Removes an adapter (the selected one by default) and returns it.  When the last one goes, the model is as it was
     before the first came, its trainable parameters included."""
-    host, adapter = find(model, name)
+    host, adapter = _named(model, name)
     name = name if name is not None else host.selected
     if host.selected == name:
         if host.merged is not None:

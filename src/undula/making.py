@@ -155,7 +155,8 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
             found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
             raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
     full = {n: live(t, parameters[n].device, parameters[n].dtype) for n, t in adapter.full.items()}
-    return replace(adapter, factors=factors, full=full, kernels=kernels(layers))
+    methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
+    return replace(adapter, methods=methods, shapes=shapes, factors=factors, full=full, kernels=kernels(layers))
 
 
 def check_shapes(path: str, found: Factors, wanted: Factors) -> None:

@@ -24,8 +24,9 @@ class Sparse(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """Entries of one matrix, at `at`, with the numbers that the base has there."""
+    """Entries of the matrix of one site, at `at`, with the numbers that the base has there."""
 
+    site: str
     W_OI: Tensor
     at: tuple[Tensor, Tensor]
     base: Tensor
@@ -53,17 +54,29 @@ class Switch:
     @torch.no_grad()
     def __call__(self, adapter: Adapter | None) -> None:
         """Makes the weights those of the base with `adapter`.  Raises before anything is changed."""
+        self._check_memory()
         new = [] if adapter is None else self._entries(adapter)
         for old in self.written:
             old.W_OI[old.at] = old.base
         self.written = []
-        for W_OI, at, change in new:
+        for site, W_OI, at, change in new:
             base = W_OI[at]
             W_OI[at] = (base + change).to(W_OI.dtype)
-            self.written.append(Written(W_OI, at, base))
+            self.written.append(Written(site, W_OI, at, base))
 
-    def _entries(self, adapter: Adapter) -> list[tuple[Tensor, tuple[Tensor, Tensor], Tensor]]:
-        """(W, where, what is added) of every site."""
+    def _check_memory(self) -> None:
+        """Raises RuntimeError where the model no longer computes with the memory that was written into."""
+        for old in self.written:
+            now = self._matrix(old.site)
+            if (now.data_ptr(), now.dtype, now.device) != (old.W_OI.data_ptr(), old.W_OI.dtype, old.W_OI.device):
+                raise RuntimeError(
+                    f"the weight of {old.site} lies elsewhere since an adapter was written into it (the model was moved "
+                    "or changed its type): the base's numbers cannot be put back there. Call switch(None) before "
+                    "`model.to`; now load the base anew"
+                )
+
+    def _entries(self, adapter: Adapter) -> list[tuple[str, Tensor, tuple[Tensor, Tensor], Tensor]]:
+        """(site, W, where, what is added) of every site."""
         if adapter.full:
             raise ValueError(f"the adapter holds {', '.join(adapter.full)} in full; Switch writes updates of layers")
         found = []
@@ -73,7 +86,7 @@ class Switch:
                 raise ValueError(f"{site} is {tuple(W_OI.shape)} in this model, {adapter.shapes[site]} in the adapter")
             index, change = entries(method, adapter.factors[site], site)
             index, change, I = index.to(W_OI.device), change.detach().to(W_OI.device), W_OI.shape[1]
-            found.append((W_OI, (index // I, index % I), change))
+            found.append((site, W_OI, (index // I, index % I), change))
         return found
 
     def _matrix(self, site: str) -> Tensor:

@@ -267,3 +267,94 @@ def test_model_moves_with_its_adapter():
     model.double()
     assert {p.dtype for p in adapter.parameters()} == {torch.float64}
     model(IDS)
+
+
+def test_asking_and_refusals_leave_no_trace():
+    """A query, or an attach that raised, makes no host: the model pickles without undula and can be written into."""
+    model = Model()
+    assert undula.adapters(model) == {}
+    for ask in (
+        lambda: undula.selected(model),
+        lambda: undula.select(model, "a"),
+        lambda: undula.attach(model, LoRA(), "nothing"),
+        lambda: undula.merge(model),
+    ):
+        with pytest.raises(LookupError):
+            ask()
+    undula.select(model, None)
+    assert not any("undula" in key for key in model.__dict__)
+    undula.Switch(model)
+
+
+@pytest.mark.parametrize("given", ["loaded", "mapped", "copied"])
+def test_what_an_allocator_does_leaves_the_given_adapter_as_it_was(given, tmp_path):
+    """ReLoRA gives a live adapter other methods and factors: those of the model, not of the value it came from."""
+    undula.attach(Model(), LoRA(r=2)).save(tmp_path / "a")
+    start = undula.Adapter.load(tmp_path / "a")
+    start = {"loaded": start, "mapped": start.map(dict), "copied": start.copy()}[given]
+    before = start.copy()
+    for seed in (0, 1):
+        model = Model()
+        live = undula.attach(model, start)
+        optimiser = torch.optim.AdamW(live.parameters(), 1e-2)
+        course = undula.ranks.ReLoRA(cycles=2, seed=seed).start(model, optimiser, 4)
+        for _ in range(4):
+            course.before_forward()
+            model(IDS).square().mean().backward()
+            course.before_update()
+            optimiser.step()
+            course.after_update()
+            optimiser.zero_grad()
+        course.finish()
+        assert live.methods != start.methods
+    assert start.methods == before.methods
+    for site, name, t in before.tensors():
+        assert torch.equal(start.factors[site][name], t)
+
+
+def _resized(model):
+    model.head = nn.Linear(8, 13, bias=False)
+
+
+def _smaller(model):
+    model.head.weight = nn.Parameter(torch.zeros(7, 8))
+
+
+@pytest.mark.parametrize("replaced", [_resized, _smaller])
+@pytest.mark.parametrize("trains", [{"where": ["head"]}, {"where": ["q_proj"], "full": ["head"]}], ids=["site", "full"])
+@pytest.mark.parametrize(
+    "verb",
+    [undula.selected, undula.merge, lambda m: undula.select(m, "default")],
+    ids=["selected", "merge", "select"],
+)
+def test_a_layer_that_was_replaced_is_noticed_by_the_next_verb(replaced, trains, verb):
+    """What a replaced layer's adapter trains no longer counts: an error that names it, and `detach` still works."""
+    model = Model()
+    model.head = nn.Linear(8, 11, bias=False)
+    adapter = undula.attach(model, LoRA(r=2), **trains)
+    replaced(model)
+    with pytest.raises(RuntimeError, match=r"head.* was changed after the adapter was attached: .* Detach the adapter"):
+        verb(model)
+    rows = model.head.weight.shape[0]
+    assert undula.detach(model) is adapter
+    assert model.head.weight.shape[0] == rows
+    assert model(IDS).shape[-1] == rows
+
+
+@pytest.mark.parametrize(
+    "move", [lambda m: m.double(), lambda m: setattr(m.head, "weight", nn.Parameter(torch.zeros(11, 8)))]
+)
+def test_a_switch_says_when_the_weights_lie_elsewhere(move):
+    """After `model.double()` the memory that was written into is no longer the model's: the base cannot be put back."""
+    model = Model()
+    model.head = nn.Linear(8, 11, bias=False)
+    adapter = shake(undula.attach(model, LoRA(r=2), ["head"]))
+    undula.detach(model)
+    switch = undula.Switch(model)
+    switch(adapter)
+    move(model)
+    written = model.head.weight.detach().clone()
+    for next_one in (None, adapter):
+        with pytest.raises(RuntimeError, match=r"the weight of head lies elsewhere .* Call switch\(None\) before"):
+            switch(next_one)
+    assert torch.equal(model.head.weight, written)
