@@ -93,7 +93,7 @@ class Host:
 
 
 def host_of(model: nn.Module) -> Host:
-    """The adapters of `model`; where there are none, an empty host that the model does not keep: asking changes nothing."""
+    """The adapters of `model`; where there are none an empty host, which the model does not keep."""
     return model.__dict__.get("_undula") or Host()
 
 

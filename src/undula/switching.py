@@ -70,7 +70,7 @@ class Switch:
             now = self._matrix(old.site)
             if (now.data_ptr(), now.dtype, now.device) != (old.W_OI.data_ptr(), old.W_OI.dtype, old.W_OI.device):
                 raise RuntimeError(
-                    f"the weight of {old.site} lies elsewhere since an adapter was written into it (the model was moved "
+                    f"the weight of {old.site} lies elsewhere since an adapter was written there (the model was moved "
                     "or changed its type): the base's numbers cannot be put back there. Call switch(None) before "
                     "`model.to`; now load the base anew"
                 )
