@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .probe import Probe
 
 
+def never_called(*_: Any) -> None:
+    """The hook of a module that nothing calls, see `Slot`."""
+
+
 class Slot(nn.Module):
     """What hangs below an adapted layer: a method, the layer as a matrix, and the factors as parameters."""
 
@@ -32,6 +36,9 @@ class Slot(nn.Module):
         super().__init__()
         self.method, self.layer = method, layer
         self._parameters.update(factors)  # type: ignore[arg-type]
+        # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
+        # calls its layers in evaluation too, and does not compute from their weights past the adapter.
+        self.register_forward_hook(never_called)
 
 
 class Adapted:
@@ -90,6 +97,7 @@ class Host:
     merged: dict[str, nn.Parameter] | None = None  # the base's own weights, while merged
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
     thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
+    nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `_unnest`
 
 
 def host_of(model: nn.Module) -> Host:
@@ -224,6 +232,7 @@ def select(model: nn.Module, name: str | None) -> None:
         _adapt(host, Slot(adapter.methods[path], layer, f))
     for path, p in adapter.full.items():
         host.own[path] = exchange(model, path, p)
+    _unnest(model, host)
 
 
 def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
@@ -271,7 +280,24 @@ def _clear(model: nn.Module, host: Host) -> None:
     for path, p in host.own.items():
         if parameter(model, path) is full.get(path):  # a parameter that was put there since then stays
             exchange(model, path, p)
+    nest(host)
     host.slots, host.own = [], {}
+
+
+def nest(host: Host) -> None:
+    """Undoes `_unnest`."""
+    for encoder in host.nested:
+        encoder.use_nested_tensor = True
+    host.nested = []
+
+
+def _unnest(model: nn.Module, host: Host) -> None:
+    """torch's encoder gives its layers nested tensors where the fast path is to take them.  Adapted layers leave the
+    fast path (see `Slot`), so above them it must not."""
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+    host.nested += [m for m in encoders if any(isinstance(below, Slot) for below in m.modules())]
+    for encoder in host.nested:
+        encoder.use_nested_tensor = False
 
 
 def parameter(model: nn.Module, path: str) -> Tensor | None:
@@ -338,6 +364,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         layer = _layer(model, path)
         laws = {n: (a.methods[path], a.factors[path]) for n, a in used.items() if path in a.factors}
         _adapt(host, Slot(Rows(laws, names, layer.device), layer, {}))
+    _unnest(model, host)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .host import find, host_of, restore, select, take
+from .host import find, host_of, nest, restore, select, take
 from .method import Method, Reweight
 from .sites import LinearView
 
@@ -41,6 +41,7 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
         parameters: dict = slot.layer.module._parameters
         own[path], parameters["weight"] = parameters["weight"], weight
     host.slots, host.merged = [], own
+    nest(host)
     if not keep:
         thawed = {id(p) for p in host.thawed}
         for p in (*host.thawed, *(weights[path] for path, p in own.items() if id(p) in thawed)):

@@ -10,6 +10,7 @@ import copy
 import difflib
 import fnmatch
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -171,18 +172,64 @@ def choose(model: nn.Module, where: Where) -> dict[str, LinearView]:
 
     `where` is `"all-linear"` (every linear layer of the model's body: not its output head), a glob over full names
     (`"*.q_proj"`), a compiled regular expression (full match), or a list of names, suffixes (`"q_proj"`) or globs.
-    Raises LookupError that lists what exists when a pattern matches nothing.
+    Raises LookupError that lists what exists when a pattern matches nothing, TypeError when all that it matches is of
+    a kind that cannot be adapted; warns of such layers beside others.
     """
-    layers = {n: v for n, m in model.named_modules() if (v := view(m)) is not None}
+    modules = dict(model.named_modules())
+    barred = barriers(model)
+    layers = {n: v for n, m in modules.items() if n not in barred and (v := view(m)) is not None}
+    candidates = [n for n in modules if n in layers or n in barred]
     if isinstance(where, re.Pattern):
-        found = {n for n in layers if where.fullmatch(n)}
-        return _checked({repr(where.pattern): found}, layers)
-    if where == "all-linear":
-        body = _body(model)
-        linear = {n for n, v in layers.items() if v.channel == -1 and not isinstance(v, EmbeddingView) and n in body}
-        return _checked({repr(where): linear}, layers)
-    patterns = [where] if isinstance(where, str) else list(where)
-    return _checked({repr(p): {n for n in layers if matches(n, p)} for p in patterns}, layers)
+        asked = {repr(where.pattern): {n for n in candidates if where.fullmatch(n)}}
+    elif where == "all-linear":
+        body, kinds = _body(model), (LinearView, Conv1DView)
+        linear = {
+            n for n in candidates if (type(layers[n]) in kinds if n in layers else isinstance(modules[n], nn.Linear))
+        }
+        asked = {repr(where): linear & body}
+    else:
+        patterns = [where] if isinstance(where, str) else list(where)
+        asked = {repr(p): {n for n in candidates if matches(n, p)} for p in patterns}
+    _say_left_out(asked, barred)
+    return _checked({pattern: names - set(barred) for pattern, names in asked.items()}, layers)
+
+
+def barriers(model: nn.Module) -> dict[str, str]:
+    """{name: why} of the modules with a matrix of their own that no adapter can act on."""
+    barred = {}
+    parents = dict(model.named_modules())
+    for name, module in parents.items():
+        parent = parents.get(name.rpartition(".")[0]) if name else None
+        if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module and _reads_weights(parent):
+            barred[name] = "nn.MultiheadAttention computes from its weight and never calls it"
+        elif view(module) is None and any(p.ndim > 1 for p in module._parameters.values() if p is not None):
+            barred[name] = f"no adapter acts on a {type(module).__name__}"
+    return barred
+
+
+def _reads_weights(attention: nn.MultiheadAttention) -> bool:
+    """Whether attention goes by torch's own function: of a class with another forward and a layer of its own we assume
+    that it calls the layer."""
+    return type(attention).forward is nn.MultiheadAttention.forward or type(attention.out_proj) is not nn.Linear
+
+
+def _say_left_out(asked: Mapping[str, set[str]], barred: Mapping[str, str]) -> None:
+    """TypeError where a pattern names only layers that cannot be adapted, a warning where it names others too."""
+    for pattern, names in asked.items():
+        if names and names <= set(barred):
+            raise TypeError(f"where={pattern} names only layers that cannot be adapted: {_reasons(names, barred)}")
+    left = {n for names in asked.values() for n in names if n in barred}
+    if left:
+        warnings.warn(f"left out of where={', '.join(asked)}: {_reasons(left, barred)}", stacklevel=5)
+
+
+def _reasons(names: Iterable[str], barred: Mapping[str, str]) -> str:
+    sites: dict[str, list[str]] = {}
+    for name in sorted(names):
+        sites.setdefault(barred[name], []).append(name)
+    return "; ".join(
+        f"{', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''} ({why})" for why, n in sites.items()
+    )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -358,3 +358,74 @@ def test_a_switch_says_when_the_weights_lie_elsewhere(move):
         with pytest.raises(RuntimeError, match=r"the weight of head lies elsewhere .* Call switch\(None\) before"):
             switch(next_one)
     assert torch.equal(model.head.weight, written)
+
+
+class Attending(nn.Module):
+    """torch's own attention and encoder, which read weights of layers below them."""
+
+    def __init__(self, nested=True):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x, padding=None):
+        x = self.encoder(x, src_key_padding_mask=padding)
+        return self.out(self.attention(x, x, x, key_padding_mask=padding)[0])
+
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.AuroRA(), undula.DoRA(LoRA(r=2)), undula.SHiRA()], ids=repr)
+def test_an_adapter_counts_in_training_and_in_evaluation(method, nested, padding):
+    """torch's encoder layer computes from its layers' weights in evaluation, and gives nested tensors: not where an
+    adapter is.  Afterwards its fast path is as it was."""
+    model, x = Attending(nested).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    kept = ~PADDING if padding is not None else torch.ones(2, 5, dtype=torch.bool)
+    fast = [m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    with pytest.warns(UserWarning, match=r"left out of where='all-linear': attention.out_proj, .* never calls it"):
+        adapter = shake(undula.attach(model, method))
+    assert not any("out_proj" in site for site in adapter.factors)
+    live = model(x, padding)
+    undula.select(model, None)
+    base = model(x, padding)
+    undula.select(model, "default")
+    model.eval()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(x, padding)[kept], live[kept])
+            with undula.rows(model, ["default", None]):
+                mixed = model(x, padding)
+        torch.testing.assert_close(mixed[0], live[0])
+        torch.testing.assert_close(mixed[1][kept[1]], base[1][kept[1]])
+    if issubclass(adapter.rung, undula.Reweight):
+        undula.merge(model)
+        torch.testing.assert_close(model(x, padding)[kept], live[kept])
+        undula.unmerge(model)
+    undula.detach(model)
+    assert fast == [m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+
+
+class Mixed(nn.Module):
+    """Several kinds of layers under one last name."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.ModuleDict({"proj": nn.Conv3d(3, 8, 2)})
+        self.attn = nn.ModuleDict({"proj": nn.Linear(8, 8)})
+
+
+def test_layers_that_cannot_be_adapted_are_named():
+    """A pattern that names a layer of another kind says so; one that names nothing else is refused."""
+    with pytest.warns(UserWarning, match=r"left out of where='proj': patch.proj \(no adapter acts on a Conv3d\)"):
+        assert list(undula.attach(Mixed(), LoRA(r=2), ["proj"]).factors) == ["attn.proj"]
+    with pytest.raises(
+        TypeError, match=r"where='patch.proj' names only layers that cannot be adapted: patch.proj \(no"
+    ):
+        undula.attach(Mixed(), LoRA(r=2), "patch.proj")
+    with pytest.raises(TypeError, match=r"attention.out_proj \(nn.MultiheadAttention computes from its weight"):
+        undula.attach(Attending(), LoRA(r=2), ["linear1", "attention.out_proj"])
