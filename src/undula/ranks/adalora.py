@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..choice import Choice
 from ..methods import adalora as law
 from .allocator import Allocator, Quality
@@ -90,6 +91,9 @@ class AdaLoRA(GateAllocator):
     def __post_init__(self) -> None:
         if self.every < 1 or self.target <= 0 or self.weight < 0:
             raise ValueError(f"every >= 1, target > 0 and weight >= 0 are needed, found {self!r}")
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return steps - round(self.settle * steps)
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None

@@ -44,6 +44,12 @@ class Place:
     f: Factors
 
 
+def places_of(adapter: Adapter) -> Iterator[Place]:
+    """The sites of an adapter."""
+    for site, f in adapter.factors.items():
+        yield Place(site, adapter.methods[site], f)
+
+
 class Allocator(Choice):
     """A frozen configuration, and the methods that it can work on."""
 
@@ -59,6 +65,14 @@ class Allocator(Choice):
     def refusal(self, method: Method | None) -> str:
         """What to say of a method that it does not serve."""
         return f"{self!r} works on {', '.join(m.__name__ for m in self.works_on)}, not on {method!r}"
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        """The number of updates, of `steps`, from which on what is measured is this allocator's result: its budget is
+        reached, its choice made, its last restart under way.  Evaluations before that measure another adapter.
+
+        Where it depends on the adapter's rank and no adapter is given, the latest that any rank has.
+        """
+        return 0
 
     @abc.abstractmethod
     def start(
@@ -88,9 +102,7 @@ class Course:
 
     def places(self) -> Iterator[Place]:
         """The sites of the adapter, with the parameters that train."""
-        adapter = self.adapter
-        for site, f in adapter.factors.items():
-            yield Place(site, adapter.methods[site], f)
+        return places_of(self.adapter)
 
     def before_forward(self) -> None:
         """Before the first forward pass of an update."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..kernels import frozen
 from ..methods.gated import GatedLoRA
 from .allocator import Allocator, Quality
@@ -46,6 +47,14 @@ class ALoRA(GateAllocator):
         if self.rounds < 1 or (self.count is not None and self.count < 1):
             raise ValueError(f"at least one round and one rank per round are needed, found {self!r}")
 
+    def moments(self, steps: int) -> list[int]:
+        """After how many updates ranks move.  Before the first update every B is zero and all are worth the same."""
+        start, gap = max(1, round(self.first * steps)), max(1, round(self.between * steps))
+        return [start + i * gap for i in range(self.rounds)]
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return min(steps, self.moments(steps)[-1] + 1)
+
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
     ) -> ALoRACourse:
@@ -62,9 +71,7 @@ class ALoRACourse(GateCourse):
         self.how, self.quality = how, quality
         self.A, self.B = self.factor("A"), self.factor("B")
         self.count = len(self.sites) if how.count is None else how.count
-        # before the first update every B is zero and every rank is worth the same
-        start, gap = max(1, round(how.first * steps)), max(1, round(how.between * steps))
-        self.moments = [start + i * gap for i in range(how.rounds)]
+        self.moments = how.moments(steps)
         if self.moments[-1] >= steps:
             raise ValueError(f"{how!r}: the last round would come after update {self.moments[-1]} of {steps}")
 

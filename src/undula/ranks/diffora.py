@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..choice import Choice
 from ..host import change
 from ..methods.gated import GatedLoRA
@@ -77,6 +78,9 @@ class DiffoRA(GateAllocator):
     def __post_init__(self) -> None:
         if not 0 < self.rho <= 1 or self.lr <= 0:
             raise ValueError(f"0 < rho <= 1 and lr > 0 are needed, found {self!r}")
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return 0 if self.rho == 1 else min(steps, round(self.search * steps) + 1)
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..host import host_of
 from ..kernels import frozen, reference
 from ..method import LowRank
 from ..sites import LinearView
 from .allocator import Allocator, Course, Quality
-from .restart import Cleared, Cycles, Moments, check_cycles
+from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 from .surgery import live_layers
 
 
@@ -47,6 +48,9 @@ class LoRASC(Allocator):
         check_cycles(self.cycles, self.every)
         if not 0 <= self.merge <= 1 or self.noise < 0:
             raise ValueError(f"0 <= merge <= 1 and noise >= 0; found merge={self.merge}, noise={self.noise}")
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return steps if self.merge != 1 else last_begins(steps, self.cycles, self.every)  # a portion of the last pair
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..adapter import Adapter
 from ..method import LowRank
 from .allocator import Allocator, Course, Quality
-from .restart import Cycles, Moments, Pruned, check_cycles, ends
+from .restart import Cycles, Moments, Pruned, check_cycles, ends, last_begins
 
 
 @Allocator.register
@@ -37,6 +38,9 @@ class ReLoRA(Allocator):
 
     def __post_init__(self) -> None:
         check_cycles(self.cycles, self.every)
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return last_begins(steps, self.cycles, self.every)
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None

@@ -90,6 +90,12 @@ def ends(steps: int, cycles: int | None, every: int | None) -> list[int]:
     return found
 
 
+def last_begins(steps: int, cycles: int | None, every: int | None) -> int:
+    """The number of updates after which the last cycle has trained at all; 0 where there is one cycle."""
+    found = ends(steps, cycles, every)
+    return 0 if len(found) == 1 else min(steps, found[-2] + 1)
+
+
 def inner_of(place: Place) -> LowRank:
     """The method that trains at a place."""
     method = place.method.inner if isinstance(place.method, Restarted) else place.method

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..choice import Choice
 from ..method import Method
 from ..methods import sora as law
@@ -124,6 +125,14 @@ class SoRA(GateAllocator):
     def refusal(self, method: Method | None) -> str:
         return f"{self!r} works on SoRA and other methods with a trained gate, not on {method!r}"
 
+    def ends(self, steps: int) -> list[int]:
+        """The number of updates after which each level ends."""
+        count = len(self.levels.values())
+        return [round(steps * (i + 1) / count) for i in range(count)]
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return 0 if len(self.ends(steps)) == 1 else min(steps, self.ends(steps)[-2] + 1)
+
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
     ) -> SoRACourse:
@@ -139,7 +148,7 @@ class SoRACourse(GateCourse):
         self.gates = list({id(g): g for g in self.gates}.values())
         self.lambdas = how.levels.values()
         self.rising = max(1, round(how.warmup * steps))
-        self.ends = [round(steps * (i + 1) / len(self.lambdas)) for i in range(len(self.lambdas))]
+        self.ends = how.ends(steps)
         if len(set(self.ends)) < len(self.ends) or self.ends[0] < 1:
             raise ValueError(f"{how!r}: {len(self.lambdas)} levels do not fit into {steps} updates")
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..kernels import svd
 from ..methods.lora import LoRA
 from ..methods.restarted import Restarted
 from ..sites import site
-from .allocator import Allocator, Course, Place, Quality
+from .allocator import Allocator, Course, Place, Quality, places_of
 from .restart import inner_of, push
 from .surgery import forget, live_layers
 
@@ -46,6 +47,14 @@ class SRLoRA(Allocator):
         if not 0 < self.share <= 1 or not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
             raise ValueError(f"0 < share <= 1 and 0 <= beta1, beta2 < 1; found {self}")
 
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        found = range(1, self.target) if adapter is None else {inner_of(p).r for p in places_of(adapter)}  # type: ignore[attr-defined]
+        return max((self.plan(r, steps)[1][-1] + 1 for r in found if self._fits(r, steps)), default=0)
+
+    def _fits(self, r: int, steps: int) -> bool:
+        count, rest = divmod(self.target - r, max(1, round(self.share * r)))
+        return not rest and 1 <= count < steps
+
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
     ) -> Course:
@@ -55,7 +64,7 @@ class SRLoRA(Allocator):
         """(slots per switch, the numbers of updates after which there is a switch).  Raises ValueError."""
         slots = max(1, round(self.share * r))
         count, rest = divmod(self.target - r, slots)
-        if count < 1 or rest or count >= steps:
+        if not self._fits(r, steps):
             raise ValueError(
                 f"from r={r} to target={self.target} by {slots} slots at a time: found {count} switches and a rest of "
                 f"{rest} for {steps} updates. Choose target = r + k * {slots} with 1 <= k < {steps}"

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..adapter import Adapter
 from ..kernels import frozen
 from ..method import LowRank
 from .allocator import Allocator, Course, Place, Quality
-from .restart import Cleared, Cycles, Moments, check_cycles
+from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 
 
 @Allocator.register
@@ -42,6 +43,9 @@ class XGBLoRA(Allocator):
         check_cycles(self.boosters, self.every)
         if (self.layers is not None and self.layers < 1) or self.penalty < 0:
             raise ValueError(f"layers >= 1 and penalty >= 0; found layers={self.layers}, penalty={self.penalty}")
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return last_begins(steps, self.boosters, self.every)
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
