@@ -8,16 +8,18 @@ selected its class is a subclass of its own whose `forward` is the method's, and
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import bases
 from .adapter import Adapter
 from .making import fitted, fresh
-from .method import Factors, Method
+from .method import Factors, Layer, Method
 from .routing import Rows
 from .sites import LinearView, Where, view
 
@@ -55,6 +57,8 @@ class Adapted:
         return _revive, (self.original,), self.__getstate__()  # type: ignore[attr-defined]
 
 
+_current_backward = torch._C._current_graph_task_id  # -1 outside of a backward
+
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -87,6 +91,31 @@ def take(slot: Slot) -> None:
         module.__dict__["forward"] = slot.layer.override
 
 
+class Lock:
+    """A lock that one thread can take several times; a copy of it is a new one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lock, ()
+
+
+class Batch(Rows):
+    """The rows of one thread's batches."""
+
+    owner = 0
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        # a recomputation (gradient checkpointing) may run in a thread of autograd's
+        if not torch.compiler.is_compiling() and threading.get_ident() != self.owner and _current_backward() == -1:
+            raise RuntimeError(
+                "another thread is inside `undula.rows` on this model: its names say which adapter each row goes "
+                "through. Compute within a `rows` of your own (it waits its turn), or give each thread a copy of the model"
+            )
+        return super().forward(x, layer, f)
+
+
 @dataclass
 class Host:
     """The adapters of one model.  Kept on the model itself, so that copies and pickles keep it."""
@@ -98,6 +127,8 @@ class Host:
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
     thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
     nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `_unnest`
+    names: tuple[str | None, ...] | None = None  # of the rows, within `rows`
+    lock: Lock = field(default_factory=Lock, repr=False)  # held within `rows` and while layers change
 
 
 def host_of(model: nn.Module) -> Host:
@@ -156,6 +187,15 @@ def _replaced(path: str, how: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def changing(host: Host, verb: str) -> Iterator[None]:
+    """No other thread is inside `rows` or changes the layers.  Raises RuntimeError within a `rows` of this thread."""
+    with host.lock.lock:
+        if host.names is not None:
+            raise RuntimeError(f"`{verb}` within `undula.rows`: leave the block first, its batches are routed by names")
+        yield
+
+
 def attach(
     model: nn.Module,
     what: Method | Adapter,
@@ -177,6 +217,20 @@ def attach(
     model is then unchanged.
     """
     host = host_of(model)
+    with changing(host, "attach"):
+        return _attach(model, host, what, where, name, overrides or {}, full, probe)
+
+
+def _attach(
+    model: nn.Module,
+    host: Host,
+    what: Method | Adapter,
+    where: Where | None,
+    name: str,
+    overrides: Mapping[str, Method],
+    full: Sequence[str],
+    probe: Probe | None,
+) -> Adapter:
     if isinstance(what, Adapter) and (where is not None or overrides or full or probe is not None):
         raise ValueError(
             "an Adapter knows its own sites: `where`, `overrides`, `full` and `probe` go with a method alone"
@@ -191,7 +245,7 @@ def attach(
         adapter = (
             fitted(model, what)
             if isinstance(what, Adapter)
-            else fresh(model, what, "all-linear" if where is None else where, overrides or {}, full, probe)
+            else fresh(model, what, "all-linear" if where is None else where, overrides, full, probe)
         )
     except BaseException:
         select(model, before)
@@ -210,6 +264,11 @@ def attach(
 def select(model: nn.Module, name: str | None) -> None:
     """Makes the attached adapter `name` the active one; None: the base alone, exactly as it was before."""
     host = host_of(model)
+    with changing(host, "select"):
+        _select(model, host, name)
+
+
+def _select(model: nn.Module, host: Host, name: str | None) -> None:
     if name is not None:
         adapter = _named(model, name)[1]
     if host.merged is not None:
@@ -314,16 +373,21 @@ def detach(model: nn.Module, name: str | None = None) -> Adapter:
     before the first came, its trainable parameters included."""
     host, adapter = _named(model, name)
     name = name if name is not None else host.selected
+    with changing(host, "detach"):
+        _detach(model, host, name)
+    return adapter
+
+
+def _detach(model: nn.Module, host: Host, name: str | None) -> None:
     if host.selected == name:
         if host.merged is not None:
             restore(model, host)
-        select(model, None)
+        _select(model, host, None)
     del host.adapters[name]  # type: ignore[arg-type]
     if not host.adapters:
         for p in host.thawed:
             p.requires_grad_(True)
         del model.__dict__["_undula"]
-    return adapter
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -351,21 +415,38 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             model.generate(...)
 
     Adapters of any methods mix; those on the LowRank rung share grouped products.  Layers must see the batch as their
-    first dimension.  Raises LookupError for a name that is not attached, ValueError for parameters trained in full
-    (one model has one head).
+    first dimension.  An inner `rows` counts until it is left.  One thread at a time is inside: the `rows` of another
+    waits, its plain forward raises RuntimeError.  Raises LookupError for a name that is not attached, ValueError for
+    parameters trained in full (one model has one head), RuntimeError for an adapter that is merged.
     """
-    host, before = host_of(model), host_of(model).selected
+    host = host_of(model)
+    with host.lock.lock:
+        if host.merged is not None:
+            raise RuntimeError("an adapter is merged into this model: unmerge it before rows go through adapters")
+        outer, before = host.names, host.selected
+        try:
+            _route(model, host, tuple(names))
+            yield
+        finally:
+            host.names = None
+            if outer is None:
+                _select(model, host, before)
+            else:
+                _route(model, host, outer)
+
+
+def _route(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> None:
+    """Adapts the layers for batches whose row i goes through the adapter names[i]."""
     used = {n: find(model, n)[1] for n in dict.fromkeys(names) if n is not None}
     held = [n for n, a in used.items() if a.full]
     if held:
         raise ValueError(f"{held[0]!r} trains parameters in full ({', '.join(used[held[0]].full)}): not row by row")
-    select(model, None)
+    _select(model, host, None)
     for path in dict.fromkeys(s for a in used.values() for s in a.factors):
         layer = _layer(model, path)
         laws = {n: (a.methods[path], a.factors[path]) for n, a in used.items() if path in a.factors}
-        _adapt(host, Slot(Rows(laws, names, layer.device), layer, {}))
+        batch = Batch(laws, names, layer.device)
+        batch.owner = threading.get_ident()
+        _adapt(host, Slot(batch, layer, {}))
     _unnest(model, host)
-    try:
-        yield
-    finally:
-        select(model, before)
+    host.names = names

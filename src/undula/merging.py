@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .host import find, host_of, nest, restore, select, take
+from .adapter import Adapter
+from .host import Host, changing, find, host_of, nest, restore, select, take
 from .method import Method, Reweight
 from .sites import LinearView
 
@@ -22,9 +23,14 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
     for them: the layer gets its own.
     Raises TypeError for a method on the bare Method rung, naming the sites; nothing is changed then.
     """
-    host, adapter = find(model, None)
-    if host.merged is not None:
-        raise RuntimeError("the adapter is merged already")
+    with changing(host_of(model), "merge"):
+        host, adapter = find(model, None)
+        if host.merged is not None:
+            raise RuntimeError("the adapter is merged already")
+        return _merge(model, host, adapter, keep)
+
+
+def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[str, float]:
     check_mergeable(adapter.methods)
     errors: dict[str, float] = {}
     weights: dict[str, nn.Parameter] = {}
@@ -79,5 +85,6 @@ def unmerge(model: nn.Module) -> None:
     host = host_of(model)
     if host.merged is None:
         raise RuntimeError("nothing is merged into this model (or it was merged with keep=False)")
-    restore(model, host)
-    select(model, host.selected)
+    with changing(host, "unmerge"):
+        restore(model, host)
+        select(model, host.selected)

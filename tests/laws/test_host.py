@@ -1,7 +1,10 @@
 """The host: choosing layers, several adapters, what trains, tied weights, other people's hooks."""
 
+import contextlib
 import copy
+import pickle
 import re
+import threading
 
 import pytest
 import torch
@@ -429,3 +432,90 @@ def test_layers_that_cannot_be_adapted_are_named():
         undula.attach(Mixed(), LoRA(r=2), "patch.proj")
     with pytest.raises(TypeError, match=r"attention.out_proj \(nn.MultiheadAttention computes from its weight"):
         undula.attach(Attending(), LoRA(r=2), ["linear1", "attention.out_proj"])
+
+
+def three(model):
+    """Adapters a and b on the model, and what they and the base give."""
+    x, want = torch.randn(2, 5, 8), {}
+    for name in "ab":
+        shake(undula.attach(model, LoRA(r=2), name=name))
+        want[name] = model(x)
+    undula.select(model, None)
+    want[None] = model(x)
+    return x, {name: y.detach() for name, y in want.items()}
+
+
+def body():
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+
+def test_rows_nest():
+    """An inner `rows` counts until it is left, by an exception too; then the outer one counts again."""
+    model = body()
+    x, want = three(model)
+    undula.select(model, "b")
+    with undula.rows(model, ["a", None]):
+        for inner in (["b", "b"], ["a", "a", "b"], ["nobody"]):
+            with contextlib.suppress(LookupError), undula.rows(model, inner):
+                if len(inner) == 2:
+                    torch.testing.assert_close(model(x), want["b"])
+                raise LookupError
+            torch.testing.assert_close(model(x), torch.stack([want["a"][0], want[None][1]]))
+    torch.testing.assert_close(model(x), want["b"])
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda m: undula.select(m, "b"),
+        lambda m: undula.select(m, None),
+        lambda m: undula.detach(m, "a"),
+        lambda m: undula.attach(m, LoRA(), name="c"),
+        undula.merge,
+    ],
+    ids=["select", "select none", "detach", "attach", "merge"],
+)
+def test_verbs_within_rows_are_refused(verb):
+    model = body()
+    x, want = three(model)
+    with undula.rows(model, ["a", "b"]):
+        with pytest.raises(RuntimeError, match=r"within `undula.rows`: leave the block first"):
+            verb(model)
+        torch.testing.assert_close(model(x), torch.stack([want["a"][0], want["b"][1]]))
+    torch.testing.assert_close(model(x), want[None])
+
+
+def test_threads_with_rows_of_their_own_get_their_own_outputs():
+    """One thread at a time is inside `rows`; another's plain forward meanwhile is refused, never another's output."""
+    model = body()
+    x, want = three(model)
+    faults, refused = [], []
+
+    def reader(name):
+        for _ in range(40):
+            with torch.no_grad(), undula.rows(model, [name] * 2):
+                y = model(x)
+            if not torch.allclose(y, want[name], atol=1e-5):
+                faults.append(name)
+
+    threads = [threading.Thread(target=reader, args=(name,)) for name in "abab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+    def plain():
+        try:
+            model(x)
+        except RuntimeError as e:
+            refused.append(str(e))
+
+    with undula.rows(model, ["a", "b"]):
+        thread = threading.Thread(target=plain)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1
+    assert "another thread is inside `undula.rows`" in refused[0]
+    torch.testing.assert_close(copy.deepcopy(model)(x), want[None])
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), want[None])
