@@ -111,7 +111,7 @@ class Batch(Rows):
         if not torch.compiler.is_compiling() and threading.get_ident() != self.owner and _current_backward() == -1:
             raise RuntimeError(
                 "another thread is inside `undula.rows` on this model: its names say which adapter each row goes "
-                "through. Compute within a `rows` of your own (it waits its turn), or give each thread a copy of the model"
+                "through. Compute within a `rows` of your own (it waits its turn), or give each thread its own copy"
             )
         return super().forward(x, layer, f)
 
