@@ -9,7 +9,7 @@ import typer
 
 import undula
 
-from .verbs import adapters, compare, lists, shell, studies, training
+from .verbs import adapters, collapsing, compare, lists, shell, studies, training
 
 app = typer.Typer(
     cls=shell.Verbs,
@@ -40,10 +40,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "show": adapters.show,
     "compare": compare.compare,
     "merge": adapters.merge,
-    "collapse": adapters.collapse,
+    "collapse": collapsing.collapse,
     "prune": adapters.prune,
     "cut": adapters.cut,
-    "export": adapters.export,
+    "export": collapsing.export,
     "study": studies.study,
     "assets": lists.assets,
 }

@@ -29,6 +29,7 @@ class Asset:
     sha256: str | None  # of the file that it is made from; None where it is made on this computer
     bytes: int  # of that file; approximate where sha256 is None
     build: Callable[["Asset", Path, Progress], None]  # fills an empty folder with the finished asset
+    hub: str | None = None  # what model hubs call the model, where transformers opens it from there
     own_class: bool = False  # a model whose class is undula's, not transformers'
     edition: str = "1"  # raise it when `build` changes what it writes: caches are then built anew
 

@@ -25,6 +25,7 @@ _ALL = (
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         bytes=83_506_384,
         build=build_minilm,
+        hub="sentence-transformers/all-MiniLM-L6-v2",
     ),
     Asset(
         name="smollm2",
@@ -35,6 +36,7 @@ _ALL = (
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         bytes=92_871_040,
         build=build_smollm2,
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     Asset(
         name="efficientnet-lite0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,18 +37,34 @@ def open_model(
     Raises FileNotFoundError that says what was looked for and why it could not be opened.
     """
     folder = model_folder(source)
-    with quiet():
-        try:
-            processor = task.processor(folder)
-            torch.manual_seed(seed)
-            model = task.model(folder, dtype, **({} if bits is None else {"quantization_config": _quantised(bits)}))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(_unopened(source, folder, error)) from error
+    quantised = {} if bits is None else {"quantization_config": _quantised(bits)}
+    with quiet(), opening(source):
+        processor = task.processor(folder)
+        torch.manual_seed(seed)
+        model = task.model(folder, dtype, **quantised)
     task.agree(processor, model)
     return model, processor
 
 
+@contextlib.contextmanager
+def opening(source: str) -> Iterator[None]:
+    """Whatever a model's files make transformers raise (a cut file, a pickle, a config of another kind) is said as one
+    FileNotFoundError; what is no fault of theirs (a missing package, too little memory) passes."""
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise FileNotFoundError(_unopened(source, model_folder(source), error)) from error
+
+
 def _quantised(bits: int) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            f"a base in {bits} bits needs the package bitsandbytes, which is not installed: "
+            "pip install 'undula[bits]'",
+            name="bitsandbytes",
+        )
     from transformers import BitsAndBytesConfig
 
     if bits == 4:
@@ -56,7 +73,7 @@ def _quantised(bits: int) -> BitsAndBytesConfig:
 
 
 def _unopened(source: str, folder: str, error: Exception) -> str:
-    path, reason = Path(folder), str(error).strip().split("\n")[0][:300]
+    path, reason = Path(folder), f"{str(error).strip()}\n".split("\n")[0][:300] or type(error).__name__
     if path.is_dir():
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         return f"model={source} is a folder, but no model could be opened in it ({reason}); it has: {there}"

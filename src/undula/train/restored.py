@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +13,11 @@ from ..adapter import Adapter
 from ..host import attach, detach
 from ..io import files
 from .base import model_folder, open_model
-from .causal_lm import CausalLM
-from .classification import Classification
 from .data import load_data, sample, split_of, with_validation
+from .foreign import Unmeasured, base_of, configured, named_as, task_of
+from .heads import HeadTask
 from .run import RUN, Run
-from .task import Examples, Processor, Task
+from .task import Examples, Processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +52,8 @@ class Restored:
 
         Other `data` give their validation split, else test, else what they have.  `rows` is how many at most.
         """
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows is how many at most, 1 or more; found {rows}")
         if data is None and not self.run.data:
             raise ValueError(f"{self.run.out} was not made by `undula train`: say on which data (data=..., or --data)")
         every = load_data(self.run.data if data is None else data)
@@ -83,9 +85,26 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
     """
     path = Path(path)
     adapter = Adapter.load(path)
-    run = Run.load(path) if (path / RUN).is_file() else _described(path, adapter, model)
+    run = described(path, adapter, model)
     base, processor = open_model(model or run.model, run.task, run.dtype, run.seed, run.bits)
+    if not (path / RUN).is_file():
+        if isinstance(run.task, HeadTask | Unmeasured):
+            named_as(base.config, path, configured(run.model))
+        if (path / "tokenizer_config.json").is_file():
+            processor = run.task.processor(str(path))  # the one that it was trained with: its tokens may be more
     return Restored(run, base, processor, attach(base, adapter))
+
+
+def described(path: Path, adapter: Adapter, model: str | None = None) -> Run:
+    """The run that left an adapter directory, or the one that could have where it has no run.json; `model` names
+    another base.  Raises ValueError where nothing says what the adapter is for, FileNotFoundError for an unknown base.
+    """
+    if (path / RUN).is_file():
+        return Run.load(path)
+    config, _ = files.read(path)
+    base = base_of(path, config, model)
+    method = next(iter(adapter.methods.values()), None)
+    return Run(model=base, data="", task=task_of(path, config, adapter, base), method=method, out=path)
 
 
 def dense(opened: Restored) -> Restored:
@@ -96,27 +115,3 @@ def dense(opened: Restored) -> Restored:
     model = opened.model.dequantize()
     model.__dict__.pop("_weight_conversions", None)  # how to quantise on saving: transformers 5.23 forgets to forget it
     return replace(opened, model=model, adapter=attach(model, adapter))
-
-
-def _described(path: Path, adapter: Adapter, model: str | None) -> Run:
-    """The run that an adapter directory without a run.json could have come from."""
-    config, _ = files.read(path)
-    base = model or config.get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ValueError(f"{path} does not say which model it is for: name it (model=..., or --model)")
-    method = next(iter(adapter.methods.values()), None)
-    return Run(model=base, data="", task=_task(config, adapter, path), method=method, out=path)
-
-
-def _task(config: Mapping[str, Any], adapter: Adapter, path: Path) -> Task:
-    kind = config.get("task_type")
-    if kind == CausalLM.peft:
-        return CausalLM()
-    heads = [t for t in adapter.full.values() if t.ndim == 2]
-    if kind == Classification.peft and heads:
-        return Classification(names=tuple(str(i) for i in range(heads[-1].shape[0])))
-    raise ValueError(
-        f"{path} has task_type {kind!r} and no run.json: undula opens {CausalLM.peft} and {Classification.peft} "
-        "(with a head) by itself; PEFT has no type for images. Attach it in Python instead: "
-        "undula.attach(model, undula.Adapter.load(path))"
-    )

@@ -1,0 +1,110 @@
+"""Folders that are whole or not there: written under another name beside their place, renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+UNFINISHED = ".unfinished-"
+NO_LOCKS = -1
+FORGOTTEN = 7 * 24 * 3600.0  # seconds after which a folder counts as left over where nothing can be locked
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into; it becomes `path` when the context ends without an error.
+
+    Whatever happens in between, `path` is not there or has all of it.  What dead processes left beside it is removed:
+    each folder is locked while its process lives.  Raises FileExistsError where `path` holds something.
+    """
+    place = path.resolve()
+    refuse_full(place, path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    sweep(place.parent)
+    folder, lock = _locked(place.parent, place.name)
+    try:
+        yield folder
+        for file in folder.rglob("*"):
+            _flush(file)
+        refuse_full(place, path)
+        if place.is_dir():
+            place.rmdir()  # empty; os.replace does not take its place everywhere
+        os.replace(folder, place)
+        _flush(place.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        _unlock(lock)
+
+
+def refuse_full(place: Path, called: Path) -> None:
+    """Raises FileExistsError where `place` is a file or a folder that holds something."""
+    if place.is_dir():
+        if any(place.iterdir()):
+            raise FileExistsError(f"{called} is not empty: name another directory")
+        if place == Path.cwd():
+            raise FileExistsError(f"{called} is the directory that you are in: name one below it, or another")
+    elif os.path.lexists(place):
+        raise FileExistsError(f"{called} is a file, not a directory: name another")
+
+
+def sweep(parent: Path) -> None:
+    """Removes the folders in `parent` that processes which are no more have left unfinished."""
+    for folder in parent.glob(f"{UNFINISHED}*"):
+        lock = _lock(folder)
+        if lock is None or (lock == NO_LOCKS and time.time() - folder.stat().st_mtime < FORGOTTEN):
+            continue
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+def _locked(parent: Path, name: str) -> tuple[Path, int]:
+    """A new folder in `parent`, and its lock."""
+    while True:
+        folder = parent / f"{UNFINISHED}{name}-{secrets.token_hex(4)}"
+        folder.mkdir()  # with the modes of the umask, which those of `tempfile` are not
+        lock = _lock(folder)
+        if lock is not None and folder.is_dir():
+            return folder, lock  # else another process swept it between the two lines
+
+
+def _lock(folder: Path) -> int | None:
+    """An exclusive lock on a folder, as long as this process lives: None while another process has it, NO_LOCKS where
+    the system or the file system cannot lock folders."""
+    try:
+        import fcntl
+    except ImportError:
+        return NO_LOCKS
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None  # gone, or another user's
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        return None if isinstance(error, BlockingIOError) else NO_LOCKS
+    return handle
+
+
+def _unlock(lock: int) -> None:
+    if lock != NO_LOCKS:
+        os.close(lock)
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself, where the system lets that be asked."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,212 @@
+"""Adapter directories that no `undula train` left: which model they are for, from what they and their base say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..adapter import Adapter
+from .base import model_folder
+from .causal_lm import CausalLM
+from .classification import Classification, Regression
+from .task import Example, Examples, Processor, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# PEFT's task types, and the classes of transformers that PEFT opens for them
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+CONFIG, BASE = "base/config.json", "undula_base"  # the configuration beside an exported LoRA; its key for our own name
+
+
+@dataclass(frozen=True)
+class Unmeasured(Task):
+    """A task that undula has no data and no metric for: its adapters are merged, truncated, cut and exported alone.
+
+    `peft` is PEFT's name of it, `model_class` the class of transformers that opens the model, `labels` how many
+    outputs its head has (None: as the base says).
+    """
+
+    roles: ClassVar = {}
+    headline = "loss"
+
+    peft: str | None  # type: ignore[misc]
+    model_class: str
+    labels: int | None = None
+
+    def rows(self, split: Dataset) -> Dataset:
+        raise ValueError(
+            f"undula reads no data for adapters of the task type {self.peft!r} ({self.model_class}): it merges them, "
+            "and truncates and exports those that have an update dW (--how truncate)"
+        )
+
+    def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
+        import transformers
+
+        outputs = {} if self.labels is None else {"num_labels": self.labels, "ignore_mismatched_sizes": True}
+        return getattr(transformers, self.model_class).from_pretrained(path, dtype=dtype, **quantised, **outputs)
+
+    def processor(self, path: str) -> Processor:
+        """What makes the model's inputs, where the base's folder has one: nothing here needs it."""
+        import transformers
+
+        for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
+            try:
+                return getattr(transformers, kind).from_pretrained(path)
+            except (OSError, ValueError, ImportError, KeyError):
+                continue
+        return None
+
+    def agree(self, processor: Processor, model: PreTrainedModel) -> None:
+        pass
+
+    def example(self, row: Mapping[str, Any], processor: Processor, /) -> Example:
+        raise NotImplementedError
+
+    def collator(self, processor: Processor, /) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
+        raise NotImplementedError
+
+    def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        raise NotImplementedError
+
+
+def base_of(path: Path, config: Mapping[str, Any], model: str | None) -> str:
+    """The base of an adapter directory: the one that is named, else the one that it says.  Raises ValueError."""
+    own = _json(path / CONFIG).get(BASE)
+    base = model or own or config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path} does not say which model it is for: name it (model=..., or --model)")
+    return base
+
+
+def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) -> Task:
+    """The task of an adapter directory.  Raises what opening the base's configuration raises."""
+    kind = config.get("task_type")
+    if kind == CausalLM.peft:
+        return CausalLM()
+    of_base = configured(base)
+    if kind == Classification.peft:
+        return _classification(path, adapter, of_base)
+    name = CLASSES.get(kind) or _class(config, adapter, of_base) if kind is None or kind in CLASSES else None
+    if name is None:
+        raise ValueError(
+            f"{path} has task_type {kind!r}, which is none of PEFT's: {', '.join(CLASSES)}. Attach it in Python: "
+            "undula.attach(model, undula.Adapter.load(path))"
+        )
+    return Unmeasured(kind, name, _count(name, adapter, of_base))
+
+
+def configured(base: str) -> PretrainedConfig:
+    """The configuration of a base.  Raises FileNotFoundError that says what was looked for."""
+    from transformers import AutoConfig
+
+    from .base import opening
+
+    with opening(base):
+        return AutoConfig.from_pretrained(model_folder(base))
+
+
+def named_as(config: PretrainedConfig, path: Path, of_base: PretrainedConfig) -> None:
+    """The classes of a model that is opened for somebody else's adapter are called as the adapter's directory or the
+    base calls them, and its kind of problem stays; a head of another size has transformers' own names."""
+    count = config.num_labels
+    found = _names(path, of_base, count) or {i: f"LABEL_{i}" for i in range(count)}
+    config.id2label, config.label2id = found, {name: i for i, name in found.items()}
+    config.problem_type = of_base.problem_type
+
+
+def _classification(path: Path, adapter: Adapter, of_base: PretrainedConfig) -> Task:
+    count = _count(CLASSES["SEQ_CLS"], adapter, of_base)
+    count = of_base.num_labels if count is None else count
+    if of_base.problem_type == "multi_label_classification":
+        return Unmeasured("SEQ_CLS", CLASSES["SEQ_CLS"], count)
+    if count == 1:
+        return Regression()
+    names = _names(path, of_base, count)
+    if names is None or all(name == f"LABEL_{i}" for i, name in names.items()):
+        return Classification(names=tuple(str(i) for i in range(count)))
+    return Classification(names=tuple(names[i] for i in range(count)))
+
+
+def _names(path: Path, of_base: PretrainedConfig, count: int) -> dict[int, str] | None:
+    """The names of so many classes that stand beside the adapter, else those of the base; None where there are none."""
+    for found in (_json(path / CONFIG).get("id2label"), of_base.id2label):
+        if isinstance(found, Mapping) and sorted(map(str, found)) == sorted(map(str, range(count))):
+            return {int(i): str(name) for i, name in sorted(found.items(), key=lambda pair: int(pair[0]))}
+    return None
+
+
+def _count(name: str, adapter: Adapter, of_base: PretrainedConfig) -> int | None:
+    """How many outputs the head has that an adapter was trained with.  The output layer is the one whose shape follows
+    the number of labels: other matrices beside the body (a pooler, a layer before the output) do not tell it.  None
+    where the adapter holds no such layer: then it is the base's own."""
+    held = {f"{site}.weight": shape for site, shape in adapter.shapes.items() if site not in adapter.kernels}
+    held |= {n: tuple(t.shape) for n, t in adapter.full.items()}
+    few, more = (_shapes(name, of_base, n) for n in (3, 4))
+    for parameter, shape in held.items():
+        small, large = few.get(parameter), more.get(parameter)
+        if small is None or large is None or small == large or len(shape) != len(small):
+            continue
+        return next(n for n, a, b in zip(shape, small, large, strict=True) if a != b)
+    return None
+
+
+def _shapes(name: str, of_base: PretrainedConfig, labels: int) -> dict[str, tuple[int, ...]]:
+    config = type(of_base).from_dict({**of_base.to_dict(), "num_labels": labels, "id2label": None, "label2id": None})
+    config.num_labels = labels
+    return {n: tuple(p.shape) for n, p in _outline(name, config).named_parameters()}
+
+
+def _outline(name: str, config: PretrainedConfig) -> PreTrainedModel:
+    """A model without numbers."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        return kind.from_config(config) if name.startswith("Auto") else kind(config)
+
+
+def _class(config: Mapping[str, Any], adapter: Adapter, of_base: PretrainedConfig) -> str | None:
+    """For a directory without a task type: the first class that has all of the adapter's layers among the one that PEFT
+    noted, those that wrote the base, and the bare body."""
+    for name in _candidates(config, of_base):
+        layers = {n for n, _ in _outline(name, of_base).named_modules()}
+        if layers >= set(adapter.factors):
+            return name
+    raise ValueError(
+        f"the adapter says no task type, and no class that its base names has its layers "
+        f"({', '.join(list(adapter.factors)[:3])}): attach it in Python: undula.attach(model, undula.Adapter.load(path))"
+    )
+
+
+def _candidates(config: Mapping[str, Any], of_base: PretrainedConfig) -> Iterator[str]:
+    import transformers
+
+    noted = config.get("auto_mapping")
+    named = [noted.get("base_model_class")] if isinstance(noted, Mapping) else []
+    for name in (*named, *(of_base.architectures or ()), "AutoModel"):
+        kind = getattr(transformers, str(name), None)
+        if name == "AutoModel" or (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            yield str(name)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
