@@ -7,6 +7,7 @@ the configuration is: in the file's own metadata, under `lora_adapter_metadata`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def _config(file: Path, component: str, tensors: Mapping[str, Tensor]) -> dict[s
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get(METADATA)
     if text is None:
-        ranks = {LEAF.fullmatch(k)["site"]: t.shape[0] for k, t in tensors.items() if "lora_A" in k or "ding_A" in k}  # type: ignore[index]
+        found = [(match, t) for key, t in tensors.items() if (match := LEAF.fullmatch(key))]
+        ranks = {f"^{re.escape(m['site'])}$": t.shape[0] for m, t in found if m["leaf"].endswith("A")}
         return {"peft_type": "LORA", "alpha_pattern": ranks, "use_dora": any("magnitude" in k for k in tensors)}
     try:
         told = json.loads(text)

@@ -18,7 +18,7 @@ from ..kernels import frozen
 from ..making import check_shapes, rebuilt
 from ..method import Method
 from ..sites import outline
-from . import files
+from . import diffusers, files
 from .peft import read_lora
 
 VERSION = 1
@@ -122,6 +122,8 @@ def load(path: str | Path) -> Adapter:
     names that are not module names: each is an error of its own, and nothing is returned.
     """
     path = Path(path)
+    if not (path / files.CONFIG).is_file() and (path / diffusers.WEIGHTS).is_file():
+        return diffusers.load_diffusers(path)
     data, tensors = files.read(path)
     kind = data.get("peft_type")
     if kind == "LORA":

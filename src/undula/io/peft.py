@@ -23,7 +23,13 @@ LEAF = re.compile(
 NEUTRAL = {"bias": "none", "lora_bias": False, "fan_in_fan_out": None, "alora_invocation_tokens": None}
 
 
-@torch.no_grad()
+README = """# A LoRA adapter
+
+A plain LoRA in PEFT's format, written by undula: `peft.PeftModel.from_pretrained(model, "this directory")` puts it on
+the model that it was trained on.  `undula export` writes one that says which model that is, and how to open it.
+"""
+
+
 def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, task: str | None = None) -> None:
     """Writes a LowRank adapter as a plain PEFT LoRA (`peft_type: LORA`): what vLLM, llama.cpp and PEFT alone read.
 
@@ -31,6 +37,15 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
     leave as PEFT's modules_to_save.  Raises TypeError below the LowRank rung: another function is never written as a
     LoRA (`collapse` first); ValueError where a parameter in full lies in an adapted layer.
     """
+    config, tensors = lora_state(adapter, base, task)
+    named = {files.PREFIX + key: t for key, t in tensors.items()}
+    extra = {} if (Path(path) / "README.md").exists() else {"README.md": README}
+    files.write(Path(path), config, named, extra)
+
+
+@torch.no_grad()
+def lora_state(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(LoraConfig, tensors by their names below the model) of a LowRank adapter.  Raises what `export_lora` raises."""
     below = {s: m for s, m in adapter.methods.items() if not isinstance(m, LowRank)}
     if below:
         site, method = next(iter(below.items()))
@@ -52,9 +67,8 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
         B_OR, A_RI = method.pair(f)
         ranks[site] = A_RI.shape[0]
         leaves = _leaves(adapter.kernels.get(site), B_OR, A_RI)
-        tensors |= {f"{files.PREFIX}{site}.{leaf}": t.clone() for leaf, t in leaves}  # sites may share a factor
-    tensors |= {files.PREFIX + name: t for name, t in adapter.full.items()}
-    files.write(Path(path), lora_config(ranks, list(adapter.full), base, task), tensors, {})
+        tensors |= {f"{site}.{leaf}" if site else leaf: t.clone() for leaf, t in leaves}  # sites may share a factor
+    return lora_config(ranks, list(adapter.full), base, task), tensors | dict(adapter.full)
 
 
 def _leaves(kernel: tuple[int, ...] | None, B_OR: Tensor, A_RI: Tensor) -> list[tuple[str, Tensor]]:

@@ -61,8 +61,7 @@ def opening(source: str) -> Iterator[None]:
 def _quantised(bits: int) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            f"a base in {bits} bits needs the package bitsandbytes, which is not installed: "
-            "pip install 'undula[bits]'",
+            f"a base in {bits} bits needs the package bitsandbytes, which is not installed: pip install 'undula[bits]'",
             name="bitsandbytes",
         )
     from transformers import BitsAndBytesConfig

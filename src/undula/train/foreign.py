@@ -100,12 +100,12 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
     of_base = configured(base)
     if kind == Classification.peft:
         return _classification(path, adapter, of_base)
-    name = CLASSES.get(kind) or _class(config, adapter, of_base) if kind is None or kind in CLASSES else None
-    if name is None:
+    if kind is not None and kind not in CLASSES:
         raise ValueError(
             f"{path} has task_type {kind!r}, which is none of PEFT's: {', '.join(CLASSES)}. Attach it in Python: "
             "undula.attach(model, undula.Adapter.load(path))"
         )
+    name = _class(config, adapter, of_base) if kind is None else CLASSES[kind]
     return Unmeasured(kind, name, _count(name, adapter, of_base))
 
 
@@ -122,15 +122,15 @@ def configured(base: str) -> PretrainedConfig:
 def named_as(config: PretrainedConfig, path: Path, of_base: PretrainedConfig) -> None:
     """The classes of a model that is opened for somebody else's adapter are called as the adapter's directory or the
     base calls them, and its kind of problem stays; a head of another size has transformers' own names."""
-    count = config.num_labels
+    count = int(config.num_labels or 0)
     found = _names(path, of_base, count) or {i: f"LABEL_{i}" for i in range(count)}
     config.id2label, config.label2id = found, {name: i for i, name in found.items()}
     config.problem_type = of_base.problem_type
 
 
 def _classification(path: Path, adapter: Adapter, of_base: PretrainedConfig) -> Task:
-    count = _count(CLASSES["SEQ_CLS"], adapter, of_base)
-    count = of_base.num_labels if count is None else count
+    found = _count(CLASSES["SEQ_CLS"], adapter, of_base)
+    count = int(of_base.num_labels or 0) if found is None else found
     if of_base.problem_type == "multi_label_classification":
         return Unmeasured("SEQ_CLS", CLASSES["SEQ_CLS"], count)
     if count == 1:
@@ -153,7 +153,7 @@ def _count(name: str, adapter: Adapter, of_base: PretrainedConfig) -> int | None
     """How many outputs the head has that an adapter was trained with.  The output layer is the one whose shape follows
     the number of labels: other matrices beside the body (a pooler, a layer before the output) do not tell it.  None
     where the adapter holds no such layer: then it is the base's own."""
-    held = {f"{site}.weight": shape for site, shape in adapter.shapes.items() if site not in adapter.kernels}
+    held: dict[str, tuple[int, ...]] = {f"{s}.weight": O_I for s, O_I in adapter.shapes.items()}
     held |= {n: tuple(t.shape) for n, t in adapter.full.items()}
     few, more = (_shapes(name, of_base, n) for n in (3, 4))
     for parameter, shape in held.items():
@@ -179,7 +179,7 @@ def _outline(name: str, config: PretrainedConfig) -> PreTrainedModel:
         return kind.from_config(config) if name.startswith("Auto") else kind(config)
 
 
-def _class(config: Mapping[str, Any], adapter: Adapter, of_base: PretrainedConfig) -> str | None:
+def _class(config: Mapping[str, Any], adapter: Adapter, of_base: PretrainedConfig) -> str:
     """For a directory without a task type: the first class that has all of the adapter's layers among the one that PEFT
     noted, those that wrote the base, and the bare body."""
     for name in _candidates(config, of_base):
@@ -188,7 +188,8 @@ def _class(config: Mapping[str, Any], adapter: Adapter, of_base: PretrainedConfi
             return name
     raise ValueError(
         f"the adapter says no task type, and no class that its base names has its layers "
-        f"({', '.join(list(adapter.factors)[:3])}): attach it in Python: undula.attach(model, undula.Adapter.load(path))"
+        f"({', '.join(list(adapter.factors)[:3])}). Attach it in Python: "
+        "undula.attach(model, undula.Adapter.load(path))"
     )
 
 

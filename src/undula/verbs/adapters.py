@@ -73,7 +73,8 @@ def merge(
     out: shell.Out,
     model: shell.Base = None,
     dense: Annotated[
-        bool, typer.Option("--dense", help="Write dense float32 weights: of a quantised or 16-bit base, all that counts.")
+        bool,
+        typer.Option("--dense", help="Write dense float32 weights: of a quantised or 16-bit base, all that counts."),
     ] = False,
 ) -> None:
     """Write the base with the adapter merged in, as an ordinary Hugging Face folder."""

@@ -136,7 +136,7 @@ def export(
         Form,
         typer.Option(
             "--format",
-            help="peft: a plain LoRA that PEFT, vLLM and others read. diffusers: one for a pipeline's load_lora_weights.",
+            help="peft: a plain LoRA that PEFT, vLLM and others read. diffusers: for a pipeline's load_lora_weights.",
         ),
     ] = Form.peft,
     component: Annotated[
