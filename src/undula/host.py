@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import bases
+from . import bases, masters
 from .adapter import Adapter
 from .making import fitted, fresh
 from .method import Factors, Layer, Method
@@ -54,7 +54,7 @@ class Adapted:
         return slot.method.forward(x, slot.layer, slot._parameters)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (self.original,), self.__getstate__()  # type: ignore[attr-defined]
+        return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]
 
 
 _current_backward = torch._C._current_graph_task_id  # -1 outside of a backward
@@ -68,8 +68,8 @@ def _adapted(original: type[nn.Module]) -> type[nn.Module]:
     return _classes[original]
 
 
-def _revive(original: type[nn.Module]) -> nn.Module:
-    cls = _adapted(original)
+def _revive(narrow: type[nn.Module], leaves: tuple[str, ...] = ()) -> nn.Module:
+    cls = _adapted(masters.cast_class(narrow, leaves))
     return cls.__new__(cls)
 
 
@@ -212,9 +212,9 @@ def attach(
     "all-linear" where nothing is said);
     `overrides` gives other methods to the layers that match a pattern, the first match counts; `full` names parameters
     or modules to train in full beside them (a new classification head); `probe` tells gradients and activations to
-    methods that start from them (see `undula.Probe`).  Factors are float32 (float64 over a float64
-    base).  Raises LookupError for names that match nothing, ValueError for an adapter that does not fit the model; the
-    model is then unchanged.
+    methods that start from them (see `undula.Probe`).  Factors and what trains in full are float32 (float64 over a
+    float64 base); layers whose own parameters train go on computing in the base's type.  Raises LookupError for names
+    that match nothing, ValueError for an adapter that does not fit the model; the model is then unchanged.
     """
     host = host_of(model)
     with changing(host, "attach"):
@@ -283,14 +283,14 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
     for path, layer in layers.items():
         _check_shape(path, layer, adapter)
     host.selected = name
+    for path, p in adapter.full.items():
+        host.own[path] = stand_in(model, path, p)
     for path, f in adapter.factors.items():
         layer = layers[path]
         for t in f.values():
             if t.device != layer.device:
                 t.data = t.data.to(layer.device)
         _adapt(host, Slot(adapter.methods[path], layer, f))
-    for path, p in adapter.full.items():
-        host.own[path] = exchange(model, path, p)
     _unnest(model, host)
 
 
@@ -332,12 +332,23 @@ def exchange(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
     return old  # type: ignore[return-value]
 
 
+def stand_in(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
+    """`exchange`; where the one at `path` is of a narrower type, the module computes in that type all the same."""
+    old = exchange(model, path, new)
+    if old.dtype != new.dtype:
+        parent, _, leaf = path.rpartition(".")
+        masters.widen(model.get_submodule(parent), leaf, old.dtype)
+    return old
+
+
 def _clear(model: nn.Module, host: Host) -> None:
     for slot in host.slots:
         take(slot)
     full: Mapping[str, Tensor] = host.adapters[host.selected].full if host.selected in host.adapters else {}
     for path, p in host.own.items():
+        parent, _, leaf = path.rpartition(".")
         if parameter(model, path) is full.get(path):  # a parameter that was put there since then stays
+            masters.narrow(model.get_submodule(parent), leaf)
             exchange(model, path, p)
     nest(host)
     host.slots, host.own = [], {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .masters import wide
 from .method import Evidence, Factors, Method, Site
 from .sites import LinearView, Where, choose, matches, outline, site, view
 
@@ -107,7 +108,7 @@ def kernels(layers: Mapping[str, LinearView]) -> dict[str, tuple[int, ...]]:
 def _thawed(p: nn.Parameter) -> nn.Parameter:
     if not p.is_floating_point():
         raise TypeError(f"only floating-point parameters can be trained in full, found {p.dtype}")
-    return nn.Parameter(p.detach().clone())
+    return nn.Parameter(p.detach().to(wide(p.dtype), copy=True))
 
 
 def _chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -154,7 +155,7 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
         if path not in parameters or parameters[path].shape != t.shape:
             found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
             raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
-    full = {n: live(t, parameters[n].device, parameters[n].dtype) for n, t in adapter.full.items()}
+    full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in adapter.full.items()}
     methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
     return replace(adapter, methods=methods, shapes=shapes, factors=factors, full=full, kernels=kernels(layers))
 

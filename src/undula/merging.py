@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from . import masters
 from .adapter import Adapter
-from .host import Host, changing, find, host_of, nest, restore, select, take
+from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
 from .method import Method, Reweight
 from .sites import LinearView
 
@@ -52,8 +53,18 @@ def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[s
         thawed = {id(p) for p in host.thawed}
         for p in (*host.thawed, *(weights[path] for path, p in own.items() if id(p) in thawed)):
             p.requires_grad_(True)
+        settle(model, adapter.full, host.own)
         del model.__dict__["_undula"]
     return errors
+
+
+def settle(model: nn.Module, full: Mapping[str, Tensor], own: Mapping[str, nn.Parameter]) -> None:
+    """Leaves what was trained in full as plain parameters of the model's own type."""
+    for path, p in full.items():
+        parent, _, leaf = path.rpartition(".")
+        masters.narrow(model.get_submodule(parent), leaf)
+        if parameter(model, path) is p and p.dtype != own[path].dtype:  # where nothing was merged into it
+            exchange(model, path, nn.Parameter(p.detach().to(own[path].dtype), p.requires_grad))
 
 
 def check_mergeable(methods: Mapping[str, Method]) -> None:

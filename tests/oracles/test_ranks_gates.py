@@ -335,7 +335,7 @@ def test_unselected_ranks_do_not_move(nesting, kind):
     for _ in range(40):
         b = course.b
         seen.add(b)
-        memory = {(s, n): {k: t.clone() for k, t in opt.state[p].items() if isinstance(t, torch.Tensor) and t.ndim}
+        memory = {(s, n): {k: t.clone() for k, t in ranks.memory.moments(opt, p).items()}
                   for s, n, p in adapter.tensors() if n in "AB"}  # fmt: skip
         before = {(s, n): p.detach().clone() for s, n, p in adapter.tensors()}
         course.before_forward()
@@ -351,7 +351,7 @@ def test_unselected_ranks_do_not_move(nesting, kind):
                 moved = (f[n] != before[s, n]).any(1 - dim).nonzero().flatten().tolist()
                 assert moved == moves
                 rest = [i for i in range(5) if i not in moves]
-                for k, t in opt.state[f[n]].items():  # of ranks that never trained it knows nothing
+                for k, t in ranks.memory.moments(opt, f[n]).items():  # of ranks that never trained it knows nothing
                     if k not in memory[s, n] and t.ndim:
                         assert not t.index_select(dim, torch.tensor(rest, dtype=torch.int64)).any()
                 for k, t in memory[s, n].items():

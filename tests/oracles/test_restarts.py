@@ -51,7 +51,10 @@ def batch(step, n=8):
 
 
 def run(course, model, optimizer, steps, seen=lambda moment: None):
-    """The loop of the allocators' documentation; `seen` is called around every moment of the course."""
+    """The loop of the allocators' documentation; `seen` is called around every moment of the course.  "before" is when
+    the update is whole: entries that have begun again have their own bias correction."""
+    turned = type(course).on_update.__get__(course)
+    course.on_update = lambda: (seen("before"), turned())
     for step in range(course.step, steps):
         course.before_forward()
         seen("forward")
@@ -59,7 +62,6 @@ def run(course, model, optimizer, steps, seen=lambda moment: None):
         nn.functional.mse_loss(model(x), y).backward()
         course.before_update()
         optimizer.step()
-        seen("before")
         course.after_update()
         seen("after")
         optimizer.zero_grad()

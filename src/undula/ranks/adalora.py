@@ -129,7 +129,7 @@ class AdaLoRACourse(GateCourse):
         return cubic(self.step, self.begin, self.end, self.first, self.last)
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def on_gradients(self) -> None:
         if not self.how.weight:
             return
         for members in self.groups.values():
@@ -159,8 +159,7 @@ class AdaLoRACourse(GateCourse):
         return float(self.how.orthogonality.value(torch.cat([self._off(M)[1].cpu() for M in stacks])))
 
     @torch.no_grad()
-    def after_update(self) -> None:
-        super().after_update()
+    def on_update(self) -> None:
         if self.step < self.end:
             self._watch()
         if self.step > self.end:
@@ -171,8 +170,17 @@ class AdaLoRACourse(GateCourse):
         elif self.step > self.begin and self.step % self.how.every == 0:
             self._apply(self._keep(self.budget))
 
+    @torch.no_grad()
+    def on_end(self) -> None:
+        """A training that ended before T - t_f leaves the target too."""
+        if self.pattern is None:
+            self.pattern = self._keep(self.last)
+            self._apply(self.pattern)
+
     def _watch(self) -> None:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.watched]
+        if self.clipped != 1:  # scores are of the gradients as they were
+            grads = torch._foreach_div(grads, self.clipped)  # type: ignore[assignment]
         now = torch._foreach_mul(self.watched, grads)
         torch._foreach_abs_(now)
         torch._foreach_lerp_(self.mean, now, 1 - self.how.beta1)
@@ -212,6 +220,6 @@ class AdaLoRACourse(GateCourse):
         super().restore(tensors, values)
         for n, t in self.state()[0].items():
             t.copy_(tensors[n])
-        if self.step >= self.end:
+        if f"{self.sites[0]}.pattern" in tensors:
             patterns = (tensors[f"{site}.pattern"] for site in self.sites)
             self.pattern = [k.to(g.device) for k, g in zip(patterns, self.gates, strict=True)]

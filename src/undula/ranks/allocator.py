@@ -13,6 +13,9 @@ In a loop of one's own:
         optimizer.zero_grad()
     course.finish()
 
+With a gradient scaler, unscale before `before_update`.  An update whose gradients are not all finite is one that the
+scaler will skip: for the course it has not been.
+
 Under `transformers.Trainer` the same calls come from a callback (`undula.allocating`).  Draws follow (seed, step) alone
 and decisions follow gradients that all processes share: under DDP every process makes the same ones.
 """
@@ -31,6 +34,7 @@ from ..adapter import Adapter
 from ..choice import Choice
 from ..host import selected
 from ..method import Factors, Method
+from .memory import correct_steps, finite_gradients
 
 Quality = Callable[[], float]  # of the model as it is, on fixed data, in evaluation mode: higher is better
 
@@ -85,7 +89,14 @@ class Allocator(Choice):
 
 
 class Course:
-    """An allocator at work.  A subclass overrides the moments that it needs."""
+    """An allocator at work.  A subclass overrides `before_forward`, `on_gradients`, `on_update`, `on_end` as it needs.
+
+    `clipped` is what a clipping after `before_update` has multiplied the gradients by.
+    """
+
+    clipped: float = 1.0
+    skipped = False  # whether the update under way is one that a gradient scaler will skip
+    finished = False
 
     def __init__(self, allocator: Allocator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         self.model, self.optimizer, self.steps = model, optimizer, steps
@@ -108,19 +119,37 @@ class Course:
         """Before the first forward pass of an update."""
 
     def before_update(self) -> None:
-        """After the backward pass (all of an update's), before the optimiser's step: gradients are there."""
+        """After the backward pass (all of an update's), before the optimiser's step: gradients are there, unscaled."""
+        self.skipped, self.clipped = not finite_gradients(self.optimizer), 1.0
+        if not self.skipped:
+            self.on_gradients()
 
     def after_update(self) -> None:
-        """After the optimiser's step, before gradients are cleared.  Overrides call this first: it counts."""
-        self.step += 1
+        """After the optimiser's step, before gradients are cleared."""
+        if not self.skipped:
+            self.step += 1
+            correct_steps(self.optimizer)
+            self.on_update()
 
     def finish(self) -> None:
-        """After the last update."""
+        """After the last update, whichever it was: what the allocator promises of the result holds from here on."""
+        if not self.finished:
+            self.finished = True
+            self.on_end()
+
+    def on_gradients(self) -> None:
+        """What the course does at `before_update`."""
+
+    def on_update(self) -> None:
+        """What the course does at `after_update`; `step` has counted the update."""
+
+    def on_end(self) -> None:
+        """What the course does at `finish`."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values) that a checkpoint must hold besides the adapter and the optimiser's state."""
-        return {}, {"step": self.step}
+        return {}, {"step": self.step, "finished": self.finished}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
-        self.step = values["step"]
+        self.step, self.finished = values["step"], values.get("finished", False)

@@ -25,7 +25,7 @@ from ..kernels import frozen
 from ..methods.gated import GatedLoRA
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, agreed, spread
-from .surgery import forget
+from .memory import forget
 
 
 @Allocator.register
@@ -76,8 +76,7 @@ class ALoRACourse(GateCourse):
             raise ValueError(f"{how!r}: the last round would come after update {self.moments[-1]} of {steps}")
 
     @torch.no_grad()
-    def after_update(self) -> None:
-        super().after_update()
+    def on_update(self) -> None:
         if self.step in self.moments:
             self.move(self.scores())
 

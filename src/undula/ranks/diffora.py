@@ -148,7 +148,7 @@ class DiffoRACourse(GateCourse):
         return [[p[i] for i in group] for group in self.shared for p in (self.A, self.B)]
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def on_gradients(self) -> None:
         if self.choosing:
             self._descend()
         for i in range(len(self.sites)) if self.choosing else self.closed:
@@ -159,8 +159,11 @@ class DiffoRACourse(GateCourse):
                 p.grad = total.clone()
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """What stood for one becomes one: only now, since optimisers and DDP know the others."""
+    def on_end(self) -> None:
+        """What stood for one becomes one: only now, since optimisers and DDP know the others.  Where the training ended
+        within the search, the choice is made first."""
+        if self.chosen is None:
+            self._discretise()
         adapter = self.adapter
         for first, *others in ([self.sites[i] for i in group] for group in self.shared):
             for site in others:

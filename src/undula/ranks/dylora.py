@@ -21,6 +21,7 @@ from ..methods import dylora as law
 from ..methods.dropout import bare
 from .allocator import Allocator, Course, Quality
 from .gates import GateAllocator
+from .memory import moments, stand_still
 
 
 class Distribution(Choice):
@@ -85,6 +86,7 @@ class DyLoRACourse(Course):
             raise ValueError(f"{how!r}: low lies between 1 and the least rank of the adapter, {least}")
         self.kept: list[tuple[Tensor, Tensor]] = []  # (what an update may not move, a copy of it)
         self.fresh: list[tuple[Tensor, Any]] = []  # (parameter, ranks) of which the optimiser knows nothing yet
+        self.still: list[tuple[Tensor, slice, int]] = []  # (parameter, rows, dim) that an update does not train
 
     @property
     def b(self) -> int:
@@ -99,34 +101,37 @@ class DyLoRACourse(Course):
             f["b"].fill_(min(b, m.r))
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def on_gradients(self) -> None:
         b = self.b
-        self.kept, self.fresh = [], []
+        self.kept, self.fresh, self.still = [], [], []
         for m, f in zip(self.methods, self.f, strict=True):
             for rows in m.nesting.still(min(b, m.r), m.r):
                 if rows.start < rows.stop:
-                    self._keep(f["A"], rows)
-                    self._keep(f["B"], (slice(None), rows))
+                    self._keep(f["A"], rows, 0)
+                    self._keep(f["B"], rows, 1)
 
-    def _keep(self, p: Tensor, ranks: Any) -> None:
-        memory = self._memory(p)
+    def _keep(self, p: Tensor, rows: slice, dim: int) -> None:
+        ranks = (*(slice(None),) * dim, rows)
+        memory = moments(self.optimizer, p).values()
         self.kept += [(t[ranks], t[ranks].clone()) for t in (p, *memory)]
+        self.still.append((p, rows, dim))
         if not memory:
             self.fresh.append((p, ranks))
 
-    def _memory(self, p: Tensor) -> list[Tensor]:
-        """What the optimiser remembers of p entry by entry."""
-        return [t for t in self.optimizer.state.get(p, {}).values() if isinstance(t, Tensor) and t.shape == p.shape]
-
     @torch.no_grad()
-    def after_update(self) -> None:
-        super().after_update()
+    def on_update(self) -> None:
         if self.kept:
             now, before = zip(*self.kept, strict=True)
             torch._foreach_copy_(list(now), list(before))
         for p, ranks in self.fresh:
-            for t in self._memory(p):
+            for t in moments(self.optimizer, p).values():
                 t[ranks] = 0
-        self.kept, self.fresh = [], []
+        for p, rows, dim in self.still:
+            stand_still(self.optimizer, p, rows, dim)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        super().after_update()
+        self.kept, self.fresh, self.still = [], [], []
         for m, f in zip(self.methods, self.f, strict=True):
             f["b"].fill_(m.r)

@@ -83,7 +83,8 @@ class _LoRASC(Cycles):
         self._exchange(lambda layer, path: _Noisy(layer, self._noisy[path]))
 
     def before_update(self) -> None:
-        self._exchange(lambda layer, path: layer)
+        self._exchange(lambda layer, path: layer)  # also where the update will be skipped
+        super().before_update()
 
     def _exchange(self, new: Callable[[LinearView, str], Any]) -> None:
         for slot, path in zip(host_of(self.model).slots, self.adapter.factors, strict=True):
@@ -98,9 +99,9 @@ class _LoRASC(Cycles):
     def turn(self, cycle: int) -> None:
         self.restart(self.places(), self.allocator.seed, cycle, self.allocator.moments, self.allocator.merge)
 
-    def finish(self) -> None:
+    def on_end(self) -> None:
         """The last pair too leaves no more than its portion."""
-        self.before_update()
+        self._exchange(lambda layer, path: layer)
         if self.allocator.merge != 1:
             self.turn(len(self.ends) - 1)
 

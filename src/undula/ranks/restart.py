@@ -22,6 +22,7 @@ from ..method import Factors, LowRank
 from ..methods.restarted import Restarted
 from ..sites import site
 from .allocator import Allocator, Course, Place
+from .memory import begin_again, moments
 from .surgery import live_layers
 
 
@@ -58,13 +59,12 @@ class Pruned(Moments):
             raise ValueError(f"the pruned share of the moments lies in [0, 1]; found share={self.share}")
 
     def __call__(self, optimizer: torch.optim.Optimizer, p: Tensor) -> None:
-        moments = [t for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor) and t.shape == p.shape]
-        if not moments:
+        found = list(moments(optimizer, p).values())
+        if not found:
             return
-        kept = moments[0].abs().flatten().topk(round((1 - self.share) * p.numel())).indices
+        kept = found[0].abs().flatten().topk(round((1 - self.share) * p.numel())).indices
         mask = torch.zeros(p.numel(), dtype=torch.bool, device=p.device).index_fill_(0, kept, True).view(p.shape)
-        for t in moments:
-            t.mul_(mask)
+        begin_again(optimizer, p, ~mask)
 
 
 def check_cycles(cycles: int | None, every: int | None) -> None:
@@ -170,8 +170,7 @@ class Cycles(Course):
         """The number of the cycle that the next update belongs to, from 0."""
         return min(bisect.bisect_right(self.ends, self.step), len(self.ends) - 1)
 
-    def after_update(self) -> None:
-        super().after_update()
+    def on_update(self) -> None:
         if self.step in self.ends[:-1]:
             self.turn(self.ends.index(self.step))
 
@@ -180,7 +179,7 @@ class Cycles(Course):
         """What happens at the end of `cycle`."""
 
     @torch.no_grad()
-    def restart(self, places: Iterable[Place], seed: int, number: int, moments: Moments, portion: float = 1.0) -> None:
+    def restart(self, places: Iterable[Place], seed: int, number: int, forgets: Moments, portion: float = 1.0) -> None:
         """Adds `portion` of what these places have trained to their past, and lets them begin again."""
         chosen = list(places)
         trained = {place.site: inner_of(place).pair(place.f) for place in chosen}
@@ -190,4 +189,4 @@ class Cycles(Course):
             moved = B_OR.any(0)  # columns of zeros add nothing but cost
             push(self.model, place, B_OR[:, moved], A_RI[moved], own)
         for p in {id(t): t for place in chosen for t in place.f.values() if t.requires_grad}.values():
-            moments(self.optimizer, p)
+            forgets(self.optimizer, p)

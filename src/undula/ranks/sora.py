@@ -158,19 +158,26 @@ class SoRACourse(GateCourse):
         return self.lambdas[min(sum(end <= self.step for end in self.ends), len(self.lambdas) - 1)]
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def on_gradients(self) -> None:
         eta = self.how.lr * min(1.0, (self.step + 1) / self.rising)
         for g in self.gates:
             v = g if g.grad is None else torch.sub(g, g.grad, alpha=eta)
             g.copy_(prox(v, eta * self.penalty))
             g.grad = None  # the optimiser leaves it alone
 
-    def after_update(self) -> None:
-        penalty = self.penalty
-        super().after_update()
+    def on_update(self) -> None:
         if self.step in self.ends:
-            quality = None if self.quality is None else float(self.quality())
-            self.path.append(Point(self.step, penalty, sum(self.ranks().values()), quality))
+            self._note()
+
+    def on_end(self) -> None:
+        """The level that a training ended in is a point too."""
+        if self.step and (not self.path or self.path[-1].step < self.step):
+            self._note()
+
+    def _note(self) -> None:
+        penalty = self.lambdas[sum(end < self.step for end in self.ends)]
+        quality = None if self.quality is None else float(self.quality())
+        self.path.append(Point(self.step, penalty, sum(self.ranks().values()), quality))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {**super().state()[1], "path": [asdict(p) for p in self.path]}

@@ -25,8 +25,9 @@ from ..methods.lora import LoRA
 from ..methods.restarted import Restarted
 from ..sites import site
 from .allocator import Allocator, Course, Place, Quality, places_of
+from .memory import forget
 from .restart import inner_of, push
-from .surgery import forget, live_layers
+from .surgery import live_layers
 
 
 @Allocator.register
@@ -123,7 +124,7 @@ class _SRLoRA(Course):
         push(self.model, place, -scaled, A_KI)
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def on_gradients(self) -> None:
         trained = self._trained()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         sensitivity = torch._foreach_mul(trained, gradients)
@@ -139,8 +140,7 @@ class _SRLoRA(Course):
         return [a.mean(1) + b.mean(0) for a, b in zip(entries[::2], entries[1::2], strict=True)]
 
     @torch.no_grad()
-    def after_update(self) -> None:
-        super().after_update()
+    def on_update(self) -> None:
         if self.step not in self.switches:
             return
         first = self.r + self.slots * self.switches.index(self.step)

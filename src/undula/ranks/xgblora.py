@@ -76,7 +76,7 @@ class _XGBLoRA(Cycles):
         return ((place, layer_of(place.site) in chosen) for place in self.places())
 
     @torch.no_grad()
-    def before_update(self) -> None:
+    def on_gradients(self) -> None:
         for place, trains in self._at_work(self.cycle):
             for p in place.f.values():
                 if not trains:
