@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ class Adapter:
     """methods[site] is the law of a site, factors[site][name] its tensors, shapes[site] the layer's (O, I);
     full[name] replaces a parameter of the model (a classification head, a norm).  A live adapter's tensors are the
     model's own trainable parameters.  kernels[site] is there for layers that are not linear, which other formats write
-    differently: (C_in/groups, kh, kw) of a convolution, () of an embedding."""
+    differently: (C_in/groups, kh, kw) of a convolution, () of an embedding.  `about` is what a directory says beside
+    (`base_model_name_or_path`, `task_type` ...): it comes with loading and goes with saving."""
 
     methods: Mapping[str, Method]
     factors: Mapping[str, Factors]
     shapes: Mapping[str, tuple[int, int]]
     full: Mapping[str, Tensor] = field(default_factory=dict)
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not set(self.methods) == set(self.factors) == set(self.shapes):
@@ -103,7 +106,8 @@ class Adapter:
         return replace(self, methods=methods, factors=factors)
 
     def save(self, path: str | Path, base: str | None = None, task: str | None = None) -> None:
-        """Writes a PEFT adapter directory (see `undula.io.native`); `base` and `task` are for its readers."""
+        """Writes a PEFT adapter directory (see `undula.io.native.save`); `base` and `task` are for its readers, and
+        default to what `about` says."""
         from .io.native import save
 
         save(self, path, base, task)
@@ -151,4 +155,6 @@ def _sum(terms: list[tuple[float, Adapter]]) -> Adapter:
         methods[site] = Sum(tuple(m for _, m, _ in parts), tuple(w for w, _, _ in parts))  # type: ignore[abstract]
         factors[site] = {f"{i}_{k}": t for i, (_, _, f) in enumerate(parts) for k, t in f.items()}
     kernels = {site: kernel for _, a in terms for site, kernel in a.kernels.items()}
-    return Adapter(methods, factors, shapes, kernels=kernels)
+    first = terms[0][1].about
+    agreed = {k: v for k, v in first.items() if all(k in a.about and a.about[k] == v for _, a in terms)}
+    return Adapter(methods, factors, shapes, kernels=kernels, about=agreed)

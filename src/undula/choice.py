@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -54,14 +56,19 @@ class Choice(abc.ABC):
     @classmethod
     def build(cls, name: str, options: Mapping[str, Any]) -> Self:
         """A member from its name and its fields as JSON values (or as text, from a command line)."""
+        return cls._built(name, options, text=True)
+
+    @classmethod
+    def _built(cls, name: str, options: Mapping[str, Any], text: bool) -> Self:
+        """`text`: whether numbers may be written as texts, as on a command line."""
         member = cls.named(name)
-        hints, fields = typing.get_type_hints(member), {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]
+        hints, fields = _hints(member), {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]
         unknown = sorted(set(options) - set(fields))
         if unknown:
             raise LookupError(
                 f"{member.__name__} has no option {', '.join(unknown)}; it has: {', '.join(fields) or 'none'}"
             )
-        values = {k: _value(v, hints[k], f"{member.__name__}.{k}") for k, v in options.items()}
+        values = {k: _value(v, hints[k], f"{member.__name__}.{k}", text) for k, v in options.items()}
         missing = [
             f.name
             for f in fields.values()
@@ -73,10 +80,15 @@ class Choice(abc.ABC):
 
     @classmethod
     def decode(cls, data: Any) -> Self:
-        """The inverse of `encode`: `{"is": name, field: value, ...}`."""
+        """The inverse of `encode`: `{"is": name, field: value, ...}`.  Strict: a number is a number, no text of one.
+        Raises ValueError or LookupError."""
+        return cls._decoded(data, text=False)
+
+    @classmethod
+    def _decoded(cls, data: Any, text: bool) -> Self:
         if not isinstance(data, dict) or not isinstance(data.get("is"), str):
             raise ValueError(f'a {cls.__name__.lower()} is written {{"is": name, ...}}, found {data!r:.80}')
-        return cls.build(data["is"], {k: v for k, v in data.items() if k != "is"})
+        return cls._built(data["is"], {k: v for k, v in data.items() if k != "is"}, text)
 
     def encode(self) -> dict[str, Any]:
         """This choice as JSON values."""
@@ -94,45 +106,64 @@ class Choice(abc.ABC):
         return cls
 
 
+@functools.cache  # a file may name one class thousands of times
+def _hints(member: type) -> dict[str, Any]:
+    return typing.get_type_hints(member)
+
+
 def _json(value: Any) -> Any:
     if isinstance(value, Choice):
         return value.encode()
     return [_json(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`; text is parsed, so that one rule serves files and command lines."""
+def _value(value: Any, hint: Any, where: str, text: bool) -> Any:
+    """`value` as the type `hint`; where `text` may stand for numbers it is parsed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or value == "none":
+        if value is None or (text and value == "none"):
             return None
-        return _value(value, next(a for a in arguments if a is not type(None)), where)
+        return _value(value, next(a for a in arguments if a is not type(None)), where, text)
     if inspect.isclass(hint) and issubclass(hint, Choice):
-        return _member(value, hint)
+        return _member(value, hint, where, text)
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ValueError(f"{where} is a list, found {value!r:.80}")
-        return tuple(_value(v, arguments[0], where) for v in items)
-    return _number(value, hint, where)
+        return tuple(_value(v, arguments[0], where, text) for v in items)
+    return _plain(value, hint, where, text)
 
 
-def _member(value: Any, hint: type[Choice]) -> Choice:
-    if isinstance(value, Choice):
-        return value
+def _member(value: Any, hint: type[Choice], where: str, text: bool) -> Choice:
+    found = value
     if isinstance(value, str):
-        return hint.family.build(value, {})
-    return hint.family.decode(value)
+        found = hint.family._built(value, {}, text)
+    elif not isinstance(value, Choice):
+        found = hint.family._decoded(value, text)
+    if not isinstance(found, hint.family):
+        raise ValueError(f"{where} is a {hint.family.__name__.lower()}, found {found!r:.80}")
+    return found
 
 
-def _number(value: Any, hint: Any, where: str) -> Any:
+def _plain(value: Any, hint: Any, where: str, text: bool) -> Any:
     assert hint in JSON_VALUES, f"{where}: fields are numbers, strings, choices, tuples of these, or None; not {hint}"
-    if hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+    if text and hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     fits = hint is float and isinstance(value, int) and not isinstance(value, bool) or type(value) is hint
-    try:
-        if fits or (isinstance(value, str) and hint is not bool):
-            return hint(value)
-    except ValueError:
-        pass
-    raise ValueError(f"{where} is {'an integer' if hint is int else hint.__name__}, found {value!r:.80}")
+    if fits or (text and isinstance(value, str) and hint is not bool):
+        try:
+            made = hint(value)
+        except (ValueError, OverflowError):
+            made = math.nan
+        if hint is str or _sound(made, hint):
+            return made
+    large = type(value) is int and hint is int
+    kind = {int: f"an integer{' of at most 64 bits' if large else ''}", float: "a finite number"}.get(
+        hint, hint.__name__
+    )
+    raise ValueError(f"{where} is {kind}, found {value!r:.80}")
+
+
+def _sound(number: Any, hint: Any) -> bool:
+    """Whether a number is finite and within what tensors can count to."""
+    return math.isfinite(number) if hint is not int else type(number) is int and -(1 << 63) <= number < 1 << 63

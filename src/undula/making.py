@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +89,18 @@ def peers_of(methods: Mapping[str, Method], shapes: Shapes) -> dict[Method, dict
     return peers
 
 
-def rebuilt(methods: Mapping[str, Method], shapes: Shapes) -> Iterator[tuple[str, str, Tensor]]:
+def rebuilt(
+    methods: Mapping[str, Method], shapes: Shapes, sites: Container[str] | None = None, device: str = "cpu"
+) -> Iterator[tuple[str, str, Tensor]]:
     """(site, factor, tensor) of the frozen factors that seeds determine, made anew (see `Method.rebuilt`), on the
-    CPU in float32.  Sites that share a tensor get the same object."""
+    CPU in float32, of all sites or of some.  Sites that share a tensor get the same object.  The device "meta" tells
+    their shapes alone."""
     shared: dict[Any, Any] = {}
     peers = peers_of(methods, shapes)
     for path, method in methods.items():
-        where = replace(outline(path, shapes[path]), device=torch.device("cpu"), shared=shared, peers=peers[method])
+        if sites is not None and path not in sites:
+            continue
+        where = replace(outline(path, shapes[path]), device=torch.device(device), shared=shared, peers=peers[method])
         for name, t in method.rebuilt(where).items():
             yield path, name, t
 
@@ -133,7 +138,8 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     missing = [n for n in adapter.factors if n not in layers]
     if missing:
         raise ValueError(f"the adapter has sites that this model has not: {', '.join(missing[:5])}")
-    parameters = dict(model.named_parameters())
+    # a parameter under each of its names: one that is tied to another (an output head) may be replaced alone
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     once: dict[int, nn.Parameter] = {}
 
     def live(t: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
@@ -149,19 +155,33 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
         if where.shape != adapter.shapes[path]:
             raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
         check_shapes(path, f, adapter.methods[path].init(where.outline()))
+        adapter.methods[path].check(where, f)
         dtypes = {k: where.dtype if t.is_floating_point() else t.dtype for k, t in f.items()}
+        for k, t in f.items():
+            _check_range(f"{path}.{k}", t, dtypes[k])
         factors[path] = {k: live(t, where.device, dtypes[k]) for k, t in f.items()}
     for path, t in adapter.full.items():
         if path not in parameters or parameters[path].shape != t.shape:
             found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
             raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
+        _check_range(path, t, wide(parameters[path].dtype))
     full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in adapter.full.items()}
     methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
     return replace(adapter, methods=methods, shapes=shapes, factors=factors, full=full, kernels=kernels(layers))
 
 
+def _check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where numbers would be infinite in the model's type."""
+    if not (t.is_floating_point() and dtype.is_floating_point and t.numel()) or t.is_meta:
+        return
+    largest = torch.finfo(dtype).max
+    if torch.finfo(t.dtype).max > largest and t.detach().abs().max() > largest:
+        raise ValueError(f"the adapter's {path} holds numbers beyond the range of {dtype}, this model's type")
+
+
 def check_shapes(path: str, found: Factors, wanted: Factors) -> None:
-    """Raises ValueError where names or shapes differ from what the method makes for this site."""
+    """Raises ValueError where names, shapes or types differ from what the method makes for this site.  Of
+    floating-point numbers any width will do."""
     if set(found) != set(wanted):
         raise ValueError(f"{path}: the method has the factors {sorted(wanted)}, the adapter has {sorted(found)}")
     for k, t in found.items():
@@ -170,3 +190,5 @@ def check_shapes(path: str, found: Factors, wanted: Factors) -> None:
                 f"{path}: factor {k} is {tuple(t.shape)} in the adapter; on this model's layer the method has "
                 f"{tuple(wanted[k].shape)}"
             )
+        if t.dtype != wanted[k].dtype and not (t.is_floating_point() and wanted[k].is_floating_point()):
+            raise ValueError(f"{path}: factor {k} is {t.dtype} in the adapter; the method has {wanted[k].dtype}")

@@ -140,6 +140,10 @@ class Method(Choice):
         bit (see `Site.frozen`).  `init` returns them too; files hold their checksums only."""
         return {}
 
+    def check(self, site: Site, f: Factors) -> None:
+        """Raises ValueError where integer factors, which a file may hold, cannot be: an index outside the layer.
+        Names, shapes, types and finiteness are checked already."""
+
     @abc.abstractmethod
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         """The adapted layer's output for x."""
@@ -212,6 +216,12 @@ class LowRank(Additive):
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         B_OR, A_RI = self.pair(f)
         return bottleneck(x, layer, A_RI, B_OR)
+
+
+def check_within(what: str, t: Tensor, least: int, most: int) -> None:
+    """Raises ValueError where integers lie outside least .. most."""
+    if t.numel() and not (least <= int(t.min()) and int(t.max()) <= most):
+        raise ValueError(f"{what} has numbers from {int(t.min())} to {int(t.max())}; they lie in {least} .. {most}")
 
 
 RUNGS: tuple[type[Method], ...] = (LowRank, Additive, Reweight, Method)

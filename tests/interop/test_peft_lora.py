@@ -1,5 +1,8 @@
 """Plain LoRA as the common language: PEFT's own LoRA and DoRA against undula's, and directories in both directions."""
 
+import copy
+import dataclasses
+
 import peft
 import pytest
 import torch
@@ -164,3 +167,53 @@ def test_an_embedding_stored_with_its_adapter(tmp_path):
 def of(model, x):
     y = model(x)
     return getattr(y, "logits", y)
+
+
+def test_every_field_of_pefts_configuration_is_judged():
+    """Its defaults pass; what a newer PEFT adds is unknown, and is refused until somebody has looked at it."""
+    from undula.io import lora_config as ours
+
+    from ..laws.test_files import FLAGS
+
+    names = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    assert names <= ours.READ | ours.WITHOUT_EFFECT | set(ours.ABOUT) | set(FLAGS)
+    ours.check(peft.LoraConfig(target_modules=["q"]).to_dict() | {"peft_type": "LORA"}, "here")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_lora_whose_start_moved_the_base_is_refused_and_its_conversion_read(start, tmp_path):
+    """PEFT moves the base again on loading; converted, the file is a plain LoRA."""
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": start}
+    base = llama()
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)).save_pretrained(tmp_path / "start")
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "init")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05
+    live = model(tokens()).logits
+    model.peft_config["default"].init_lora_weights = start
+    model.save_pretrained(tmp_path / "moved")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "init"))
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}'"):
+        undula.Adapter.load(tmp_path / "moved")
+    undula.attach(base, undula.Adapter.load(tmp_path / "plain"))
+    torch.testing.assert_close(base(tokens()).logits, live)
+
+
+def test_a_tied_output_head_among_modules_to_save(tmp_path):
+    """PEFT gives it a matrix of its own; so does undula."""
+    base = llama(tie_word_embeddings=True)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05
+    live = model(tokens()).logits
+    model.save_pretrained(tmp_path)
+    assert base.lm_head.weight is base.get_input_embeddings().weight
+    undula.attach(base, undula.Adapter.load(tmp_path))
+    torch.testing.assert_close(base(tokens()).logits, live)

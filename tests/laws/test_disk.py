@@ -118,9 +118,9 @@ DAMAGE = {
     "absurd shape": (
         edit_config,
         lambda c: put(c, "undula", "sites", "0", value=[0, 10**12, 12]),
-        "(1000000000000, 2)",
+        r"site '0' is \[method of 1, O, I\]; found \[0, 1000000000000, 12\]",
     ),
-    "absurd rank": (edit_config, lambda c: put(c, "undula", "methods", 0, "r", value=10**12), "(1000000000000, 12)"),
+    "absurd rank": (edit_config, lambda c: put(c, "undula", "methods", 0, "r", value=10**12), r"\(1000000000000, 12\)"),
     "missing tensor": (edit_tensors, lambda t: t.pop(KEY), "the adapter has \\['B'\\]"),
     "surplus tensor": (edit_tensors, lambda t: t.update({KEY[:-1] + "C": torch.ones(2)}), "'C'"),
     "surplus site": (edit_tensors, lambda t: t.update({KEY.replace("0", "9"): torch.ones(2)}), "does not name"),
@@ -150,10 +150,7 @@ def test_damage_is_refused(name, tmp_path):
     undula.detach(model)
     before = {k: t.clone() for k, t in model.state_dict().items()}
     damage(tmp_path, change)
-    with pytest.raises(
-        (ValueError, LookupError, FileNotFoundError),
-        match=message.replace("(1", "\\(1").replace("2)", "2\\)") if name.startswith("absurd") else message,
-    ):
+    with pytest.raises((ValueError, LookupError, FileNotFoundError), match=message):
         undula.attach(model, undula.Adapter.load(tmp_path))
     assert all(torch.equal(before[k], t) for k, t in model.state_dict().items())
     assert type(model[0]) is nn.Linear
@@ -169,7 +166,7 @@ def test_interrupted_save_keeps_the_old_one(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("undula.io.files.save_file", fail)
+    monkeypatch.setattr("undula.io.tensorfile.write", fail)
     with pytest.raises(OSError, match="disk full"):
         adapter.save(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == old

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapter import Adapter
-from . import files
+from . import files, tensorfile
+from .draft import Draft, clean
 from .peft import LEAF, lora_state, read_lora
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # what a pipeline's load_lora_weights looks for in a folder
@@ -45,7 +44,11 @@ def export_diffusers(adapter: Adapter, path: str | Path, component: str = "unet"
     metadata = {"format": "pt", METADATA: json.dumps(told, indent=2, sort_keys=True)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    files.atomic(folder / WEIGHTS, lambda temporary: save_file(named, temporary, metadata=metadata))
+    clean(folder / WEIGHTS)
+    with Draft(folder / WEIGHTS) as draft:
+        tensorfile.write(draft.file, named, metadata)  # type: ignore[arg-type]
+        draft.flush()
+        draft.place()
 
 
 def load_diffusers(path: str | Path, component: str | None = None) -> Adapter:
@@ -58,9 +61,15 @@ def load_diffusers(path: str | Path, component: str | None = None) -> Adapter:
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path} is no LoRA of diffusers: {WEIGHTS} is missing")
-    files.check_header(file)
-    tensors = load_file(file)
-    files.check_finite(tensors, str(file))
+    with files.door(str(file)):
+        with open(file, "rb") as opened:
+            entries, metadata = tensorfile.entries(opened, str(file))
+            tensors = tensorfile.read(opened, entries, str(file))
+        files.check_finite(tensors, str(file))
+        return _component(file, component, tensors, metadata.get(METADATA))
+
+
+def _component(file: Path, component: str | None, tensors: Mapping[str, Tensor], text: str | None) -> Adapter:
     parts = sorted({key.partition(".")[0] for key in tensors})
     foreign = [key for key in tensors if LEAF.fullmatch(key) is None]
     if foreign:
@@ -76,20 +85,16 @@ def load_diffusers(path: str | Path, component: str | None = None) -> Adapter:
     if chosen not in parts:
         raise LookupError(f"{file} has no component {chosen!r}; it has: {', '.join(parts)}")
     own = {key.removeprefix(f"{chosen}."): t for key, t in tensors.items() if key.startswith(f"{chosen}.")}
-    return read_lora(_config(file, chosen, own), own, str(file))
+    return read_lora(_config(file, chosen, own, text), own, str(file))
 
 
-def _config(file: Path, component: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config(file: Path, component: str, tensors: Mapping[str, Tensor], text: str | None) -> dict[str, Any]:
     """The component's LoraConfig; without one alpha is the rank at every layer, which is diffusers' own rule."""
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get(METADATA)
     if text is None:
         found = [(match, t) for key, t in tensors.items() if (match := LEAF.fullmatch(key))]
-        ranks = {f"^{re.escape(m['site'])}$": t.shape[0] for m, t in found if m["leaf"].endswith("A")}
-        return {"peft_type": "LORA", "alpha_pattern": ranks, "use_dora": any("magnitude" in k for k in tensors)}
-    try:
-        told = json.loads(text)
-        prefix = f"{component}."
-        return {k.removeprefix(prefix): v for k, v in told.items() if k.startswith(prefix)}
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise ValueError(f"{file}: its {METADATA} are not JSON: {error}") from None
+        ranks = {f"^{re.escape(m['site'])}$": t.shape[0] for m, t in found if m["leaf"].endswith("A") and t.ndim}
+        dora = any("magnitude" in k for k in tensors)
+        return {"peft_type": "LORA", "rank_pattern": ranks, "alpha_pattern": ranks, "use_dora": dora}
+    told = files.parsed(text, f"{file}: its {METADATA}")
+    prefix = f"{component}."
+    return {k.removeprefix(prefix): v for k, v in told.items() if k.startswith(prefix)}

@@ -1,122 +1,201 @@
-"""Reading and writing the two files of an adapter directory: atomically, as any file is written here, and trusting
-nothing that is read."""
+"""Reading and writing the two files of an adapter directory so that they belong together, and trusting nothing that is
+read.
+
+The configuration is in `adapter_config.json`, where everybody looks for it, and once more in the metadata of the
+tensors' file.  Both copies bear the mark of their save, and the tensors are put in place first.  Where the marks differ
+(a save was killed between the two, or two are at work) the configuration that counts is that of the tensors' file: a
+reader finds the old adapter or the new one.  An edited configuration keeps its mark, so it counts.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import math
-import os
-import struct
-import tempfile
-from collections.abc import Callable, Mapping
+import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from . import tensorfile
+from .draft import Draft, atomic, clean, write_text
+from .strict import door, parsed
+
+__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "parsed", "read", "read_state",
+           "write", "write_state", "write_text"]  # fmt: skip
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
 LARGEST_CONFIG = 16 << 20
-LARGEST_HEADER = 100 << 20
+EMBEDDED = "undula"  # the key of the configuration in the metadata
+# The mark of a save stands in a field that PEFT has for "version@commit" and does not read for these types: a key of
+# its own would make PEFT warn of every export.
+MARKED, MARK, LAYOUT = "peft_version", "@undula.", "0.21.0"
+TRIES, PAUSE = 8, 0.005
 
 
-def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: Mapping[str, str]) -> None:
-    """Writes config, tensors and text files into the directory `path`.  Each file is complete or not there; the config
-    comes last, so a directory with a config is whole."""
+def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str | None = None) -> None:
+    """Writes config and tensors into the directory `path`, and a README where there is none or an older one of ours
+    (it begins with the same line).
+
+    Whenever this is interrupted, the directory holds the adapter that it held, or this one, for undula's readers.
+    Raises OSError where the files cannot be written, ValueError for what could not be read back.
+    """
+    for name in config["target_modules"]:
+        check_name(name, "site") if name else None
+    held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    text = _marked(config, held)
     path.mkdir(parents=True, exist_ok=True)
-    held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    atomic(path / TENSORS, lambda temporary: save_file(held, temporary, metadata={"format": "pt"}))
-    for name, text in extra.items():
-        write_text(path / name, text)
-    write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
+    for name in (CONFIG, TENSORS):
+        if (path / name).is_dir():
+            raise IsADirectoryError(
+                f"{path / name} is a directory: an adapter's file belongs there. Nothing is written"
+            )
+        clean(path / name)
+    with Draft(path / TENSORS) as tensors_file, Draft(path / CONFIG) as config_file:
+        tensorfile.write(tensors_file.file, held, {"format": "pt", EMBEDDED: text})  # type: ignore[arg-type]
+        config_file.file.write(text.encode("utf-8"))
+        tensors_file.flush()
+        config_file.flush()
+        tensors_file.place()
+        config_file.place()
+    if readme is not None:
+        _write_readme(path / "README.md", readme)
 
 
-def write_state(folder: Path, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes JSON values and tensors as NAME.json and NAME.safetensors; the JSON comes last."""
-    held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    atomic(folder / f"{name}.safetensors", lambda temporary: save_file(held, temporary))
-    write_text(folder / f"{name}.json", json.dumps(values) + "\n")
-
-
-def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The inverse of `write_state`.  Raises FileNotFoundError."""
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {path.name}: it is no checkpoint of a training with an allocator")
-    return json.loads(path.read_text(encoding="utf-8")), load_file(folder / f"{name}.safetensors")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text: complete or not at all."""
-    atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline="\n"))
-
-
-def atomic(path: Path, produce: Callable[[str], object]) -> None:
-    """`produce` writes the file that it is given; then this is `path`, which is complete or not there."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+def _marked(config: Mapping[str, Any], held: Mapping[str, Tensor]) -> str:
+    """The configuration as it is written, with the mark of this save: a digest of all that it writes."""
+    digest = hashlib.sha256(json.dumps(config).encode())
+    for key in sorted(held):
+        digest.update(key.encode())
+        digest.update(tensorfile.memory(held[key]))
     try:
-        produce(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        return (
+            json.dumps({**config, MARKED: f"{LAYOUT}{MARK}{digest.hexdigest()[:16]}"}, indent=2, allow_nan=False) + "\n"
+        )
+    except ValueError as error:
+        raise ValueError(f"a field of this adapter is NaN or infinite, which no file may say: {error}") from None
+
+
+def _mark(config: Mapping[str, Any]) -> str | None:
+    found = config.get(MARKED)
+    return found.partition(MARK)[2] or None if isinstance(found, str) else None
+
+
+def _write_readme(path: Path, text: str) -> None:
+    """Raises nothing for a README that is not ours: it stays."""
+    first = text.partition("\n")[0]
+    try:
+        ours = path.read_text(encoding="utf-8").partition("\n")[0] == first
+    except FileNotFoundError:
+        ours = True
+    except (OSError, ValueError):
+        ours = False
+    if ours:
+        write_text(path, text)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of an adapter directory.  Raises FileNotFoundError, or ValueError for what is malformed."""
-    for name in (CONFIG, TENSORS):
-        if not (path / name).is_file():
-            there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such directory"
-            raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}")
-    if (path / CONFIG).stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{path / CONFIG} is larger than {LARGEST_CONFIG >> 20} MiB: not an adapter's")
+    """(config, tensors) of an adapter directory, of one save.  Raises FileNotFoundError, or ValueError for what is
+    malformed."""
+    for attempt in range(TRIES):
+        with contextlib.ExitStack() as stack:
+            config = _config(path)
+            file = stack.enter_context(_opened(path, TENSORS))
+            name = str(path / TENSORS)
+            found, metadata = tensorfile.entries(file, name)
+            own = _embedded(metadata, name)
+            if own is not None and _mark(own) != _mark(config):
+                if attempt < TRIES - 1:  # a save is at work, most likely
+                    time.sleep(PAUSE)
+                    continue
+                warnings.warn(
+                    f"{path / CONFIG} is of another save than {TENSORS}: a save was interrupted, or the file was "
+                    "exchanged. The configuration that was saved with the tensors counts; save the adapter again",
+                    stacklevel=3,
+                )
+                config = own
+            tensors = tensorfile.read(file, found, name)
+            check_finite(tensors, name)
+            return config, tensors
+    raise AssertionError
+
+
+def _opened(path: Path, name: str) -> BinaryIO:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path / CONFIG} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG} holds a {type(config).__name__}, not an object")
-    check_header(path / TENSORS)
-    tensors = load_file(path / TENSORS)
-    check_finite(tensors, str(path / TENSORS))
-    return config, tensors
+        if (path / name).is_file():  # neither a directory nor a pipe
+            return open(path / name, "rb")
+    except FileNotFoundError:  # gone since
+        pass
+    there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such directory"
+    raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    with _opened(path, CONFIG) as file:
+        text = file.read(LARGEST_CONFIG + 1)
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f"{path / CONFIG} is larger than {LARGEST_CONFIG >> 20} MiB: not an adapter's")
+    return parsed(text, str(path / CONFIG))
+
+
+def _embedded(metadata: Mapping[str, str], name: str) -> dict[str, Any] | None:
+    text = metadata.get(EMBEDDED)
+    if text is None:
+        return None
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f"{name}: the configuration in it is larger than {LARGEST_CONFIG >> 20} MiB")
+    return parsed(text, f"{name}: the configuration in it")
+
+
+def write_state(folder: Path, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes JSON values and tensors as NAME.json and NAME.safetensors; the JSON comes last.  The values stand in both:
+    those beside the tensors count."""
+    text = json.dumps(values)
+    for suffix in ("safetensors", "json"):
+        clean(folder / f"{name}.{suffix}")
+    with Draft(folder / f"{name}.safetensors") as draft:
+        tensorfile.write(draft.file, tensors, {EMBEDDED: text})  # type: ignore[arg-type]
+        draft.flush()
+        draft.place()
+    write_text(folder / f"{name}.json", text + "\n")
+
+
+def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of `write_state`.  Raises FileNotFoundError, or ValueError for what is malformed."""
+    for path in (folder / f"{name}.json", folder / f"{name}.safetensors"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {path.name}: it is no checkpoint of a training with an allocator")
+    with door(str(folder)), open(folder / f"{name}.safetensors", "rb") as file:
+        found, metadata = tensorfile.entries(file, file.name)
+        text = metadata.get(EMBEDDED) or (folder / f"{name}.json").read_text(encoding="utf-8")
+        return parsed(text, str(folder / f"{name}.json")), tensorfile.read(file, found, file.name)
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Raises ValueError for NaN or infinity."""
+    """Raises ValueError for NaN or infinity, for numbers that would be infinite in float32, and for complex ones."""
+    largest = torch.finfo(torch.float32).max
     for key, t in tensors.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
+        if t.is_complex():
+            raise ValueError(f"{path}: {key} holds complex numbers, which no adapter has")
+        if not t.is_floating_point():
+            continue
+        if not torch.isfinite(t).all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged or diverged")
+        if t.dtype == torch.float64 and t.numel() and t.abs().max() > largest:
+            raise ValueError(f"{path}: {key} holds numbers beyond float32's range ({largest:.3g})")
 
 
-def check_header(path: Path) -> None:
-    """Refuses a file whose header claims more than the file holds, before anything is allocated for it."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 0 < length <= min(size - 8, LARGEST_HEADER):
-            raise ValueError(f"{path} is no safetensors file: its header claims {length} of {size} bytes")
-        try:
-            header = json.loads(f.read(length))
-            entries = [e for k, e in header.items() if k != "__metadata__"]
-            claimed = sum(e["data_offsets"][1] - e["data_offsets"][0] for e in entries)
-            elements = max((math.prod(e["shape"]) for e in entries), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is no safetensors file: its header is malformed ({error!r})") from None
-    if claimed != size - 8 - length or elements > size:
-        raise ValueError(f"{path} is cut or damaged: its header claims {claimed} bytes, it holds {size - 8 - length}")
-
-
-def check_name(name: str, what: str) -> str:
-    """A module or factor name from a file: dotted identifiers, nothing that walks a file system."""
-    parts = name.split(".")
-    if not name or len(name) > 1000 or any(not p or not p.replace("_", "a").replace("-", "a").isalnum() for p in parts):
+def check_name(name: Any, what: str) -> str:
+    """A module's or parameter's name: parts that torch allows, joined by dots.  Raises ValueError."""
+    if not isinstance(name, str) or not name or len(name) > 1000 or not all(name.split(".")):
         raise ValueError(f"{what} {name!r:.100} is not a name of modules joined by dots")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {name!r:.100} cannot be written as UTF-8, so no file can hold it") from None
     return name

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..kernels import frozen
 from ..making import check_shapes, rebuilt
-from ..method import Method
+from ..method import Factors, Method
 from ..sites import outline
 from . import diffusers, files
-from .peft import read_lora
+from .peft import about, read_lora
 
 VERSION = 1
 TYPE, MARK = "UNDULA", ".undula_factors."
@@ -28,15 +28,36 @@ README = """# An adapter made with undula
 Load it with `undula.Adapter.load(path)`, or, after `import undula` and `undula.enable_peft()`, with
 `peft.PeftModel.from_pretrained(model, path)`.  Without undula, PEFT does not know this type and ends in a KeyError.
 """
+# What this module writes at the top of a configuration, and what PEFT does besides; the rest is `Adapter.about`.
+WRITTEN = {"peft_type", files.MARKED, "inference_mode", "target_modules", "modules_to_save", "undula"}
+WRITTEN |= {"method", "overrides", "exclude_modules", "layers_to_transform", "layers_pattern"}
+OWN = {"version", "methods", "sites", "order", "kernels", "tied", "rebuilt", "frozen"}
+LARGEST_SIDE = 1 << 31  # rows or columns of a layer
+MOST_CHOICES, DEEPEST = 20_000, 100  # methods within methods, and what they are made of
+
+# Numbers that a file may have made anew, for each that it holds: what is loaded stays in proportion to the files.
+EACH, EACH_SITE, FREE, MOST = 2048, 128, 1 << 20, 1 << 28
+
+Shapes = Mapping[str, tuple[int, int]]
 
 
 def save(adapter: Adapter, path: str | Path, base: str | None = None, task: str | None = None) -> None:
     """Writes the adapter as a directory that PEFT and undula read.  Tensors that sites share are stored once.
 
-    `base` names the base model, `task` is PEFT's task type (`CAUSAL_LM`, `SEQ_CLS` ...), both for the reader's use.
+    `base` names the base model, `task` is PEFT's task type (`CAUSAL_LM`, `SEQ_CLS` ...), both for the reader's use;
+    where they are not given `adapter.about` says them.  Over another adapter: see `undula.io.files.write`.  Raises
+    ValueError for what `load` would refuse (a name that no file can hold), OSError where nothing can be written.
     """
     data, tensors = laid_out(adapter, base, task)
-    files.write(Path(path), data, tensors, {"README.md": README})
+    _check_sizes(data["undula"]["methods"], str(path))
+    named: list[tuple[str, tuple[str | None, str]]] = [(key_of(s, n), (s, n)) for s, n, _ in adapter.tensors()]
+    named += [(files.PREFIX + n, (None, files.check_name(n, "parameter"))) for n in adapter.full]
+    for key, meant in named:
+        if split(key) != meant:
+            raise ValueError(
+                f"{meant[0] or ''} {meant[1]!r}: in a file this name would be read as {split(key)}: rename"
+            )
+    files.write(Path(path), data, tensors, README)
 
 
 def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -53,20 +74,21 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
             tied[key] = first[id(t)]
         else:
             first[id(t)], tensors[key] = key, t
-    kinds = list(dict.fromkeys(adapter.methods.values()))
+    kinds = {m: i for i, m in enumerate(dict.fromkeys(adapter.methods.values()))}
     config = {
+        **adapter.about,
         "peft_type": TYPE,
-        "task_type": task,
-        "base_model_name_or_path": base,
+        "task_type": adapter.about.get("task_type") if task is None else task,
+        "base_model_name_or_path": adapter.about.get("base_model_name_or_path") if base is None else base,
         "inference_mode": True,
         "target_modules": list(adapter.methods),
         "modules_to_save": sorted({n.rpartition(".")[0] or n for n in adapter.full}) or None,
         "undula": {
             "version": VERSION,
             "methods": [m.encode() for m in kinds],
-            "sites": {s: [kinds.index(m), *adapter.shapes[s]] for s, m in adapter.methods.items()},
+            "sites": {s: [kinds[m], *adapter.shapes[s]] for s, m in adapter.methods.items()},
             "order": list(adapter.methods),  # `sites` may come back sorted: PEFT writes its JSON so
-            "kernels": {s: list(kernel) for s, kernel in adapter.kernels.items()},
+            "kernels": {s: list(kernel) for s, kernel in adapter.kernels.items() if s in adapter.methods},
             "tied": tied,
             "rebuilt": checksums,
             "frozen": sorted(f"{s}.{n}" for s, n, t in adapter.tensors() if not t.requires_grad),
@@ -82,6 +104,9 @@ def key_of(site: str, factor: str) -> str:
 
 def _rebuildable(adapter: Adapter) -> dict[str, str]:
     """{key: checksum} of the factors that need not be stored: made anew from their seeds, they are what they are."""
+    stored = {id(t): t.numel() for _, _, t in adapter.tensors() if t.requires_grad}
+    if not _in_proportion(adapter.methods, adapter.shapes, sum(stored.values())):
+        return {}
     once: dict[int, tuple[Tensor, str]] = {}  # holds the tensors too, so that no id is used twice
 
     def checksum(t: Tensor) -> str:
@@ -95,14 +120,20 @@ def _rebuildable(adapter: Adapter) -> dict[str, str]:
     }
 
 
+def _in_proportion(methods: Mapping[str, Method], shapes: Shapes, stored: int, sites: set[str] | None = None) -> bool:
+    """Whether the factors that seeds give are not too many for a file with so many numbers in it.  Computes none."""
+    made = {id(t): t for _, _, t in rebuilt(methods, shapes, sites, device="meta")}
+    return sum(t.numel() for t in made.values()) <= min(MOST, FREE + EACH * (stored + EACH_SITE * len(methods)))
+
+
 def _rebuild(
-    methods: Mapping[str, Method], shapes: Mapping[str, tuple[int, int]], checksums: Mapping[str, Any], path: str
+    methods: Mapping[str, Method], shapes: Shapes, checksums: Mapping[str, Any], path: str
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(site, factor, tensor) of what the file leaves to be made anew.  Raises ValueError where a checksum differs."""
     if not checksums:
         return
     left = dict(checksums)
-    for site, name, t in rebuilt(methods, shapes):
+    for site, name, t in rebuilt(methods, shapes, {str(split(key)[0]) for key in checksums}):
         wanted = left.pop(key_of(site, name), None)
         if wanted is not None and wanted != frozen.checksum(t):
             raise ValueError(
@@ -118,43 +149,68 @@ def _rebuild(
 def load(path: str | Path) -> Adapter:
     """The adapter in a directory: undula's own, or a plain PEFT LoRA.
 
-    Strict: an unknown method or field, a missing, surplus or misshapen tensor, NaN, sizes that the file does not hold,
-    names that are not module names: each is an error of its own, and nothing is returned.
+    Strict: an unknown method or field, a missing, surplus or misshapen tensor, one of another type, NaN, sizes that the
+    file does not hold, names that are not module names: each is an error of its own, and nothing is returned.  Time and
+    memory follow the size of the files, whatever they claim.  Raises FileNotFoundError, ValueError or LookupError for
+    what is wrong with the directory; what the system says (no permission, no memory) comes as it is.
     """
     path = Path(path)
-    if not (path / files.CONFIG).is_file() and (path / diffusers.WEIGHTS).is_file():
-        return diffusers.load_diffusers(path)
-    data, tensors = files.read(path)
-    kind = data.get("peft_type")
-    if kind == "LORA":
-        return read_lora(data, tensors, str(path))
-    if kind != TYPE or not isinstance(data.get("undula"), dict):
-        raise ValueError(f"{path} holds peft_type {kind!r}; undula reads {TYPE} and LORA")
-    own = data["undula"]
-    return _assemble(*read_sites(own, str(path)), own, tensors, str(path))
+    with files.door(str(path)):
+        if not (path / files.CONFIG).is_file() and (path / diffusers.WEIGHTS).is_file():
+            return diffusers.load_diffusers(path)
+        data, tensors = files.read(path)
+        kind = data.get("peft_type")
+        if kind == "LORA":
+            return read_lora(data, tensors, str(path))
+        if kind != TYPE or not isinstance(data.get("undula"), dict):
+            raise ValueError(f"{path} holds peft_type {kind!r:.80}; undula reads {TYPE} and LORA")
+        own = data["undula"]
+        said = {k: v for k, v in data.items() if k not in WRITTEN and v is not None}
+        return _assemble(*read_sites(own, str(path)), own, tensors, about(said, str(path)), str(path))
 
 
 def read_sites(own: Mapping[str, Any], path: str) -> tuple[dict[str, Method], dict[str, tuple[int, int]]]:
     """Method and shape of every site, from the config's `undula` object.  Raises ValueError or LookupError."""
     if own.get("version") != VERSION:
-        raise ValueError(f"{path} has format version {own.get('version')!r}; this undula reads version {VERSION}")
+        raise ValueError(f"{path} has format version {own.get('version')!r:.40}; this undula reads version {VERSION}")
+    unknown = sorted(set(own) - OWN)
+    if unknown:
+        raise ValueError(f"{path}: the config says {unknown[0]!r:.80}, which this undula does not know")
     listed, sites = own.get("methods"), own.get("sites")
     if not isinstance(listed, list) or not isinstance(sites, dict):
         raise ValueError(f"{path}: the config lists no methods or no sites")
+    _check_sizes(listed, path)
     kinds = [Method.decode(m) for m in listed]
     methods, shapes = {}, {}
     for site, entry in sites.items():
         if site:
             files.check_name(site, "site")
         match entry:
-            case [int(number), int(O), int(I)] if 0 <= number < len(kinds) and O > 0 and I > 0:
-                methods[site], shapes[site] = kinds[number], (O, I)
+            case [int(number), int(O), int(I)] if not any(isinstance(n, bool) for n in entry):
+                pass
             case _:
-                raise ValueError(f"{path}: site {site} is [method of {len(kinds)}, O, I]; found {entry!r:.80}")
+                raise ValueError(f"{path}: site {site!r:.100} is [method, O, I]; found {entry!r:.80}")
+        if not (0 <= number < len(kinds) and 0 < O < LARGEST_SIDE and 0 < I < LARGEST_SIDE):
+            raise ValueError(f"{path}: site {site!r:.100} is [method of {len(kinds)}, O, I]; found {entry!r:.80}")
+        methods[site], shapes[site] = kinds[number], (O, I)
     order = own.get("order", list(sites))
     if not isinstance(order, list) or sorted(map(str, order)) != sorted(sites):
         raise ValueError(f"{path}: `order` has other sites than `sites`")
     return {site: methods[site] for site in order}, {site: shapes[site] for site in order}
+
+
+def _check_sizes(listed: list[Any], path: str) -> None:
+    """Raises ValueError for methods of more parts, or deeper within each other, than any adapter needs."""
+    level: list[Any] = [listed]
+    count = 0
+    for _ in range(2 * DEEPEST + 1):  # a choice within a tuple is two levels down
+        count += sum(isinstance(x, dict) for x in level)
+        if count > MOST_CHOICES:
+            raise ValueError(f"{path}: more than {MOST_CHOICES} methods and parts of methods")
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x) if isinstance(y, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"{path}: methods are nested more than {DEEPEST} deep")
 
 
 def _assemble(
@@ -162,28 +218,82 @@ def _assemble(
     shapes: dict[str, tuple[int, int]],
     own: Mapping[str, Any],
     tensors: dict[str, Tensor],
+    said: Mapping[str, Any],
     path: str,
 ) -> Adapter:
-    tied, still = own.get("tied", {}), set(own.get("frozen", []))
-    factors: dict[str, dict[str, Tensor]] = {s: {} for s in methods}
+    tied, checksums = (_texts(own, name, path) for name in ("tied", "rebuilt"))
+    stored: dict[str, dict[str, Tensor]] = {s: {} for s in methods}
     full: dict[str, Tensor] = {}
     for key, t in untied(tensors, tied, path).items():
         site, factor = split(key)
-        if site is None:
-            full[files.check_name(factor, "parameter")] = t.requires_grad_()
-        elif site not in factors:
+        if site is not None and site not in stored:
             raise ValueError(f"{path} holds a tensor for {site!r:.100}, which its config does not name")
-        else:
-            factors[site][factor] = t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in still)
-    for site, factor, t in _rebuild(methods, shapes, own.get("rebuilt", {}), path):
-        if factor in factors[site]:
-            raise ValueError(f"{path}: {site}.{factor} is rebuilt from a seed, and in the file as well")
-        factors[site][factor] = t
-    if not factors and not full:
+        if site is None and not t.is_floating_point():
+            raise ValueError(
+                f"{path}: {factor!r:.100} is trained in full and holds {t.dtype}, no floating-point numbers"
+            )
+        place = full if site is None else stored[site]
+        if factor in place:
+            raise ValueError(f"{path} holds {factor!r:.100} of {site or 'the model'!r:.100} twice")
+        place[files.check_name(factor, "parameter")] = t
+    if not stored and not full:
         raise ValueError(f"{path} holds neither factors nor parameters")
+    factors = _checked(methods, shapes, stored, checksums, path)
+    _mark_frozen(factors, own.get("frozen", []), path)
+    for t in full.values():
+        t.requires_grad_()
+    return Adapter(methods, factors, shapes, full, _kernels(own.get("kernels", {}), shapes, path), said)
+
+
+def _checked(
+    methods: dict[str, Method],
+    shapes: dict[str, tuple[int, int]],
+    stored: dict[str, dict[str, Tensor]],
+    checksums: Mapping[str, Any],
+    path: str,
+) -> dict[str, Factors]:
+    """All factors, those made anew included.  Nothing is made before what is stored has the names, shapes and types
+    that the config claims, and is in proportion to what would be made."""
+    outlines = {site: outline(site, shapes[site]) for site in methods}
+    lacking: dict[str, dict[str, Tensor]] = {site: {} for site in methods}
+    for key in checksums:
+        site, factor = split(key)
+        made = methods[site].rebuilt(outlines[site]) if site in methods else {}
+        if site is None or factor not in made:
+            raise ValueError(f"{path}: {key!r:.100} cannot be rebuilt from a seed, and is not in the file")
+        if factor in stored[site]:
+            raise ValueError(f"{path}: {site}.{factor} is rebuilt from a seed, and in the file as well")
+        lacking[site][factor] = made[factor]
+    for site, f in stored.items():
+        check_shapes(f"{path}: {site}", {**f, **lacking[site]}, methods[site].init(outlines[site]))
+    held = sum({id(t): t.numel() for f in stored.values() for t in f.values()}.values())
+    if checksums and not _in_proportion(methods, shapes, held, {s for s, f in lacking.items() if f}):
+        raise ValueError(
+            f"{path} holds {held} numbers and claims layers for which more would be rebuilt from seeds than such a "
+            "file may ask for"
+        )
+    for site, factor, t in _rebuild(methods, shapes, checksums, path):
+        stored[site][factor] = t
+    for site, f in stored.items():
+        methods[site].check(outlines[site], f)
+    return dict(stored)
+
+
+def _texts(own: Mapping[str, Any], name: str, path: str) -> dict[str, str]:
+    found = own.get(name, {})
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError(f"{path}: `{name}` maps keys to texts; found {found!r:.80}")
+    return found
+
+
+def _mark_frozen(factors: Mapping[str, Factors], still: Any, path: str) -> None:
+    names = {f"{site}.{name}" for site, f in factors.items() for name in f}
+    if not isinstance(still, list) or not all(isinstance(n, str) and n in names for n in still):
+        raise ValueError(f"{path}: `frozen` lists factors of the adapter; found {still!r:.80}")
+    frozen_ones = set(still)
     for site, f in factors.items():
-        check_shapes(f"{path}: {site}", f, methods[site].init(outline(site, shapes[site])))
-    return Adapter(methods, factors, shapes, full, _kernels(own.get("kernels", {}), shapes, path))
+        for name, t in f.items():
+            t.requires_grad_(t.is_floating_point() and f"{site}.{name}" not in frozen_ones)
 
 
 def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> None:
@@ -203,12 +313,14 @@ def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> None:
         adapter.factors[str(at)][factor] = every[target]  # type: ignore[index]
 
 
-def _kernels(found: Any, shapes: Mapping[str, tuple[int, int]], path: str) -> dict[str, tuple[int, ...]]:
-    kernels = {site: tuple(kernel) for site, kernel in found.items()}
-    for site, kernel in kernels.items():
-        if site not in shapes or (kernel and math.prod(kernel) != shapes[site][1]):
-            raise ValueError(f"{path}: the kernel {kernel} of {site!r:.100} does not fit its sites")
-    return kernels
+def _kernels(found: Any, shapes: Shapes, path: str) -> dict[str, tuple[int, ...]]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: `kernels` maps sites to sizes; found {found!r:.80}")
+    for site, kernel in found.items():
+        sizes = isinstance(kernel, list) and len(kernel) in (0, 3) and all(type(n) is int and n > 0 for n in kernel)
+        if site not in shapes or not sizes or (kernel and math.prod(kernel) != shapes[site][1]):
+            raise ValueError(f"{path}: the kernel {kernel!r:.80} of {site!r:.100} does not fit its sites")
+    return {site: tuple(kernel) for site, kernel in found.items()}
 
 
 def split(key: str) -> tuple[str | None, str]:

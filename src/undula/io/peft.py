@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..making import check_shapes
 from ..method import LowRank, Method
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA, RankStabilised
-from . import files
+from ..sites import outline
+from . import files, lora_config
+from .lora_config import about
 
 LEAF = re.compile(
-    r"(?P<site>.+)\.(?P<leaf>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
+    r"(?P<site>.+)\.(?P<leaf>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?",
+    re.DOTALL,
 )
-NEUTRAL = {"bias": "none", "lora_bias": False, "fan_in_fan_out": None, "alora_invocation_tokens": None}
 
 
 README = """# A LoRA adapter
@@ -34,13 +37,13 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
     """Writes a LowRank adapter as a plain PEFT LoRA (`peft_type: LORA`): what vLLM, llama.cpp and PEFT alone read.
 
     lora_alpha equals r at every site, so the stored factors are `pair(f)` to the bit.  Parameters trained in full
-    leave as PEFT's modules_to_save.  Raises TypeError below the LowRank rung: another function is never written as a
-    LoRA (`collapse` first); ValueError where a parameter in full lies in an adapted layer.
+    leave as PEFT's modules_to_save.  Base and task default to what `adapter.about` says.  Raises TypeError below the
+    LowRank rung: another function is never written as a LoRA (`collapse` first); ValueError where a parameter in full
+    lies in an adapted layer, or a name could not be read back.
     """
     config, tensors = lora_state(adapter, base, task)
     named = {files.PREFIX + key: t for key, t in tensors.items()}
-    extra = {} if (Path(path) / "README.md").exists() else {"README.md": README}
-    files.write(Path(path), config, named, extra)
+    files.write(Path(path), config, named, README)
 
 
 @torch.no_grad()
@@ -67,8 +70,25 @@ def lora_state(adapter: Adapter, base: str | None, task: str | None) -> tuple[di
         B_OR, A_RI = method.pair(f)
         ranks[site] = A_RI.shape[0]
         leaves = _leaves(adapter.kernels.get(site), B_OR, A_RI)
-        tensors |= {f"{site}.{leaf}" if site else leaf: t.clone() for leaf, t in leaves}  # sites may share a factor
-    return lora_config(ranks, list(adapter.full), base, task), tensors | dict(adapter.full)
+        tensors |= {f"{site}.{leaf}": t.clone() for leaf, t in leaves}  # sites may share a factor
+    _check_names(tensors, adapter)
+    base = adapter.about.get("base_model_name_or_path") if base is None else base
+    task = adapter.about.get("task_type") if task is None else task
+    kept = {k: v for k, v in adapter.about.items() if k in lora_config.ABOUT}
+    return kept | described(ranks, list(adapter.full), base, task), tensors | dict(adapter.full)
+
+
+def _check_names(tensors: Mapping[str, Tensor], adapter: Adapter) -> None:
+    """Raises ValueError for names that a reader would take for others."""
+    for site in adapter.factors:
+        files.check_name(site, "site")  # a model that is itself the adapted layer has no name
+    for key in tensors:
+        match = LEAF.fullmatch(key)
+        if match is None or match["site"] not in adapter.factors:
+            raise ValueError(f"{key!r:.100}: in a PEFT LoRA this name would be read as another one: rename the module")
+    for name in adapter.full:
+        if LEAF.fullmatch(files.check_name(name, "parameter")) or ".base_layer." in name:
+            raise ValueError(f"{name!r:.100}: in a PEFT LoRA this name would be read as another one: rename the module")
 
 
 def _leaves(kernel: tuple[int, ...] | None, B_OR: Tensor, A_RI: Tensor) -> list[tuple[str, Tensor]]:
@@ -80,7 +100,7 @@ def _leaves(kernel: tuple[int, ...] | None, B_OR: Tensor, A_RI: Tensor) -> list[
     return [("lora_A.weight", A_RI.reshape(-1, *kernel)), ("lora_B.weight", B_OR[:, :, None, None])]
 
 
-def lora_config(ranks: Mapping[str, int], full: list[str], base: str | None, task: str | None) -> dict[str, Any]:
+def described(ranks: Mapping[str, int], full: list[str], base: str | None, task: str | None) -> dict[str, Any]:
     """PEFT's LoraConfig as JSON, with scaling 1 everywhere."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     odd = {f"^{re.escape(s)}$": n for s, n in ranks.items() if n != r}
@@ -106,49 +126,59 @@ def lora_config(ranks: Mapping[str, int], full: list[str], base: str | None, tas
 
 def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> Adapter:
     """A PEFT LoRA (rsLoRA, DoRA, rank and alpha patterns included) as an Adapter.  Raises ValueError for what would
-    change the function and is not understood (biases, aLoRA, start-dependent conversions)."""
-    odd = [k for k in ("bias", "lora_bias", "alora_invocation_tokens") if config.get(k) not in (NEUTRAL[k], None)]
-    if odd:
-        raise ValueError(f"{path}: undula does not read LoRAs with {', '.join(f'{k}={config[k]!r}' for k in odd)}")
-    found: dict[str, dict[str, Tensor]] = {}
+    change the function and is not understood (see `io.lora_config`)."""
+    lora_config.check(config, path)
+    found, full = _sorted(tensors, path)
+    if not found:
+        raise ValueError(f"{path} holds no LoRA factors")
+    alphas = lora_config.patterns(config, "alpha_pattern", path)
+    ranks = lora_config.patterns(config, "rank_pattern", path)
+    alpha = lora_config.number(config.get("lora_alpha", 8), "lora_alpha", path)
+    r = lora_config.number(config.get("r", 8), "r", path)
+    methods: dict[str, Method] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     kernels: dict[str, tuple[int, ...]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
+    for site, leaves in found.items():
+        f = {{"A": "A", "B": "B", "r": "m"}[leaf[-1]]: t for leaf, t in leaves.items()}
+        wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
+        if len(f) < len(leaves) or set(f) != wanted or f["A"].ndim not in (2, 4) or f["B"].ndim != f["A"].ndim:
+            seen = {k: tuple(t.shape) for k, t in leaves.items()}
+            raise ValueError(f"{path}: {site} needs the factors {sorted(wanted)} of a layer; found {seen}")
+        if f["A"].ndim > 2 or "lora_embedding_A" in leaves:
+            kernels[site] = tuple(f["A"].shape[1:]) if f["A"].ndim > 2 else ()
+        if ranks.of(site, r) != f["A"].shape[0]:
+            raise ValueError(f"{path}: {site} has the rank {f['A'].shape[0]}; its config says {ranks.of(site, r):g}")
+        methods[site], shapes[site], factors[site] = _method(config, path, site, f, alphas.of(site, alpha))
+    said = {k: config[k] for k in lora_config.ABOUT if k in config}
+    return Adapter(methods, factors, shapes, full, kernels, about(said, path))
+
+
+def _sorted(tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """({site: {leaf: tensor}}, parameters in full).  Raises ValueError for what is there twice or is no number."""
+    found: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
     for key, t in tensors.items():
         name = files.check_name(key.removeprefix(files.PREFIX), "tensor")
         match = LEAF.fullmatch(name)
-        if match is None:
-            # PEFT stores the own weight of an embedding that it adapts: it may have grown with the vocabulary
-            full[name.replace(".base_layer.", ".")] = t.requires_grad_()
-        else:
-            leaf = {"A": "A", "B": "B", "r": "m"}[match["leaf"][-1]]
-            found.setdefault(match["site"], {})[leaf] = t.float().requires_grad_()
-            if leaf == "A" and (t.ndim > 2 or "embedding" in match["leaf"]):
-                kernels[match["site"]] = tuple(t.shape[1:]) if t.ndim > 2 else ()
-    if not found:
-        raise ValueError(f"{path} holds no LoRA factors")
-    methods: dict[str, Method] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for site, f in found.items():
-        wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
-        if set(f) != wanted or f["A"].ndim < 2 or f["A"].shape[0] != f["B"].shape[1]:
-            seen = {k: tuple(t.shape) for k, t in f.items()}
-            raise ValueError(f"{path}: {site} needs the factors {sorted(wanted)} with one rank; found {seen}")
-        methods[site], shapes[site], found[site] = _method(config, site, f)
-    return Adapter(methods, found, shapes, full, kernels)
+        # PEFT stores the own weight of an embedding that it adapts: it may have grown with the vocabulary
+        leaf = name.replace(".base_layer.", ".") if match is None else match["leaf"]
+        place = full if match is None else found.setdefault(match["site"], {})
+        if not t.is_floating_point():
+            raise ValueError(f"{path}: {name!r:.100} holds {t.dtype}, no floating-point numbers")
+        if leaf in place:
+            raise ValueError(f"{path} holds {name!r:.100} twice")
+        place[leaf] = t.requires_grad_() if match is None else t
+    return found, full
 
 
 def _method(
-    config: Mapping[str, Any], site: str, f: dict[str, Tensor]
+    config: Mapping[str, Any], path: str, site: str, f: dict[str, Tensor], alpha: float
 ) -> tuple[Method, tuple[int, int], dict[str, Tensor]]:
-    flat = {k: t.detach().flatten(1).requires_grad_() if t.ndim > 2 else t for k, t in f.items()}  # convolutions
+    flat = {k: (t.flatten() if k == "m" else t.flatten(1)).float().requires_grad_() for k, t in f.items()}
     r = flat["A"].shape[0]
-    alpha = _patterned(config.get("alpha_pattern") or {}, site, config.get("lora_alpha", 8))
-    plain = LoRA(r=r, alpha=float(alpha), **({"scaling": RankStabilised()} if config.get("use_rslora") else {}))
-    if "m" in flat:
-        flat["m"] = flat["m"].detach().flatten().requires_grad_()
-    return DoRA(plain) if "m" in flat else plain, (flat["B"].shape[0], flat["A"].shape[1]), flat
-
-
-def _patterned(patterns: Mapping[str, Any], site: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches a tail of the name."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", site)), default)
+    plain = LoRA(r=r, alpha=alpha, **({"scaling": RankStabilised()} if config.get("use_rslora") else {}))
+    method = DoRA(plain) if "m" in flat else plain
+    shape = (flat["B"].shape[0], flat["A"].shape[1])
+    check_shapes(f"{path}: {site}", flat, method.init(outline(site, shape)))
+    return method, shape, flat

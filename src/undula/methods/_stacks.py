@@ -5,6 +5,7 @@ Not a method: what those that stack the matrices of a model have in common.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -39,7 +40,8 @@ def places(site: Site) -> list[Place]:
 
 def divisor(size: int, heads: int) -> int:
     """The largest divisor of `size` that is not above `heads`: an axis that heads do not divide has fewer."""
-    return max(h for h in range(1, heads + 1) if size % h == 0)
+    small = [h for h in range(1, math.isqrt(size) + 1) if size % h == 0]
+    return max(h for h in (*small, *(size // h for h in small)) if h <= heads)
 
 
 def check_heads(heads: int) -> None:

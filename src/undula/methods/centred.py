@@ -48,6 +48,9 @@ class Centred(Wrapper):
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
 
+    def check(self, site: Site, f: Factors) -> None:
+        self.inner.check(site, f)
+
     def at_base(self) -> bool:
         """Whether dW(f0) = 0."""
         return self.start.at_base and self.inner.starts_at_base

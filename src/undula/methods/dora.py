@@ -43,6 +43,9 @@ class DoRA(Reweight):
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
 
+    def check(self, site: Site, f: Factors) -> None:
+        self.inner.check(site, f)
+
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         V_OI = self._inner.weight(W_OI, f)
         norms = V_OI.norm(dim=1).detach().clamp_min(torch.finfo(V_OI.dtype).tiny)  # a row of zeros stays one

@@ -75,6 +75,9 @@ class Dropout(Wrapper):
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
 
+    def check(self, site: Site, f: Factors) -> None:
+        self.inner.check(site, f)
+
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         if not layer.training or round(self.p * 256) == 0 or not x.is_floating_point():
             return self.inner.forward(x, layer, f)

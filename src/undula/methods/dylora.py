@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..choice import Choice
-from ..method import Factors, LowRank, Site
+from ..method import Factors, LowRank, Site, check_within
 from ..starts import Kaiming, Start
 from .lora import Classic, Fixed, LoRA, Scaling, check_rank
 
@@ -83,6 +83,9 @@ class DyLoRA(LowRank):
         B_OR, A_RI = start(site, self.r)
         b = torch.full((), self.r, dtype=torch.int64, device=site.device)
         return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_(), "b": b}
+
+    def check(self, site: Site, f: Factors) -> None:
+        check_within(f"{site.name}.b", f["b"], 1, self.r)
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         b = f["b"]

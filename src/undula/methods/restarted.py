@@ -67,6 +67,9 @@ class Restarted(LowRank):
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
 
+    def check(self, site: Site, f: Factors) -> None:
+        self.inner.check(site, f)
+
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         B_OR, A_RI = self.inner.pair(f)
         if not self.past:

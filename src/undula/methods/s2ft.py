@@ -60,6 +60,11 @@ class S2FT(LowRank):
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return {"order": self.order(site)} if self.selection.seeded else {}
 
+    def check(self, site: Site, f: Factors) -> None:
+        order = f["order"]
+        if not torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device)):
+            raise ValueError(f"{site.name}.order is no order of its {len(order)} channels")
+
     def channels(self, N: int) -> int:
         """How many of N are selected."""
         return self.unit * max(1, round(self.share * N / self.unit))
@@ -70,6 +75,8 @@ class S2FT(LowRank):
         N = site.shape[0 if rows else 1]
         if N % self.unit:
             raise ValueError(f"{site.name} has {N} {'rows' if rows else 'columns'}: no whole units of {self.unit}")
+        if site.device.type == "meta":
+            return torch.empty(N, dtype=torch.int64, device="meta")
         units = self.selection(site, rows, self.unit)[: self.channels(N) // self.unit]
         others = torch.ones(N // self.unit, dtype=torch.uint8, device=units.device).index_fill(0, units, 0)
         return torch.sort(others.repeat_interleave(self.unit), stable=True).indices

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import sparse
-from ..method import Additive, Factors, Layer, Site
+from ..method import Additive, Factors, Layer, Site, check_within
 from ..starts.masks import Mask, Rand
 from .lora import check_rank
 
@@ -49,6 +49,12 @@ class SHiRA(Additive):
 
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return {"outline": outline(site), **({"index": self.index(site)} if self.mask.seeded else {})}
+
+    def check(self, site: Site, f: Factors) -> None:
+        O, I = site.shape
+        check_within(f"{site.name}.index", f["index"], 0, O * I - 1)
+        if not bool((f["index"].diff() > 0).all()):
+            raise ValueError(f"{site.name}.index does not rise: an entry may be there once")
 
     def index(self, site: Site) -> Tensor:
         """Where S is not zero: flat indices, rising."""

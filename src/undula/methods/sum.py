@@ -39,6 +39,10 @@ class Sum(Wrapper):
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.rebuilt(site).items()}
 
+    def check(self, site: Site, f: Factors) -> None:
+        for _, method, own in self.terms(f):
+            method.check(site, own)
+
     def terms(self, f: Factors) -> list[tuple[float, Method, Factors]]:
         """(weight, method, its own factors) of every part."""
         own: list[dict[str, Tensor]] = [{} for _ in self.parts]

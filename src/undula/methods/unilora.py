@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..choice import Choice
 from ..kernels import frozen
-from ..method import Factors, LowRank, Site
+from ..method import Factors, LowRank, Site, check_within
 from .lora import check_rank
 
 
@@ -102,9 +102,15 @@ class UniLoRA(LowRank):
             index = torch.empty(r * (O + I), dtype=torch.int32, device="meta")
             scale_d = site.zeros(self.d)
         else:
-            ends = list(itertools.accumulate((r * (o + i) for o, i in site.peers.values()), initial=0))
-            every = site.once((*self._of_all(site), "index"), lambda: self.assignment(self.seed, ends[-1], self.d))
-            first = ends[list(site.peers).index(site.name)]
+
+            def starts() -> dict[str, int]:
+                ends = itertools.accumulate((r * (o + i) for o, i in site.peers.values()), initial=0)
+                return dict(zip(site.peers, ends, strict=False))
+
+            every = site.once(
+                (*self._of_all(site), "index"), lambda: self.assignment(self.seed, self.most(site.peers), self.d)
+            )
+            first = site.once((*self._of_all(site), "starts"), starts)[site.name]  # type: ignore[arg-type, index]
             index = every[first : first + r * (O + I)].to(site.device)
 
             def scale() -> Tensor:
@@ -114,6 +120,10 @@ class UniLoRA(LowRank):
             scale_d = site.once((*self._of_all(site), "scale", site.dtype, site.device), scale)
         index_A, index_B = index.split([r * I, r * O])
         return {"scale": scale_d, "index_A": index_A.view(r, I).clone(), "index_B": index_B.view(O, r).clone()}
+
+    def check(self, site: Site, f: Factors) -> None:
+        for name in ("index_A", "index_B"):
+            check_within(f"{site.name}.{name}", f[name], 0, self.d - 1)
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         scaled_d = f["scale"] * f["theta"]

@@ -33,6 +33,8 @@ class Rand(Mask):
     seed: int = 0
 
     def __call__(self, site: Site, k: int) -> Tensor:
+        if site.device.type == "meta":
+            return torch.empty(k, dtype=torch.int64, device="meta")
         return frozen.subset(self.seed, ("SHiRA", site.name), math.prod(site.shape), k)
 
 
@@ -50,6 +52,8 @@ class Struct(Mask):
 
     def __call__(self, site: Site, k: int) -> Tensor:
         O, I = site.shape
+        if site.device.type == "meta":
+            return torch.empty(k, dtype=torch.int64, device="meta")
         if k == O * I:
             return torch.arange(k)
         j = torch.arange(min(O, I))

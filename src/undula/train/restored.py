@@ -11,7 +11,6 @@ import torch
 
 from ..adapter import Adapter
 from ..host import attach, detach
-from ..io import files
 from .base import model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
 from .foreign import Unmeasured, base_of, configured, named_as, task_of
@@ -101,10 +100,9 @@ def described(path: Path, adapter: Adapter, model: str | None = None) -> Run:
     """
     if (path / RUN).is_file():
         return Run.load(path)
-    config, _ = files.read(path)
-    base = base_of(path, config, model)
+    base = base_of(path, adapter.about, model)
     method = next(iter(adapter.methods.values()), None)
-    return Run(model=base, data="", task=task_of(path, config, adapter, base), method=method, out=path)
+    return Run(model=base, data="", task=task_of(path, adapter.about, adapter, base), method=method, out=path)
 
 
 def dense(opened: Restored) -> Restored:

@@ -13,7 +13,6 @@ from .. import merging, ranks
 from ..adapter import Adapter
 from ..diagnose import diagnose
 from ..figure import draw
-from ..io import files
 from ..io.whole import whole
 from ..train import dense as unquantised
 from ..train import restored
@@ -134,10 +133,10 @@ def cut(
 
 def _lessened(path: Path, out: Path, less: Callable[[Adapter], Adapter]) -> None:
     shell.fresh(out)
-    adapter, (config, _) = Adapter.load(path), files.read(path)
+    adapter = Adapter.load(path)
     made = less(adapter)
     with whole(out) as folder:
-        made.save(folder, config.get("base_model_name_or_path"), config.get("task_type"))
+        made.save(folder)
         carry(path, made, folder)
     before, after = adapter.num_parameters(), made.num_parameters()
     sites = f"{len(made.methods)} of {len(adapter.methods)} layers"

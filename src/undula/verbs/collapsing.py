@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import typer
 from .. import compress
 from ..adapter import Adapter
 from ..choice import Choice
-from ..io import export_diffusers, export_lora, files
+from ..io import export_diffusers, export_lora
 from ..io.whole import whole
 from ..method import Additive, LowRank, Method, Reweight
 from ..options import build
@@ -114,7 +115,7 @@ def collapse(
     adapter = Adapter.load(path)
     found = _squeezed(path, adapter, how, options, data, rows, model)
     with whole(out) as folder:
-        found.made.adapter.save(folder, *_about(path, model, found.opened))
+        found.made.adapter.save(folder, *_about(lora.about, model, found.opened))
         carry(path, found.made.adapter, folder)
     _show(found.made, to)
     if str(to) != "-":
@@ -165,7 +166,7 @@ def export(
         )
     found = None if exact else _squeezed(path, adapter, how, options, data, rows, model)
     lora = adapter if found is None else found.made.adapter
-    base, task = _about(path, model, found.opened if found else None)
+    base, task = _about(lora.about, model, found.opened if found else None)
     missing = None
     with whole(out) as folder:
         if component is not None:
@@ -187,12 +188,11 @@ def export(
     shell.note(f"Saved in {out}")
 
 
-def _about(path: Path, model: str | None, opened: Restored | None) -> tuple[str | None, str | None]:
-    """The base and PEFT's task type that the files of an adapter name."""
+def _about(about: Mapping[str, Any], model: str | None, opened: Restored | None) -> tuple[str | None, str | None]:
+    """The base and PEFT's task type that an adapter knows."""
     if opened is not None:
         return opened.folder, opened.run.task.peft
-    config: dict[str, Any] = files.read(path)[0]
-    return model or config.get("base_model_name_or_path"), config.get("task_type")
+    return model or about.get("base_model_name_or_path"), about.get("task_type")
 
 
 def _squeezed(

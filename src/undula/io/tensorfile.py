@@ -1,0 +1,137 @@
+"""The safetensors format, from an open file and to an open file: 8 bytes with the length of a JSON header, the header,
+and the tensors' bytes without gaps.  Nothing that a header claims is believed before it agrees with the file's size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .strict import parsed
+
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+LARGEST_HEADER = 100 << 20
+DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # in the file
+    size: int  # in bytes
+
+
+def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors to an open file.  Raises ValueError for a type that no reader would know, and OSError."""
+    odd = [f"{k} is {t.dtype}" for k, t in tensors.items() if t.dtype not in NAMES]
+    if odd:
+        raise ValueError(f"{odd[0]}; the types that a file can hold are {', '.join(TYPES)}")
+    ordered = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for key in ordered:
+        t = tensors[key]
+        end = at + t.numel() * t.element_size()
+        header[key] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
+    for key in ordered:
+        file.write(memory(tensors[key].detach().cpu().contiguous()))
+
+
+def memory(t: Tensor) -> bytes | memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    size = t.numel() * t.element_size()
+    if not size:
+        return b""
+    held = (ctypes.c_char * size).from_address(t.data_ptr())
+    held.tensor = t  # type: ignore[attr-defined]  # lives as long as the view does
+    return memoryview(held).cast("B")
+
+
+def entries(file: BinaryIO, path: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(tensors, metadata) that the header of an open file tells.  Raises ValueError where it and the file's size do
+    not agree: nothing has been allocated for a claim."""
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+    if not 0 < length <= min(size - 8, LARGEST_HEADER):
+        raise ValueError(f"{path} is no safetensors file: its header claims {length} of {size} bytes")
+    header = parsed(file.read(length), f"{path}: the header of this safetensors file")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{path} is no safetensors file: its metadata are not texts")
+    found = {key: _entry(key, entry, 8 + length, path) for key, entry in header.items()}
+    at = 8 + length
+    for key, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].size)):
+        if entry.begin != at:
+            raise ValueError(f"{path} is cut or damaged: {key!r:.100} begins at byte {entry.begin}, not at {at}")
+        at += entry.size
+    if at != size:
+        raise ValueError(f"{path} is cut or damaged: its header claims {at} bytes, it holds {size}")
+    return found, metadata
+
+
+def _entry(key: str, entry: Any, begin: int, path: str) -> Entry:
+    match entry:
+        case {"dtype": str(name), "shape": list(shape), "data_offsets": [int(start), int(end)]} if len(entry) == 3:
+            pass
+        case _:
+            raise ValueError(f"{path} is no safetensors file: {key!r:.100} is described by {entry!r:.100}")
+    if name not in TYPES:
+        raise ValueError(f"{path}: {key!r:.100} is of the type {name!r:.20}; undula reads {', '.join(TYPES)}")
+    if len(shape) > DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise ValueError(f"{path}: {key!r:.100} has the shape {shape!r:.80}; at most {DIMENSIONS} sizes are possible")
+    size = math.prod(shape) * TYPES[name].itemsize
+    if start < 0 or size != end - start:
+        raise ValueError(
+            f"{path} is cut or damaged: {key!r:.100} has {end - start} bytes, {name} {shape!r:.80} takes {size}"
+        )
+    return Entry(TYPES[name], tuple(shape), begin + start, size)
+
+
+def read(file: BinaryIO, found: Mapping[str, Entry], path: str) -> dict[str, Tensor]:
+    """The tensors of an open file, copied.  Raises ValueError for a file that has become shorter meanwhile."""
+    tensors = {}
+    for key, entry in found.items():
+        raw = bytearray(entry.size)
+        file.seek(entry.begin)
+        if file.readinto(raw) != entry.size:  # type: ignore[attr-defined]
+            raise ValueError(f"{path} has become shorter while it was read")
+        tensors[key] = _tensor(raw, entry)
+    return tensors
+
+
+def _tensor(raw: bytearray, entry: Entry) -> Tensor:
+    if not entry.size:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.dtype == torch.bool:  # any byte but 0 and 1 would be no bool
+        return torch.frombuffer(raw, dtype=torch.uint8).view(entry.shape).ne(0)
+    return torch.frombuffer(raw, dtype=entry.dtype).view(entry.shape).clone()  # aligned as torch's own memory is
