@@ -25,8 +25,8 @@ from . import tensorfile
 from .draft import Draft, atomic, clean, write_text
 from .strict import door, parsed
 
-__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "parsed", "read", "read_state",
-           "write", "write_state", "write_text"]  # fmt: skip
+__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "parsed", "read",
+           "read_state", "write", "write_state", "write_text"]  # fmt: skip
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name

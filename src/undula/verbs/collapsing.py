@@ -115,7 +115,7 @@ def collapse(
     adapter = Adapter.load(path)
     found = _squeezed(path, adapter, how, options, data, rows, model)
     with whole(out) as folder:
-        found.made.adapter.save(folder, *_about(lora.about, model, found.opened))
+        found.made.adapter.save(folder, *_about(adapter.about, model, found.opened))
         carry(path, found.made.adapter, folder)
     _show(found.made, to)
     if str(to) != "-":
