@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FILES = "tests/laws/test_files.py"
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
@@ -64,9 +65,17 @@ MUTANTS = [
     ("host.py", "p.requires_grad_(True)", "pass", "tests/laws/test_host.py"),
     ("merging.py", "return float(lost / change)", "return 0.0", "tests/laws/test_host.py"),
     ("adapter.py", "_sum([(1.0, self), (-1.0, other)])", "_sum([(1.0, self), (1.0, other)])", LAWS),
-    ("io/files.py", "os.replace(temporary, path)", "path.write_bytes(Path(temporary).read_bytes())", DISK),
+    ("io/files.py", "if own is not None and _mark(own) != _mark(config):", "if False:", FILES),
+    ("io/files.py", "found.partition(MARK)[2] or None if", "MARK if", FILES),
+    ("io/draft.py", "if _locked(handle, wait=False) and", "if True and", FILES),
+    ("io/strict.py", "if len(found) < len(pairs):", "if False:", FILES),
+    ("io/strict.py", "object_pairs_hook=_once, parse_constant=_constant", "object_pairs_hook=_once", FILES),
+    ("io/lora_config.py", "or start not in STARTS", "", FILES),
+    ("io/native.py", "if checksums and not _in_proportion(", "if False and _in_proportion(", FILES),
+    ("making.py", "adapter.methods[path].check(where, f)", "pass", FILES),
+    ("making.py", "model.named_parameters(remove_duplicate=False)", "model.named_parameters()", FILES),
     ("io/files.py", "if t.is_floating_point() and not torch.isfinite(t).all()", "if False", DISK),
-    ("io/files.py", "if claimed != size - 8 - length or elements > size", "if False", DISK),
+    ("io/tensorfile.py", "if at != size:", "if False:", DISK),
     ("io/native.py", "raise ValueError(f\"{path} holds a tensor for", "continue\n            raise ValueError(f\"{path} holds a tensor for", DISK),
     ("io/peft.py", "\"lora_alpha\": r,", "\"lora_alpha\": 2 * r,", LORA),
     ("choice.py", "if unknown:", "if False:", DISK),

@@ -81,6 +81,8 @@ class Site:
 
     def frozen(self, seed: int, *key: frozen.Key, shape: tuple[int, ...], bound: float = 1.0) -> Tensor:
         """Numbers uniform within `bound` that (seed, key, shape, bound) alone determine, bit for bit on any machine."""
+        if self.device.type == "meta":  # arithmetic there would import torch's compiler, for seconds
+            return torch.empty(shape, dtype=self.dtype, device="meta")
         return (frozen.uniform(seed, key, shape, self.device) * bound).to(self.dtype)
 
     def gradient(self) -> Tensor:
@@ -112,7 +114,8 @@ class Site:
         return self.zeros(*shape).uniform_(-bound, bound)
 
     def normal(self, *shape: int, std: float) -> Tensor:
-        return self.zeros(*shape).normal_(0.0, std)
+        made = self.zeros(*shape)
+        return made if made.is_meta else made.normal_(0.0, std)  # as in `frozen`
 
 
 class Method(Choice):

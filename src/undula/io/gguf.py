@@ -8,7 +8,8 @@ the tensor data. Quantised tensors are rows of fixed-size blocks: a few scales, 
     file.tensor("blk.0.attn_q.weight")          # float32, in PyTorch's order of dimensions
 
 The file is not trusted. Every length, count and offset in it is compared with the size of the file before anything is
-allocated, so a reader never needs more memory than a small multiple of the file's own size.
+allocated, so a reader never needs more memory than a multiple of the file's own size: of the metadata about ten times,
+for Python's numbers and texts; of tensors what is asked for, in float32.
 """
 
 import math
@@ -29,6 +30,7 @@ MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, number of dimensions
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+CODES = {"b": "i1", "B": "u1", "h": "i2", "H": "u2", "i": "i4", "I": "u4", "q": "i8", "Q": "u8", "f": "f4", "d": "f8"}
 
 
 class GGUFError(ValueError):
@@ -125,7 +127,7 @@ class _Cursor:
         if inner in _SCALARS:
             code = _SCALARS[inner]
             n_bytes = self.need(count, struct.calcsize("<" + code), what)
-            return list(struct.unpack(f"<{count}{code}", self.take(n_bytes, what)))
+            return np.frombuffer(self.take(n_bytes, what), "?" if code == "?" else f"<{CODES.get(code, code)}").tolist()
         self.need(count, 8 if inner == _STRING else 12, what)
         return [self.value(inner, what, depth + 1) for _ in range(count)]
 

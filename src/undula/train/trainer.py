@@ -212,4 +212,4 @@ def _complete(path: Path) -> bool:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (path / files.CONFIG).is_file()
+    return (path / files.CONFIG).is_file() and (path / files.TENSORS).is_file()  # rotation deletes in any order
