@@ -14,8 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 WIDE = (torch.float32, torch.float64)
+
+
+PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two: the same under `torch.export`
 
 
 class Format(Protocol):
@@ -33,7 +38,7 @@ class Format(Protocol):
 
 def is_plain(weight: Tensor) -> bool:
     """An ordinary dense floating-point tensor (not quantised, not a subclass with a layout of its own)."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return type(weight) in PLAIN and weight.is_floating_point()
 
 
 def outline(module: nn.Module) -> Tensor:

@@ -51,7 +51,7 @@ class Adapted:
 
     def forward(self, x: Tensor) -> Tensor:
         slot = self.undula
-        return slot.method.forward(x, slot.layer, slot._parameters)  # type: ignore[arg-type]
+        return slot.layer.kept(x, slot.method.forward(x, slot.layer, slot._parameters))  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .masters import wide
-from .method import Evidence, Factors, Method, Site
+from .method import Additive, Evidence, Factors, LowRank, Method, Site
+from .methods.dora import DoRA
 from .sites import LinearView, Where, choose, matches, outline, site, view
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def unstarted(
 def _filled(
     layers: Mapping[str, LinearView], methods: Mapping[str, Method], make: Callable[[Method, Site], Factors]
 ) -> Adapter:
+    for path, layer in layers.items():
+        check_groups(path, layer, methods[path])
     factors: dict[str, Factors] = {}
     shared: dict[Any, Any] = {}
     sites = {path: site(path, layer, shared) for path, layer in layers.items()}
@@ -73,12 +76,22 @@ def _filled(
     peers = peers_of(methods, shapes)
     once: dict[int, tuple[Tensor, nn.Parameter]] = {}  # holds the tensors too, so that no id is used twice
     for path, where in sites.items():
-        new = make(methods[path], replace(where, peers=peers[methods[path]]))
+        new = _blank_padding(make(methods[path], replace(where, peers=peers[methods[path]])), layers[path], where.shape)
         factors[path] = {
             k: once.setdefault(id(t), (t, nn.Parameter(t.detach().contiguous(), t.requires_grad)))[1]
             for k, t in new.items()
         }
     return Adapter(dict(methods), factors, shapes, kernels=kernels(layers))
+
+
+def _blank_padding(f: Factors, layer: LinearView, shape: tuple[int, int]) -> Factors:
+    """The columns of A that stand for an embedding's padding, zero: dW has none there, wherever the adapter goes."""
+    padding, A = getattr(layer.module, "padding_idx", None), f.get("A")
+    if padding is not None and A is not None and A.requires_grad and A.shape[-1] == shape[1]:
+        with torch.no_grad():
+            for t in (A, f.get("A0", A)):
+                t[:, padding] = 0
+    return f
 
 
 def peers_of(methods: Mapping[str, Method], shapes: Shapes) -> dict[Method, dict[str, tuple[int, int]]]:
@@ -151,6 +164,7 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
 
     factors: dict[str, Factors] = {}
     for path, f in adapter.factors.items():
+        check_groups(path, layers[path], adapter.methods[path])
         where = site(path, layers[path])
         if where.shape != adapter.shapes[path]:
             raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
@@ -177,6 +191,18 @@ def _check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     if torch.finfo(t.dtype).max > largest and t.detach().abs().max() > largest:
         raise ValueError(f"the adapter's {path} holds numbers beyond the range of {dtype}, this model's type")
+
+
+def check_groups(path: str, layer: LinearView, method: Method) -> None:
+    """Raises ValueError for a method with a bottleneck A x on a convolution in groups: each group sees other inputs, so
+    no x is common to them.  A full update dW acts on it as on any other."""
+    groups = getattr(layer.module, "groups", 1)
+    inner = method.inner if isinstance(method, DoRA) else method
+    if groups > 1 and (isinstance(inner, LowRank) or not isinstance(inner, Additive)):
+        raise ValueError(
+            f"{path} is a convolution in {groups} groups without a common bottleneck: {method!r} cannot act on it. "
+            "Give it a method with a full update (LoRAN, SHiRA) by `overrides`, or leave it out of `where`"
+        )
 
 
 def check_shapes(path: str, found: Factors, wanted: Factors) -> None:

@@ -39,7 +39,7 @@ def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[s
         method, layer = slot.method, slot.layer
         assert isinstance(method, Reweight)
         W_OI = layer.weight
-        exact_OI = method.weight(W_OI, adapter.factors[path])
+        exact_OI = layer.stays(W_OI, method.weight(W_OI, adapter.factors[path]))
         weights[path] = layer.put(exact_OI)
         errors[path] = rounding(layer, weights[path], exact_OI, W_OI)
     own: dict[str, nn.Parameter] = {}

@@ -65,6 +65,11 @@ class Site:
             object.__setattr__(self, "peers", {self.name: self.shape})
 
     @property
+    def looks_up(self) -> bool:
+        """Whether the layer is an embedding: its input is a one-hot vector."""
+        return getattr(self.layer, "kernel", None) == ()
+
+    @property
     def W(self) -> Tensor:
         """The frozen matrix (O, I), detached and dense, in the factors' type."""
         return self.layer.weight.detach().to(self.dtype)

@@ -68,7 +68,9 @@ class Rows:
         change = change.view(*mine.shape[:-1], change.shape[-1])
         if self.order is None:
             return reference.added(y, change) if torch.is_grad_enabled() else y.add_(change)
-        return y.index_add(0, self.order, change.to(y.dtype))
+        if change.dtype == y.dtype:
+            return y.index_add(0, self.order, change)
+        return y.index_copy(0, self.order, reference.added(y[self.order], change))  # rounded once
 
     def _pairs(self) -> tuple:
         """(pairs, their stacks); made once where no gradient is wanted, else anew for every graph."""

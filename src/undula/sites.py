@@ -66,6 +66,14 @@ class LinearView:
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
         return F.linear(x, M_KI)
 
+    def kept(self, x: Tensor, y: Tensor) -> Tensor:
+        """y, an adapted output, but for inputs that no adapter may touch: the padding of an embedding."""
+        return y
+
+    def stays(self, W_OI: Tensor, new_OI: Tensor) -> Tensor:
+        """The adapted W, but for what `kept` keeps."""
+        return new_OI
+
     def put(self, W_OI: Tensor) -> nn.Parameter:
         """W as the parameter that the module would store."""
         return bases.stored(self.module, W_OI)
@@ -103,9 +111,20 @@ class EmbeddingView(LinearView):
     def weight(self) -> Tensor:
         return bases.dense(self.module).T
 
+    def kept(self, x: Tensor, y: Tensor) -> Tensor:
+        padding = self.module.padding_idx
+        return y if padding is None else torch.where((x == padding).unsqueeze(-1), self(x), y)
+
+    def stays(self, W_OI: Tensor, new_OI: Tensor) -> Tensor:
+        padding = self.module.padding_idx
+        if padding is None:
+            return new_OI
+        at = torch.tensor([padding % W_OI.shape[1]], device=W_OI.device)
+        return new_OI.index_copy(1, at, W_OI.index_select(1, at).to(new_OI.dtype))
+
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
         if self.call is nn.Embedding.forward:
-            return F.embedding(x, M_KI.T, self.module.padding_idx)
+            return F.embedding(x, M_KI.T)
         return self.call(_with_weight(self.module, M_KI.T), x)
 
     def put(self, W_OI: Tensor) -> nn.Parameter:
@@ -128,11 +147,6 @@ class Conv2dView(LinearView):
 
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
         conv = self.module
-        if conv.groups > 1 and M_KI.shape[0] != conv.out_channels:
-            raise ValueError(
-                f"a convolution in {conv.groups} groups has no common bottleneck: its groups see different inputs. "
-                "Use a method of the Additive rung on it, or leave it out of `where`"
-            )
         kernel = M_KI.reshape(M_KI.shape[0], *conv.weight.shape[1:])
         return self.call(_with_weight(conv, kernel), x).movedim(-3, -1)
 
@@ -202,6 +216,8 @@ def barriers(model: nn.Module) -> dict[str, str]:
         parent = parents.get(name.rpartition(".")[0]) if name else None
         if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module and _reads_weights(parent):
             barred[name] = "nn.MultiheadAttention computes from its weight and never calls it"
+        elif isinstance(module, nn.Embedding) and module.max_norm is not None:
+            barred[name] = f"an embedding with max_norm={module.max_norm:g} rescales the rows that it looks up"
         elif view(module) is None and any(p.ndim > 1 for p in module._parameters.values() if p is not None):
             barred[name] = f"no adapter acts on a {type(module).__name__}"
     return barred

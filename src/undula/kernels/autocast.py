@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or `dtype` where that is wider: what nonlinear functions are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Within, products are computed in their operands' types, whatever autocast says outside."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def hand_written() -> bool:
+    """Whether the hand-written backwards apply: not under a compiler, a trace or `torch.func`, which differentiate the
+    plain law by themselves and cannot follow ours."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 def exact_backward(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from ..layer import Layer
 from . import reference
-from .autocast import exact_backward
+from .autocast import exact_backward, hand_written
 
 Bend = Callable[[Tensor], Tensor]
 
@@ -70,8 +70,8 @@ class _Lift(Function):
 
 def fusible(x: Tensor, layer: Layer, *factors: Tensor) -> bool:
     """Whether the fused products apply: a plain linear layer whose weight and bias are frozen, one dtype throughout, no
-    autocast, and no compiler at work (it fuses the plain law by itself and cannot follow a sum in place)."""
-    if not layer.plain or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    autocast, and nothing at work that differentiates by itself (see `hand_written`)."""
+    if not layer.plain or torch.is_autocast_enabled(x.device.type) or not hand_written():
         return False
     if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
         return False  # trained in full beside the factors

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch.autograd import Function
 
-from .autocast import exact_backward
+from .autocast import exact, exact_backward, wide
 
 if TYPE_CHECKING:
     from ..activations import Activation
@@ -38,23 +39,29 @@ def blocks(O: int, I: int) -> Iterator[slice]:
     return (slice(i, min(i + rows, O)) for i in range(0, O, rows))
 
 
+def under_mode() -> bool:
+    """Whether something else than torch itself sees the operations: a dispatch mode, or a trace."""
+    return _len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+
+
 def scratch(count: int, rows: slice, like: Tensor) -> tuple[Tensor, ...]:
     """`count` tensors (rows, I) whose contents nobody needs after this block."""
     m, I = rows.stop - rows.start, like.shape[1]
-    if like.device.type != "cpu":  # other devices have allocators that keep memory
+    # other devices have allocators that keep memory; tensors of a mode (fake ones) must not outlive it
+    if like.device.type != "cpu" or type(like) not in (Tensor, torch.nn.Parameter) or under_mode():
         return like.new_empty(count, m, I).unbind()
     memory: Tensor | None = getattr(_kept, "memory", None)
     size = count * m * I * like.element_size()
     if memory is None or memory.numel() < size:
-        memory = _kept.memory = torch.empty(size, dtype=torch.uint8)
+        memory = _kept.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     return memory[:size].view(like.dtype).view(count, m, I).unbind()
 
 
 def bent(f: Activation, scale: float, B_OR: Tensor, A_RI: Tensor, constants: dict[str, Tensor]) -> Tensor:
     """s f(B A), the reference: the product and f in float32 at least, whatever autocast says."""
-    with torch.autocast(A_RI.device.type, enabled=False):
-        wide = torch.promote_types(A_RI.dtype, torch.float32)
-        return scale * f(B_OR.to(wide) @ A_RI.to(wide), constants)
+    dtype = wide(A_RI.dtype)
+    with exact(A_RI.device):
+        return scale * f(B_OR.to(dtype) @ A_RI.to(dtype), constants)
 
 
 class _Bent(Function):

@@ -26,7 +26,7 @@ from torch.autograd import Function
 
 from ..layer import Layer
 from . import reference
-from .autocast import exact_backward
+from .autocast import exact_backward, hand_written
 from .bottleneck import fusible
 from .elementwise import blocks, scratch
 
@@ -47,7 +47,8 @@ def multiplied(x_TI: Tensor, start_O: Tensor, column_K: Tensor, values_K: Tensor
 def sampled(g_TO: Tensor, x_TI: Tensor, index_K: Tensor) -> Tensor:
     """The entries of g' x at sorted flat indices (K)."""
     O, I = g_TO.shape[1], x_TI.shape[1]
-    if index_K.numel() * DENSE > O * I or g_TO.device.type not in ("cpu", "cuda"):
+    narrow = g_TO.dtype.itemsize < 4  # torch samples no products of bf16 or fp16
+    if narrow or index_K.numel() * DENSE > O * I or g_TO.device.type not in ("cpu", "cuda"):
         return torch.mm(g_TO.t(), x_TI).view(-1)[index_K]
     hush()
     zero_K = g_TO.new_zeros(index_K.shape)
@@ -136,6 +137,9 @@ def entries(x: Tensor, layer: Layer, index_K: Tensor, values_K: Tensor, O: int) 
     if fusible(x, layer, values_K):
         y_TO = _Entries.apply(x_TI, layer.weight, layer.bias, index_K, values_K)
         return y_TO.view(*x.shape[:-1], O)
+    if not hand_written() and not torch.compiler.is_compiling():
+        S_OI = values_K.new_zeros(O * x.shape[-1]).index_add(0, index_K, values_K).view(O, -1)
+        return reference.added(layer(x), F.linear(x.to(values_K.dtype), S_OI))
     change_TO = _Product.apply(x_TI.to(values_K.dtype), index_K, values_K, O)
     return reference.added(layer(x), change_TO.view(*x.shape[:-1], O))
 

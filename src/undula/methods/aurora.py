@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..choice import Choice
+from ..kernels.autocast import exact, wide
 from ..kernels.bottleneck import bottleneck
 from ..kernels.spline import basis
 from ..method import Factors, Layer, LowRank, Method, Site
@@ -80,9 +81,13 @@ class _Bend:
         return {k: t.requires_grad_() for k, t in {"A": A_RI, "B": B_OR, "H": H_RR, "S": S_RK}.items()}
 
     def sigma(self, z: Tensor, f: Factors) -> Tensor:
-        """tanh(H tanh z) + S(z) for z (..., R)."""
-        projected = torch.tanh(torch.nn.functional.linear(torch.tanh(z), f["H"]))
-        return projected + self.spline(basis(z, self.intervals, self.order, self.low, self.high), f["S"])
+        """tanh(H tanh z) + S(z) for z (..., R), computed in float32 or wider and returned in z's type."""
+        dtype = wide(z.dtype)
+        u, H_RR, S_RK = z.to(dtype), f["H"].to(dtype), f["S"].to(dtype)
+        with exact(z.device):
+            projected = torch.tanh(torch.nn.functional.linear(torch.tanh(u), H_RR))
+            curved = self.spline(basis(u, self.intervals, self.order, self.low, self.high), S_RK)
+            return (projected + curved).to(z.dtype)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     W' = diag(m / ||V||) V,   V = W + dW,   ||V|| the norms of V's rows,   m = ||W|| at the start
 
 As in the paper (section 4.3) ||V|| counts as a constant in the backward pass.  For a LowRank inner method the norms
-come from the factors: ||V||^2 = ||W||^2 + 2 <W A', B> + <B A A', B> row by row, and no (O x I) matrix is formed.
+come from the factors: ||V||^2 = ||W||^2 + 2 <W A', B> + <B A A', B> row by row, and no (O x I) matrix is formed, but
+for rows whose three terms cancel (||V|| below 3 % of what they sum to).
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
+from ..kernels.autocast import exact, wide
 from ..method import Additive, Factors, Layer, LowRank, Method, Reweight, Site
 from .lora import LoRA
+
+CANCELLED = 1e-3  # of ||W||^2 + ||dW||^2: below it ||V||^2 has lost three of float32's seven digits
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class DoRA(Reweight):
 
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         V_OI = self._inner.weight(W_OI, f)
-        norms = V_OI.norm(dim=1).detach().clamp_min(torch.finfo(V_OI.dtype).tiny)  # a row of zeros stays one
+        norms = floored(V_OI.detach().norm(dim=1), W_OI.detach().to(V_OI.dtype).norm(dim=1))
         return (f["m"] / norms)[:, None] * V_OI
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
@@ -63,10 +67,22 @@ class DoRA(Reweight):
     @torch.no_grad()
     def norms(self, W_OI: Tensor, f: Factors) -> Tensor:
         """||W + dW|| by rows (O), detached."""
-        if not isinstance(self.inner, LowRank):
-            return self._inner.weight(W_OI, f).norm(dim=1)
-        B_OR, A_RI = self.inner.pair(f)
-        W_OI = W_OI.to(A_RI.dtype)
-        cross = 2 * (W_OI @ A_RI.T) + B_OR @ (A_RI @ A_RI.T)
-        squared = torch.linalg.vecdot(W_OI, W_OI) + (cross * B_OR).sum(1)
-        return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
+        with exact(W_OI.device):
+            if not isinstance(self.inner, LowRank) or torch.compiler.is_compiling():
+                V_OI = self._inner.weight(W_OI, f)
+                return floored(V_OI.norm(dim=1), W_OI.to(V_OI.dtype).norm(dim=1))
+            B_OR, A_RI = (t.to(wide(t.dtype)) for t in self.inner.pair(f))
+            W_OI = W_OI.to(A_RI.dtype)
+            own, update = torch.linalg.vecdot(W_OI, W_OI), B_OR @ (A_RI @ A_RI.T)
+            squared = own + ((2 * (W_OI @ A_RI.T) + update) * B_OR).sum(1)
+            cancelled = squared < CANCELLED * (own + (update * B_OR).sum(1))
+            if cancelled.any():  # the sums cancel: these rows are formed
+                V_KI = torch.addmm(W_OI[cancelled], B_OR[cancelled], A_RI)
+                squared[cancelled] = torch.linalg.vecdot(V_KI, V_KI)
+            return floored(squared.sqrt(), own.sqrt())
+
+
+def floored(norm_O: Tensor, base_O: Tensor) -> Tensor:
+    """Norms of V's rows, at least what rounding leaves of W's: a row that the update takes away has no direction, and
+    stays (next to) zero instead of being blown up to m."""
+    return norm_O.maximum(torch.finfo(norm_O.dtype).eps * base_O).clamp_min(torch.finfo(norm_O.dtype).tiny)

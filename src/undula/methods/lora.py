@@ -60,7 +60,7 @@ def check_rank(r: int) -> None:
 
 @dataclass(frozen=True)
 class LoRA(LowRank):
-    """W' = W + s B A.  Starts at the base (B = 0) unless `Centred` gives it another start."""
+    """W' = W + s B A.  Starts at the base (B = 0; A = 0 on an embedding) unless `Centred` gives it another start."""
 
     formula = "W' = W + s B A"
     parameters = "r*(O + I)"
@@ -74,7 +74,12 @@ class LoRA(LowRank):
         check_rank(self.r)
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
-        B_OR, A_RI = start(site, self.r, self.scaling(self.r, self.alpha))
+        if site.looks_up and start == Kaiming():
+            # A x is a column of A: within 1/sqrt(I), I the size of the vocabulary, it would give B next to no gradient.
+            # As loralib and PEFT have it, the other way round.
+            B_OR, A_RI = site.normal(site.shape[0], self.r, std=1.0), site.zeros(self.r, site.shape[1])
+        else:
+            B_OR, A_RI = start(site, self.r, self.scaling(self.r, self.alpha))
         return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_()}
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:

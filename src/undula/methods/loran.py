@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..activations import Activation, Sine, Sinter, gain_at_zero
 from ..kernels import reference
+from ..kernels.autocast import exact, hand_written, wide
 from ..kernels.bottleneck import fusible
 from ..kernels.elementwise import bent, elementwise
 from ..method import Additive, Factors, Layer, Method, Site
@@ -75,14 +76,17 @@ class LoRAN(Additive):
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         A_RI, B_OR = f["A"], f["B"]
-        if layer.channel != -1 or not x.is_floating_point() or torch.compiler.is_compiling():
+        if layer.channel != -1 or not x.is_floating_point() or not hand_written():
             return super().forward(x, layer, f)
-        law = (A_RI, B_OR, self.activation, self.scale(A_RI.shape[1]), self.constants(f))
-        if fusible(x, layer, A_RI, B_OR):
+        dtype, scale = wide(A_RI.dtype), self.scale(A_RI.shape[1])
+        if A_RI.dtype == dtype and fusible(x, layer, A_RI, B_OR):
+            law = (A_RI, B_OR, self.activation, scale, self.constants(f))
             return elementwise(x, layer.weight, layer.bias, *law)
         y = layer(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.added(y, elementwise(x.to(A_RI.dtype), None, None, *law))
+        constants = {c: t.to(dtype) for c, t in self.constants(f).items()}
+        with exact(x.device):
+            law = (A_RI.to(dtype), B_OR.to(dtype), self.activation, scale, constants)
+            return reference.added(y, elementwise(x.to(dtype), None, None, *law))
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ class LoRANActivation(Method):
         return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_()}
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
-        u_TO = torch.nn.functional.linear(reference.project(x, layer, f["A"]), f["B"])
-        wide = u_TO.to(torch.promote_types(u_TO.dtype, torch.float32))
-        change = self.scaling(self.r, self.alpha) * self.activation(wide)
+        dtype = wide(f["A"].dtype)  # in bf16 the sine of w u would be noise
+        with exact(f["A"].device):
+            u_TO = torch.nn.functional.linear(reference.project(x, layer, f["A"].to(dtype)), f["B"].to(dtype))
+            change = self.scaling(self.r, self.alpha) * self.activation(u_TO)
         return reference.added(layer(x), reference.restore(change, layer))

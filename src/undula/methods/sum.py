@@ -48,7 +48,8 @@ class Sum(Wrapper):
         own: list[dict[str, Tensor]] = [{} for _ in self.parts]
         for key, t in f.items():
             i, _, name = key.partition("_")
-            own[int(i)][name] = t
+            if i.isdecimal():  # the others are those of a wrapper around the sum
+                own[int(i)][name] = t
         return list(zip(self.weights, self.parts, own, strict=True))
 
 

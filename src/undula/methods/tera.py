@@ -30,7 +30,8 @@ def split(n: int, modes: int) -> tuple[int, ...]:
     """Sizes, about equal, whose product is n; or a little above it where n has no such divisors."""
     if modes == 1:
         return (n,)
-    root = math.ceil(n ** (1 / modes))
+    root = round(n ** (1 / modes))  # of a power exactly its root, whatever the floats say
+    root += root**modes < n
     first = next((size for size in range(root, 2 * root) if n % size == 0), root)
     return (first, *split(-(-n // first), modes - 1))
 
@@ -42,10 +43,10 @@ def kronecker(factors: Sequence[Tensor], n: int) -> Tensor:
 
 def contracted(z_TK: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """z times the Kronecker product of matrices (size, to), one mode at a time."""
-    z = z_TK.view(-1, *(M.shape[0] for M in factors))
+    z = z_TK.view(len(z_TK), *(M.shape[0] for M in factors))
     for M in factors:
         z = z.movedim(1, -1) @ M
-    return z.reshape(len(z), -1)
+    return z.flatten(1)
 
 
 @dataclass(frozen=True)
