@@ -12,7 +12,7 @@ from pathlib import Path
 from .drive import Estimate, Finished, View, counted, estimate, report, run, warnings
 from .executors import Executor, Local, Ray
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
-from .read import Faults, parse, read
+from .read import Faults, parse, read, text_of
 from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
 
 __all__ = [
@@ -61,7 +61,7 @@ class _Study(types.ModuleType):
                 raise ValueError("say where the runs are kept: undula.study(study, out=...)")
             return run(study, out, executor=executor, view=view, retry_failed=retry_failed)
         path = Path(study)
-        about = {"study file": path.read_text(encoding="utf-8")} if path.is_file() else None
+        about = {"study file": text_of(path)} if path.is_file() else None
         out = Path(path.stem + "-study") if out is None else out
         return run(read(path), out, executor=executor, view=view, about=about, retry_failed=retry_failed)
 

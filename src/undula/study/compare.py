@@ -55,7 +55,7 @@ class RowByRow:
     only_arm: int  # rows that the arm alone has right
     only_baseline: int
     difference: float  # of the accuracies, arm - baseline
-    low: float  # percentile bootstrap over the rows
+    low: float  # the interval of the same test over the rows
     high: float
     p: float  # sign flips over the rows: McNemar's test
     p_holm: float
@@ -227,7 +227,6 @@ def _score(opened: Restored, examples: Examples) -> tuple[dict[str, float], torc
 def _outcome(entry: Entry, opened: Restored, score: Mapping[str, float]) -> Outcome:
     run, report = entry.run, entry.report
     head = head_size(run.task, opened.model, opened.adapter)
-    whole = not report.get("resumed_from_step")  # else the seconds are those of the last session alone
     return Outcome(
         *(entry.arm, run.model, run.data, type(run.task).__name__.lower(), FINAL, run.lr, run.seed),
         metric=run.task.headline,
@@ -238,8 +237,6 @@ def _outcome(entry: Entry, opened: Restored, score: Mapping[str, float]) -> Outc
         parameters=opened.adapter.num_parameters() - head,
         head_parameters=head,
         steps=report.get("steps"),
-        seconds=report.get("seconds") if whole else None,
-        peak_memory_bytes=report.get("peak_memory_bytes"),
         losses=tuple((int(step), float(loss)) for step, loss in report.get("losses", ())),
     )
 
@@ -256,7 +253,7 @@ def _row_by_row(
         if arm is None or base is None:
             continue
         d = (arm.double() - base.double()).tolist()
-        low, high = S.bootstrap(d, rule) or (d[0], d[0])
+        low, high = S.interval([d], rule) or (-1.0, 1.0)
         only = int((arm & ~base).sum()), int((base & ~arm).sum())
         found.append(RowByRow(row.arm, seed, len(d), *only, sum(d) / len(d), low, high, S.sign_flip(d, rule), 1.0))
     adjusted = S.holm([each.p for each in found])

@@ -10,8 +10,10 @@ from typing import Protocol
 
 from . import splits
 from .executors import Ended, Executor, Local, Order, make
+from .floors import floor
 from .outcome import ChosenRate, Outcome
 from .plan import Plan
+from .sources import Sources
 from .spec import Study
 from .store import Record, Store
 from .trial import Trial
@@ -61,13 +63,13 @@ def run(
 
     May be stopped at any time and called again, or called in several processes on one `out` at once: runs that have
     ended are never repeated.  A failed run is recorded with its error and does not stop the rest; `retry_failed` makes
-    such runs again.  Raises ValueError or LookupError for a study that cannot be carried out, or whose data changed
-    since runs in OUT were made, before any run.
+    such runs again.  Raises ValueError or LookupError for a study that cannot be carried out, or whose data or models
+    changed since runs in OUT were made, before any run.
     """
     executor, view, out = executor or Local(), view or Silent(), Path(out)
     plan, store = Plan(study), Store(out / STORE)
     if changed := "; ".join(plan.strangers(plan.known(store))):
-        raise ValueError(f"{changed}: bring the rows back, or begin again in another --out than {out}")
+        raise ValueError(f"{changed}: bring them back, or begin again in another --out than {out}")
     _free(plan, store, retry_failed)
     mine: set[str] = set()
     try:
@@ -78,13 +80,16 @@ def run(
             executor.close()
         finally:
             store.release(mine)
-    return report(study, out, about)
+    return _report(plan, store, out, about)
 
 
 def _free(plan: Plan, store: Store, retry_failed: bool) -> None:
     """Lets go of runs that are to be made again: those that do not count, and failed ones if asked to."""
-    known, held = plan.known(store), store.records(plan.keys())
-    store.forget({k: r for k, r in held.items() if k not in known or (retry_failed and r.error is not None)})
+    known = plan.known(store)
+    store.forget({k: r for k, r in store.records(plan.trials()).items() if k not in known})
+    if retry_failed:
+        keys = [k for key, t in plan.trials().items() for k in (key, t.former)]
+        store.forget({k: r for k, r in store.records(keys).items() if r.error is not None})
 
 
 def _drive(plan: Plan, store: Store, executor: Executor, view: View, mine: set[str]) -> None:
@@ -103,8 +108,7 @@ def _drive(plan: Plan, store: Store, executor: Executor, view: View, mine: set[s
                 view.begun(trial)
                 executor.submit(_order(plan, trial, known))
         if mine:
-            ended = executor.wait(view.step)
-            _record(store, ended)
+            ended = _record(plan, store, executor.wait(view.step))
             mine.remove(ended.order.trial.key)
             view.ended(ended)
         elif due:  # in the hands of another process
@@ -115,49 +119,76 @@ def _drive(plan: Plan, store: Store, executor: Executor, view: View, mine: set[s
 
 def _order(plan: Plan, trial: Trial, known: Mapping[str, Record]) -> Order:
     rivals = plan.rivals(trial, known)
-    return Order(trial) if rivals is None else Order(trial, plan.study.sweep.halving, rivals)
+    if rivals is None:
+        return Order(trial, sources=plan.sources)
+    return Order(trial, plan.study.sweep.halving, rivals, plan.sources)
 
 
-def _record(store: Store, ended: Ended) -> None:
+def _record(plan: Plan, store: Store, ended: Ended) -> Ended:
+    """Keeps what a run came to.  One that read other rows than this study did (in a worker elsewhere, after a file was
+    written anew) has failed: its figure belongs to no table."""
+    trial, result = ended.order.trial, ended.result
+    if result is not None and result["rows_digest"] != plan.sources.digest(trial.rows, trial.split_seed):
+        ended = Ended(ended.order, None, f"ValueError: the rows of {trial.rows.source} changed while the study ran")
     if ended.result is None:
-        store.fail(ended.order.trial, ended.error or "unknown")
+        store.fail(trial, ended.error or "unknown")
     else:
-        store.finish(ended.order.trial, ended.result)
+        store.finish(trial, ended.result)
+    return ended
 
 
 def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None) -> Finished:
     """Writes OUT/report from what has ended so far; nothing is run."""
+    return _report(Plan(study), Store(Path(out) / STORE), Path(out), about)
+
+
+def _report(plan: Plan, store: Store, out: Path, about: Mapping[str, str] | None) -> Finished:
     from .report import write_report
 
-    out, plan = Path(out), Plan(study)
-    known = plan.known(Store(out / STORE))
+    study, known = plan.study, plan.known(store)
     outcomes, chosen = plan.outcomes(known)
     made = write_report(
-        *(out / REPORT, outcomes, chosen),
-        title=study.title, baseline=study.baseline, about=about or {}, notes=list(_notes(plan, known)),
+        *(out / REPORT, outcomes, chosen), title=study.title, baseline=study.baseline, about=about or {},
+        notes=list(_notes(plan, store, known)), floors=_floors(plan),
     )  # fmt: skip
     return Finished(outcomes, chosen, made)
 
 
-def _notes(plan: Plan, known: Mapping[str, Record]) -> Iterator[str]:
+def _floors(plan: Plan) -> dict[str, float]:
+    """{data: `floor`} of the data sets that have one."""
+    found = {rows.label: floor(rows, plan.study.split_seed, plan.sources) for rows in plan.study.data}
+    return {label: value for label, value in found.items() if value is not None}
+
+
+def _notes(plan: Plan, store: Store, known: Mapping[str, Record]) -> Iterator[str]:
     """What a reader should know before any figure."""
     counts = plan.counts(known)
     if counts["least"]:
         yield f"The study is not complete: {counts['ended']} runs have ended, {counts['least']} at least are to come."
-    yield from (f"Mind the data. {text}." for text in _doubts(plan, known))
+    yield from (f"Mind this: {text}." for text in _doubts(plan, store, known))
 
 
 def warnings(study: Study, out: str | Path | None = None) -> list[str]:
     """What makes the data of a study doubtful, and the runs in `out`, if there are any."""
     plan = Plan(study)
-    return list(_doubts(plan, {} if out is None else _known(plan, Path(out))))
+    if out is None or not (Path(out) / STORE).is_file():
+        return list(_doubts(plan, None, {}))
+    store = Store(Path(out) / STORE)
+    return list(_doubts(plan, store, plan.known(store)))
 
 
-def _doubts(plan: Plan, known: Mapping[str, Record]) -> Iterator[str]:
+def _doubts(plan: Plan, store: Store | None, known: Mapping[str, Record]) -> Iterator[str]:
     for rows in plan.study.data:
-        _, parts = splits.opened(rows, plan.study.split_seed)
+        _, parts = plan.sources.opened(rows, plan.study.split_seed)
         yield from (f"{rows.label}: {text}" for text in splits.leaks(parts))
     yield from plan.strangers(known)
+    yield from plan.mixtures(known)
+    if store is not None and (other := plan.former(store)):
+        yield (
+            f"{other} runs in {store.path} chose one rate for all seeds, which this study does not: each of its seeds "
+            "sweeps for itself. To see what they came to, write [sweep] seeds = [0] into the study file (no win or "
+            "loss is called then)"
+        )
 
 
 def counted(plan: Plan, out: Path) -> dict[str, int]:
@@ -199,17 +230,17 @@ def _mean_seconds(plan: Plan, known: Mapping[str, Record], heard: Callable[[str]
             here = [c for c in plan.cells if c.base == base and c.rows == rows]
             cell = next((c for c in here if c.method is not None), here[0])
             heard(f"pilot: {PILOT_STEPS} steps of {cell.arm.name} on {base.label}, {rows.label}")
-            spent.append(_pilot(cell.trial(cell.grid[0], 0, tested=False)))
+            spent.append(_pilot(cell.trial(cell.grid[0], 0, tested=False), plan.sources))
     return sum(spent) / len(spent), f"a pilot of {PILOT_STEPS} steps"
 
 
-def _pilot(trial: Trial) -> float:
+def _pilot(trial: Trial, sources: Sources) -> float:
     """The seconds that a whole run would take, from a short one."""
     short = replace(trial, run=replace(trial.run, max_steps=PILOT_STEPS), evaluations=1)
-    ended = make(Order(short))
+    ended = make(Order(short, sources=sources))
     if ended.result is None:
         raise ValueError(f"the pilot failed: {ended.error}")
-    _, parts = splits.opened(trial.rows, trial.split_seed)
+    _, parts = sources.opened(trial.rows, trial.split_seed)
     steps = steps_of(trial, len(parts["train"]))
     training = ended.result["seconds"] / PILOT_STEPS * steps
     evaluation = ended.result["evaluation_seconds"]

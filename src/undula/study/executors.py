@@ -5,9 +5,10 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from .sources import Sources
 from .trial import Trial, perform
 
 Rivals = Sequence[Sequence[tuple[int, float]]]
@@ -16,11 +17,12 @@ Heard = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Order:
-    """A run that was claimed: `rivals` and `halving` as in `Watch`."""
+    """A run that was claimed: `rivals` and `halving` as in `Watch`; `sources`: what this process has read already."""
 
     trial: Trial
     halving: int | None = None
     rivals: Rivals = ()
+    sources: Sources | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ def make(order: Order, heard: Heard = lambda *_: None) -> Ended:
     """Makes one run.  An error of the run is its outcome; Ctrl-C is not caught."""
     from .watch import Watch
 
+    watch = Watch(heard, order.halving, order.rivals)
     try:
-        return Ended(order, perform(order.trial, Watch(heard, order.halving, order.rivals)), None)
+        return Ended(order, perform(order.trial, watch, order.sources), None)
     except Exception as error:  # whatever one configuration does must not stop the others
         return Ended(order, None, f"{type(error).__name__}: {error}")
 

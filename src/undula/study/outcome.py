@@ -14,7 +14,7 @@ class Outcome:
     """One run.  Runs are compared within one group: the same model, data and budget.
 
     `arm` is what a table calls the method with its settings.  Runs of a sweep choose a learning rate (or lose against
-    another) on validation rows; final runs have fresh seeds at the chosen rate and alone touch the test rows.
+    another) on validation rows; final runs are made at the chosen rate and alone touch the test rows.
     """
 
     arm: str
@@ -35,12 +35,16 @@ class Outcome:
     wanted_parameters: int | None = None  # by an equal-parameter budget
     steps: int | None = None
     pruned: bool = False  # ended early by successive halving (runs of a sweep only)
-    seconds: float | None = None  # of training, evaluations apart
+    ranks: int | None = None  # that are open at the measured point, over all sites (under an allocator only)
+    seconds: float | None = None  # of training, evaluations apart, by the clock: they follow the machine's load
+    cpu_seconds: float | None = None  # of the same, that the process had; neither is compared by any report
     peak_memory_bytes: int | None = None
     deployed: Mapping[str, float] = field(default_factory=dict)  # test metric in other forms: {"merged": 0.81, ...}
     deployed_error: Mapping[str, float] = field(default_factory=dict)  # relative error of the outputs in these forms
     losses: tuple[tuple[int, float], ...] = ()  # (step, training loss)
     curve: tuple[tuple[int, float], ...] = ()  # (step, validation metric)
+    model_source: str = ""  # what stands behind the label: a base in two precisions is one source; "": the label
+    data_source: str = ""
 
     @property
     def group(self) -> tuple[str, str, str]:
@@ -48,8 +52,9 @@ class Outcome:
         return self.model, self.data, self.budget
 
     @property
-    def seconds_per_step(self) -> float | None:
-        return self.seconds / self.steps if self.seconds is not None and self.steps else None
+    def place(self) -> tuple[str, str]:
+        """Figures of other places are independent evidence; precisions, budgets and options of one place are not."""
+        return self.model_source or self.model, self.data_source or self.data
 
     def encode(self) -> dict[str, Any]:
         """As JSON values."""
@@ -69,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ChosenRate:
-    """What the sweep chose for one arm of a group."""
+    """What a sweep chose for one arm of a group: for one final seed, or one rate for all of them."""
 
     arm: str
     model: str
@@ -78,6 +83,7 @@ class ChosenRate:
     lr: float
     bracketed: bool  # a lower and a higher rate were tried and did no better: the best does not lie at an edge
     tried: tuple[tuple[float, float | None], ...]  # (rate, mean validation metric; None: every run there failed)
+    seed: int | None = None  # whose final run has this rate; None: all of them share it, and with it the choice's luck
 
     @property
     def group(self) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import statistics as S
 from .plan import Cell, Plan
+from .splits import place
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,16 @@ class Power:
     pooled_decidable: int
     seeds_for_pooled: int  # the fewest with which all of them could be decided
     seeds_for_every: int
+    shared: bool = False  # one sweep for all seeds: nothing will be called
 
     @property
     def words(self) -> str:
         """A sentence for the plan."""
+        if self.shared:
+            return (
+                "no comparison will be called a win or a loss: [sweep] seeds lets all seeds of an arm share one choice "
+                "of a rate, and its luck with it; without that line each seed sweeps for itself"
+            )
         parts = [f"{self.single_decidable} of {self.single} comparisons within a group"]
         if self.pooled:
             parts.append(f"{self.pooled_decidable} of {self.pooled} over all groups together")
@@ -38,13 +45,16 @@ def power(plan: Plan, rule: S.Rule = S.Rule()) -> Power:
     seeds = len(plan.study.seeds)
     arms = list(_compared(plan))
     single = sum(map(len, arms))
-    pooled = [len({(c.base, c.rows.label) for c in cells}) for cells in arms if len(cells) > 1]
+    pooled = [len({(place(c.base.source), place(c.rows.source)) for c in cells}) for cells in arms if len(cells) > 1]
     pairs = [seeds] * single + [seeds * n for n in pooled]
     found = S.decidable([S.smallest_p(n, rule) for n in pairs], rule.alpha)
+    shared = bool(plan.study.sweep.seeds) and any(s.seeds for s in plan.searches)
+    found = [False] * len(found) if shared else found
     return Power(
         *(seeds, single, sum(found[:single]), len(pooled), sum(found[single:])),
         seeds_for_pooled=S.seeds_for(len(pooled), rule.alpha, min(pooled)) if pooled else 0,
         seeds_for_every=S.seeds_for(len(pairs), rule.alpha) if pairs else 0,
+        shared=shared,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Decision:
     more: tuple[float, ...] = ()
     chosen: float | None = None
     bracketed: bool = False
+    asked: tuple[float, ...] = field(default=(), compare=False)  # every rate so far, in the order in which it is due
 
 
 def decide(
@@ -28,21 +29,33 @@ def decide(
     """
     tried, lower, higher = sorted(grid), 0, 0
     middle = tried[(len(tried) - 1) // 2]
+    asked = sorted(tried, key=lambda lr: abs(math.log(lr / middle)))
     sign = 1 if more_is_better else -1
     while True:  # step by step, as if nothing had been tried: scores beyond are of an older form of the study
-        missing = tuple(lr for lr in sorted(tried, key=lambda lr: abs(math.log(lr / middle))) if lr not in scores)
+        missing = tuple(lr for lr in asked if lr not in scores)
         if missing:
-            return Decision(more=missing)
+            return Decision(more=missing, asked=tuple(asked))
         alive = {lr: s for lr in tried if (s := scores[lr]) is not None}
         best = max(alive, key=lambda lr: (sign * alive[lr], -lr)) if alive else tried[0]  # where all diverge: go down
         if best == tried[0] and lower < extend:
             tried, lower = [_rounded(tried[0] / factor), *tried], lower + 1
+            asked.append(tried[0])
         elif alive and best == tried[-1] and higher < extend:
             tried, higher = [*tried, _rounded(tried[-1] * factor)], higher + 1
+            asked.append(tried[-1])
         elif not alive:
-            return Decision()
+            return Decision(asked=tuple(asked))
         else:
-            return Decision(chosen=best, bracketed=tried[0] < best < tried[-1])
+            return Decision(chosen=best, bracketed=tried[0] < best < tried[-1], asked=tuple(asked))
+
+
+def reachable(grid: Sequence[float], factor: float, extend: int) -> list[float]:
+    """Every rate that `decide` could come to, lowest first."""
+    found, low, high = set(grid), min(grid), max(grid)
+    for _ in range(extend):
+        low, high = _rounded(low / factor), _rounded(high * factor)
+        found |= {low, high}
+    return sorted(found)
 
 
 def _rounded(lr: float) -> float:

@@ -25,6 +25,7 @@ from ..ranks import Allocator
 from ..train.run import dtype_called
 from ..train.task import Task
 from . import splits
+from .lines import DEEP, depth
 from .plan import impossible
 from .reader import NUMBER, Faults, Reader
 from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training, faults
@@ -51,26 +52,42 @@ def read(path: str | Path, replace: Mapping[str, str] | None = None) -> Study:
 
     Raises Faults (a ValueError), which lists every fault with its line, or FileNotFoundError.
     """
+    return parse(text_of(path), str(path), replace)
+
+
+def text_of(path: str | Path) -> str:
+    """The text of a study file.  Raises Faults where it is none, FileNotFoundError with what is there instead."""
     path = Path(path)
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path} does not exist; study files there: {', '.join(there) or 'none'}")
-    return parse(path.read_text(encoding="utf-8"), str(path), replace)
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        why = f"not UTF-8: byte 0x{data[error.start]:02x} stands for no character; save the file as UTF-8"
+        raise Faults(str(path), [(line, why)]) from None
 
 
 def parse(text: str, name: str = "the study", replace: Mapping[str, str] | None = None, check: bool = True) -> Study:
     """The study in a text, see `read`; without `check` neither models nor data are opened."""
     try:
         data = tomllib.loads(text)
+        deep = depth(data)
     except tomllib.TOMLDecodeError as error:
         raise Faults(name, [(None, f"not TOML: {error}")]) from None
+    except RecursionError:
+        deep = DEEP + 1
+    if deep > DEEP:
+        raise Faults(name, [(None, f"values lie more than {DEEP} deep in one another: no study has such")])
     reader = Reader(text)
     top = reader.table((), data, TOP | {t: list if t in MANY else dict for t in TABLES})
     study = _study(reader, top, replace or {})
     if not reader.found and check:
         _opened(reader, study)
     if not reader.found and check:
-        for i, fault in reader.attempt(("budgets",), lambda: list(impossible(study))) or ():
+        for i, fault in reader.attempt(("budgets",), lambda: list(impossible(study, reader.sources))) or ():
             reader.fault(("budgets", i), fault)
     if reader.found:
         raise Faults(name, reader.found)
@@ -220,7 +237,7 @@ def _train(reader: Reader, data: dict[str, Any]) -> Training:
 def _opened(reader: Reader, study: Study) -> None:
     """Opens every data set and looks for every model."""
     for i, rows in enumerate(study.data):
-        reader.attempt(("data", i, "source"), partial(splits.opened, rows, study.split_seed))
+        reader.attempt(("data", i, "source"), partial(reader.sources.opened, rows, study.split_seed))
     for i, base in enumerate(study.models):
         reader.attempt(("models", i, "source"), partial(_config, base.source))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from .lines import Path as Place
 from .lines import line_of, lines
+from .sources import Sources
 
 NUMBER = (int, float)
 
@@ -28,6 +29,7 @@ class Reader:
     def __init__(self, text: str):
         self.where, self.found = lines(text), list[tuple[int | None, str]]()
         self.places = set[Place]()  # that have a fault
+        self.sources = Sources()  # what is opened to see that it is there
 
     def fault(self, place: Place, text: str) -> None:
         self.places.add(place)

@@ -11,8 +11,8 @@ from .report.words import chance
 
 LIMIT = (
     "One run per arm: nothing can be said about the methods, because another seed may turn the result round. What can "
-    "be said is about these two trained adapters on rows like these: the difference of their accuracies with the "
-    "percentile bootstrap interval over the rows, and McNemar's test (sign flips over the rows), corrected by Holm."
+    "be said is about these two trained adapters on rows like these: the difference of their accuracies, McNemar's "
+    "test (sign flips over the rows), corrected by Holm, and the interval of the same test, before the correction."
 )
 
 

@@ -79,7 +79,7 @@ class Sweep:
     """How the learning rate of each arm is chosen, on validation rows."""
 
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = ()  # none: each final seed has a sweep of its own; else one choice that all seeds share
     factor: float = 10**0.5  # between a rate and the next, where the grid grows
     extend: int = 3  # how often it may grow at either end
     halving: int | None = None  # successive halving that keeps one run in so many
@@ -142,9 +142,15 @@ def faults(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
         if budget.parameters_of is not None and budget.parameters_of not in counted:
             why = f"no method is called {budget.parameters_of!r}; there are: {', '.join(counted)}"
             yield ("budgets", i, "parameters_of"), why
-    for place, seeds in ((("seeds",), study.seeds), (("sweep", "seeds"), study.sweep.seeds)):
+    for place, seeds, needed in ((("seeds",), study.seeds, True), (("sweep", "seeds"), study.sweep.seeds, False)):
         wrong = [s for s, n in Counter(seeds).items() if n > 1 or not 0 <= s < 2**32]
-        if wrong or not seeds:
+        if wrong or (needed and not seeds):
             yield place, f"seeds are different whole numbers from 0 to 2^32 - 1, found {list(seeds)!r:.60}"
     if set(study.seeds) & set(study.sweep.seeds):
-        yield ("seeds",), "seeds of final runs are fresh: none of them may be a seed of the sweep"
+        yield (
+            ("seeds",),
+            (
+                "where all final seeds share one sweep ([sweep] seeds), none of them may be a seed of it; without "
+                "[sweep] seeds each final seed has a sweep of its own"
+            ),
+        )

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..train.data import load_data, sample, split_of, with_validation
@@ -17,23 +18,14 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 PARTS = ("train", "validation", "test")
-_opened: dict[tuple[str, int], tuple[Task, DatasetDict]] = {}
-_digests: dict[tuple[str, int], str] = {}
 
 
 def opened(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
     """(the task, fitted; the three parts) of a data set.  Where it brings no test or no validation split, a seeded
-    tenth of train (2000 rows at most) becomes it.  Read once in a process.
+    tenth of train (2000 rows at most) becomes it.  Read anew each time: see `Sources`.
 
     Raises what `load_data` and the task raise for data that are missing or malformed.
     """
-    key = (repr(rows), seed)
-    if key not in _opened:
-        _opened[key] = _read(rows, seed)
-    return _opened[key]
-
-
-def _read(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
     from datasets import DatasetDict
 
     data = load_data(rows.source)
@@ -52,21 +44,24 @@ def _read(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
 
 
 def digest(rows: Rows, seed: int) -> str:
-    """A hash of the rows of the three parts: it changes with any text, label, number or pixel, and with their order.
-    Computed once in a process."""
-    key = (repr(rows), seed)
-    if key not in _digests:
-        _digests[key] = _digest(opened(rows, seed)[1])
-    return _digests[key]
+    """A hash of the rows of the three parts: it changes with any text, label, number or pixel, and with their order."""
+    return digest_of(opened(rows, seed)[1])
 
 
-def _digest(parts: DatasetDict) -> str:
+def digest_of(parts: DatasetDict) -> str:
+    """The same of rows that are open."""
     made = hashlib.sha256()
     for part, held in parts.items():
         for column in sorted(held.column_names):
             values = [fingerprint(v) for v in held[column]] if column == "image" else held[column][:]
             made.update(json.dumps([part, column, values]).encode())
     return made.hexdigest()[:24]
+
+
+def place(source: str) -> str:
+    """One name of a source, however it is spelled: the path where it lies, else the name itself."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def leaks(parts: DatasetDict) -> Iterator[str]:

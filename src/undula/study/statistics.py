@@ -7,23 +7,26 @@ Everything random takes a seed, and numbers of the same kind enter in a fixed or
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 EXACT = 20  # signs of so many differences are flipped in every combination; of more, at random
-WIN, TIE, LOSS, UNDECIDED = "win", "tie", "loss", "undecided"
+WIN, LOSS = "win", "loss"
+NOT_SHOWN, UNDECIDED = "not shown", "undecided"  # it could have been shown; no outcome of so few pairs could show it
+SHARED = "shared rate"  # not called: the luck of one choice of a rate is in all seeds of an arm
 
 
 @dataclass(frozen=True)
 class Rule:
     """What decides, and how sure the intervals are."""
 
-    alpha: float = 0.05  # the chance, at most, that a report without true differences calls any a win or a loss
+    alpha: float = 0.05  # the chance, at most, that a report without true differences calls any a win or a loss, where
+    #                      the figures of different seeds share no luck: each seed swept for itself, or the rate given
     confidence: float = 0.95  # of each interval by itself
-    resamples: int = 10_000  # of the bootstrap, and of the sign flips where there are too many for all
+    resamples: int = 10_000  # of the sign flips, where there are too many for all
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,75 +76,85 @@ def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
     return Spread(x.size, float(x.mean()), error, float(x.mean()) - half, float(x.mean()) + half)
 
 
-def pooled(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> Spread | None:
-    """The mean over groups of the groups' mean differences, every group counting the same.
-
-    Error sqrt(sum_g s_g^2 / n_g) / G and Welch and Satterthwaite's degrees of freedom, so the groups need not be
-    equally noisy.  It is about these groups, not about others.  None when a group has fewer than two differences.
-    """
-    sets = [np.asarray(g, float) for g in groups]
-    if not sets or min(x.size for x in sets) < 2:
-        return None
-    parts = np.array([x.var(ddof=1) / x.size for x in sets])
-    mean, error = float(np.mean([x.mean() for x in sets])), math.sqrt(parts.sum()) / len(sets)
-    n = sum(x.size for x in sets)
-    if all(_alike(x) for x in sets):
-        return Spread(n, mean, 0.0)
-    freedom = parts.sum() ** 2 / sum(v**2 / (x.size - 1) for v, x in zip(parts, sets, strict=True))
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    return Spread(n, mean, error, mean - half, mean + half)
-
-
 def _alike(x: np.ndarray) -> bool:
     """Whether figures are equal but for the rounding of their differences."""
     return bool(np.ptp(x) <= 1e-12 * max(1.0, float(np.abs(x).max())))
 
 
-def bootstrap(differences: Sequence[float], rule: Rule = Rule()) -> tuple[float, float] | None:
-    """The percentile bootstrap interval of the mean difference; None for a single one.
-
-    It never leaves the range of what was seen, so for symmetric noise it covers at most 1 - 2^(1 - n) of the time,
-    75 % with three pairs, whatever it claims: `bootstrap_covers_at_most`.
-    """
-    d = np.asarray(differences, float)
-    if d.size < 2:
-        return None
-    draw, means = np.random.default_rng(rule.seed), []
-    for count in _chunks(rule.resamples, d.size):
-        means.append(d[draw.integers(d.size, size=(count, d.size))].mean(1))
-    tail = (1 - rule.confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def bootstrap_covers_at_most(n: int) -> float:
-    """1 - 2^(1 - n): how often n symmetric differences do not all lie on one side of the truth."""
-    return 1 - 2.0 ** (1 - n)
-
-
-def sign_flip(differences: Sequence[float], rule: Rule = Rule()) -> float:
+def sign_flip(terms: Sequence[float], rule: Rule = Rule()) -> float:
     """Two-sided p of the sign-flip permutation test of the sum (Fisher 1935): the share of the 2^n choices of signs
     whose sum is at least as far from 0 as the one seen.
 
     Exact when, without an effect, a difference is as likely as its negative; that holds when the labels `arm` and
-    `baseline` of a pair could be exchanged.  Nothing need be normal.  Beyond EXACT differences other than 0,
-    `resamples` random choices of signs stand for all: p = (1 + hits) / (1 + resamples).
+    `baseline` of a pair could be exchanged.  Nothing need be normal.  Beyond EXACT terms `resamples` random choices of
+    signs stand for all: p = (1 + hits) / (1 + resamples).
     """
-    d = np.asarray(differences, float)
-    d = d[d != 0]  # a flipped 0 is 0
+    d = np.asarray(terms, float)
     seen = abs(float(d.sum())) * (1 - 1e-9)  # sums in another order differ in their last bits
-    if not d.size:
+    if not d.any():
         return 1.0
     if d.size <= EXACT:
         sums = d[:1]  # the first sign stays: turning all signs round changes no distance from 0
         for value in d[1:]:
             sums = np.concatenate([sums + value, sums - value])
         return float(np.mean(np.abs(sums) >= seen))
-    draw, hits = np.random.default_rng(rule.seed), 0
-    for count in _chunks(rule.resamples, d.size):
-        signs = draw.integers(2, size=(count, d.size), dtype=np.int8) * 2 - 1
-        hits += int(np.sum(np.abs(signs @ d) >= seen))
+    hits = sum(int(np.sum(np.abs(signs @ d) >= seen)) for signs in _signs(d.size, rule))
     return (1 + hits) / (1 + rule.resamples)
+
+
+def interval(groups: Sequence[Sequence[float]], rule: Rule = Rule()) -> tuple[float, float] | None:
+    """The shifts theta that `sign_flip` of the differences, each less theta, does not reject at 1 - confidence: the
+    interval of the mean over groups of the groups' mean differences that says the same as its p.  It holds no 0 exactly
+    when p <= 1 - confidence.  None where so few pairs could reject nothing.
+
+    A choice of signs that turns the pairs S round gives a sum as large as the one seen exactly when the weighted mean
+    of S is at most theta (weights 1 / n_g), so the ends are two of the means of subsets (Hartigan 1969).
+    """
+    d = np.concatenate([np.asarray(g, float) for g in groups])
+    w = np.concatenate([np.full(len(g), 1 / len(g)) for g in groups])
+    least, most = _subset_means(d, w) if d.size <= EXACT else _drawn_means(d, w, rule)
+    rejected = (
+        math.floor((1 - rule.confidence) * (least.size + 1) * (1 + 1e-12))
+        if d.size > EXACT
+        else math.floor((1 - rule.confidence) * 2.0 ** (d.size - 1) * (1 + 1e-12))
+    )
+    if rejected < 1:
+        return None
+    low = float(np.partition(least, rejected - 1)[rejected - 1])
+    high = float(-np.partition(-most, rejected - 1)[rejected - 1])
+    nothing = 1e-9 * float(np.abs(d).max())
+    return 0.0 if abs(low) <= nothing else low, 0.0 if abs(high) <= nothing else high
+
+
+def _subset_means(d: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The weighted means of all subsets that are not empty, as the ends at either side use them."""
+    sums, sizes = np.zeros(1), np.zeros(1)
+    for value, weight in zip(d * w, w, strict=True):
+        sums, sizes = np.concatenate([sums, sums + value]), np.concatenate([sizes, sizes + weight])
+    means = sums[1:] / sizes[1:]
+    return means, means
+
+
+def _drawn_means(d: np.ndarray, w: np.ndarray, rule: Rule) -> tuple[np.ndarray, np.ndarray]:
+    """Of the choices of signs that `sign_flip` draws: the shift from which on (up to which) each is no less than what
+    was seen, in either direction."""
+    least, most = [], []
+    for signs in _signs(d.size, rule):
+        turned = (signs < 0).astype(float)
+        sides = []
+        for part in (turned, 1 - turned):
+            size = part @ w
+            sides.append(np.where(size > 0, (part @ (d * w)) / np.where(size > 0, size, 1), np.nan))
+        least.append(np.where(np.isnan(sides).any(0), -np.inf, np.fmin(*sides)))
+        most.append(np.where(np.isnan(sides).any(0), np.inf, np.fmax(*sides)))
+    return np.concatenate(least), np.concatenate(most)
+
+
+def _signs(n: int, rule: Rule) -> Iterator[np.ndarray]:
+    """`resamples` random choices of n signs, in parts; equal ones for equal n and rule."""
+    draw = np.random.default_rng(rule.seed)
+    for count in _chunks(rule.resamples, n):
+        yield draw.integers(2, size=(count, n), dtype=np.int8) * 2 - 1
 
 
 def smallest_p(n: int, rule: Rule = Rule()) -> float:
@@ -161,15 +174,26 @@ def _chunks(count: int, width: int, most: int = 1 << 22) -> list[int]:
     return [min(part, count - start) for start in range(0, count, part)]
 
 
+def weighed(groups: Sequence[Sequence[float]]) -> list[float]:
+    """The differences of several groups as terms of one sum, the mean over groups of their means: d / (n_g G)."""
+    return [float(v) / (len(group) * len(groups)) for group in groups for v in group]
+
+
 def standardised(groups: Sequence[Sequence[float]]) -> list[float]:
-    """The differences of several groups as terms of one sum: d / (n_g rms_g), so every group weighs the same and units
-    do not matter.  A group's root mean square does not change when signs flip: `sign_flip` of these is exact too."""
+    """The same of groups whose figures have different units: d / (n_g rms_g), so every group weighs the same.  A
+    group's root mean square does not change when signs flip: `sign_flip` of these is exact too."""
     terms: list[float] = []
     for group in groups:
         d = np.asarray(group, float)
-        size = math.sqrt(float(np.mean(d**2))) if d.size else 0.0
+        size = rms(group)
         terms += [float(v) / (d.size * size) if size else 0.0 for v in d]
     return terms
+
+
+def rms(values: Sequence[float]) -> float:
+    """The root mean square; 0 of no values."""
+    d = np.asarray(values, float)
+    return math.sqrt(float(np.mean(d**2))) if d.size else 0.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -206,7 +230,7 @@ def verdict(gain: float, p_holm: float | None, alpha: float) -> str:
     """`gain` is the mean difference, turned so that more is better."""
     if p_holm is None:
         return UNDECIDED
-    return TIE if p_holm > alpha else WIN if gain > 0 else LOSS
+    return NOT_SHOWN if p_holm > alpha else WIN if gain > 0 else LOSS
 
 
 def ranks(arms: Sequence[str], table: Sequence[Sequence[float]], rule: Rule = Rule()) -> Ranks | None:
@@ -233,6 +257,11 @@ def ranks(arms: Sequence[str], table: Sequence[Sequence[float]], rule: Rule = Ru
         float(stats.studentized_range.ppf(1 - rule.alpha, k, math.inf)) / math.sqrt(2) * math.sqrt(k * (k + 1) / 6 / n)
     )
     return Ranks(names, means, n, chi2, _friedman(ranked, rule), critical, _cliques(names, means, critical))
+
+
+def standings(qualities: Sequence[float]) -> list[float]:
+    """Minus the rank of each, 1 for the best: more is better, in any unit."""
+    return [-float(r) for r in stats.rankdata([-q for q in qualities])]
 
 
 def _friedman(ranked: np.ndarray, rule: Rule) -> float:

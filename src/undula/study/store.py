@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import sqlite3
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .alive import Owner, Watchman
 from .trial import Trial
 
 VERSION = 1
 BEAT = 5.0  # seconds between signs of life
-SILENCE = 60.0  # seconds without one, after which a run on another machine counts as lost
 SCHEMA = """
 create table if not exists runs (
     key text primary key,
     trial text not null,       -- the whole configuration, JSON
     state text not null,       -- running | done | failed
     attempts integer not null, -- how often it was begun
-    worker text not null,      -- host/process/birth of the process
-    beat real not null,        -- its last sign of life
+    worker text not null,      -- whose it is, see `Owner`
+    beat real not null,        -- how often it gave a sign of life: a count, because clocks of machines differ
     result text                -- done: figures, JSON; failed: the error
 );
 """
@@ -57,7 +54,7 @@ class Store:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.worker = path, worker(os.getpid())
+        self.path, self.worker, self.others = path, str(Owner.this()), Watchman()
         with self._open() as db:
             (version,) = db.execute("pragma user_version").fetchone()
             if version not in (0, VERSION):
@@ -87,24 +84,24 @@ class Store:
         return found
 
     def claim(self, trial: Trial) -> bool:
-        """Takes a run for this process, if it is free."""
-        key, now = trial.key, time.time()
+        """Takes a run for this process, if it is free: never begun, or in the hands of a process that is gone."""
+        key = trial.key
         with self._open() as db:
             db.execute("begin immediate")
             try:
                 row = db.execute("select state, attempts, worker, beat from runs where key = ?", (key,)).fetchone()
-                if row is not None and not is_free(row[0], row[2], row[3]):
+                if row is not None and (row[0] != "running" or not self.others.gone(key, row[2], row[3])):
                     return False
                 attempts = 1 if row is None else row[1] + 1
                 text = json.dumps(trial.encode(), sort_keys=True)
-                values = (key, text, "running", attempts, self.worker, now, None)
+                values = (key, text, "running", attempts, self.worker, 0, None)
                 db.execute("insert or replace into runs values (?, ?, ?, ?, ?, ?, ?)", values)
                 return True
             finally:
                 db.execute("commit")
 
     def finish(self, trial: Trial, result: Mapping[str, Any]) -> None:
-        """Records the figures of a run."""
+        """Records the figures of a run, unless another process has been given it meanwhile."""
         self._end(trial.key, "done", json.dumps(result))
 
     def fail(self, trial: Trial, error: str) -> None:
@@ -113,7 +110,8 @@ class Store:
 
     def _end(self, key: str, state: str, text: str) -> None:
         with self._open() as db:
-            db.execute("update runs set state = ?, result = ?, beat = ? where key = ?", (state, text, time.time(), key))
+            what = (state, text, key, self.worker)
+            db.execute("update runs set state = ?, result = ?, beat = beat + 1 where key = ? and worker = ?", what)
 
     def release(self, keys: Iterable[str]) -> None:
         """Lets go of runs that this process has claimed and not ended."""
@@ -124,13 +122,13 @@ class Store:
     def forget(self, records: Mapping[str, Record]) -> None:
         """Makes runs free again, but those that another process has taken since they were read."""
         with self._open() as db:
-            read = [(key, r.state, r.beat) for key, r in records.items()]
-            db.executemany("delete from runs where key = ? and state = ? and beat = ?", read)
+            read = [(key, r.state, r.worker, r.beat) for key, r in records.items()]
+            db.executemany("delete from runs where key = ? and state = ? and worker = ? and beat = ?", read)
 
     def beat(self) -> None:
         """A sign of life of this process."""
         with self._open() as db:
-            db.execute("update runs set beat = ? where worker = ? and state = 'running'", (time.time(), self.worker))
+            db.execute("update runs set beat = beat + 1 where worker = ? and state = 'running'", (self.worker,))
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
@@ -149,34 +147,3 @@ class Store:
         finally:
             over.set()
             thread.join()
-
-
-def is_free(state: str, who: str, beat: float) -> bool:
-    """Whether a run may be claimed: not ended, and not in the hands of a process that lives."""
-    if state != "running":
-        return False
-    host, pid, _ = who.split("/")
-    if host == socket.gethostname():
-        return worker(int(pid)) != who
-    return time.time() - beat > SILENCE
-
-
-def worker(pid: int) -> str:
-    """host/process/birth: the birth tells a process from a later one of the same number."""
-    birth = "0"
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        birth = "gone" if fields[0] == "Z" else fields[19]  # Z: it died, and nobody has asked how
-    if birth == "0" and not _alive(pid):
-        birth = "gone"
-    return f"{socket.gethostname()}/{pid}/{birth}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from . import statistics as S
@@ -19,9 +19,11 @@ def summarise(
     baseline: str,
     rule: S.Rule = S.Rule(),
     split: str = "test",
+    floors: Mapping[str, float] | None = None,
 ) -> Summary:
     """The figures of a study.  The order of the runs does not matter; without a figure of the baseline nothing is
-    compared.  `split` names the rows of the figures.
+    compared.  `split` names the rows of the figures; `floors`: by data set, what an answer that never
+    looks at its input would have.
 
     Raises ValueError for no final runs, for two final runs of one arm, group and seed, and for several metrics in a
     group.
@@ -32,10 +34,12 @@ def summarise(
     groups = sorted({o.group for o in runs})
     rows = [row for group in groups for row in _rows(runs, rates, group, baseline, rule)]
     pooled = _pooled(rows, runs, baseline, rule)
-    rows, pooled = _decided(rows, pooled, rule)
+    rows, pooled = _decided(rows, pooled, baseline, rule)
     ranked, unranked = _ranked(rows, rule)
     wrong = tuple(o for o in runs if failed(o))
-    return Summary(baseline, rule, split, runs, rates, tuple(rows), tuple(pooled), ranked, unranked, wrong)
+    return Summary(
+        baseline, rule, split, runs, rates, tuple(rows), tuple(pooled), ranked, unranked, wrong, floors or {}
+    )
 
 
 def _check(runs: Sequence[Outcome]) -> None:
@@ -62,8 +66,8 @@ def _rows(runs: Sequence[Outcome], rates: Sequence[ChosenRate], group: Group, ba
     for arm in arms:
         d = _differences(figures[arm], figures.get(baseline, {}))
         against = _against(list(d.values()), here[0].more_is_better, rule) if arm != baseline and d else None
-        rate = next((c for c in rates if (c.group, c.arm) == (group, arm)), None)
-        made.append(_row([o for o in here if o.arm == arm], rate, figures[arm], against, rule))
+        chosen = [c for c in rates if (c.group, c.arm) == (group, arm)]
+        made.append(_row([o for o in here if o.arm == arm], chosen, figures[arm], against, rule))
     return sorted(made, key=lambda r: (r.quality is None, -_quality(r) if r.quality else 0.0, r.arm))
 
 
@@ -78,17 +82,15 @@ def _differences(arm: Mapping[int, float], baseline: Mapping[int, float]) -> dic
 
 
 def _against(d: Sequence[float], more_is_better: bool, rule: S.Rule) -> Comparison:
-    sign, over = 1 if more_is_better else -1, S.spread(d, rule.confidence)
-    low, high = S.bootstrap(d, rule) or (None, None)
+    sign, mean = 1 if more_is_better else -1, fmean(d)
+    low, high = S.interval([d], rule) or (None, None)
     return Comparison(
         pairs=len(d),
         ahead=sum(sign * v > 0 for v in d),
-        difference=over.mean,
-        gain=sign * over.mean,
-        low=over.low,
-        high=over.high,
-        bootstrap_low=low,
-        bootstrap_high=high,
+        difference=mean,
+        gain=sign * mean,
+        low=low,
+        high=high,
         p=S.sign_flip(d, rule),
         smallest_p=S.smallest_p(len(d), rule),
     )
@@ -96,16 +98,14 @@ def _against(d: Sequence[float], more_is_better: bool, rule: S.Rule) -> Comparis
 
 def _row(
     runs: Sequence[Outcome],
-    rate: ChosenRate | None,
+    chosen: Sequence[ChosenRate],
     figures: Mapping[int, float],
     against: Comparison | None,
     rule: S.Rule,
 ) -> Row:
     finals = [o for o in runs if o.stage == FINAL]
     good, first = [o for o in finals if measured(o)], runs[0]
-    tried = sorted({o.lr for o in finals})
-    memory = _some(o.peak_memory_bytes for o in good)
-    seconds = _some(o.seconds_per_step for o in good)
+    ranks = _some(o.ranks for o in good)
     return Row(
         *(*first.group, first.arm, first.metric, first.more_is_better),
         quality=S.spread(list(figures.values()), rule.confidence) if figures else None,
@@ -115,12 +115,13 @@ def _row(
         parameters=max(_some(o.parameters for o in finals), default=None),
         wanted_parameters=max(_some(o.wanted_parameters for o in finals), default=None),
         head_parameters=max(_some(o.head_parameters for o in finals), default=None),
-        seconds_per_step=median(seconds) if seconds else None,
-        peak_memory_bytes=round(median(memory)) if memory else None,
-        lr=rate.lr if rate else tried[0] if len(tried) == 1 else None,
-        bracketed=rate.bracketed if rate else None,
+        ranks=fmean(ranks) if ranks else None,
+        rates=tuple(sorted({o.lr for o in finals} or {c.lr for c in chosen})),
+        bracketed=all(c.bracketed for c in chosen) if chosen else None,
+        shared=any(c.seed is None for c in chosen),
         deployed=_means([o.deployed for o in good]),
         deployed_error=_means([o.deployed_error for o in good]),
+        place=first.place,
     )
 
 
@@ -134,27 +135,23 @@ def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _pooled(rows: Sequence[Row], runs: Sequence[Outcome], baseline: str, rule: S.Rule) -> list[Pooled]:
-    """The arms that are compared in two groups or more.  Budgets share seeds, rows and at times whole runs, so they are
-    no new evidence: a pair is a seed on a model and data set, its gain the mean over the budgets."""
+    """The arms that are compared in two groups or more.  Precisions, options and budgets of one model on one data
+    source share seeds, rows, order and at times whole runs, so they are no new evidence: a pair is a seed on a place,
+    its gain the mean over them."""
     made = []
     for arm in sorted({row.arm for row in rows} - {baseline}):
         compared = [row for row in rows if row.arm == arm and row.against is not None]
         if len(compared) < 2:
             continue
-        found: dict[tuple[str, str], dict[int, list[float]]] = {}
-        for row in compared:
-            here = [o for o in runs if o.group == row.group]
-            seeds = found.setdefault((row.model, row.data), {})
-            for seed, d in _differences(_figures(here, arm), _figures(here, baseline)).items():
-                seeds.setdefault(seed, []).append(d if row.more_is_better else -d)
-        gains = [[fmean(d) for d in seeds.values()] for seeds in found.values()]
-        pairs, alike = sum(map(len, gains)), len({row.metric for row in compared}) == 1
-        terms = S.standardised(gains)
+        alike = len({row.metric for row in compared}) == 1
+        gains = _gains(compared, runs, baseline, alike)
+        terms = S.weighed(gains) if alike else S.standardised(gains)
+        pairs, lean = sum(map(len, gains)), sum(terms) / (1 if alike else len(gains))
+        low, high = (S.interval(gains, rule) if alike else None) or (None, None)
         made.append(
             Pooled(
                 *(arm, len(compared), pairs, sum(v > 0 for d in gains for v in d)),
-                gain=S.pooled(gains, rule.confidence) if alike else None,
-                lean=sum(terms) / len(gains),
+                *(lean if alike else None, low, high, lean),
                 p=S.sign_flip(terms, rule),
                 smallest_p=S.smallest_p(pairs, rule),
                 verdicts={},
@@ -163,36 +160,71 @@ def _pooled(rows: Sequence[Row], runs: Sequence[Outcome], baseline: str, rule: S
     return made
 
 
-def _decided(rows: Sequence[Row], pooled: Sequence[Pooled], rule: S.Rule) -> tuple[list[Row], list[Pooled]]:
-    """The same with adjusted p and verdicts: one family of all comparisons, in groups and pooled."""
-    single = [row.against for row in rows if row.against is not None]
-    every: list[Comparison | Pooled] = [*single, *pooled]
-    adjusted = iter(S.corrected([c.p for c in every], [c.smallest_p for c in every], rule.alpha))
+def _gains(compared: Sequence[Row], runs: Sequence[Outcome], baseline: str, alike: bool) -> list[list[float]]:
+    """Of every place the gain of each pair, the mean over the groups there; in units of its group's root mean square
+    where the metrics are not alike, which flips of the signs leave as it is."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in compared:
+        here = [o for o in runs if o.group == row.group]
+        d = _differences(_figures(here, row.arm), _figures(here, baseline))
+        size = 1.0 if alike else S.rms(list(d.values())) or 1.0
+        for seed, value in d.items():
+            found.setdefault(row.place, {}).setdefault(seed, []).append(
+                (value if row.more_is_better else -value) / size
+            )
+    return [[fmean(d) for d in seeds.values()] for seeds in found.values()]
+
+
+def _decided(
+    rows: Sequence[Row], pooled: Sequence[Pooled], baseline: str, rule: S.Rule
+) -> tuple[list[Row], list[Pooled]]:
+    """The same with adjusted p and verdicts: one family of all comparisons, in groups and pooled.  Where one choice of
+    a rate serves all seeds of an arm or of the baseline, seeds are no independent evidence on the method: such a
+    comparison has its p, at these rates, and no verdict."""
+    by_luck = {(row.group, row.arm) for row in rows if row.shared}
+    shared = {(row.group, row.arm) for row in rows if by_luck & {(row.group, row.arm), (row.group, baseline)}}
+    arms = {arm for _, arm in shared}
+    family: list[Comparison | Pooled] = [r.against for r in rows if r.against and (r.group, r.arm) not in shared]
+    family += [each for each in pooled if each.arm not in arms]
+    adjusted = iter(S.corrected([c.p for c in family], [c.smallest_p for c in family], rule.alpha))
     told = []
     for row in rows:
         if row.against is not None:
-            holm = next(adjusted)
-            verdict = S.verdict(row.against.gain, holm, rule.alpha)
+            holm, verdict = None, S.SHARED
+            if (row.group, row.arm) not in shared:
+                holm = next(adjusted)
+                verdict = S.verdict(row.against.gain, holm, rule.alpha)
             row = dataclasses.replace(row, against=dataclasses.replace(row.against, p_holm=holm, verdict=verdict))
         told.append(row)
     summed = []
     for each in pooled:
-        holm = next(adjusted)
+        holm = None if each.arm in arms else next(adjusted)
         counts = Counter(row.against.verdict for row in told if row.arm == each.arm and row.against is not None)
-        verdict = S.verdict(each.lean, holm, rule.alpha)
+        verdict = S.SHARED if each.arm in arms else S.verdict(each.lean, holm, rule.alpha)
         summed.append(dataclasses.replace(each, p_holm=holm, verdict=verdict, verdicts=dict(counts)))
     return told, summed
 
 
 def _ranked(rows: Sequence[Row], rule: S.Rule) -> tuple[S.Ranks | None, tuple[str, ...]]:
-    """The ranks, on every model and data set, of the arms that have a figure in all groups; and the other arms.  Over
-    budgets the mean is ranked: they are no new evidence here either."""
-    found = {(row.group, row.arm): _quality(row) for row in rows if row.quality is not None}
+    """The ranks, on every place, of the arms that have a figure in all groups; and the other arms.  Over the groups of
+    a place the mean is ranked, of their ranks where their metrics differ: they are no new evidence here either."""
     arms = sorted({row.arm for row in rows})
-    groups = sorted({group for group, _ in found})
+    groups = sorted({row.group for row in rows if row.quality is not None})
+    found = {(row.group, row.arm): row for row in rows if row.quality is not None}
     whole = [arm for arm in arms if all((group, arm) in found for group in groups)]
-    places = sorted({(model, data) for model, data, _ in groups})
-    table = [[fmean(found[g, arm] for g in groups if g[:2] == place) for arm in whole] for place in places]
+    if not whole:
+        return None, tuple(arms)
+    places: dict[tuple[str, str], list[list[Row]]] = {}
+    for group in groups:
+        here = [found[group, arm] for arm in whole]
+        places.setdefault(here[0].place, []).append(here)
+    table = []
+    for _, held in sorted(places.items()):
+        alike = len({here[0].metric for here in held}) == 1
+        figures = [
+            [_quality(row) for row in here] if alike else S.standings([_quality(r) for r in here]) for here in held
+        ]
+        table.append([fmean(column) for column in zip(*figures, strict=True)])
     return S.ranks(whole, table, rule), tuple(arm for arm in arms if arm not in whole)
 
 

@@ -22,10 +22,8 @@ class Comparison:
     ahead: int  # pairs in which the arm is better
     difference: float  # arm - baseline, mean
     gain: float  # the same, turned so that more is better
-    low: float | None  # Student's interval of the mean difference
+    low: float | None  # the interval of the difference that belongs to p; None where there are too few pairs for one
     high: float | None
-    bootstrap_low: float | None  # percentile bootstrap over the pairs
-    bootstrap_high: float | None
     p: float  # sign-flip permutation test
     smallest_p: float  # that so many pairs can reach
     p_holm: float | None = None  # None: no outcome could have decided it
@@ -49,12 +47,13 @@ class Row:
     parameters: int | None
     wanted_parameters: int | None
     head_parameters: int | None
-    seconds_per_step: float | None  # median over the runs
-    peak_memory_bytes: int | None  # median over the runs
-    lr: float | None
-    bracketed: bool | None  # None: there was no sweep
+    ranks: float | None  # that are open where the runs were measured, mean; None without an allocator
+    rates: tuple[float, ...]  # of the final runs, each once
+    bracketed: bool | None  # every choice of a rate; None: there was no sweep
+    shared: bool  # one choice of a rate serves all seeds
     deployed: Mapping[str, float]  # {form: mean test metric}
     deployed_error: Mapping[str, float]  # {form: mean relative error of the outputs}
+    place: tuple[str, str]  # see `Outcome.place`
 
     @property
     def group(self) -> Group:
@@ -70,6 +69,8 @@ class Row:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         quality, against = own.pop("quality"), own.pop("against")
         forms, errors = own.pop("deployed"), own.pop("deployed_error")
+        own |= {"model_source": own["place"][0], "data_source": own.pop("place")[1]}
+        own["rates"] = " ".join(f"{lr:g}" for lr in self.rates)
         parts = [("", S.Spread, quality), ("against_baseline_", Comparison, against)]
         for prefix, kind, value in parts:
             own |= {prefix + f.name: value and getattr(value, f.name) for f in dataclasses.fields(kind)}
@@ -83,10 +84,12 @@ class Pooled:
 
     arm: str
     groups: int  # in which it is compared
-    pairs: int  # independent ones: seeds on a model and data set, whatever the number of budgets
+    pairs: int  # independent ones: seeds on a model and data set, whatever the number of precisions and budgets
     ahead: int
-    gain: S.Spread | None  # mean over models and data sets; None where they have several metrics or single pairs
-    lean: float  # their mean gain / root mean square: 1 when every pair shows the same gain, 0 for none
+    gain: float | None  # mean over models and data sets; None where they have several metrics
+    low: float | None  # the interval of the gain that belongs to p
+    high: float | None
+    lean: float  # what is tested: the gain, or the mean of gain / root mean square where there are several metrics
     p: float
     smallest_p: float
     verdicts: Mapping[str, int]  # {"win": groups in which the arm won, ...}
@@ -108,6 +111,7 @@ class Summary:
     ranks: S.Ranks | None
     unranked: tuple[str, ...]  # arms that lack a figure in some group
     failures: tuple[Outcome, ...]
+    floors: Mapping[str, float]  # {data: what an answer is worth that never looks at its input}
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -120,8 +124,13 @@ class Summary:
 
     @property
     def places(self) -> int:
-        """On how many models and data sets, budgets apart."""
-        return len({(model, data) for model, data, _ in self.groups})
+        """On how many models and data sets, precisions, options and budgets apart."""
+        return len({row.place for row in self.rows})
+
+    @property
+    def shared(self) -> bool:
+        """Whether any comparison rests on a rate that was chosen once for all seeds of an arm."""
+        return any(row.shared for row in self.rows)
 
     def rows_of(self, group: Group) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.group == group)

@@ -8,20 +8,25 @@ import gc
 import hashlib
 import json
 import math
+import platform
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..ranks.gates import in_use
 from ..train.base import quiet
 from ..train.fit import Prepared, assembled
-from ..train.measure import PeakMemory
+from ..train.measure import PeakMemory, versions
 from ..train.run import Run
 from ..train.task import Examples, Task
-from . import splits
+from .sources import Sources
 from .spec import Rows
+from .spent import Spent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +34,8 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from .watch import Watch
 
-PROTOCOL = 1  # raise it when the same configuration would give other figures
+PROTOCOL = 2  # raise it when the same configuration would give other figures
+FORMER = 1  # of equal validation points the first was kept, and those before an allocator's budget was reached counted
 
 
 class Diverged(RuntimeError):
@@ -45,11 +51,21 @@ class Trial:
     evaluations: int
     split_seed: int
     tested: bool  # on the test rows, and as deployed: final runs only
+    label: str = field(default="", compare=False)  # what people call it; no part of what it is
 
     @functools.cached_property
     def key(self) -> str:
         """A hash of the whole configuration."""
-        return hashlib.sha256(json.dumps(self.encode(), sort_keys=True).encode()).hexdigest()[:24]
+        return self._hash(PROTOCOL)
+
+    @functools.cached_property
+    def former(self) -> str:
+        """The key that the protocol before this one gave it."""
+        return self._hash(FORMER)
+
+    def _hash(self, protocol: int) -> str:
+        told = self.encode() | {"protocol": protocol}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
 
     def encode(self) -> dict[str, Any]:
         """As JSON values.  What is None or empty is left out, so that a new option of runs, which is off by default,
@@ -74,7 +90,7 @@ def _told(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in needed or v not in (None, [], {}, ())}
 
 
-def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
+def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[str, Any]:
     """Trains, keeps the best point on validation rows, and measures: the fields of an Outcome that a run decides.
 
     Raises Diverged, and whatever the training raises.
@@ -82,30 +98,34 @@ def perform(trial: Trial, watch: Watch) -> dict[str, Any]:
     from transformers import set_seed
 
     gc.collect()
-    begun = time.perf_counter()
-    task, parts = splits.opened(trial.rows, trial.split_seed)
+    begun, sources = time.perf_counter(), sources or Sources()
+    task, parts = sources.opened(trial.rows, trial.split_seed)
     with quiet(), PeakMemory() as memory, tempfile.TemporaryDirectory() as scratch:
         run = dataclasses.replace(trial.run, task=task, out=Path(scratch))
         ready = assembled(run, parts["train"], parts["validation"])
         watch.begin(ready, trial.evaluations)
         set_seed(run.seed)
-        seconds, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
-    if not watch.curve:
-        raise Diverged(f"the loss was not finite at any evaluation (lr={run.lr:g})")
+        times, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
+    if watch.kept is None:
+        raise Diverged(f"the loss was not finite at any evaluation that counts (lr={run.lr:g})")
     heads = head_size(run.task, ready.model, ready.adapter)
     found = {
         "validation": watch.best,
         "parameters": ready.adapter.num_parameters() - heads,
         "head_parameters": heads,
         "steps": steps,
-        "seconds": round(seconds - watch.seconds, 3),
+        "seconds": round(times.wall, 3),
+        "cpu_seconds": round(times.cpu, 3),
         "peak_memory_bytes": memory.bytes,
         "losses": losses,
         "curve": watch.curve,
         "pruned": watch.pruned,
-        "evaluation_seconds": round(watch.seconds, 3),
-        "rows_digest": splits.digest(trial.rows, trial.split_seed),
+        "evaluation_seconds": round(watch.spent.wall, 3),
+        "rows_digest": sources.digest(trial.rows, trial.split_seed),
+        "made": _made(ready, sources),
     }
+    if run.allocator is not None:
+        found["ranks"] = sum(in_use(watch.kept).values())
     found |= _tested(ready, watch, Examples(task, parts["test"], ready.processor)) if trial.tested else {}
     return found | {"wall_seconds": round(time.perf_counter() - begun, 3)}
 
@@ -116,25 +136,37 @@ def head_size(task: Task, model: PreTrainedModel, adapter: Adapter) -> int:
     return sum(t.numel() for t in full.values())
 
 
-def _fit(ready: Prepared, watch: Watch) -> tuple[float, list[tuple[int, float]], int]:
-    """(seconds, losses, steps) of the training, evaluations included."""
+def _made(ready: Prepared, sources: Sources) -> dict[str, Any]:
+    """With what a run was made: what its figures may depend on beside its configuration."""
+    device = ready.model.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "versions": versions(),
+        "device": f"{device.type} ({kind})",
+        "threads": torch.get_num_threads(),
+        "model": sources.model(ready.run.model),
+    }
+
+
+def _fit(ready: Prepared, watch: Watch) -> tuple[Spent, list[tuple[int, float]], int]:
+    """(times without the evaluations, losses, steps) of the training."""
     from transformers.trainer_utils import SaveStrategy
 
     from ..train.trainer import trainer
 
     fitter = trainer(ready.run, ready.model, ready.train, (watch,), ready.held)
     fitter.args.save_strategy = SaveStrategy.NO
-    begun = time.perf_counter()
+    begun = Spent.now()
     fitter.train()
-    seconds = time.perf_counter() - begun
+    times = Spent.now() - begun - watch.spent
     log = [(int(e["step"]), float(e["loss"])) for e in fitter.state.log_history if "loss" in e]
-    return seconds, [(step, loss) for step, loss in log if math.isfinite(loss)], fitter.state.global_step
+    return times, [(step, loss) for step, loss in log if math.isfinite(loss)], fitter.state.global_step
 
 
-def _as_it_is(watch: Watch) -> tuple[float, list[tuple[int, float]], int]:
+def _as_it_is(watch: Watch) -> tuple[Spent, list[tuple[int, float]], int]:
     """What `_fit` returns where there is nothing to train."""
     watch.evaluate(0)
-    return watch.seconds, [], 0
+    return Spent(), [], 0
 
 
 def _tested(ready: Prepared, watch: Watch, test: Examples) -> dict[str, Any]:

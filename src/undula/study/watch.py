@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import TrainerCallback
 from ..adapter import Adapter
 from ..host import attach, detach
 from ..train.fit import Prepared
+from .spent import Spent
 
 Curve = Sequence[tuple[int, float]]
 
@@ -35,7 +35,8 @@ class Watch(TrainerCallback):
         self.curve: list[tuple[int, float]] = []
         self.best: float | None = None
         self.kept: Adapter | None = None
-        self.seconds = 0.0  # spent here
+        self.spent = Spent()  # here
+        self.counts_from = 0
         self.pruned = False
 
     def begin(self, ready: Prepared, evaluations: int) -> None:
@@ -45,16 +46,19 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.heard(state.global_step, state.max_steps)
         step, steps = state.global_step, state.max_steps
+        allocator = self.ready.run.allocator
+        self.counts_from = 0 if allocator is None else allocator.counts_from(steps)
         if step * self.evaluations // steps > (step - 1) * self.evaluations // steps:
             self.evaluate(step)
-            if self.curve and step < steps and self._hopeless():
+            if step < steps and self._hopeless():
                 self.pruned = control.should_training_stop = True
 
     def evaluate(self, step: int) -> None:
-        """Measures the model as it is after so many steps, and keeps its adapter where none was better."""
-        begun = time.perf_counter()
+        """Measures the model as it is after so many steps, and keeps its adapter where none was better.  Before an
+        allocator has reached its budget that chooses nothing: it would be the figure of another size."""
+        begun = Spent.now()
         self._evaluate(step)
-        self.seconds += time.perf_counter() - begun
+        self.spent += Spent.now() - begun
 
     def _evaluate(self, step: int) -> None:
         ready = self.ready
@@ -64,14 +68,18 @@ class Watch(TrainerCallback):
         if not math.isfinite(found):
             return
         self.curve.append((step, found))
-        if self.best is None or (found > self.best) == ready.run.task.more_is_better and found != self.best:
+        if step < self.counts_from:
+            return
+        better = self.best is None or (found > self.best) == ready.run.task.more_is_better
+        if better or found == self.best:  # of equal points the last, which has learned most
             self.best = found
             self.kept = ready.adapter.copy()  # frozen factors too: an allocator may move them
 
     def _hopeless(self) -> bool:
-        return self.halving is not None and pruned(
-            self.curve, self.rivals, self.halving, self.ready.run.task.more_is_better
-        )
+        if self.halving is None or self.kept is None:
+            return False
+        curve, *rivals = ([(s, v) for s, v in line if s >= self.counts_from] for line in (self.curve, *self.rivals))
+        return pruned(curve, [r for r in rivals if r], self.halving, self.ready.run.task.more_is_better)
 
     def restore(self) -> Prepared:
         """The run with the best point's adapter on its model.  Attached anew: an allocator may have changed methods and

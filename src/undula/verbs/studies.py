@@ -90,7 +90,15 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     warnings = room.warnings(made, out)
     found = room.estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
     counts = found.counts if found else room.counted(plan, out)
-    told = {"cells": rows, "runs": dict(counts), "decidable": dataclasses.asdict(foreseen), "warnings": warnings}
+    searches = [len(cell.searches) for cell in plan.cells if any(s.seeds for s in cell.searches)]
+    sweeps = {"sweeps": sum(searches), "shared": foreseen.shared}
+    told = {
+        "cells": rows,
+        "runs": dict(counts),
+        **sweeps,
+        "decidable": dataclasses.asdict(foreseen),
+        "warnings": warnings,
+    }
     if found:
         told["hours"] = {"least": found.seconds_least / 3600, "most": found.seconds_most / 3600, "from": found.based_on}
     shell.write(to, told)
@@ -103,10 +111,23 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         f"{len(rows)} cells; {counts['ended']} runs have ended, {counts['least']} are to come, "
         f"at most {counts['most']} if every grid of rates grows to its bound"
     )
+    shell.note(_cost(sweeps, len(made.seeds)))
     shell.note(foreseen.words)
     if found:
         least, most = _lasting(found.seconds_least), _lasting(found.seconds_most)
         shell.note(f"about {least}, at most {most}, by {found.based_on}, one run at a time")
+
+
+def _cost(sweeps: Mapping[str, int], seeds: int) -> str:
+    """What the sweeps are, and what they are paid for."""
+    if not sweeps["sweeps"]:
+        return "no rate is searched for: every arm has one"
+    if sweeps["shared"]:
+        return f"{sweeps['sweeps']} sweeps: one for all seeds of an arm, so what is found holds at the chosen rates"
+    return (
+        f"{sweeps['sweeps']} sweeps: each of the {seeds} seeds has its own, about {seeds} times the runs of one for "
+        "all; that is what a win or a loss of a method takes"
+    )
 
 
 def _lasting(seconds: float) -> str:
@@ -116,13 +137,15 @@ def _lasting(seconds: float) -> str:
 
 def _about(path: Path) -> dict[str, str]:
     """What the report tells about how it was made."""
+    from ..study.read import text_of
+
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
     return {
         "command": shlex.join(["undula", *(a for a in sys.argv[1:] if a != "--report")]),
         "date": datetime.date.today().isoformat(),
         "machine": machine,
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
-        "study file": path.read_text(encoding="utf-8"),
+        "study file": text_of(path),
     }
 
 
@@ -158,18 +181,15 @@ class _View:
     def begun(self, trial: Any) -> None:
         if self.one is not None:
             run = trial.run
-            name = "head or everything" if run.method is None else type(run.method).public().__name__
-            self.progress.update(
-                self.one, description=f"{name}, {run.data}, lr {run.lr:g}, seed {run.seed}", completed=0
-            )
+            described = f"{trial.label}, lr {run.lr:g}, seed {run.seed}"
+            self.progress.update(self.one, description=described, completed=0)
 
     def ended(self, ended: Any) -> None:
-        run, told = ended.order.trial.run, self.told
-        what = f"{run.method!r}" if run.method is not None else "everything" if run.full else "the head"
+        trial, told = ended.order.trial, self.told
         came = f"failed: {ended.error}" if ended.error else _figures(ended.result)
         count = f"[{told.get('ended', 0) + 1} of {told.get('ended', 0) + told.get('least', 0)}]"
         self.console.print(
-            f"{count} {what} on {run.data}, lr {run.lr:g}, seed {run.seed}: {came}",
+            f"{count} {trial.label}, lr {trial.run.lr:g}, seed {trial.run.seed}: {came}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
 

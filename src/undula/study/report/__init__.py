@@ -27,13 +27,14 @@ def write_report(
     about: Mapping[str, str],
     notes: Sequence[str] = (),
     rule: S.Rule = S.Rule(),
+    floors: Mapping[str, float] | None = None,
 ) -> Path:
     """Writes OUT/report.html, report.md, plots/*.svg, runs.csv, runs.parquet and table.csv; returns the first.
 
-    `about`: what was run and how to repeat it, texts by their titles; `notes`: sentences to be told first.  Equal
-    input gives equal files.  Raises what `summarise` raises.
+    `about`: what was run and how to repeat it, texts by their titles; `notes`: sentences to be told first; `floors` as
+    in `summarise`.  Equal input gives equal files.  Raises what `summarise` raises.
     """
-    return write(out, summarise(outcomes, chosen, baseline, rule), title, about, notes)
+    return write(out, summarise(outcomes, chosen, baseline, rule, floors=floors), title, about, notes)
 
 
 def write(

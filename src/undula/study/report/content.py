@@ -23,7 +23,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Mark:
-    """A cell that stands out: `kind` is win, loss, tie, undecided or base."""
+    """A cell that stands out: `kind` is win, loss, open-verdict or base."""
 
     text: str
     kind: str

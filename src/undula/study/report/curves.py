@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..outcome import ChosenRate, Outcome
 from ..table import Group, Summary
-from .svg import Canvas, Scale, labels, linear, logarithmic, number
+from .svg import Canvas, Scale, labelled, labels, linear, logarithmic, number
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LETTERS = 212.0, 136.0, 38.0, 10.0, 21.0, 28.0, 26
 POINTS = 60  # a longer curve is drawn as the means of so many parts
@@ -21,35 +21,44 @@ def rates(summary: Summary, group: Group) -> tuple[Canvas, ...]:
 
     The worst quarter of the figures would flatten the rest: what lies below is drawn as an open mark at the edge.
     """
-    tried = {c.arm: c for c in summary.rates if c.group == group}
-    figures = {arm: [(lr, v) for lr, v in c.tried if v is not None and math.isfinite(v)] for arm, c in tried.items()}
-    values = [v for found in figures.values() for _, v in found]
+    chosen: dict[str, list[ChosenRate]] = {}
+    for choice in (c for c in summary.rates if c.group == group):
+        chosen.setdefault(choice.arm, []).append(choice)
+    every = [c for found in chosen.values() for c in found]
+    values = [v for c in every for _, v in _line(c)]
     if not values:
         return ()
     row = next(row for row in summary.rows if row.group == group)
-    xs = logarithmic([lr for c in tried.values() for lr, _ in c.tried], LEFT + 6, WIDTH - RIGHT - 6)
+    xs = logarithmic([lr for c in every for lr, _ in c.tried], LEFT + 6, WIDTH - RIGHT - 6)
     ys = _most(values, row.more_is_better)
-    short, made = labels(list(tried), LETTERS), []
-    for arm in (a for a in summary.arms if a in tried):
+    short, made = labels(list(chosen), LETTERS), []
+    for arm in (a for a in summary.arms if a in chosen):
         canvas = _panel(xs, ys, short[arm], arm)
-        if arm != summary.baseline and figures.get(summary.baseline):
-            canvas.line([(xs(lr), ys(v)) for lr, v in figures[summary.baseline]], "behind")
-        made.append(_rate(canvas, tried[arm], figures[arm], xs, ys))
+        for base in chosen.get(summary.baseline, ()) if arm != summary.baseline else ():
+            canvas.line([(xs(lr), ys(v)) for lr, v in _line(base)], "behind")
+        for choice in chosen[arm]:
+            _rate(canvas, choice, xs, ys)
+        if not all(c.bracketed for c in chosen[arm]):
+            canvas.text(WIDTH - RIGHT, TOP - 7, "edge", "loss", "end", "a best rate lies at an edge of what was tried")
+        made.append(canvas)
     return tuple(made)
 
 
-def _rate(canvas: Canvas, chosen: ChosenRate, line: Line, xs: Scale, ys: Scale) -> Canvas:
+def _line(choice: ChosenRate) -> list[tuple[float, float]]:
+    """(rate, figure) of the rates that have one."""
+    return [(lr, v) for lr, v in choice.tried if v is not None and math.isfinite(v)]
+
+
+def _rate(canvas: Canvas, choice: ChosenRate, xs: Scale, ys: Scale) -> None:
+    line = _line(choice)
     canvas.line([(xs(lr), ys(v)) for lr, v in line], "curve base")
     for lr, v in line:
-        look = "base" if lr == chosen.lr else "tie"  # a diamond, or a point
+        drawn = "base" if lr == choice.lr else "open-verdict"  # a diamond, or a point
         beyond = "" if ys.low <= v <= ys.high else " open"
-        canvas.mark(xs(lr), ys(v), look + beyond, f"rate {lr:g}: {v:.4g}", 4.5 if lr == chosen.lr else 2.8)
-    for lr, found in chosen.tried:
+        canvas.mark(xs(lr), ys(v), drawn + beyond, f"rate {lr:g}: {v:.4g}", 4.5 if lr == choice.lr else 2.8)
+    for lr, found in choice.tried:
         if found is None or not math.isfinite(found):
             canvas.cross(xs(lr), HEIGHT - BOTTOM - 7, "loss")
-    if not chosen.bracketed:
-        canvas.text(WIDTH - RIGHT, TOP - 7, "edge", "loss", "end", "the best rate lies at an edge of what was tried")
-    return canvas
 
 
 def _most(values: Sequence[float], more_is_better: bool) -> Scale:
@@ -98,7 +107,7 @@ def _panel(xs: Scale, ys: Scale, short: str, name: str) -> Canvas:
     for tick in ys.ticks(4):
         canvas.line([(LEFT, ys(tick)), (WIDTH - RIGHT, ys(tick))], "rule")
         canvas.text(LEFT - 5, ys(tick) + 4, number(tick), "pale", "end")
-    for tick in xs.ticks(4):
+    for tick in labelled(xs, 4):
         canvas.text(xs(tick), bottom + 14, number(tick), "pale", "middle")
         canvas.line([(xs(tick), bottom), (xs(tick), bottom + 3)], "axis")
     canvas.line([(LEFT, bottom), (WIDTH - RIGHT, bottom)], "axis")

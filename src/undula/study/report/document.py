@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from .. import statistics as S
 from ..outcome import Outcome
-from ..table import Comparison, Group, Row, Summary, why
+from ..table import Comparison, Group, Pooled, Row, Summary, why
 from . import curves, plots, words
 from .content import Block, Bullets, Code, Drawn, Mark, Section, Table, Text
 from .plots import Figure
 from .svg import Canvas
 
-WORDS = frozenset({"arm", "verdict", "rate", "model", "data", "budget", "stage", "why"})
+WORDS = frozenset({"arm", "verdict", "rate", "rates", "model", "data", "budget", "stage", "why"})
 CUT = " (an arrow where it goes on)"
 LOOK = (
-    "Blue triangles up: a win. Orange triangles down: a loss. Grey circles: a tie or undecided. Diamond: the baseline."
+    "Blue triangles up: a win. Orange triangles down: a loss. Grey circles: no difference is shown. Diamond: the "
+    "baseline. Dotted: what always answering the commonest class gives."
 )
 
 
@@ -30,7 +32,6 @@ def document(
         Section("Quality against parameters", tuple(_fronts(summary))),
         Section("Learning rates", tuple(_rates(summary))),
         Section("Training", tuple(_courses(summary))),
-        Section("Time and memory", tuple(_costs(summary))),
         Section("As deployed", tuple(_deployed(summary))),
         Section("Every figure", tuple(_whole(summary))),
         Section("Failed runs", tuple(_failures(summary))),
@@ -53,12 +54,20 @@ def _results(summary: Summary) -> Iterator[Block]:
     for group in summary.groups:
         rows = summary.rows_of(group)
         cells = tuple((_named(row, summary), *_quality(row), *_against(row.against)) for row in rows)
-        yield Table(head, cells, f"{words.called(group)}: {plots.better(rows[0])}, {summary.split} rows", WORDS)
+        caption = f"{words.called(group)}: {plots.better(rows[0])}, {summary.split} rows"
+        yield _filled(Table(head, cells, caption, WORDS))
     yield Text(LOOK)
     caption = f"Every seed a dot, the mean and its interval{CUT}; dashed: the baseline's mean"
     yield Drawn(tuple(_each(summary, "seeds", caption, lambda g: plots.seeds(summary, g))))
     caption = f"Paired difference to {summary.baseline}: every pair a dot, the mean and its interval{CUT}"
     yield Drawn(tuple(_each(summary, "differences", caption, lambda g: plots.differences(summary, g))))
+
+
+def _filled(table: Table) -> Table:
+    """Without the columns in which nothing stands."""
+    kept = [i for i, _ in enumerate(table.head) if any(row[i] for row in table.rows)]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
+    return Table(tuple(table.head[i] for i in kept), rows, table.caption, table.words)
 
 
 def _named(row: Row, summary: Summary) -> str | Mark:
@@ -77,7 +86,7 @@ def _against(c: Comparison | None) -> tuple[str | Mark, ...]:
         return ("",) * 6
     return (
         *(signed(c.difference), interval(c.low, c.high), f"{c.ahead} of {c.pairs}"),
-        *(words.chance(c.p), words.chance(c.p_holm), Mark(c.verdict, c.verdict)),
+        *(words.chance(c.p), words.chance(c.p_holm), Mark(c.verdict, words.look(c.verdict))),
     )
 
 
@@ -93,18 +102,19 @@ def interval(low: float | None, high: float | None) -> str:
 def _over_all(summary: Summary) -> Iterator[Block]:
     if not summary.pooled:
         return
-    head = ("arm", "groups", "pairs", "ahead", "won / tied / lost / open", "mean gain", "p", "p (Holm)", "verdict")
+    sure = f"{100 * summary.rule.confidence:g} % interval"
+    head = ("arm", "groups", "pairs", "ahead", "won / lost / neither", "mean gain", sure, "p", "p (Holm)", "verdict")
     rows: list[tuple[str | Mark, ...]] = [
         (
             *(each.arm, str(each.groups), str(each.pairs), str(each.ahead)),
-            " / ".join(str(each.verdicts.get(v, 0)) for v in ("win", "tie", "loss", "undecided")),
-            f"{signed(each.gain.mean)} ({interval(each.gain.low, each.gain.high)})" if each.gain else "",
-            *(words.chance(each.p), words.chance(each.p_holm), Mark(each.verdict, each.verdict)),
+            _tally(each),
+            *(("", "") if each.gain is None else (signed(each.gain), interval(each.low, each.high))),
+            *(words.chance(each.p), words.chance(each.p_holm), Mark(each.verdict, words.look(each.verdict))),
         )
         for each in sorted(summary.pooled, key=lambda e: (-e.lean, e.arm))
     ]
     caption = f"Against {summary.baseline}, all groups together; the gain only where all groups have one metric"
-    yield Table(head, tuple(rows), caption, WORDS)
+    yield _filled(Table(head, tuple(rows), caption, WORDS))
     canvas, ranks = plots.average_ranks(summary), summary.ranks
     if ranks is None or canvas is None:
         yield Text("Average ranks take three arms with a figure in every group, and two data sets or models.")
@@ -116,6 +126,11 @@ def _over_all(summary: Summary) -> Iterator[Block]:
     if summary.unranked:
         text += f" Without a figure in every group, and so without a rank: {words.listed(summary.unranked)}."
     yield Text(text)
+
+
+def _tally(each: Pooled) -> str:
+    won, lost = each.verdicts.get(S.WIN, 0), each.verdicts.get(S.LOSS, 0)
+    return f"{won} / {lost} / {sum(each.verdicts.values()) - won - lost}"
 
 
 def _fronts(summary: Summary) -> Iterator[Block]:
@@ -139,8 +154,8 @@ def _panels(summary: Summary, name: str, caption: str, draw: Callable[[Group], t
 
 def _rates(summary: Summary) -> Iterator[Block]:
     caption = (
-        f"Validation metric by learning rate. Diamond: the chosen rate. Grey: {summary.baseline}. Cross: every run "
-        "failed. Open: below the edge. edge: not bracketed"
+        f"Validation metric by learning rate, a line for each sweep. Diamond: its choice. Grey: {summary.baseline}. "
+        "Cross: every run failed. Open: below the edge. edge: a choice is not bracketed"
     )
     yield from _panels(summary, "rates", caption, lambda g: curves.rates(summary, g))
 
@@ -149,25 +164,6 @@ def _courses(summary: Summary) -> Iterator[Block]:
     behind = f"by step, every final run a line; grey: {summary.baseline}"
     yield from _panels(summary, "losses", f"Training loss {behind}", lambda g: curves.course(summary, g, "losses"))
     yield from _panels(summary, "curves", f"Validation metric {behind}", lambda g: curves.course(summary, g, "curve"))
-
-
-def _costs(summary: Summary) -> Iterator[Block]:
-    def milliseconds(row: Row) -> float | None:
-        return None if row.seconds_per_step is None else 1000 * row.seconds_per_step
-
-    def mebibytes(row: Row) -> float | None:
-        return None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
-
-    time, memory = "ms per step", "MiB"
-    figures = [
-        *_each(summary, "time", "Time of a training step, median of the final runs",
-               lambda g: plots.bars(summary, g, milliseconds, time)),
-        *_each(summary, "memory", "Peak memory, median of the final runs",
-               lambda g: plots.bars(summary, g, mebibytes, memory)),
-    ]  # fmt: skip
-    if figures:
-        yield Text("Times hold for the machine and the load of this study; compare them within a group alone.")
-        yield Drawn(tuple(figures))
 
 
 def _deployed(summary: Summary) -> Iterator[Block]:
@@ -191,14 +187,14 @@ def _forms(row: Row, forms: Sequence[str]) -> tuple[str, ...]:
 
 def _whole(summary: Summary) -> Iterator[Block]:
     head: tuple[str, ...] = ("model", "data", "budget", "arm", "seeds", "failed", "mean", "standard error")
-    head += ("difference", "bootstrap", "parameters", "wanted", "head", "ms per step", "MiB", "rate")
+    head += ("difference", "parameters", "wanted", "head", "open ranks", "rates")
     rows = tuple(_line(row, summary) for row in summary.rows)
-    yield Table(head, rows, "failed: final runs, and runs of the sweep; bootstrap: see below", WORDS)
+    yield _filled(Table(head, rows, "failed: final runs, and runs of the sweep", WORDS))
 
 
 def _line(row: Row, summary: Summary) -> tuple[str | Mark, ...]:
     c, counts = row.against, (row.parameters, row.wanted_parameters, row.head_parameters)
-    rate = "" if row.lr is None else f"{row.lr:g}"
+    rate = " ".join(f"{lr:g}" for lr in row.rates)
     rate += {None: "", True: "", False: " unbracketed"}[row.bracketed]
     return (
         *row.group,
@@ -206,10 +202,9 @@ def _line(row: Row, summary: Summary) -> tuple[str | Mark, ...]:
         _quality(row)[0],
         f"{row.failed} + {row.failed_sweep}",
         *_quality(row)[1:],
-        *((signed(c.difference), interval(c.bootstrap_low, c.bootstrap_high)) if c else ("", "")),
+        signed(c.difference) if c else "",
         *("" if n is None else f"{n:,}" for n in counts),
-        "" if row.seconds_per_step is None else f"{1000 * row.seconds_per_step:.3g}",
-        "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f}",
+        "" if row.ranks is None else f"{row.ranks:.4g}",
         rate,
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..table import Group, Row, Summary
-from .svg import WIDE, Canvas, Scale, apart, labels, linear, logarithmic, number
+from .svg import WIDE, Canvas, Scale, apart, labelled, labels, linear, logarithmic, number
+from .words import look
 
 WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 450.0, 166.0, 16.0, 8.0, 22.0, 21
 
@@ -24,7 +25,7 @@ class Figure:
 
 def kind(row: Row, summary: Summary) -> str:
     """How a row's points look."""
-    return "base" if row.arm == summary.baseline else row.against.verdict if row.against else "undecided"
+    return "base" if row.arm == summary.baseline else look(row.against.verdict if row.against else "")
 
 
 def rows_by_name(names: Sequence[str], scale: Scale, title: str, right: float = RIGHT) -> tuple[Canvas, list[float]]:
@@ -33,15 +34,21 @@ def rows_by_name(names: Sequence[str], scale: Scale, title: str, right: float = 
     bottom = TOP + ROW * len(names)
     canvas = Canvas(WIDTH, bottom + 36)
     heights = [TOP + ROW * (i + 0.5) for i in range(len(names))]
-    for tick in scale.ticks(5):
+    for tick in labelled(scale, 5):
         canvas.line([(scale(tick), TOP), (scale(tick), bottom)], "rule")
         canvas.text(scale(tick), bottom + 14, number(tick), "pale", "middle")
     for name, y in zip(names, heights, strict=True):
         canvas.line([(LEFT, y), (WIDTH - right, y)], "rule")
         canvas.text(LEFT - 8, y + 4, short[name], anchor="end", title=name)
     canvas.line([(LEFT, bottom), (WIDTH - right, bottom)], "axis")
-    canvas.text((LEFT + WIDTH - right) / 2, bottom + 30, title, "pale", "middle")
+    canvas.text(_centred(title, (LEFT + WIDTH - right) / 2), bottom + 30, title, "pale", "middle")
     return canvas, heights
+
+
+def _centred(text: str, wanted: float) -> float:
+    """Where the middle of a text stands, so that both of its ends are on the canvas."""
+    half = WIDE * len(text) / 2
+    return min(max(wanted, half + 2), WIDTH - half - 2)
 
 
 def _interval(canvas: Canvas, scale: Scale, low: float | None, high: float | None, y: float, look: str) -> None:
@@ -65,22 +72,26 @@ def seeds(summary: Summary, group: Group) -> Canvas | None:
     if not rows:
         return None
     values = {row.arm: [o.test or 0.0 for o in summary.finals(group, row.arm)] for row in rows}
-    scale = linear([v for found in values.values() for v in found], LEFT + 6, WIDTH - RIGHT - 6, 0.25)
+    floor = summary.floors.get(group[1])
+    shown = [v for found in values.values() for v in found]
+    scale = linear(shown if floor is None else [*shown, floor], LEFT + 6, WIDTH - RIGHT - 6, 0.25)
     canvas, heights = rows_by_name([row.arm for row in rows], scale, f"{better(rows[0])}, {summary.split} rows")
+    if floor is not None:
+        canvas.line([(scale(floor), TOP), (scale(floor), heights[-1] + ROW / 2)], "axis dots")
     for row, y in zip(rows, heights, strict=True):
-        quality, look = row.quality, kind(row, summary)
+        quality, drawn = row.quality, kind(row, summary)
         assert quality is not None
         if row.arm == summary.baseline:
             canvas.line([(scale(quality.mean), TOP), (scale(quality.mean), heights[-1] + ROW / 2)], "axis dash")
-        _interval(canvas, scale, quality.low, quality.high, y, f"{look} bar")
+        _interval(canvas, scale, quality.low, quality.high, y, f"{drawn} bar")
         for v in values[row.arm]:
-            canvas.mark(scale(v), y, f"seed {look}", size=3)
-        canvas.mark(scale(quality.mean), y, look, f"{row.arm}: {quality.mean:.4g}, {quality.n} seeds")
+            canvas.mark(scale(v), y, f"seed {drawn}", size=3)
+        canvas.mark(scale(quality.mean), y, drawn, f"{row.arm}: {quality.mean:.4g}, {quality.n} seeds")
     return canvas
 
 
 def differences(summary: Summary, group: Group) -> Canvas | None:
-    """The mean paired difference to the baseline, its Student interval and the pairs, beside it the verdict."""
+    """The mean paired difference to the baseline, its interval and the pairs, beside it the verdict."""
     rows = [row for row in summary.rows_of(group) if row.against]
     if not rows:
         return None
@@ -89,7 +100,7 @@ def differences(summary: Summary, group: Group) -> Canvas | None:
         row.arm: [(o.test or 0.0) - base[o.seed] for o in summary.finals(group, row.arm) if o.seed in base]
         for row in rows
     }
-    right = 74.0
+    right = 92.0
     scale = linear([0.0, *(v for found in pairs.values() for v in found)], LEFT + 6, WIDTH - right - 6, 0.25)
     title = f"difference to {summary.baseline} in {better(rows[0])}"
     canvas, heights = rows_by_name([row.arm for row in rows], scale, title, right)
@@ -97,25 +108,12 @@ def differences(summary: Summary, group: Group) -> Canvas | None:
     for row, y in zip(rows, heights, strict=True):
         against = row.against
         assert against is not None
-        _interval(canvas, scale, against.low, against.high, y, f"{against.verdict} bar")
+        drawn = look(against.verdict)
+        _interval(canvas, scale, against.low, against.high, y, f"{drawn} bar")
         for v in pairs[row.arm]:
-            canvas.mark(scale(v), y, f"seed {against.verdict}", size=3)
-        canvas.mark(scale(against.difference), y, against.verdict, f"{row.arm}: {against.difference:+.4g}")
-        canvas.text(WIDTH - right + 8, y + 4, against.verdict, against.verdict)
-    return canvas
-
-
-def bars(summary: Summary, group: Group, value: Callable[[Row], float | None], title: str) -> Canvas | None:
-    """One bar per arm, the smallest on top, with its figure at its end."""
-    found = sorted((v, row.arm, kind(row, summary)) for row in summary.rows_of(group) if (v := value(row)) is not None)
-    if not found:
-        return None
-    right = 62.0
-    scale = Scale(0.0, max(found[-1][0], 1e-12), LEFT, WIDTH - right)
-    canvas, heights = rows_by_name([arm for _, arm, _ in found], scale, title, right)
-    for (v, _, look), y in zip(found, heights, strict=True):
-        canvas.rect(LEFT, y - 5, max(scale(v) - LEFT, 1), 10, f"area {'base' if look == 'base' else 'tie'}")
-        canvas.text(scale(v) + 5, y + 4, f"{v:,.0f}" if v >= 100 else f"{v:.3g}")
+            canvas.mark(scale(v), y, f"seed {drawn}", size=3)
+        canvas.mark(scale(against.difference), y, drawn, f"{row.arm}: {against.difference:+.4g}")
+        canvas.text(WIDTH - right + 8, y + 4, against.verdict, drawn)
     return canvas
 
 
@@ -127,17 +125,17 @@ def average_ranks(summary: Summary) -> Canvas | None:
         return None
     right = min(14 + 9.0 * len(ranks.cliques), 120)
     scale = Scale(1.0, float(len(ranks.arms)), LEFT + 8, WIDTH - right - 8)
-    title = f"average rank over {ranks.groups} data sets and models (1 is the best)"
+    title = f"average rank over {ranks.groups} data sets, 1 is the best"
     canvas, heights = rows_by_name(ranks.arms, scale, title, right)
     place = dict(zip(ranks.arms, heights, strict=True))
     verdicts = {each.arm: each.verdict for each in summary.pooled}
     for arm, average in zip(ranks.arms, ranks.average, strict=True):
-        look = "base" if arm == summary.baseline else verdicts.get(arm, "undecided")
-        canvas.mark(scale(average), place[arm], look, f"{arm}: {average:.2f}")
+        drawn = "base" if arm == summary.baseline else look(verdicts.get(arm, ""))
+        canvas.mark(scale(average), place[arm], drawn, f"{arm}: {average:.2f}")
     step = (right - 12) / max(len(ranks.cliques), 1)
     for i, clique in enumerate(ranks.cliques):
         x = WIDTH - right + 4 + i * step
-        canvas.line([(x, place[clique[0]] - 6), (x, place[clique[-1]] + 6)], "tie bar")
+        canvas.line([(x, place[clique[0]] - 6), (x, place[clique[-1]] + 6)], "open-verdict bar")
     y = canvas.height + 10
     canvas.height += 22
     length = ranks.critical / (len(ranks.arms) - 1) * (scale.end - scale.start)
@@ -167,7 +165,7 @@ def front(summary: Summary, model: str, data: str) -> Canvas | None:
     for tick in ys.ticks(6):
         canvas.line([(46, ys(tick)), (edge, ys(tick))], "rule")
         canvas.text(40, ys(tick) + 4, number(tick), "pale", "end")
-    for tick in xs.ticks(max(2, int((edge - 46) / 44))):
+    for tick in labelled(xs, max(2, int((edge - 46) / 44))):
         canvas.line([(xs(tick), 12), (xs(tick), bottom)], "rule")
         canvas.text(xs(tick), bottom + 15, number(tick), "pale", "middle")
     canvas.line([(46, bottom), (edge, bottom)], "axis")

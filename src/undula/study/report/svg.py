@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 STYLE = Path(__file__).with_name("drawing.css").read_text(encoding="utf-8")
@@ -149,6 +150,16 @@ def number(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / min(unit, 1e3 if name == 'k' else unit):.3g}{name}"
     return f"{value:.4g}"
+
+
+def labelled(scale: Scale, most: int) -> list[float]:
+    """Ticks whose labels do not run together: fewer, where `most` would."""
+    for count in range(most, 0, -1):
+        ticks = scale.ticks(count)
+        rooms = [(scale(t), WIDE * len(number(t)) / 2) for t in ticks]
+        if all(b - a >= u + v + 2 for (a, u), (b, v) in pairwise(rooms)):
+            return ticks
+    return ticks[:1]
 
 
 def labels(names: Sequence[str], most: int) -> dict[str, str]:

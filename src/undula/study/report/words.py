@@ -11,9 +11,16 @@ from ..table import Group, Row, Summary
 VERDICTS = {
     S.WIN: "better",
     S.LOSS: "worse",
-    S.TIE: "not shown to differ",
+    S.NOT_SHOWN: "not shown to differ",
     S.UNDECIDED: "undecidable with these seeds",
+    S.SHARED: "compared at these chosen rates alone",
 }
+LOOKS = {S.WIN: "win", S.LOSS: "loss"}  # of marks and points; the rest looks alike
+
+
+def look(verdict: str) -> str:
+    """How a verdict is drawn."""
+    return LOOKS.get(verdict, "open-verdict")
 
 
 def called(group: Group) -> str:
@@ -49,10 +56,18 @@ def chance(p: float | None) -> str:
 def opening(summary: Summary, notes: Sequence[str] = ()) -> tuple[str, ...]:
     """What the reader should know first; `notes` about the whole stand behind the first sentence."""
     found = [_what(summary), *notes, *_without_figure(summary)]
+    found += [SHARED_RATES] if summary.shared else []
     found += [_over_all(summary)] if summary.pooled else []
     found += [_in_group(summary, group) for group in summary.groups]
     found += [_too_few(summary)] if _undecided(summary) else []
     return (*found, _rates(summary), *_failed(summary))
+
+
+SHARED_RATES = (
+    "Where one choice of a rate serves all seeds of an arm, nothing is called a win or a loss of the method: the luck "
+    "of that one choice moves all of its seeds the same way, and no number of seeds sees it. Such figures and their p "
+    "hold at these chosen rates. A study without [sweep] seeds lets each seed sweep for itself."
+)
 
 
 def _what(summary: Summary) -> str:
@@ -111,7 +126,25 @@ def _in_group(summary: Summary, group: Group) -> str:
     beside = f" ({summary.baseline}: {figure(base.quality.mean)})" if base and base.quality and base != best else ""
     equals = [row.arm for row in rows if row.quality and row.quality.mean == best.quality.mean]
     whose = f"{best.arm}'s" if len(equals) == 1 else f"that of {listed(equals)}"
-    return f"{words} The {extreme} mean {best.metric} is {whose}, {figure(best.quality.mean)}{beside}."
+    told = f"{words} The {extreme} mean {best.metric} is {whose}, {figure(best.quality.mean)}{beside}."
+    return told + _beside_floor(summary, group)
+
+
+def _beside_floor(summary: Summary, group: Group) -> str:
+    """Who is no better than an answer that never looks at its input."""
+    floor = summary.floors.get(group[1])
+    if floor is None:
+        return ""
+    rows = [row for row in summary.rows_of(group) if row.quality]
+    none = [
+        row.arm
+        for row in rows
+        if row.quality and ((row.quality.mean > floor) != row.more_is_better or row.quality.mean == floor)
+    ]
+    told = f" Always answering the commonest class of the training rows gives {figure(floor)}"
+    if not none:
+        return f"{told}."
+    return f"{told}, and no better than that: {listed(none) if len(none) < len(rows) else 'every arm'}."
 
 
 def _undecided(summary: Summary) -> list[Row]:
@@ -142,20 +175,22 @@ def _too_few(summary: Summary) -> str:
 def _rates(summary: Summary) -> str:
     tried = [lr for c in summary.rates for lr, _ in c.tried]
     if not tried:
-        return "No learning rate was searched for: every arm was trained at the rate it was given."
+        return (
+            "No learning rate was searched for: every arm was trained at the rate it was given, and what is said holds "
+            "at these rates. Rates that were found by trying share the luck of that choice over all seeds."
+        )
     loose = [f"{c.arm} ({called(c.group)})" for c in summary.rates if not c.bracketed]
-    sweeps, finals = ({o.seed for o in summary.runs if o.stage == stage} for stage in (SWEEP, FINAL))
-    with_seeds = f" with {some(len(sweeps), 'seed')}" if sweeps else ""
-    with_seeds += " that the final runs do not use" if sweeps and not sweeps & finals else ""
-    text = (
-        f"Each arm's learning rate was chosen on validation rows, among rates from {min(tried):g} to {max(tried):g}"
-        f"{with_seeds}. "
-    )
+    swept = sorted({o.seed for o in summary.runs if o.stage == SWEEP})
+    each = "Each final seed of each arm chose its own learning rate on validation rows, by runs of its own"
+    once = f"Each arm's learning rate was chosen once on validation rows, with {some(len(swept), 'seed')}"
+    own = {c.seed is not None for c in summary.rates}
+    how = each if own == {True} else once if own == {False} else f"{each}, or once for all seeds"
+    text = f"{how}, among rates from {min(tried):g} to {max(tried):g}. "
     pruned = sum(o.pruned for o in summary.runs)
     text += f"Successive halving ended {pruned:,} of its runs early. " if pruned else ""
     if not loose:
         return text + "Every chosen rate lies between rates that did no better."
-    names = listed(loose) if len(loose) <= 6 else f"{len(loose)} of {len(summary.rates)} choices"
+    names = listed(sorted(set(loose))) if len(set(loose)) <= 6 else f"{len(loose)} of {len(summary.rates)} choices"
     return text + (
         f"Unbracketed, that is at an edge of what was tried, so that the arm may be better than it seems: {names}."
     )
@@ -174,40 +209,35 @@ def _failed(summary: Summary) -> tuple[str, ...]:
 def limits(summary: Summary) -> tuple[str, ...]:
     """What is computed, what decides, and what the figures do not say."""
     rule, pairs = summary.rule, [row.against.pairs for row in summary.rows if row.against]
-    few = min((n for n in pairs if n > 1), default=0)
     percent = f"{rule.confidence:.0%}".replace("%", " %")
     found = [
         "A pair is a seed with which both the arm and the baseline were trained; seeds that only one of them has do "
         "not enter the comparison. The difference is arm - baseline.",
         "What decides: the exact two-sided sign-flip permutation test of the paired differences (beyond "
         f"{S.EXACT} pairs {rule.resamples:,} random flips), corrected by Holm over the {summary.corrected} comparisons "
-        "of this report that so many seeds could decide at all (Tarone); the other "
-        f"{summary.compared - summary.corrected} are called undecided and cost nothing. Win or loss: corrected p at "
+        f"of this report that so many seeds could decide at all (Tarone); the other "
+        f"{summary.compared - summary.corrected} are not called and cost nothing. Win or loss: corrected p at "
         f"most {rule.alpha:g}. So the chance that a report without any true difference calls a win or a loss is at "
-        f"most {rule.alpha:g}.",
-        "A tie means that no difference was shown. It does not mean that there is none.",
-        f"Intervals are Student's, {percent} each by itself, not corrected for their number: an interval without 0 "
-        "beside the word tie or undecided is no contradiction. They suppose that the noise of seeds is about normal; "
-        "for few seeds they are wide because nothing better is known.",
+        f"most {rule.alpha:g}, as long as the seeds share no luck: their rates were given, or each seed swept for "
+        "itself.",
+        "Not shown and undecided both mean that no difference was shown. Neither means that there is none: no two arms "
+        "are called equal here.",
+        f"Intervals of differences are those of the same test, {percent} each by itself: the shifts that it does not "
+        "reject. One leaves 0 out exactly when its p, before the correction, is at most "
+        f"{1 - rule.confidence:.2g}; with fewer than {S.seeds_for(1, 1 - rule.confidence)} pairs there is none. The "
+        "interval of an arm's own mean in the drawings is Student's.",
     ]
-    if few:
-        bound = f"{S.bootstrap_covers_at_most(few):.0%}".replace("%", " %")
-        found.append(
-            f"The bootstrap interval is the percentile interval of {rule.resamples:,} resamples of the pairs. It "
-            f"cannot leave the range of what was seen: with {some(few, 'pair')} it covers the truth at most {bound} of "
-            f"the time, not {percent}. It is given because it is customary; it decides nothing."
-        )
     if any(n == 1 for n in pairs):
         found.append("An arm with one pair of seeds has no interval and no test: one run says nothing about the next.")
     found.append(
-        "Seeds stand for the noise of training (factors, head, order of rows), not for other test rows: two arms may "
-        "differ on these rows and not on others."
+        "Seeds stand for the noise of training (factors, head, order of rows, and the rate where each sweeps for "
+        "itself), not for other test rows: two arms may differ on these rows and not on others."
     )
     if summary.pooled:
         found.append(
-            "Over all groups: the same test on the pairs of all models and data sets, each difference divided by the "
-            "root mean square there, so that all weigh the same in any unit. It decides, and its sign can differ from "
-            "the mean gain's, which large differences on one data set can rule. Budgets are no new evidence: a pair's "
+            "Over all groups: the same test on the pairs of all models and data sets, of the mean gain over them, each "
+            "counting the same; where they have different metrics, each difference is divided by the root mean square "
+            "there. Precisions, options and budgets of one model on one data set are no new evidence: a pair's "
             "difference is the mean over them. Runs on different models or data count as independent. It is about "
             "these groups. Average ranks with Friedman's test and Nemenyi's critical difference ask about groups in "
             "general; they take groups as independent, which groups that share data are not, and see little with "
