@@ -20,6 +20,11 @@ LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tes
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
 STUDY = "tests/interop/test_study.py::test_runs_on_other_rows_are_not_mixed_in"
+SWEPT = "tests/interop/test_study.py::test_each_seed_sweeps_for_itself_and_the_chosen_run_alone_is_tested"
+HALVED_ALONE = "tests/interop/test_study.py::test_what_halving_compares_with_does_not_depend_on_who_runs_beside"
+COUNTS = "tests/interop/test_study.py::test_before_an_allocator_reaches_its_budget_nothing_is_chosen"
+LAST = "tests/interop/test_study.py::test_of_equal_points_the_last_is_kept"
+MODEL = "tests/interop/test_study.py::test_runs_on_another_model_are_not_mixed_in"
 HALVING = "tests/interop/test_study.py::test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off"
 REPORT, STATISTICS = "tests/oracles/test_study_report.py", "tests/oracles/test_statistics.py"
 COMPARE = "tests/interop/test_compare.py::test_runs_of_one_arm_differ_in_nothing_but_the_seed"
@@ -90,9 +95,20 @@ MUTANTS = [
     ("study/splits.py", "made.update(json.dumps([part, column, values]).encode())", "pass", STUDY),
     ("study/statistics.py", "math.log2(2 * comparisons / alpha)", "math.log2(comparisons / alpha)", REPORT),
     ("study/power.py", "[seeds * n for n in pooled]", "[seeds for n in pooled]", REPORT),
-    ("study/store.py", "if row is not None and not is_free(row[0], row[2], row[3]):", "if False:", CHOICES),
-    ("study/store.py", 'if fields[0] == "Z" else', "if False else", CHOICES),
-    ("study/summary.py", "setdefault((row.model, row.data), {})", "setdefault(row.group, {})", REPORT),
+    ("study/store.py", "if row is not None and (row[0] != \"running\" or not", "if row is not None and (not", CHOICES),
+    ("study/store.py", "where key = ? and worker = ?\", what", "where key = ?\", what[:3]", CHOICES),
+    ("study/alive.py", 'if fields[0] in ("Z", "X") else', "if False else", CHOICES),
+    ("study/alive.py", "min(now - last, LOOK)", "now - last", CHOICES),
+    ("study/alive.py", "if (who, count) == (owner, beat) else 0.0", "", CHOICES),
+    ("study/lines.py", "arrays[table] = arrays.get(table, -1) + 1", "arrays[table] = 0", CHOICES),
+    ("study/summary.py", "setdefault(row.place, {})", "setdefault(row.group, {})", REPORT),
+    ("study/summary.py", "if by_luck & {(row.group, row.arm), (row.group, baseline)}", "if (row.group, row.arm) in by_luck", REPORT),
+    ("study/statistics.py", "rejected - 1)[rejected - 1])\n    high", "rejected)[rejected])\n    high", STATISTICS),
+    ("study/cell.py", "tuple(Search(self, (s,), (s,)) for s in seeds)", "(Search(self, seeds, seeds),)", SWEPT),
+    ("study/cell.py", "asked[: asked.index(trial.run.lr)]", "asked", HALVED_ALONE),
+    ("study/watch.py", "if step < self.counts_from:", "if False:", COUNTS),
+    ("study/watch.py", "or found == self.best:", "or False:", LAST),
+    ("study/sources.py", "made.update(file.read(BLOCK))", "pass", MODEL),
     ("study/statistics.py", "ranked.shape)), axis=2)", "ranked.shape)), axis=1)", STATISTICS),
     ("study/plan.py", "if not r.pruned or k in halved", "if True", HALVING),
     ("study/compare.py", '"bits", "probe_batches"', '"probe_batches"', COMPARE),

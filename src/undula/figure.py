@@ -57,7 +57,12 @@ def _spectra(axis: Axes, sites: list[Row]) -> None:
         shares = [v / s[0] for v in s if v > 1e-7 * s[0]]  # below that it is rounding
         lowest = min(lowest, *shares)
         axis.plot(range(1, len(shares) + 1), shares, color=colours(i / last), lw=1.1, marker=".", ms=4, alpha=0.8)
-    axis.set(xlabel="i", ylabel="$s_i / s_1$", yscale="log", ylim=(min(lowest / 2, 0.05), 1.4))
+    axis.set(
+        xlabel="i, the number of the singular value",
+        ylabel="$s_i / s_1$",
+        yscale="log",
+        ylim=(min(lowest / 2, 0.05), 1.4),
+    )
     axis.set_title("singular values of dW", fontsize=10)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)

@@ -98,7 +98,6 @@ def test_parameters_are_those_of_the_adapter(trained):
     row = next(r for r in found.summary.rows if r.arm == "LoRA(r=2)")
     assert row.parameters + row.head_parameters == report["trainable_parameters"]
     assert row.head_parameters > 0
-    assert row.seconds_per_step == report["seconds"] / 4
     assert found.summary.runs[0].losses
 
 
@@ -196,7 +195,6 @@ def test_a_collapsed_adapter_is_told_from_a_trained_one(trained, tmp_path):
     found = compare([trained["dora", 0], tmp_path / "flat"])
     assert set(found.summary.arms) == {"DoRA(LoRA(r=2))", "LoRA(r=2, alpha=2.0) from flat"}
     assert found.summary.baseline == "DoRA(LoRA(r=2))"  # the first: the other was not trained as a LoRA
-    assert next(r for r in found.summary.rows if r.arm.endswith("flat")).seconds_per_step is None
 
 
 def test_regression_has_no_rows_of_its_own(bert, tmp_path):

@@ -1,9 +1,9 @@
 """What a study decides: the rate of a sweep, the size for a budget, who may take a run."""
 
+import dataclasses
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,14 +13,15 @@ import undula
 from undula.method import Method
 from undula.options import build_from
 from undula.sites import choose, site
-from undula.study import spec
+from undula.study import Faults, read, spec
+from undula.study.alive import LOOK, SILENCE, Owner, Watchman, birth
 from undula.study.executors import Ray
 from undula.study.lines import line_of, lines
 from undula.study.plan import Plan
 from undula.study.rates import Decision, decide
 from undula.study.sizes import at_rank, count, with_parameters
 from undula.study.spec import Rows
-from undula.study.store import SILENCE, Store, is_free, worker
+from undula.study.store import Store
 from undula.study.trial import Trial
 from undula.train.task import Task
 
@@ -136,22 +137,61 @@ def test_another_rank_keeps_alpha_over_r():
     assert at_rank(undula.DoRA(undula.LoRA(r=8, alpha=16)), 2) == undula.DoRA(undula.LoRA(r=2, alpha=4.0))
 
 
-def test_a_run_is_free_when_its_process_is_gone():
+def owner_of(pid):
+    """The name that the process `pid` of this machine would give itself."""
+    return dataclasses.replace(Owner.this(), token="another", pid=pid, birth=birth(pid))
+
+
+@pytest.mark.skipif(not Owner.this().boot or not Owner.this().space, reason="the kernel does not name itself")
+def test_a_run_is_free_at_once_when_its_process_is_gone():
+    look = Watchman(clock=lambda: 0.0)
+    assert Owner.named(str(Owner.this())) == Owner.this()
+    assert not look.gone("run", str(Owner.this()), 0.0)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        name = worker(child.pid)
-        assert not is_free("running", name, 0.0)
-        child.kill()
-    assert is_free("running", name, time.time())
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        name = worker(child.pid)
+        other = owner_of(child.pid)
+        assert not look.gone("run", str(other), 0.0)
+        assert look.gone(
+            "run", str(dataclasses.replace(other, birth=other.birth + "9")), 0.0
+        )  # a later one has its pid
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet asked after
-        assert is_free("running", name, time.time())
-    assert not is_free("done", name, 0.0)
-    host, pid, birth = worker(os.getpid()).split("/")
-    assert is_free("running", f"{host}/{pid}/{birth}9", time.time())  # the number belongs to a later process now
-    assert not is_free("running", "elsewhere/1/1", time.time())
-    assert is_free("running", "elsewhere/1/1", time.time() - 2 * SILENCE)
+        assert look.gone("run", str(other), 0.0)
+    assert look.gone("run", str(other), 0.0)
+
+
+@pytest.mark.parametrize("change", [{"boot": "another"}, {"space": "another"}, {"boot": "", "space": ""}])
+def test_who_cannot_be_seen_is_gone_when_its_count_stands_still_by_the_lookers_own_clock(change):
+    """Whatever its clock says, and though its machine may have this one's name and its number be taken here."""
+    now = [0.0]
+    look = Watchman(clock=lambda: now[0])
+    other = str(dataclasses.replace(owner_of(1), **change))
+    for name in (other, "host/1/1"):  # the second as older versions wrote it
+        now[0] = 0.0
+        for beat in range(100):  # it lives, and is looked at now and then
+            assert not look.gone(name, name, 1e9 + beat)
+            now[0] += SILENCE / 2
+        last = now[0]
+        while not look.gone(name, name, 1e9 + 99):
+            now[0] += LOOK / 2
+        assert SILENCE <= now[0] - last + SILENCE / 2 <= 2 * SILENCE
+    assert not look.gone("again", other, 5.0)
+    now[0] += 100 * SILENCE  # who looks was asleep itself: one look more is no proof
+    assert not look.gone("again", other, 5.0)
+
+
+def test_a_run_that_was_given_to_another_is_not_overwritten(tmp_path):
+    task = undula.train.Classification()
+    run = undula.train.Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
+    trial, mine = Trial(run, Rows("d", task), 1, 0, tested=False), Store(tmp_path / "runs.sqlite")
+    other = Store(tmp_path / "runs.sqlite")
+    other.worker, other.others.gone = "elsewhere", lambda *_: True
+    assert mine.claim(trial)
+    assert other.claim(trial)  # it took this process for lost
+    mine.finish(trial, {"validation": 0.1})
+    assert other.records([trial.key])[trial.key].state == "running"
+    other.finish(trial, {"validation": 0.5})
+    mine.fail(trial, "late")
+    assert mine.records([trial.key])[trial.key].result == {"validation": 0.5}
 
 
 def test_a_file_that_is_no_store_is_named(tmp_path):
@@ -191,12 +231,14 @@ def test_a_study_built_as_a_value_is_checked_before_it_runs():
     task = undula.train.Classification()
     arms = (spec.Arm("a", undula.LoRA()), spec.Arm("a", undula.DoRA()))
     budgets = (spec.Budget(rank=4, parameters_of="b"),)
-    wrong = spec.Study("t", arms, (spec.Base("m"),), (spec.Rows("d", task),), budgets, seeds=(0, -1))
+    wrong = spec.Study(
+        "t", arms, (spec.Base("m"),), (spec.Rows("d", task),), budgets, seeds=(0, -1), sweep=spec.Sweep(seeds=(0,))
+    )
     with pytest.raises(ValueError, match="two of the methods") as caught:
         Plan(wrong)
     for part in ("two of the methods are called 'a'", "no method is called 'LoRA'; there are: a, a",
                  "no method is called 'b'; there are: a, a", "whole numbers from 0",
-                 "none of them may be a seed of the sweep"):  # fmt: skip
+                 "none of them may be a seed of it"):  # fmt: skip
         assert part in str(caught.value)
 
 
@@ -227,10 +269,37 @@ def test_lines_of_a_study_file():
     where = lines(text)
     assert where["sweep", "rates"] == 4
     assert where["methods", 1, "set"] == 10
-    assert where["methods", "more", "x", "y"] == 12
+    assert where["methods", 1, "more", "x", "y"] == 12
     assert line_of(("methods", 1, "set", "r"), where) == 10
     assert line_of(("methods", 0, "rates"), where) == 7
     assert line_of(("nothing",), where) is None
+
+
+@pytest.mark.parametrize("quotes", ['"""', "'''"])
+def test_what_stands_in_a_text_is_no_table_and_no_key(quotes):
+    """Texts, lists and names may hold anything that looks like TOML."""
+    text = (
+        f"title = {quotes}\n[[methods]]\nseeds = [1]\n{quotes}\nseeds = [  # ] = [[data]]\n  1,\n]\n"
+        '[[methods]]\n"a.b" = "c = 1"\nset = { note = "}", r = 2 }\n[[methods]]\nname = "[[methods]]"\n'
+    )
+    where = lines(text)
+    told = {path: line for path, line in where.items() if len(path) < 3 or path[2] in ("a.b", "name")}
+    assert told == {
+        ("title",): 1, ("seeds",): 5, ("methods", 0): 8, ("methods", 0, "a.b"): 9, ("methods", 1): 11,
+        ("methods", 1, "name"): 12,
+    }  # fmt: skip
+    assert line_of(("methods", 0, "set"), where) == 10
+
+
+@pytest.mark.parametrize("nest", ["x = " + "[" * 50_000 + "]" * 50_000, "x = " + "{a=" * 400 + "1" + "}" * 400])
+def test_a_file_that_is_no_study_is_refused_by_its_name(tmp_path, nest):
+    path = tmp_path / "s.toml"
+    path.write_text(nest)
+    with pytest.raises(Faults, match=r"s\.toml cannot be run.*\n.*(deep in one another|not TOML)"):
+        read(path)
+    path.write_bytes(b"title = 'a'\nbaseline = '\xe9'\n")
+    with pytest.raises(Faults, match=r"s\.toml cannot be run.*\n  line 2: not UTF-8: byte 0xe9"):
+        read(path)
 
 
 def test_a_run_is_taken_once(tmp_path):

@@ -148,8 +148,8 @@ def _report(plan: Plan, store: Store, out: Path, about: Mapping[str, str] | None
     study, known = plan.study, plan.known(store)
     outcomes, chosen = plan.outcomes(known)
     made = write_report(
-        *(out / REPORT, outcomes, chosen), title=study.title, baseline=study.baseline, about=about or {},
-        notes=list(_notes(plan, store, known)), floors=_floors(plan),
+        *(out / REPORT, outcomes, chosen), title=study.title, baseline=study.baseline,
+        about={**plan.made(known), **(about or {})}, notes=list(_notes(plan, store, known)), floors=_floors(plan),
     )  # fmt: skip
     return Finished(outcomes, chosen, made)
 

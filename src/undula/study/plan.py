@@ -78,11 +78,16 @@ class Plan:
 
     def mixtures(self, known: Mapping[str, Record]) -> Iterator[str]:
         """Sentences on runs in one table that were not made alike: with other versions, devices, threads."""
-        results = [r.result for r in known.values() if r.result is not None]
-        kinds = Counter(_made_with(result) for result in results)
-        if len(kinds) > 1:
-            told = "; ".join(f"{n} with {kind}" for kind, n in kinds.most_common())
-            yield f"the runs were not all made alike: {told}"
+        if len(self._kinds(known)) > 1:
+            yield f"the runs were not all made alike: {self.made(known)['the runs were made']}"
+
+    def made(self, known: Mapping[str, Record]) -> dict[str, str]:
+        """With what the runs were made, for a report."""
+        kinds = self._kinds(known)
+        return {"the runs were made": "; ".join(f"{n} with {kind}" for kind, n in kinds.most_common())} if kinds else {}
+
+    def _kinds(self, known: Mapping[str, Record]) -> Counter[str]:
+        return Counter(_made_with(r.result) for r in known.values() if r.result is not None)
 
     def _results(self, known: Mapping[str, Record], part: Rows | Base) -> list[Mapping[str, Any]]:
         cells = [cell for cell in self.cells if part in (cell.rows, cell.base)]

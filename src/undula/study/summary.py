@@ -29,7 +29,7 @@ def summarise(
     group.
     """
     runs = tuple(sorted(outcomes, key=lambda o: (*o.group, o.arm, o.stage, o.lr, o.seed)))
-    rates = tuple(sorted(chosen, key=lambda c: (*c.group, c.arm)))
+    rates = tuple(sorted(chosen, key=lambda c: (*c.group, c.arm, c.seed is not None, c.seed)))
     _check(runs)
     groups = sorted({o.group for o in runs})
     rows = [row for group in groups for row in _rows(runs, rates, group, baseline, rule)]

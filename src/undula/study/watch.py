@@ -46,8 +46,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.heard(state.global_step, state.max_steps)
         step, steps = state.global_step, state.max_steps
-        allocator = self.ready.run.allocator
-        self.counts_from = 0 if allocator is None else allocator.counts_from(steps)
+        if step == 1 and (allocator := self.ready.run.allocator) is not None:
+            self.counts_from = allocator.counts_from(steps, self.ready.adapter)
         if step * self.evaluations // steps > (step - 1) * self.evaluations // steps:
             self.evaluate(step)
             if step < steps and self._hopeless():

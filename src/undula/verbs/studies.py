@@ -143,8 +143,8 @@ def _about(path: Path) -> dict[str, str]:
     return {
         "command": shlex.join(["undula", *(a for a in sys.argv[1:] if a != "--report")]),
         "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "machine that wrote this report": machine,
+        "versions that wrote this report": ", ".join(f"{k} {v}" for k, v in versions().items()),
         "study file": text_of(path),
     }
 
