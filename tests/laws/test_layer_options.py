@@ -1,0 +1,85 @@
+"""Options of a layer that act beside its product: padding, renormalised look-ups, convolutions in groups."""
+
+import pytest
+import torch
+from torch import nn
+
+import undula
+from undula import LoRA, Reweight
+
+from .test_laws import shake
+from .zoo import INNER, ZOO
+
+GROUPED = [undula.LoRAN(r=2), undula.SHiRA(r=1), undula.DoRA(undula.LoRAN(r=2))]
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.mark.parametrize("padding", [0, 4, -1])
+@pytest.mark.parametrize("method", ZOO, ids=repr)
+def test_the_padding_of_an_embedding_stays_the_bases(method, padding):
+    """Whatever trains, live and merged; all other rows are what they were without a padding row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 12, padding_idx=padding)).eval()
+    x, base = torch.arange(11), model[0].weight.detach().clone()
+    adapter = undula.attach(model, method, "*")
+    shake(adapter)
+    live = model(x)
+    gradients = torch.autograd.grad(live.square().sum(), adapter.parameters(), allow_unused=True)
+    torch.testing.assert_close(live[padding], base[padding])
+    assert not torch.equal(live, base)
+    assert any(g is not None and g.abs().sum() > 0 for g in gradients)
+    if isinstance(adapter.method, Reweight):
+        undula.merge(model)
+        torch.testing.assert_close(model(x), live)
+        torch.testing.assert_close(model[0].weight[padding], base[padding])
+
+
+@pytest.mark.parametrize("inner", [LoRA(r=2), undula.DoRA(LoRA(r=2)), undula.AuroRA(), undula.VeRA()], ids=repr)
+def test_training_does_not_move_padding(inner):
+    """Twenty steps of Adam with weight decay; of a LoRA the exported pair has nothing there either."""
+    model = nn.Sequential(nn.Embedding(9, 6, padding_idx=0))
+    adapter = undula.attach(model, inner, ["0"])
+    optimiser = torch.optim.AdamW(adapter.parameters(), 0.1, weight_decay=0.1)
+    for _ in range(20):
+        optimiser.zero_grad()
+        (model(torch.arange(9)) - 1).square().sum().backward()
+        optimiser.step()
+    assert float(model(torch.tensor([0])).detach().norm()) == 0.0
+    if isinstance(inner, LoRA):
+        assert float(adapter.delta("0")[:, 0].norm()) == 0.0
+        assert float(adapter.delta("0").norm()) > 0.1
+
+
+def test_an_embedding_that_renormalises_is_refused():
+    model = nn.Sequential(nn.Embedding(10, 6, max_norm=1.0))
+    with pytest.raises(TypeError, match=r"names only layers that cannot be adapted: 0 \(an embedding with max_norm=1"):
+        undula.attach(model, LoRA(r=2), ["0"])
+
+
+@pytest.mark.parametrize("method", [*INNER[:1], *INNER[2:], LoRA(r=16), undula.LoRAXS(r=2)], ids=repr)
+@pytest.mark.parametrize("groups", [2, 16])
+def test_a_bottleneck_on_groups_is_refused_at_attach(method, groups):
+    """By its groups and not by its shape, naming the layer; the model is as it was."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(16, 16, 3, groups=groups))
+    with pytest.raises(ValueError, match=rf"1 is a convolution in {groups} groups without a common bottleneck"):
+        undula.attach(model, method, "*")
+    assert type(model[1]) is nn.Conv2d
+    assert "_undula" not in model.__dict__
+
+
+@pytest.mark.parametrize("method", GROUPED, ids=repr)
+@pytest.mark.parametrize("groups", [2, 8])
+def test_a_full_update_acts_on_groups(method, groups):
+    model, x = nn.Sequential(nn.Conv2d(16, 8, 3, groups=groups, padding=1)), torch.randn(2, 16, 5, 5)
+    base = model(x)
+    undula.attach(model, method, "0")
+    torch.testing.assert_close(model(x), base)
+    shake(undula.selected(model))
+    live = model(x)
+    assert not torch.allclose(live, base)
+    undula.merge(model)
+    torch.testing.assert_close(model(x), live)
