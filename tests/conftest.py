@@ -2,27 +2,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
-def pytest_addoption(parser):
-    parser.addoption("--few", type=int, metavar="N", help="of every test's cases only N, evenly spread")
-
-
-def pytest_collection_modifyitems(config, items):
-    few, cases = config.getoption("--few"), {}
-    if few is None:
-        return
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {item for of in cases.values() for item in of[:: -(-len(of) // few)]}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..extras import told
 from .asset import Asset, AssetError, Progress, cache_root
 from .debian import build_sections, build_synopses
 from .images import build_fashion, read_images
@@ -139,7 +138,6 @@ def fetch(name: str, progress: Progress = print) -> Path:
     return asset.folder
 
 
-@told
 def model_path(name: str) -> Path:
     """The Hugging Face folder of the model `name` (fetched if need be), for `AutoModel....from_pretrained`."""
     asset = _find(name, "model")
@@ -148,7 +146,6 @@ def model_path(name: str) -> Path:
     return fetch(asset.name)
 
 
-@told
 def dataset(name: str) -> "datasets.DatasetDict":
     """The data set `name` (fetched if need be), in memory, with the splits train, validation and test.
 

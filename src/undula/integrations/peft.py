@@ -19,12 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft import PeftConfig
-from peft.tuners import tuners_utils
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+try:
+    import peft
+    from peft import PeftConfig
+    from peft.tuners import tuners_utils
+    from peft.utils.other import AuxiliaryTrainingWrapper
+except ImportError as error:
+    raise ImportError("undula.peft_config and undula.enable_peft need PEFT: pip install 'peft>=0.21,<0.23'") from error
 
 from .. import bases
 from ..io import files, native

@@ -33,8 +33,7 @@ def opened(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
     there = {p: split_of(data, n) for p, n in named.items() if p == "train" or p in rows.splits or n in data}
     if "validation" in there and named["test"] == named["validation"]:
         del there["validation"]  # the data's one labelled held-out split serves as the test
-    task = rows.task.fitted(there["train"])
-    parts = task.splits(DatasetDict(there), *PARTS)
+    task, parts = rows.task.read(DatasetDict(there), *PARTS)
     if "test" not in parts:
         held = with_validation(DatasetDict(train=parts["train"]), seed)
         parts = DatasetDict({**parts, "train": held["train"], "test": held["validation"]})
@@ -76,6 +75,8 @@ def leaks(parts: DatasetDict) -> Iterator[str]:
 def _inputs(rows: Dataset) -> Iterator[tuple[str, ...]]:
     """Of each row what stands for its input: its texts, or a hash of its image's pixels."""
     columns = [rows[c][:] for c in rows.column_names if c in ("text", "pair", "prompt")]
+    if "messages" in rows.column_names:
+        columns.append([json.dumps(messages) for messages in rows["messages"]])
     if "image" in rows.column_names:
         columns.append([fingerprint(image) for image in rows["image"]])
     return zip(*columns, strict=True)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..ranks.gates import in_use
-from ..train.base import quiet
+from ..train.base import config_of, quiet
 from ..train.fit import Prepared, assembled
 from ..train.measure import PeakMemory, versions
+from ..train.rows import in_own_order
 from ..train.run import Run
 from ..train.task import Examples, Task
 from .sources import Sources
@@ -100,9 +101,12 @@ def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[
     gc.collect()
     begun, sources = time.perf_counter(), sources or Sources()
     task, parts = sources.opened(trial.rows, trial.split_seed)
+    task, parts, _ = in_own_order(trial.rows.task, task, parts, config_of(trial.run.model))
     with quiet(), PeakMemory() as memory, tempfile.TemporaryDirectory() as scratch:
         run = dataclasses.replace(trial.run, task=task, out=Path(scratch))
         ready = assembled(run, parts["train"], parts["validation"])
+        if trial.tested:  # rows that the model cannot take are found now, not at the end
+            task.fits(Examples(task, parts["test"], ready.processor), ready.model, "test")
         watch.begin(ready, trial.evaluations)
         set_seed(run.seed)
         times, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)

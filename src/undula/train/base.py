@@ -15,7 +15,7 @@ from .data import BUNDLED
 from .task import Processor, Task
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 
 def model_folder(source: str) -> str:
@@ -56,6 +56,14 @@ def opening(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise FileNotFoundError(_unopened(source, model_folder(source), error)) from error
+
+
+def config_of(source: str) -> PretrainedConfig:
+    """The configuration of a pretrained model, its weights unopened.  Raises FileNotFoundError as `open_model` does."""
+    from transformers import AutoConfig
+
+    with quiet(), opening(source):
+        return AutoConfig.from_pretrained(model_folder(source))
 
 
 def _quantised(bits: int) -> BitsAndBytesConfig:

@@ -1,24 +1,30 @@
-"""Causal language modelling: a prompt to its completion, the loss on the completion alone."""
+"""Causal language modelling: prompts to completions, conversations, plain texts."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ..choice import Choice
-from .data import texts
-from .task import Example, Examples, Task, outputs
+from .columns import texts
+from .conversation import conversations, rendered, tokens
+from .faults import Faults
+from .limits import UNLIMITED
+from .task import Example, Examples, Task, Traced, outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # a label that the loss leaves out
+LENGTH = 2048  # tokens of a row where neither the task nor the model says less
+WRITTEN = 256  # tokens that a prompt is continued by at most, where nothing tells how long completions are
 
 
 class Format(Choice):
@@ -59,13 +65,34 @@ class Plain(Format):
 @Task.register
 @dataclass(frozen=True)
 class CausalLM(Task):
-    """Prompt to completion: loss and perplexity per token of the completion; for the first `generate` rows ROUGE-1, -2
-    and -L (F, 0 to 1) of greedy generations, and the share that is the completion to the letter.
+    """Next tokens.  Rows are one of
+
+    - pairs of a prompt and its completion; a `context` (Dolly's, Alpaca's `input`) follows the prompt;
+    - conversations, `messages` of {role, content} or ShareGPT's {from, value}: the assistant's turns are learned;
+    - plain texts, all of which is learned,
+
+    by the columns that there are.  Loss and perplexity per learned token; for the first `generate` rows ROUGE-1, -2 and
+    -L (F, 0 to 1) of greedy generations of the (last) completion, and the share that is the completion to the letter.
 
     format None: `Chat` where the tokenizer has a template, else `Plain`.
+    max_length, max_completion: tokens of the prompt (a longer text is cut at its end) and of the completion with its
+    end token.  None: together 2048, or what the model has positions for; the prompt gives way first, down to a half.
+    What is cut is told.  A completion that is cut has no end token: it does not end there.
     """
 
-    roles: ClassVar = {"prompt": ("prompt", "text", "instruction"), "completion": ("completion", "summary", "response")}
+    roles: ClassVar = {
+        "prompt": ("prompt", "instruction", "text"),
+        "completion": ("completion", "summary", "response", "output"),
+        "context": ("context", "input"),
+        "messages": ("messages", "conversations"),
+        "text": ("text",),
+    }
+    forms: ClassVar = (
+        ("messages",),
+        ("prompt", "completion"),
+        ("text",),
+    )  # the roles of each form, the first that fits
+    optional = ("context",)
     peft = "CAUSAL_LM"
     headline = "loss"
     has_head = False
@@ -74,44 +101,118 @@ class CausalLM(Task):
     prompt: str | None = None
     completion: str | None = None
     format: Format | None = None
-    max_length: int = 256  # tokens of the prompt: a longer text is cut at its end
-    max_completion: int = 64  # tokens of the completion, its end token included
+    max_length: int | None = None
+    max_completion: int | None = None
     generate: int = 32
+    context: str | None = None
+    messages: str | None = None
+    text: str | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON values; the columns of the newer forms only where they are named."""
+        newer = ("context", "messages", "text")
+        return {k: v for k, v in super().encode().items() if k not in newer or v is not None}
+
+    def columns(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
+        """{role: column} of one of the forms: the one that is named, else the first that the columns allow."""
+        named = [form for form in self.forms if any(getattr(self, role) is not None for role in form)]
+        met = [f for f in self.forms if all(any(c in there for c in self.roles[role]) for role in f)]
+        form: tuple[str, ...] = (*named, *met, ())[0]
+        found = faults if faults is not None else Faults()
+        if len(named) > 1:
+            found.missing(
+                f"{' and '.join('+'.join(f) for f in named)} are different forms of rows", "Name those of one"
+            )
+        if not named and not met:
+            found.missing(
+                f"the data have no columns for a language model; their columns are: {', '.join(there)}",
+                "It takes messages (or conversations), a prompt and a completion, or a text. Name them: --column "
+                "prompt=... --column completion=..., --column messages=... or --column text=..., in Python "
+                "CausalLM(prompt=..., completion=...)",
+            )
+        roles = (*form, "context") if form == ("prompt", "completion") else form
+        made = {role: column for role in roles if (column := self._column(role, there, found)) is not None}
+        if made.get("context") in (made.get("prompt"), made.get("completion")):
+            made.pop("context", None)
+        if faults is None:
+            found.check()
+        return made
+
+    def check(self, split: Dataset, faults: Faults) -> None:
+        for role, column in self.columns(split.column_names, faults).items():
+            if role == "messages":
+                conversations(split, column, faults)
+            else:
+                texts(split, column, faults, blank=role == "context")
 
     def rows(self, split: Dataset) -> Dataset:
         from datasets import Dataset
 
-        columns = self.columns(split.column_names)
-        return Dataset.from_dict({role: texts(split, column) for role, column in columns.items()})
+        columns, faults = self.columns(split.column_names), Faults()
+        if "messages" in columns:
+            made: dict[str, Any] = {"messages": conversations(split, columns["messages"], faults)}
+        else:
+            made = {r: texts(split, column, faults, blank=r == "context") for r, column in columns.items()}
+        faults.check()
+        if "context" in made:
+            asked = zip(made["prompt"], made.pop("context"), strict=True)
+            made["prompt"] = [f"{prompt}\n\n{context}" if context.strip() else prompt for prompt, context in asked]
+        return Dataset.from_dict(made)
 
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM as Auto
 
         return Auto.from_pretrained(path, dtype=dtype, **quantised)
 
-    def prompt_ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens up to where the completion begins, at most `max_length`: what is cut is the text, not what the
-        format puts around it."""
+    def prompt_ids(self, text: str, tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> list[int]:
+        """The tokens up to where the completion begins, at most `max_length` (or `most`): what is cut is the text, not
+        what the format puts around it."""
+        most = self.max_length or most or room(tokenizer)
         form = self.format or (Chat() if tokenizer.chat_template else Plain())
         ids = _ids(form(text, tokenizer), tokenizer)
-        if len(ids) <= self.max_length:
+        if len(ids) <= most:
             return ids
-        room = self.max_length - len(_ids(form("", tokenizer), tokenizer))
-        if room < 1:
-            raise ValueError(f"max_length={self.max_length} leaves no room for a text: the format alone is that long")
-        cut = str(tokenizer.decode(_ids(text, tokenizer)[:room]))
+        left = most - len(_ids(form("", tokenizer), tokenizer))
+        if left < 1:
+            raise ValueError(f"max_length={most} leaves no room for a text: the format alone is that long")
+        cut = str(tokenizer.decode(_ids(text, tokenizer)[:left]))
         return _ids(form(cut, tokenizer), tokenizer)
 
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-        prompt = self.prompt_ids(row["prompt"], tokenizer)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        completion = (_ids(row["completion"], tokenizer) + end)[: self.max_completion]
-        ids = prompt + completion
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [IGNORED] * len(prompt) + completion,
-        }
+        return self.traced(row, tokenizer)[0]
+
+    def traced(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Traced:
+        if row.get("completion") is not None:
+            return self._pair(row, tokenizer)
+        if row.get("messages") is not None:
+            ids, learned = tokens(row["messages"], tokenizer)
+            what = "the conversation is cut"
+        else:
+            begin = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+            ids = begin + _ids(row["text"], tokenizer) + _end(tokenizer)
+            learned, what = [at >= len(begin) for at in range(len(ids))], "the text is cut"
+        limit, had, lost = self.max_length or room(tokenizer), len(ids), {}
+        if had > limit:
+            ids, learned = ids[:limit], learned[:limit]
+            lost[f"{what} at its end, its end token included"] = had, limit
+            if not any(learned[1:]):
+                lost["nothing is left that would be learned"] = had, limit
+        return _example(ids, learned), lost
+
+    def _pair(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Traced:
+        """Prompt and completion: who of the two gives way, see the class."""
+        whole, lost = room(tokenizer), {}
+        form = self.format or (Chat() if tokenizer.chat_template else Plain())
+        asked = len(_ids(form(row["prompt"], tokenizer), tokenizer))
+        completion = _ids(row["completion"], tokenizer) + _end(tokenizer)
+        most = self.max_completion or max(1, whole - min(asked, self.max_length or whole // 2))
+        if len(completion) > most:
+            lost["the completion is cut at its end, its end token included"] = len(completion), most
+            completion = completion[:most]
+        prompt = self.prompt_ids(row["prompt"], tokenizer, max(1, whole - len(completion)))
+        if len(prompt) < asked:
+            lost["the prompt is cut at the end of its text"] = asked, len(prompt)
+        return _example(prompt + completion, [False] * len(prompt) + [True] * len(completion)), lost
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         from transformers import DataCollatorForSeq2Seq
@@ -134,45 +235,94 @@ class CausalLM(Task):
         return total / count
 
     def written(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
-        """Greedy generations against the completions, for the first `generate` rows: mean ROUGE F, exact matches."""
-        if self.generate < 1:
+        """Greedy generations against the completions, for the first `generate` rows: mean ROUGE F, exact matches.  Of
+        plain texts there are none."""
+        if self.generate < 1 or "text" in examples.rows.column_names:
             return {}
         from rouge_score.rouge_scorer import RougeScorer
 
-        rows = examples.rows.select(range(min(self.generate, len(examples.rows))))
-        wanted, found = rows["completion"][:], self.write(model, rows["prompt"][:], examples.processor, batch)
+        rows, tokenizer = examples.rows.select(range(min(self.generate, len(examples.rows)))), examples.processor
+        if "messages" in rows.column_names:
+            asked = [messages[:-1] for messages in rows["messages"]]
+            wanted = [messages[-1]["content"] for messages in rows["messages"]]
+            ids = [_ids(rendered(m, tokenizer, generate=True), tokenizer) for m in asked]
+        else:
+            wanted = rows["completion"][:]
+            ids = [self.prompt_ids(text, tokenizer) for text in rows["prompt"]]
+        longest = max(len(_ids(text, tokenizer)) for text in wanted) + 1
+        found = self._written(model, ids, tokenizer, batch, self.max_completion or longest + longest // 2)
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
         scores = [scorer.score(want, text) for want, text in zip(wanted, found, strict=True)]
         rouge = {k: sum(s[k].fmeasure for s in scores) / len(scores) for k in ("rouge1", "rouge2", "rougeL")}
         same = sum(want.strip() == text for want, text in zip(wanted, found, strict=True))
         return rouge | {"exact_match": same / len(found)}
 
-    @torch.no_grad()
     def write(
         self, model: PreTrainedModel, prompts: list[str], tokenizer: PreTrainedTokenizerBase, batch: int
     ) -> list[str]:
-        """Greedy completions of the prompts, at most `max_completion` tokens each."""
+        """Greedy completions of the prompts, at most `max_completion` tokens each (None: 256), whatever the model's
+        generation_config says of beams, penalties and sampling."""
         ids = [self.prompt_ids(text, tokenizer) for text in prompts]
+        return self._written(model, ids, tokenizer, batch, self.max_completion or WRITTEN)
+
+    @torch.no_grad()
+    def _written(
+        self, model: PreTrainedModel, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, batch: int, most: int
+    ) -> list[str]:
+        whole = max(2, min(tokenizer.model_max_length, UNLIMITED))
+        ids = [i[-(whole - 1) :] for i in ids]  # a place for one token at least
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         written = [""] * len(ids)
         training = model.training
         model.eval()
-        for start in range(0, len(order), batch):
-            numbers = order[start : start + batch]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in numbers]}, padding_side="left", return_tensors="pt")
-            made = model.generate(  # type: ignore[operator]
-                **inputs.to(model.device),
-                max_new_tokens=self.max_completion,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            new = made[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(numbers, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                written[i] = text.strip()
-        model.train(training)
+        try:
+            with greedy(model, tokenizer):
+                for start in range(0, len(order), batch):
+                    numbers = order[start : start + batch]
+                    given = {"input_ids": [ids[i] for i in numbers]}
+                    inputs = tokenizer.pad(given, padding_side="left", return_tensors="pt")
+                    width = inputs["input_ids"].shape[1]
+                    made = model.generate(**inputs.to(model.device), max_new_tokens=min(most, whole - width))  # type: ignore[operator]
+                    texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+                    for i, text in zip(numbers, texts, strict=True):
+                        written[i] = text.strip()
+        finally:
+            model.train(training)
         return written
 
 
+@contextlib.contextmanager
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """The model's generation by its likeliest token alone: of its own generation_config, which may ask for beams,
+    penalties or sampling, only the tokens that end a text stay."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    ends = getattr(own, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=getattr(own, "bos_token_id", None),
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def room(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a row may have where the task does not say: `padding` writes what the model takes."""
+    return max(2, min(LENGTH, tokenizer.model_max_length))
+
+
+def _example(ids: list[int], learned: list[bool]) -> Example:
+    labels = [token if own else IGNORED for token, own in zip(ids, learned, strict=True)]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .data import texts
+from .columns import numbers, texts
+from .faults import Faults
 from .heads import Classes, HeadTask
-from .task import Example, Examples, Task
+from .outputs import with_head
+from .task import Example, Examples, Task, Traced
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LENGTH = 512  # tokens of a row, special ones included, where a task does not say: longer texts are cut
+
+
 class TextTask(HeadTask):
-    """A head over one text or a pair of them."""
+    """A head over one text or a pair of them, of `max_length` tokens at most, special ones included (None: 512, or
+    what the model has positions for)."""
 
     roles: ClassVar = {
         "text": ("text", "sentence", "sentence1", "premise"),
@@ -28,23 +33,42 @@ class TextTask(HeadTask):
     }
     optional = ("pair",)
     peft = "SEQ_CLS"
-    max_length: int
+    max_length: int | None
+
+    def check(self, split: Dataset, faults: Faults) -> None:
+        for role, column in self.columns(split.column_names, faults).items():
+            if role == "label":
+                self.check_labels(split, column, faults)
+            else:
+                texts(split, column, faults)
 
     def rows(self, split: Dataset) -> Dataset:
         from datasets import Dataset
 
+        faults = Faults()
         columns = self.columns(split.column_names)
-        named = {role: texts(split, column) for role, column in columns.items() if role != "label"}
-        return Dataset.from_dict({**named, "label": self.labels(split, columns["label"])})
+        named = {role: texts(split, column, faults) for role, column in columns.items() if role != "label"}
+        labels = self.labels(split, columns["label"], faults)
+        faults.check()
+        return Dataset.from_dict({**named, "label": labels})
 
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification as Auto
 
-        return Auto.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **quantised, **self.outputs())
+        return with_head(Auto, path, getattr(self, "names", ()), dtype=dtype, **quantised, **self.outputs())
 
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
-        encoded = tokenizer(row["text"], row.get("pair"), truncation=True, max_length=self.max_length)
-        return {**encoded, "labels": row["label"]}
+        return self.traced(row, tokenizer)[0]
+
+    def traced(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Traced:
+        limit = self.max_length or min(LENGTH, tokenizer.model_max_length)
+        texts = (row["text"], row["pair"]) if row.get("pair") is not None else (row["text"],)
+        encoded = tokenizer(*texts, verbose=False)
+        had, lost = len(encoded["input_ids"]), {}
+        if had > limit:
+            encoded = tokenizer(*texts, truncation=True, max_length=limit)
+            lost["the text is cut at its end" if len(texts) == 1 else "the texts are cut at their ends"] = had, limit
+        return {**encoded, "labels": row["label"]}, lost
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         from transformers import DataCollatorWithPadding
@@ -60,7 +84,7 @@ class Classification(Classes, TextTask):
     text: str | None = None
     pair: str | None = None
     label: str | None = None
-    max_length: int = 128
+    max_length: int | None = None
     names: tuple[str, ...] = ()
 
 
@@ -73,14 +97,10 @@ class Regression(TextTask):
     text: str | None = None
     pair: str | None = None
     label: str | None = None
-    max_length: int = 128
+    max_length: int | None = None
 
-    def labels(self, split: Dataset, column: str) -> list[float]:
-        values = split[column][:]
-        for row, value in enumerate(values):
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"column {column!r} holds numbers; row {row} has {value!r}")
-        return [float(v) for v in values]
+    def labels(self, split: Dataset, column: str, faults: Faults) -> list[float]:
+        return numbers(split, column, faults)
 
     def outputs(self) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}

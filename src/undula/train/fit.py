@@ -6,8 +6,8 @@ import dataclasses
 import random
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..extras import told
 from ..host import attach
 from ..making import fresh
 from ..methods.lora import LoRA
 from ..probe import Probe
 from ..ranks.gates import in_use
 from .base import model_folder, open_model
-from .data import load_data, sample, split_of, with_validation
 from .measure import PeakMemory, versions
+from .rows import LOG, rows_of
 from .run import REPORT, RUN, Run, read_run, write_json
 from .task import Examples, Processor
 
@@ -46,9 +45,10 @@ class Prepared:
     adapter: Adapter
     train: Examples
     held: Examples
+    notes: tuple[str, ...] = ()  # what was assumed of the data, and what of the rows is not used
+    figures: Mapping[str, Any] = field(default_factory=dict)  # what the report says of the rows
 
 
-@told
 def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
 
@@ -95,6 +95,7 @@ def _made(ready: Prepared) -> dict[str, Any]:
         "sites": len(ready.adapter.methods),
         "train_rows": len(ready.train),
         "eval_rows": len(ready.held),
+        "data": {**ready.figures, "notes": list(ready.notes)},
         "device": str(ready.model.device),
         "seed": ready.run.seed,
     }
@@ -128,17 +129,16 @@ def resume_command(out: Path) -> str:
     return f"undula train --resume {shlex.quote(str(out))}"
 
 
-@told
 def prepare(run: Run) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached."""
     if run.method is None and not run.full and not run.task.has_head:
         raise ValueError("without a method only a head trains, and this task has none: choose a method")
-    limits = {"train": run.train_rows, "validation": run.eval_rows}
-    data = load_data(run.data)
-    task = run.task.fitted(split_of(data, "train"))
-    parts = with_validation(task.splits(data, *limits), run.seed)
-    rows = {split: sample(parts[split], most, run.seed) for split, most in limits.items()}
-    return assembled(dataclasses.replace(run, task=task), rows["train"], rows["validation"])
+    read = rows_of(run)
+    ready = assembled(dataclasses.replace(run, task=read.task), read.train, read.held)
+    notes = (*read.notes, *ready.notes)
+    for note in notes:
+        LOG.warning(note)
+    return dataclasses.replace(ready, notes=notes, figures=read.figures)
 
 
 def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
@@ -146,13 +146,14 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
     full = (*run.task.head(model), *run.full)
     train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
+    notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"))
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     if run.method is None:
         adapter = attach(model, _head_only(model, run, full))
     else:
         probe = _probe(run, train_on)
         adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full, probe=probe)
-    return Prepared(run, model, processor, adapter, train_on, held)
+    return Prepared(run, model, processor, adapter, train_on, held, notes)
 
 
 PROBE_BATCHES = 8  # where a run does not say

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..adapter import Adapter
-from .base import model_folder
+from .base import config_of
 from .causal_lm import CausalLM
 from .classification import Classification, Regression
 from .task import Example, Examples, Processor, Task
@@ -97,7 +97,7 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
     kind = config.get("task_type")
     if kind == CausalLM.peft:
         return CausalLM()
-    of_base = configured(base)
+    of_base = config_of(base)
     if kind == Classification.peft:
         return _classification(path, adapter, of_base)
     if kind is not None and kind not in CLASSES:
@@ -107,16 +107,6 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
         )
     name = _class(config, adapter, of_base) if kind is None else CLASSES[kind]
     return Unmeasured(kind, name, _count(name, adapter, of_base))
-
-
-def configured(base: str) -> PretrainedConfig:
-    """The configuration of a base.  Raises FileNotFoundError that says what was looked for."""
-    from transformers import AutoConfig
-
-    from .base import opening
-
-    with opening(base):
-        return AutoConfig.from_pretrained(model_folder(base))
 
 
 def named_as(config: PretrainedConfig, path: Path, of_base: PretrainedConfig) -> None:

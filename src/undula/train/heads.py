@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from .columns import alike, classes, in_order, known
+from .faults import Faults
+from .splitting import counts
 from .task import Examples, Task, outputs
 
 if TYPE_CHECKING:
@@ -17,9 +21,13 @@ if TYPE_CHECKING:
 class HeadTask(Task):
     """A head over the model's body.  The head trains in full."""
 
-    def labels(self, split: Dataset, column: str) -> list[int] | list[float]:
-        """The labels as what the loss takes.  Raises ValueError for values that are none."""
+    def labels(self, split: Dataset, column: str, faults: Faults) -> list[int] | list[float]:
+        """The labels as what the loss takes; values that are none are added to the faults."""
         raise NotImplementedError
+
+    def check_labels(self, split: Dataset, column: str, faults: Faults) -> None:
+        """Adds what is wrong with labels, before the task is fitted."""
+        self.labels(split, column, faults)
 
     def outputs(self) -> dict[str, Any]:
         """The head in the model's configuration."""
@@ -38,38 +46,42 @@ class HeadTask(Task):
 class Classes(HeadTask):
     """To one of several classes: accuracy, macro F1, Matthews' correlation, loss.
 
-    Labels are texts, whole numbers or a `ClassLabel`; `names` lists the classes in order (empty: those in the data).
+    Labels are texts, whole numbers or a `ClassLabel`; `names` lists the classes in order (empty: those in the data, in
+    the order of the base's own head where it has one for them).  Macro F1 is the mean over all classes, also those that
+    are neither met nor guessed.
     """
 
     headline = "accuracy"
     label: str | None
     names: tuple[str, ...]
 
+    def check_labels(self, split: Dataset, column: str, faults: Faults) -> None:
+        found = classes(split, column, faults)
+        if not self.names and not getattr(split.features[column], "names", None):  # else they are meant as they are
+            alike(split, column, found, faults)
+
     def fitted(self, train: Dataset) -> Self:
+        faults = Faults()
         column = self.columns(train.column_names)["label"]
-        feature, values = train.features[column], train[column][:]
-        declared = tuple(getattr(feature, "names", None) or ())
-        _whole(values, column)
-        distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
+        found = classes(train, column, faults)
+        faults.check()
+        distinct = in_order(sorted(set(found)))
         if len(distinct) < 2:
-            raise ValueError(f"classification needs two classes or more; column {column!r} holds only {distinct}")
+            raise ValueError(f"classification needs two classes or more; column {column!r} holds only {list(distinct)}")
         if self.names:
             return self
-        return replace(self, names=declared or tuple(str(v) for v in distinct))  # type: ignore[type-var]
+        declared = tuple(getattr(train.features[column], "names", None) or ())
+        return replace(self, names=declared or distinct)  # type: ignore[type-var]
 
-    def labels(self, split: Dataset, column: str) -> list[int]:
-        feature, values = split.features[column], split[column][:]
-        _whole(values, column)
-        declared = getattr(feature, "names", None)
-        number = {name: i for i, name in enumerate(self.names)}
-        called = [declared[v] if declared and 0 <= v < len(declared) else str(v) for v in values]
-        strange = sorted(set(called) - set(number))
-        if strange:
-            raise ValueError(
-                f"column {column!r} holds classes that are not in the training data: {', '.join(strange[:5])}; "
-                f"known are: {', '.join(self.names[:20])}"
-            )
-        return [number[c] for c in called]
+    def labels(self, split: Dataset, column: str, faults: Faults) -> list[int]:
+        return known(split, column, classes(split, column, faults), self.names, faults)
+
+    def figures(self, parts: Mapping[str, Dataset]) -> dict[str, Any]:
+        """The rows of each class, and the share of the validation rows that the most frequent one of train has: the
+        accuracy of who always answers it."""
+        counted = {part: counts(rows, self.names) for part, rows in parts.items()}
+        most = max(self.names, key=lambda name: counted["train"][name])
+        return {"classes": counted, "majority": counted["validation"][most] / max(len(parts["validation"]), 1)}
 
     def outputs(self) -> dict[str, Any]:
         return {
@@ -90,16 +102,8 @@ class Classes(HeadTask):
         return {
             "loss": float(torch.nn.functional.cross_entropy(logits, torch.tensor(labels))),
             "accuracy": float(accuracy_score(labels, guesses)),
-            "macro_f1": float(f1_score(labels, guesses, average="macro")),
+            "macro_f1": float(
+                f1_score(labels, guesses, labels=range(len(self.names)), average="macro", zero_division=0)
+            ),
             "mcc": float(matthews_corrcoef(labels, guesses)),
         }
-
-
-def _whole(values: list[Any], column: str) -> None:
-    """Raises ValueError unless every label is a text or a whole number."""
-    for row, value in enumerate(values):
-        if not isinstance(value, str | int):
-            hint = "; numbers with a fraction are for --task regression" if isinstance(value, float) else ""
-            raise ValueError(
-                f"column {column!r} names classes by texts or whole numbers; row {row} has {value!r:.80}{hint}"
-            )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from .faults import Faults
 from .heads import Classes
-from .images import images, opened
+from .images import frames, images, opened
+from .outputs import with_head
 from .task import Example, Examples, Task
 
 if TYPE_CHECKING:
@@ -38,12 +40,21 @@ class ImageClassification(Classes):
         if self.size is not None and self.size < 1:
             raise ValueError(f"size is a number of pixels, 1 or more; found size={self.size}")
 
+    def check(self, split: Dataset, faults: Faults) -> None:
+        columns = self.columns(split.column_names, faults)
+        if "image" in columns:
+            images(split.select_columns([columns["image"]]), columns["image"], faults)
+        if "label" in columns:
+            self.check_labels(split, columns["label"], faults)
+
     def rows(self, split: Dataset) -> Dataset:
         from datasets import ClassLabel
 
+        faults = Faults()
         columns = self.columns(split.column_names)
-        labels = self.labels(split, columns["label"])
-        pictures = images(split.select_columns([columns["image"]]), columns["image"])
+        labels = self.labels(split, columns["label"], faults)
+        pictures = images(split.select_columns([columns["image"]]), columns["image"], faults)
+        faults.check()
         if columns["image"] != "image":
             pictures = pictures.rename_column(columns["image"], "image")
         return pictures.add_column("label", labels, feature=ClassLabel(names=list(self.names)))
@@ -65,7 +76,18 @@ class ImageClassification(Classes):
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForImageClassification as Auto
 
-        return Auto.from_pretrained(path, dtype=dtype, ignore_mismatched_sizes=True, **quantised, **self.outputs())
+        return with_head(Auto, path, self.names, dtype=dtype, **quantised, **self.outputs())
+
+    def fits(self, examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
+        """Images are brought to one size; what the image processor cuts off at the edges is said, and of images of
+        several frames that the first alone is taken."""
+        notes, processor = [], examples.processor
+        if getattr(processor, "do_center_crop", False):
+            notes.append(f"{name} images: the image processor keeps their middle alone ({_shown(processor.crop_size)})")
+        several = sum(frames(image) > 1 for image in examples.rows["image"])
+        if several:
+            notes.append(f"{several} of {len(examples)} {name} images have several frames: the first alone is taken")
+        return notes
 
     def example(self, row: Mapping[str, Any], processor: BaseImageProcessor, /) -> Example:
         made = processor(opened(row["image"]), return_tensors="pt")
@@ -79,6 +101,10 @@ class ImageClassification(Classes):
         for start in range(0, len(examples), size):
             numbers = list(range(start, min(start + size, len(examples))))
             yield numbers, [examples[i] for i in numbers]
+
+
+def _shown(size: Any) -> str:
+    return " x ".join(str(v) for v in dict(size or {}).values() if v is not None) + " pixels"
 
 
 def _sides(own: Any, size: int) -> dict[str, int]:

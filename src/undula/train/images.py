@@ -6,6 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .columns import spot
+from .faults import Faults
+from .source import source_of
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
@@ -13,11 +17,11 @@ if TYPE_CHECKING:
 KINDS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 
 
-def images(rows: Dataset, column: str) -> Dataset:
+def images(rows: Dataset, column: str, faults: Faults) -> Dataset:
     """The rows with `column` as encoded images, {bytes, path}, each read when it is asked for (see `opened`).
 
-    Takes an `Image` feature, encoded images as bytes, or {bytes, path}.  Raises ValueError for a column of anything
-    else, and for rows without an image or whose beginning is not that of one.
+    Takes an `Image` feature, encoded images as bytes, or {bytes, path}.  A column of anything else is a fault, and so
+    are rows without an image or whose beginning is not that of one.
     """
     from datasets import Image, Value
 
@@ -26,18 +30,24 @@ def images(rows: Dataset, column: str) -> Dataset:
     binary = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
     if not (isinstance(feature, Image) or encoded or binary):
         found = f"it holds {feature.dtype}" if isinstance(feature, Value) else f"it is a {type(feature).__name__}"
-        raise ValueError(
-            f"column {column!r} holds no images ({found}, as in row 0: {rows[0][column]!r:.60}). An image is an "
-            "`Image` of `datasets`, the bytes of a PNG or JPEG file, or a file in a folder train/CLASS/"
+        faults.add(
+            spot(rows, column, f"holds no images ({found}, as in {source_of(rows).place(0)}: {rows[0][column]!r:.60})"),
+            advice="An image is an `Image` of `datasets`, the bytes of a PNG or JPEG file, or a file in a folder "
+            "train/CLASS/",
         )
+        return rows
+    source = source_of(rows)
     lazy = rows.cast_column(column, Image(decode=False))
     for number, value in enumerate(lazy[column]):
         if value is None or not (value.get("bytes") or value.get("path")):
-            raise ValueError(f"column {column!r} is empty in row {number}: remove such rows")
+            faults.add(spot(rows, column, "is empty"), source.place(number), "Fill or remove these rows")
+            continue
         try:
             _header(value)
         except _damage() as error:
-            raise ValueError(f"column {column!r}, row {number}: {_unreadable(value, error)}") from None
+            faults.add(
+                spot(rows, column, "holds damaged images"), f"{source.place(number)}: {_unreadable(value, error)}"
+            )
     return lazy
 
 
@@ -49,6 +59,16 @@ def _header(value: dict[str, Any]) -> None:
 
     with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]):
         pass
+
+
+def frames(value: dict[str, Any]) -> int:
+    """How many images a file holds: an animation, the pages of a TIFF."""
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]) as image:
+        return getattr(image, "n_frames", 1)
 
 
 def _damage() -> tuple[type[Exception], ...]:

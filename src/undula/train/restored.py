@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapter import Adapter
-from ..extras import told
 from ..host import attach, detach
-from .base import model_folder, open_model
+from .base import config_of, model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
-from .foreign import Unmeasured, base_of, configured, named_as, task_of
+from .foreign import Unmeasured, base_of, named_as, task_of
 from .heads import HeadTask
+from .rows import LOG
 from .run import RUN, Run
 from .task import Examples, Processor
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@told
 def evaluate(
     path: str | Path, *, data: str | None = None, split: str | None = None, rows: int | None = None
 ) -> dict[str, float]:
@@ -59,12 +58,16 @@ class Restored:
             raise ValueError(f"{self.run.out} was not made by `undula train`: say on which data (data=..., or --data)")
         every = load_data(self.run.data if data is None else data)
         if data is None and split in (None, "train", "validation"):
-            parts = with_validation(self.run.task.splits(every, "train", "validation"), self.run.seed)
+            parts = self.run.task.splits(every, "train", "validation")
+            parts = with_validation(parts, self.run.seed, by_chance=bool(self.run.by_chance))
             part = parts[split or "validation"]
         else:
             name = split or next((n for n in ("validation", "test", "train") if n in every), next(iter(every)))
             part = self.run.task.rows(split_of(every, name))
-        return Examples(self.run.task, sample(part, rows or self.run.eval_rows, self.run.seed), self.processor)
+        examples = Examples(self.run.task, sample(part, rows or self.run.eval_rows, self.run.seed), self.processor)
+        for note in self.run.task.fits(examples, self.model, "these"):
+            LOG.warning(note)
+        return examples
 
     def batches(self, examples: Examples) -> Iterator[dict[str, torch.Tensor]]:
         """The examples as the model's inputs, without labels: what `collapse` and `diagnose` run on."""
@@ -78,7 +81,6 @@ class Restored:
         return self.run.task.score(self.model, self.examples(data, split, rows), self.run.batch)
 
 
-@told
 def restored(path: str | Path, model: str | None = None) -> Restored:
     """The model that the adapter in `path` is for, with the adapter attached.
 
@@ -91,7 +93,7 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
     base, processor = open_model(model or run.model, run.task, run.dtype, run.seed, run.bits)
     if not (path / RUN).is_file():
         if isinstance(run.task, HeadTask | Unmeasured):
-            named_as(base.config, path, configured(run.model))
+            named_as(base.config, path, config_of(run.model))
         if (path / "tokenizer_config.json").is_file():
             processor = run.task.processor(str(path))  # the one that it was trained with: its tokens may be more
     return Restored(run, base, processor, attach(base, adapter))

@@ -21,7 +21,7 @@ from ..ranks import Allocator
 from .task import Task
 
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
-VERSION = 1
+VERSION = 2  # 1: a validation part was made by chance alone, without regard to classes and equal inputs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -58,6 +58,7 @@ class Run:
     save_every: int | None = None  # steps between checkpoints; None: ten in a run
     dtype: torch.dtype = torch.float32  # of the frozen model; the adapter is float32
     bits: int | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
+    by_chance: bool | None = None  # how a validation part is made, see `with_validation`: True for runs of version 1
     probe_batches: int | None = None  # that a method which starts from data looks at; None: 8
 
     def __post_init__(self) -> None:
@@ -121,8 +122,6 @@ class Run:
                 values[name] = tuple(values[name])
         for name, value in values.items():
             default = known[name].default
-            if name in ("model", "data") and not isinstance(value, str):
-                raise ValueError(f"{name} is a text, found {value!r:.80}")
             if type(default) in (int, float) and type(value) not in (type(default), int):
                 raise ValueError(f"{name} is a {type(default).__name__}, found {value!r:.80}")
         return Run(**values, out=out)
@@ -135,8 +134,9 @@ class Run:
     @staticmethod
     def load(out: str | Path) -> Run:
         """The run whose directory `out` is.  Raises FileNotFoundError, LookupError or ValueError."""
-        with files.door(str(Path(out) / RUN)):
-            return Run.decode(read_run(Path(out))["run"], Path(out))
+        data = read_run(Path(out))
+        old = {"by_chance": True} if data["version"] == 1 else {}
+        return Run.decode(data["run"] | old, Path(out))
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -145,9 +145,12 @@ def read_run(out: Path) -> dict[str, Any]:
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in out.iterdir())[:8]) if out.is_dir() else "no such directory"
         raise FileNotFoundError(f"{out} is not the directory of a run: {RUN} is missing; found: {there or 'nothing'}")
-    data = files.parsed(path.read_bytes(), str(path))
-    if data.get("version") != VERSION or not isinstance(data.get("run"), dict):
-        raise ValueError(f"{path} is not a run of version {VERSION}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("version") not in (1, VERSION) or not isinstance(data.get("run"), dict):
+        raise ValueError(f"{path} is not a run of version 1 or {VERSION}")
     return data
 
 

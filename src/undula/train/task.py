@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 
 from ..choice import Choice
+from .data import split_of
+from .faults import Faults
+from .limits import fits, padding
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 Example = dict[str, Any]
+Traced = tuple[Example, dict[str, tuple[int, int]]]  # and what was cut: {what: (tokens that there were, that are kept)}
 Processor = Any  # what comes with a pretrained model and makes its inputs: a tokenizer, an image processor
 
 
@@ -36,15 +40,43 @@ class Task(Choice):
         """This task with what the training rows tell it (the names of the classes)."""
         return self
 
+    def check(self, split: Dataset, faults: Faults) -> None:
+        """Adds what is wrong with rows, as far as that can be told before the task is fitted."""
+
     @abc.abstractmethod
     def rows(self, split: Dataset) -> Dataset:
-        """The rows with one column per role.  Raises LookupError for missing columns, ValueError for bad values."""
+        """The rows with one column per role.  Raises LookupError for missing columns, ValueError for bad values, with
+        all that is wrong."""
 
     def splits(self, data: DatasetDict, *names: str) -> DatasetDict:
         """Those of the named splits that there are, checked and with one column per role."""
         from datasets import DatasetDict
 
         return DatasetDict({name: self.rows(data[name]) for name in names if name in data})
+
+    def read(self, data: DatasetDict, *names: str) -> tuple[Self, DatasetDict]:
+        """(this task, fitted to the train split; those of the named splits that there are, see `splits`).
+
+        Raises LookupError or ValueError with all the faults of all these splits.
+        """
+        faults = Faults()
+        for name in names:
+            if name in data:
+                self.check(data[name], faults)
+        faults.check()
+        task = self.fitted(split_of(data, "train"))
+        return task, task.splits(data, *names)
+
+    def notes(self, split: Dataset) -> Iterator[str]:
+        """Sentences on what is done with the rows of a split as they were read, for its reader to know."""
+        used = set(self.columns(split.column_names).values())
+        unused = [c for c in split.column_names if c not in used]
+        if unused:
+            yield f"columns that are not used: {', '.join(map(repr, unused))[:200]}"
+
+    def figures(self, parts: Mapping[str, Dataset]) -> dict[str, Any]:
+        """What the report says of the rows (as `splits` gives them), beside their numbers."""
+        return {}
 
     @abc.abstractmethod
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
@@ -64,6 +96,15 @@ class Task(Choice):
     @abc.abstractmethod
     def example(self, row: Mapping[str, Any], processor: Processor, /) -> Example:
         """One row as the model's inputs, `labels` included, not padded."""
+
+    def traced(self, row: Mapping[str, Any], processor: Processor, /) -> Traced:
+        """`example`, and what of the row is lost in it."""
+        return self.example(row, processor), {}
+
+    def fits(self, examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
+        """Looks at every row as the model will get it.  Returns sentences on what is cut or left out of them; raises
+        ValueError for rows that the model cannot take."""
+        return fits(examples, model, name)
 
     @abc.abstractmethod
     def collator(self, processor: Processor, /) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
@@ -89,22 +130,27 @@ class Task(Choice):
         """The parameters that train in full: all that stand outside the model's body; none for a language model."""
         return ()
 
-    def columns(self, there: Sequence[str]) -> dict[str, str]:
-        """{role: column}.  Raises LookupError that lists the columns that exist."""
-        return {role: column for role in self.roles if (column := self._column(role, there)) is not None}
+    def columns(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
+        """{role: column}.  Raises LookupError that lists the columns that exist, or adds to the `faults`."""
+        found = faults if faults is not None else Faults()
+        made = {role: column for role in self.roles if (column := self._column(role, there, found)) is not None}
+        if faults is None:
+            found.check()
+        return made
 
-    def _column(self, role: str, there: Sequence[str]) -> str | None:
+    def _column(self, role: str, there: Sequence[str], faults: Faults) -> str | None:
         named = getattr(self, role)
         for column in self.roles[role] if named is None else (named,):
             if column in there:
                 return column
-        if named is None and role in self.optional:
-            return None
-        asked = f"no column {named!r}" if named else f"no column for {role} (looked for {', '.join(self.roles[role])})"
-        raise LookupError(
-            f"the data have {asked}; their columns are: {', '.join(there)}. "
-            f"Name it: {type(self).__name__}({role}=...), or --column {role}=..."
-        )
+        if named is not None or role not in self.optional:
+            looked = f"no column for {role} (looked for {', '.join(self.roles[role])})"
+            faults.missing(
+                f"the data have {looked if named is None else f'no column {named!r}'}; "
+                f"their columns are: {', '.join(there)}",
+                f"Name it: --column {role}=..., in Python {type(self).__name__}({role}=...)",
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -120,14 +166,6 @@ class Examples:
 
     def __getitem__(self, i: int) -> Example:
         return self.task.example(self.rows[i], self.processor)
-
-
-def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Sees to it that tokenizer and model agree on a token to pad with (decoders often come without one)."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 @torch.no_grad()

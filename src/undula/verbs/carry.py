@@ -10,9 +10,9 @@ from typing import Any
 from ..adapter import Adapter
 from ..bundled import ASSETS, Asset
 from ..io import files
-from ..train.base import model_folder, quiet
+from ..train.base import config_of, model_folder, quiet
 from ..train.data import BUNDLED
-from ..train.foreign import BASE, CLASSES, CONFIG, Unmeasured, configured, named_as
+from ..train.foreign import BASE, CLASSES, CONFIG, Unmeasured, named_as
 from ..train.heads import HeadTask
 from ..train.image_classification import ImageClassification
 from ..train.restored import described
@@ -64,7 +64,7 @@ def companions(path: Path, adapter: Adapter, out: Path, model: str | None, calle
         with quiet():
             run = described(path, adapter, model)
             source = model or run.model
-            config = configured(source)
+            config = config_of(source)
             processor = run.task.processor(model_folder(source))
     except (ImportError, OSError, ValueError, LookupError) as error:
         return str(error).strip().split("\n")[0]
@@ -72,7 +72,7 @@ def companions(path: Path, adapter: Adapter, out: Path, model: str | None, calle
         for name, value in run.task.outputs().items():
             setattr(config, name, value)
     if not (path / RUN).is_file():
-        named_as(config, path, configured(source))
+        named_as(config, path, config_of(source))
     asset = _asset(source)
     setattr(config, BASE, source if asset else None)
     (out / CONFIG).parent.mkdir(exist_ok=True)

@@ -14,10 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ..extras import advice
-
 OURS = str(Path(__file__).parents[1])
 EXPECTED = (LookupError, ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError)
+EXTRAS = {"ray": "ray", "optuna": "study", "pyarrow": "study", "scipy": "study"}
 out, err = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
 
 
@@ -42,7 +41,8 @@ def explain(error: Exception) -> int:
         say(text, "yellow")
         return 130
     if isinstance(error, ModuleNotFoundError):
-        say(advice(error.name), "red")
+        extra = EXTRAS.get(error.name or "", "hf")
+        say(f"this needs the package {error.name}, which is not installed: pip install 'undula[{extra}]'", "red")
         return 2
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if frame.f_code.co_filename.startswith(OURS):

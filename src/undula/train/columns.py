@@ -1,0 +1,121 @@
+"""The values of columns, checked: texts, numbers, names of classes.  Faults go into a collection."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .faults import Faults
+from .source import source_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+TOLD_CLASSES = 20
+
+
+def spot(rows: Dataset, column: str, what: str) -> str:
+    """A kind of fault of a column, with the file where there is one."""
+    name = source_of(rows).name
+    return f"{name + ', ' if name else ''}column {column!r} {what}"
+
+
+def texts(rows: Dataset, column: str, faults: Faults, blank: bool = False) -> list[str]:
+    """A column of texts; `blank`: they may be blank or missing, and are "" then."""
+    source, found = source_of(rows), []
+    for row, value in enumerate(rows[column][:]):
+        if value is not None and not isinstance(value, str):
+            kind = f"{source.place(row)} has {value!r:.60} ({type(value).__name__})"
+            faults.add(spot(rows, column, "holds what is no text"), kind, "Texts are strings")
+        elif not blank and (value is None or not value.strip()):
+            faults.add(spot(rows, column, "is empty"), source.place(row), "Fill or remove these rows")
+        found.append(value if isinstance(value, str) else "")
+    return found
+
+
+def numbers(rows: Dataset, column: str, faults: Faults) -> list[float]:
+    """A column of finite numbers, or of texts that are such."""
+    source, found = source_of(rows), []
+    for row, value in enumerate(rows[column][:]):
+        number = _number(value)
+        if number is None:
+            empty = value is None or isinstance(value, str) and not value.strip()
+            what = "is empty" if empty else "holds what is no number"
+            shown = source.place(row) if empty else f"{source.place(row)} has {value!r:.60}"
+            faults.add(
+                spot(rows, column, what), shown, "Labels of a regression are finite numbers such as 3, -0.5 or 1e-3"
+            )
+        found.append(0.0 if number is None else number)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str):
+        value = float(value) if NUMBER.fullmatch(value.strip()) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def classes(rows: Dataset, column: str, faults: Faults) -> list[str]:
+    """The name of the class of each row: texts as they are written, whole numbers, or a `ClassLabel`."""
+    source, declared, found = source_of(rows), getattr(rows.features[column], "names", None), []
+    for row, value in enumerate(rows[column][:]):
+        place = source.place(row)
+        if value is None or isinstance(value, str) and not value.strip() or declared and value == -1:
+            faults.add(spot(rows, column, "is empty"), place, "Fill or remove these rows")
+        elif not isinstance(value, str | int):
+            hint = "; numbers with a fraction are for --task regression" if isinstance(value, float) else ""
+            what = spot(rows, column, f"names classes by texts or whole numbers{hint}")
+            faults.add(what, f"{place} has {value!r:.80}")
+        if declared and isinstance(value, int) and 0 <= value < len(declared):
+            found.append(declared[value])
+        else:
+            found.append(str(value))
+    return found
+
+
+def in_order(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes in order: whole numbers by their size, else by the alphabet."""
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def alike(rows: Dataset, column: str, found: Sequence[str], faults: Faults) -> None:
+    """Adds a fault for names of classes that differ by case, white space or the normal form of Unicode alone."""
+    counted, groups = Counter(found), dict[str, list[str]]()
+    for name in counted:
+        groups.setdefault(plain(name), []).append(name)
+    for group in (g for g in groups.values() if len(g) > 1):
+        source = source_of(rows)
+        shown = ", ".join(f"{n!r} ({counted[n]} rows, first {source.place(found.index(n))})" for n in group)
+        what = spot(rows, column, "names classes that differ by case, white space or Unicode's normal form alone")
+        faults.add(
+            what, shown, "Write them alike; or, if they are meant to be several classes, list all with names=..."
+        )
+
+
+def plain(name: str) -> str:
+    """A name without what people do not see or do not mean by it."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def known(rows: Dataset, column: str, found: Sequence[str], names: Sequence[str], faults: Faults) -> list[int]:
+    """The number of each row's class."""
+    number, source = {name: i for i, name in enumerate(names)}, source_of(rows)
+    advice = f"The classes are: {', '.join(names[:TOLD_CLASSES])}{', ...' if len(names) > TOLD_CLASSES else ''}"
+    for row, name in enumerate(found):
+        if name not in number:
+            faults.add(
+                spot(rows, column, "holds classes that are not known"), f"{source.place(row)} has {name!r:.60}", advice
+            )
+    return [number.get(name, 0) for name in found]

@@ -1,0 +1,68 @@
+"""The bytes of a text file as text: UTF-8, or what a byte order mark says; nothing else is guessed."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from .faults import Faults
+
+MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's does
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+HEAD = 4096  # bytes by which UTF-16 without a mark is recognised
+
+
+def encoding_of(path: Path) -> str:
+    """The encoding of a text file.  Raises ValueError with the lines that are not UTF-8, and what to do."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    for mark, name in MARKS:
+        if head.startswith(mark):
+            return name
+    if head.count(b"\0") * 3 > len(head):
+        raise ValueError(
+            f"{path} seems to be UTF-16 or UTF-32 without a byte order mark (it is full of bytes 0). "
+            + _advice(path, "utf-16-le")
+        )
+    faults = Faults()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                around = line[max(0, error.start - 10) : error.start + 10].decode("cp1252", "replace").strip()
+                place = f"line {number} has the byte 0x{line[error.start]:02x} ({around!r} if it is Windows-1252)"
+                faults.add(f"{path} is not UTF-8", place, _advice(path, "cp1252"))
+    faults.check()
+    return "utf-8"
+
+
+def _advice(path: Path, encoding: str) -> str:
+    code = f"p = Path({str(path)!r}); p.write_bytes(p.read_bytes().decode({encoding!r}).encode())"
+    return (
+        "Save it as UTF-8: in a spreadsheet 'CSV UTF-8', or in Python, where you know the encoding, "
+        f"from pathlib import Path; {code}"
+    )
+
+
+@contextmanager
+def opened(path: Path, encoding: str, newline: str = "") -> Iterator[TextIO]:
+    """The text of a file, its line ends as they are.  Raises ValueError for bytes that are not of that encoding."""
+    try:
+        with path.open(encoding=encoding, newline=newline) as file:
+            yield file
+    except UnicodeError as error:
+        raise ValueError(f"{path} is not the {encoding} that its first bytes say: {error}") from None
+
+
+def assumed(encoding: str) -> tuple[str, ...]:
+    """What is worth telling of an encoding."""
+    return (f"read as {encoding.upper()}",) if encoding.startswith(("utf-16", "utf-32")) else ()

@@ -1,0 +1,122 @@
+"""What a model can take: how long a row may be, which ids it knows, what it pads with.  Told before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .task import Examples
+
+UNLIMITED = 10**9  # tokenizers write 10^30 where they do not know
+
+
+@dataclass
+class Cuts:
+    """How many rows lost tokens of what, the longest of them, and what remained of it."""
+
+    found: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    def add(self, what: str, had: int, kept: int) -> None:
+        count, longest, least = self.found.get(what, (0, 0, kept))
+        self.found[what] = (count + 1, max(longest, had), max(least, kept))
+
+    def told(self, rows: int, name: str) -> Iterator[str]:
+        for what, (count, longest, kept) in self.found.items():
+            yield f"{count} of {rows} {name} rows: {what} (the longest has {longest} tokens, {kept} are kept)"
+
+
+def table_of(model: nn.Module) -> int | None:
+    """How many tokens a model with a table of positions can take; None for one that has no such table.  RoBERTa and its
+    kin leave out the rows up to that of padding, OPT's and BART's begin at an offset."""
+    found = []
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe") and "relative" not in last:
+            skipped = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            found.append(module.num_embeddings - int(skipped))
+    return min(found, default=None)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model is made for: by its table of positions, else by its configuration."""
+    said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    table = table_of(model)
+    return table if table is not None else said if isinstance(said, int) and said > 0 else None
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many ids the model has an embedding for; None where it has no one table of them."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Sees to it that tokenizer and model agree on what pads (the tokenizer decides; one that has nothing for it takes
+    its end token), and on how many tokens a row may have.
+
+    Raises ValueError for a tokenizer without any token to pad with, or with one that the model has no row for.
+    """
+    if tokenizer.pad_token is None:
+        spare = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if spare is None:
+            raise ValueError("the tokenizer has no token to pad with, nor an end token in its place: set pad_token")
+        tokenizer.pad_token = spare
+    pad, size = tokenizer.pad_token_id, vocabulary(model)
+    if size is not None and pad >= size:
+        raise ValueError(
+            f"the tokenizer pads with {tokenizer.pad_token!r}, id {pad}, but the model's embedding has {size} rows "
+            f"(ids 0 to {size - 1}): choose another pad_token, or resize the model's embedding and save it"
+        )
+    configs = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
+    for config in configs:
+        if config is not None:
+            config.pad_token_id = pad
+    limit = positions(model)
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    if table_of(model) is not None:  # a row's positions would depend on its neighbours
+        tokenizer.padding_side = "right"
+
+
+def fits(examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
+    """Looks at every row as the model will get it.  Returns sentences on what is cut.
+
+    Raises ValueError for rows that are longer than the model's table of positions, or that have ids beyond its
+    embedding, with both numbers.
+    """
+    cuts, table, size = Cuts(), table_of(model), vocabulary(model)
+    longest, largest, over = 0, -1, 0
+    for i in range(len(examples)):
+        example, lost = examples.task.traced(examples.rows[i], examples.processor)
+        ids = example["input_ids"]
+        longest, largest = max(longest, len(ids)), max(largest, max(ids, default=-1))
+        over += table is not None and len(ids) > table
+        for what, (had, kept) in lost.items():
+            cuts.add(what, had, kept)
+    if table is not None and over:
+        raise ValueError(
+            f"{over} of {len(examples)} {name} rows are longer than the model can take: the longest has {longest} "
+            f"tokens, the model has {table} positions. {_asked(examples.task)}"
+        )
+    if size is not None and largest >= size:
+        token = examples.processor.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"{name} rows hold the token {token!r} with the id {largest}, but the model's embedding has {size} rows "
+            f"(ids 0 to {size - 1}): take the tokenizer that belongs to the model, or resize the model's embedding"
+        )
+    return list(cuts.told(len(examples), name))
+
+
+def _asked(task: Any) -> str:
+    names = ("max_length", "max_completion")
+    set_to = [f"{n}={v}" for n in names if (v := getattr(task, n, None)) is not None]
+    return f"Lower {' or '.join(set_to)}, or leave it out: rows are then cut to what the model takes" if set_to else ""

@@ -1,0 +1,59 @@
+"""Files of rows by their suffix."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .jsons import read_json, read_jsonl
+from .source import Source, described
+from .tables import read_csv, read_tsv
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def read_parquet(path: Path) -> Dataset:
+    """A Parquet file.  Raises ValueError for one that is damaged, whatever Arrow calls it."""
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+        table.validate(full=True)  # a text that is not UTF-8 would be found by whoever reads it
+        twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+        if twice:
+            raise ValueError(f"column {twice[0]!r} stands {table.column_names.count(twice[0])} times")
+        return described(Dataset(table), Source(str(path)))
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+        raise ValueError(f"{path} could not be read as Parquet: {error!s:.300}") from None
+
+
+READERS: dict[str, Callable[[Path], Dataset]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+}
+
+
+def readable(path: Path) -> bool:
+    """Whether the name is that of a data file."""
+    return path.suffix.lower() in READERS
+
+
+def read_file(path: Path) -> Dataset:
+    """The rows of one file; the cells of CSV and TSV are texts, as they were written.
+
+    Raises ValueError for a kind that is not known, for an empty file, and for a malformed one with all its faults.
+    """
+    if not readable(path):
+        raise ValueError(f"{path}: data files are {', '.join(READERS)}; found '{path.suffix or path.name}'")
+    rows = READERS[path.suffix.lower()](path)
+    if not len(rows):
+        raise ValueError(f"{path} has no rows")
+    return rows
