@@ -34,6 +34,7 @@ ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_rank
 STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 SPARSE = "tests/oracles/test_sparse.py"
+AGAIN, RULES = "tests/interop/test_peft_again.py", "tests/interop/test_peft_rules.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -88,7 +89,12 @@ MUTANTS = [
     ("train/images.py", "repr(image.size).encode() + image.tobytes()", "repr(image.size).encode()", IMAGES),
     ("compress/least_squares.py", "u.movedim(layer.channel, -1)", "u", COLLAPSE),
     ("bases.py", "layer.support_avx512bf16_for_cpu = False", "pass", "tests/interop/test_quantised.py"),
-    ("integrations/peft.py", "        bases.keep_gradients(model)\n", "", "tests/interop/test_quantised.py"),
+    ("integrations/peft/model.py", "        bases.keep_gradients(model)\n", "", "tests/interop/test_quantised.py"),
+    ("methods/centred.py", "f[f\"{k}0\"].detach().clone().requires_grad_() if f\"{k}0\" in f else t for k, t in f.items()",
+     "t for k, t in self.init(site).items()", AGAIN),
+    ("integrations/peft/starting.py", "t.data.copy_(live[at][factor])", "pass", AGAIN),
+    ("integrations/peft/undoing.py", "m._modules.update(own)", "pass", RULES),
+    ("integrations/peft/layer.py", "self.pending = bool(self.missing())", "self.pending = False", AGAIN),
     ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
     ("study/plan.py", "if other:", "if False:", STUDY),

@@ -9,6 +9,7 @@ from . import bundled, io, ranks, study, train
 from .adapter import Adapter
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .diagnose import diagnose
+from .groups import loraplus_groups
 from .host import adapters, attach, detach, rows, select, selected
 from .merging import merge, unmerge
 from .method import Additive, Layer, LowRank, Method, Reweight, Site
@@ -58,6 +59,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "io",
+    "loraplus_groups",
     "merge",
     "prune",
     "ranks",

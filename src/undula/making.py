@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .masters import wide
-from .method import Additive, Evidence, Factors, LowRank, Method, Site
+from .method import Additive, Evidence, Factors, LowRank, Method, NoEvidence, Site
 from .methods.dora import DoRA
 from .sites import LinearView, Where, choose, matches, outline, site, view
 
@@ -50,18 +51,36 @@ def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method], eviden
     return _filled(layers, methods, lambda method, where: method.init(replace(where, evidence=evidence)))
 
 
-def unstarted(
-    layers: Mapping[str, LinearView], methods: Mapping[str, Method], seeded: Callable[[str, str], bool]
+def again(
+    layers: Mapping[str, LinearView], methods: Mapping[str, Method], live: Mapping[str, Factors] | None = None
 ) -> Adapter:
-    """Factors for each layer that a file will fill: zeros, but for those (site, factor) that are `seeded`, made anew.
-    No start is computed, so none needs its data again."""
+    """A new adapter of methods that have begun before: beside a `live` one its frozen factors are that one's (see
+    `Method.again`).  Where a start asks for data that are not here, factors that only it could tell are NaN."""
 
-    def zeros(method: Method, where: Site) -> Factors:
-        outlines = method.init(where.outline()).items()
-        blank = {k: torch.zeros_like(t, device=where.device).requires_grad_(t.requires_grad) for k, t in outlines}
-        return {**blank, **{k: t for k, t in method.rebuilt(where).items() if seeded(where.name, k)}}
+    def make(method: Method, where: Site) -> Factors:
+        try:
+            return method.init(where) if live is None else method.again(where, live[where.name])
+        except NoEvidence:
+            own = {} if live is None else {k: t for k, t in live[where.name].items() if not t.requires_grad}
+            return {**_blank(method, where), **method.rebuilt(where), **own}
 
-    return _filled(layers, methods, zeros)
+    return _filled(layers, methods, make)
+
+
+def _blank(method: Method, where: Site) -> dict[str, Tensor]:
+    """NaN in the shapes of the factors (zeros for integers, which have none)."""
+    outlines = method.init(where.outline())
+    return {
+        k: torch.full_like(t, math.nan if t.is_floating_point() else 0, device=where.device).requires_grad_(
+            t.requires_grad
+        )
+        for k, t in outlines.items()
+    }
+
+
+def outlined(layers: Mapping[str, LinearView], methods: Mapping[str, Method]) -> Adapter:
+    """Factors on the meta device, for a file's tensors to take their places; what seeds rebuild is made."""
+    return _filled(layers, methods, lambda method, where: {**method.init(where.outline()), **method.rebuilt(where)})
 
 
 def _filled(

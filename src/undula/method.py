@@ -106,7 +106,7 @@ class Site:
 
     def _evidence(self, what: str) -> Evidence:
         if self.evidence is None:
-            raise RuntimeError(
+            raise NoEvidence(
                 f"this method starts from {what} ({self.name} asks for them): give it data, as in "
                 "attach(model, method, probe=undula.Probe(batches)). `undula train` does so by itself"
             )
@@ -121,6 +121,10 @@ class Site:
     def normal(self, *shape: int, std: float) -> Tensor:
         made = self.zeros(*shape)
         return made if made.is_meta else made.normal_(0.0, std)  # as in `frozen`
+
+
+class NoEvidence(RuntimeError):
+    """A start asks for data that nobody gave."""
 
 
 class Method(Choice):
@@ -151,6 +155,11 @@ class Method(Choice):
     def check(self, site: Site, f: Factors) -> None:
         """Raises ValueError where integer factors, which a file may hold, cannot be: an index outside the layer.
         Names, shapes, types and finiteness are checked already."""
+
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        """Factors of a second adapter beside `f`, a live one of this method at this site: what trains stands at a
+        start, what is frozen is f's."""
+        return {k: t if t.requires_grad else f[k] for k, t in self.init(site).items()}
 
     @abc.abstractmethod
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:

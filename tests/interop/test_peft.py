@@ -82,21 +82,44 @@ def test_refused_before_anything_changes(config, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_configuration_serves_several_models():
+def test_a_configuration_serves_several_models(tmp_path):
     config = undula.peft_config(LoRA(r=2))
     a, b = peft.get_peft_model(llama(), config), peft.get_peft_model(gpt2(), config)
     assert len(sites(a)) == 14
     assert len(sites(b)) == 8
     assert config.target_modules == "all-linear"
-    with pytest.raises(ValueError, match="names no layers yet"):
-        config.to_dict()
+    for model, count in ((a, 14), (b, 8)):  # whoever had it last
+        model.save_pretrained(tmp_path)
+        assert len(undula.Adapter.load(tmp_path).methods) == count
 
 
-@pytest.mark.parametrize("name", ["layers", "0", "A", "undula_factors"])
+@pytest.mark.parametrize("name", ["layers", "0", "A", "B", "weight", "q_proj"])
+def test_names_that_are_parts_of_keys(name, tmp_path):
+    """PEFT drops from a saved adapter every tensor with another adapter's name in its key: ours are put back."""
+    model, x = hosted(LoRA(r=2), name=name), tokens()
+    model.add_adapter("other", undula.peft_config(LoRA(r=3)))
+    model.set_adapter("other")
+    shake(trained(model).values())
+    model.save_pretrained(tmp_path)
+    for n in (name, "other"):
+        model.set_adapter(n)
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path / n, adapter_name=n).eval()
+        assert torch.equal(again(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("name", ["undula_factors", "weight", "head", "keys"])
 def test_names_that_peft_would_mistake(name):
-    """PEFT drops from a saved adapter every tensor with another adapter's name in its key."""
+    """Of a copy of a whole module PEFT drops what has another adapter's name in its key; and some are no names."""
+    before = Picture()
+    keys = set(before.state_dict())
     with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
-        hosted(LoRA(r=2), name=name)
+        hosted(LoRA(r=2), model=before, target_modules=["middle"], modules_to_save=["head"], name=name)
+    assert set(before.state_dict()) == keys
+
+
+def test_names_that_transformers_would_mistake():
+    with pytest.raises(ValueError, match="cannot be called 'layers'"):
+        llama().add_adapter(undula.peft_config(LoRA(r=2)), "layers")
 
 
 @pytest.mark.parametrize("version", ["0.20.4", "0.23.0", "1.0"])

@@ -34,14 +34,14 @@ def test_mixed_batches_while_generating():
 
 def test_mixed_batches_refused():
     model, x = hosted(LoRA(), name="french"), tokens(2)
-    with pytest.raises(ValueError, match="asks for german; there are: french, __base__"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.* german\. There are: french, __base__"):
         model(x, adapter_names=["french", "german"])
-    with pytest.raises(ValueError, match="3 names, this layer sees a batch of 2"):
+    with pytest.raises(ValueError, match="same as the number of inputs, but got 3 and 2 respectively"):
         model(x, adapter_names=["french"] * 3)
-    with pytest.raises(ValueError, match="is for inference"):
+    with pytest.raises(ValueError, match="when the model is in training mode"):
         model.train()(x, adapter_names=["french"] * 2)
     model.eval().merge_adapter()
-    with pytest.raises(ValueError, match="unmerge_adapter first"):
+    with pytest.raises(ValueError, match="please call `unmerge_adapter` first"):
         model(x, adapter_names=["french"] * 2)
 
 

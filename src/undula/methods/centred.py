@@ -51,6 +51,12 @@ class Centred(Wrapper):
     def check(self, site: Site, f: Factors) -> None:
         self.inner.check(site, f)
 
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        """Begun where f began: from another start, f's f0 would not lead to the base."""
+        if self.at_base():
+            return super().again(site, f)
+        return {k: f[f"{k}0"].detach().clone().requires_grad_() if f"{k}0" in f else t for k, t in f.items()}
+
     def at_base(self) -> bool:
         """Whether dW(f0) = 0."""
         return self.start.at_base and self.inner.starts_at_base

@@ -44,6 +44,10 @@ class DoRA(Reweight):
     def init(self, site: Site) -> dict[str, Tensor]:
         return {**self.inner.init(site), "m": site.W.norm(dim=1).requires_grad_()}
 
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        inner = {k: t for k, t in f.items() if k != "m"}
+        return {**self.inner.again(site, inner), "m": site.W.norm(dim=1).requires_grad_()}
+
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
 

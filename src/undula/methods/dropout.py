@@ -72,6 +72,9 @@ class Dropout(Wrapper):
     def init(self, site: Site) -> dict[str, Tensor]:
         return self.inner.init(site)
 
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        return self.inner.again(site, f)
+
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
 

@@ -64,6 +64,10 @@ class Restarted(LowRank):
         f = self.inner.init(site)
         return {**f, "A_past": site.zeros(self.past, I), "B_past": site.zeros(O, self.past)} if self.past else f
 
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        past = {k: f[k] for k in ("A_past", "B_past") if self.past}
+        return {**self.inner.again(site, {k: t for k, t in f.items() if k not in past}), **past}
+
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return self.inner.rebuilt(site)
 

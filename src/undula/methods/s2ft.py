@@ -57,6 +57,10 @@ class S2FT(LowRank):
         block = {"rows": site.zeros(k, I)} if self.side.rows(site.name) else {"columns": site.zeros(O, k)}
         return {**{name: S.requires_grad_() for name, S in block.items()}, "order": order}
 
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        """The same selection: it may come from data."""
+        return {k: t if k == "order" else site.zeros(*t.shape).requires_grad_() for k, t in f.items()}
+
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return {"order": self.order(site)} if self.selection.seeded else {}
 

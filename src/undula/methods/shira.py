@@ -47,6 +47,10 @@ class SHiRA(Additive):
         values_K = site.zeros(len(index_K)).requires_grad_()
         return {"values": values_K, "index": index_K, "outline": outline(site)}
 
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        """The same mask: it may come from data."""
+        return {**f, "values": site.zeros(len(f["index"])).requires_grad_()}
+
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return {"outline": outline(site), **({"index": self.index(site)} if self.mask.seeded else {})}
 

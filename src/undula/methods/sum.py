@@ -36,6 +36,10 @@ class Sum(Wrapper):
     def init(self, site: Site) -> dict[str, Tensor]:
         return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.init(site).items()}
 
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        parts = enumerate(self.terms(f))
+        return {f"{i}_{k}": t for i, (_, m, own) in parts for k, t in m.again(site, own).items()}
+
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.rebuilt(site).items()}
 
