@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,27 @@ class Adapter:
         if not set(self.methods) == set(self.factors) == set(self.shapes):
             odd = sorted(set(self.methods) ^ set(self.factors) | set(self.methods) ^ set(self.shapes))
             raise ValueError(f"methods, factors and shapes name different sites: {', '.join(odd[:5])}")
+
+    def __repr__(self) -> str:
+        return f"Adapter({', '.join(f'{name}: {value}' for name, value in self._told().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self._told().items())
+        return f"<table>{rows}</table>"
+
+    def _told(self) -> dict[str, str]:
+        """What a person wants to know of it at a glance."""
+        kinds = Counter(self.methods.values()).most_common()
+        told = {"methods": ", ".join(f"{m!r} at {n} layers" for m, n in kinds[:3]) + (", ..." if kinds[3:] else "")}
+        if not kinds:
+            del told["methods"]
+        sites = list(self.methods)
+        if sites:
+            told["layers"] = ", ".join(sites[:3]) + (f" ... {sites[-1]}" if len(sites) > 3 else "")
+        if self.full:
+            more = f" and {len(self.full) - 3} more" if len(self.full) > 3 else ""
+            told["in full"] = ", ".join(list(self.full)[:3]) + more
+        return told | {"parameters": f"{self.num_parameters():,} train"}
 
     @property
     def method(self) -> Method:

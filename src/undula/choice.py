@@ -6,7 +6,6 @@ only what exists, and decoding never imports or runs anything that a file asks f
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 import inspect
@@ -16,6 +15,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+from .given import Checked, no_option
+
 JSON_VALUES = (bool, int, float, str)
 
 
@@ -24,7 +25,7 @@ def plain(name: str) -> str:
     return name.replace("-", "").replace("_", "").lower()
 
 
-class Choice(abc.ABC):
+class Choice(metaclass=Checked):
     """One of several interchangeable things.  A direct subclass is a family, a concrete one a member of it."""
 
     family: ClassVar[type[Choice]]
@@ -65,9 +66,7 @@ class Choice(abc.ABC):
         hints, fields = _hints(member), {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]
         unknown = sorted(set(options) - set(fields))
         if unknown:
-            raise LookupError(
-                f"{member.__name__} has no option {', '.join(unknown)}; it has: {', '.join(fields) or 'none'}"
-            )
+            raise LookupError(no_option(member.__name__, unknown, fields))
         values = {k: _value(v, hints[k], f"{member.__name__}.{k}", text) for k, v in options.items()}
         missing = [
             f.name

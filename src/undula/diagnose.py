@@ -20,6 +20,7 @@ Keys (None where a number does not exist for a method, or would need the model o
 from __future__ import annotations
 
 import functools
+import html
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,6 +42,35 @@ from .sites import view
 SHOWN = 16  # singular values in a row
 STABLE = 0.5  # a w |u|
 Row = dict[str, Any]
+COLUMNS: tuple[str, ...] = ("site", "rank", "norm", "relative_norm", "effective_rank", "stable_rank")
+COLUMNS += ("nonlinearity", "bf16_changed", "stability", "outside")
+
+
+class Found(list[Row]):
+    """The rows of `diagnose`: a list, shown as a table."""
+
+    def __repr__(self) -> str:
+        head, *lines = self._lines()
+        widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
+        rows = [
+            "  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True)).rstrip() for row in (head, *lines)
+        ]
+        return "\n".join([*rows, *(self[-1].get("warnings", []) if self else [])])
+
+    def _repr_html_(self) -> str:
+        head, *lines = self._lines()
+        told = [*("<br>" + html.escape(text) for text in (self[-1].get("warnings", []) if self else []))]
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(t)}</td>" for t in line) + "</tr>" for line in lines)
+        return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{rows}</table>{''.join(told)}"
+
+    def _lines(self) -> list[list[str]]:
+        """A header and a line per row: the columns that have a number anywhere."""
+        names = [name for name in COLUMNS if any(row.get(name) is not None for row in self)]
+        return [names, *([_shown(row.get(name)) for name in names] for row in self)]
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @torch.no_grad()
@@ -56,7 +86,7 @@ def diagnose(what: nn.Module | Adapter, data: Iterable[Batch] | None = None) -> 
         raise TypeError("data go through the model: give the model with the adapter selected, not the adapter")
     seen = {} if data is None or model is None else _observed(model, adapter, data)
     rows = [_row(site, adapter, model, seen.get(site)) for site in adapter.factors]
-    return [*rows, _summary(adapter, rows)]
+    return Found([*rows, _summary(adapter, rows)])
 
 
 def _row(site: str, adapter: Adapter, model: nn.Module | None, bend: Bend | None) -> Row:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from . import bases, masters
 from .adapter import Adapter
-from .making import fitted, fresh
+from .making import check_what, fitted, fresh
 from .method import Factors, Layer, Method
 from .routing import Rows
+from .saving import guard, unguard
 from .sites import LinearView, Where, view
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Slot(nn.Module):
         # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
         # calls its layers in evaluation too, and does not compute from their weights past the adapter.
         self.register_forward_hook(never_called)
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self._parameters.items() if t is not None)
+        return f"{self.method!r}: {held}" if held else repr(self.method)
 
 
 class Adapted:
@@ -231,6 +236,7 @@ def _attach(
     full: Sequence[str],
     probe: Probe | None,
 ) -> Adapter:
+    check_what(what, overrides)
     if isinstance(what, Adapter) and (where is not None or overrides or full or probe is not None):
         raise ValueError(
             "an Adapter knows its own sites: `where`, `overrides`, `full` and `probe` go with a method alone"
@@ -238,7 +244,10 @@ def _attach(
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
     if name in host.adapters:
-        raise ValueError(f"an adapter called {name!r} is attached already; attached are: {', '.join(host.adapters)}")
+        raise ValueError(
+            f"an adapter called {name!r} is attached already; attached are: {', '.join(host.adapters)}. Where a cell "
+            "runs again: undula.detach(model) before it; for a second adapter beside the first: attach(..., name=...)"
+        )
     before = host.selected
     select(model, None)
     try:
@@ -292,6 +301,7 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
                 t.data = t.data.to(layer.device)
         _adapt(host, Slot(adapter.methods[path], layer, f))
     _unnest(model, host)
+    guard(model)
 
 
 def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
@@ -342,6 +352,7 @@ def stand_in(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
 
 
 def _clear(model: nn.Module, host: Host) -> None:
+    unguard(model)
     for slot in host.slots:
         take(slot)
     full: Mapping[str, Tensor] = host.adapters[host.selected].full if host.selected in host.adapters else {}
@@ -460,4 +471,5 @@ def _route(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> None:
         batch.owner = threading.get_ident()
         _adapt(host, Slot(batch, layer, {}))
     _unnest(model, host)
+    guard(model)
     host.names = names

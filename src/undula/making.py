@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .choice import plain
 from .masters import wide
 from .method import Additive, Evidence, Factors, LowRank, Method, NoEvidence, Site
 from .methods.dora import DoRA
@@ -35,6 +36,26 @@ def fresh(
     evidence = None if probe is None else probe.on(model, layers)
     in_full = {n: _thawed(p) for n, p in _chosen_parameters(model, full).items()}
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
+
+
+def check_what(what: Any, overrides: Mapping[str, Any]) -> None:
+    """Raises TypeError that says what to write where something else than a method or an Adapter is given."""
+    for found in (what, *overrides.values()):
+        if isinstance(found, Method) or (found is what and isinstance(what, Adapter)):
+            continue
+        if isinstance(found, type) and issubclass(found, Method):
+            hint = f"the class {found.__name__}: make a method of it, {found.__name__}()"
+        elif isinstance(found, str):
+            member = Method.registry.get(plain(found))
+            names = ", ".join(sorted(m.__name__ for m in Method.registry.values()))
+            hint = f"the text {found!r}: " + (
+                f"write undula.{member.__name__}()"
+                if member
+                else f"methods are undula.NAME(...), with NAME one of {names}"
+            )
+        else:
+            hint = f"{found!r:.80}"
+        raise TypeError(f"a method such as undula.LoRA(r=8), or an undula.Adapter, is attached; found {hint}")
 
 
 def assigned(sites: Iterable[str], method: Method, overrides: Mapping[str, Method]) -> dict[str, Method]:
@@ -149,6 +170,7 @@ def _thawed(p: nn.Parameter) -> nn.Parameter:
 
 
 def _chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    patterns = [patterns] if isinstance(patterns, str) else patterns  # one name, not its letters
     parameters = dict(model.named_parameters())
     chosen: dict[str, nn.Parameter] = {}
     for pattern in patterns:

@@ -11,6 +11,7 @@ from . import masters
 from .adapter import Adapter
 from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
 from .method import Method, Reweight
+from .saving import unguard
 from .sites import LinearView
 
 
@@ -48,6 +49,7 @@ def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[s
         parameters: dict = slot.layer.module._parameters
         own[path], parameters["weight"] = parameters["weight"], weight
     host.slots, host.merged = [], own
+    unguard(model)
     nest(host)
     if not keep:
         thawed = {id(p) for p in host.thawed}

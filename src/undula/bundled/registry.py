@@ -1,11 +1,12 @@
 """The assets, and the four things to do with them."""
 
 import platform
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .asset import Asset, AssetError, Progress, cache_root
+from ..io.whole import whole
+from . import kept
+from .asset import Asset, AssetError, Progress
 from .debian import build_sections, build_synopses
 from .images import build_fashion, read_images
 from .models import build_efficientnet, build_minilm, build_smollm2, enable
@@ -117,25 +118,30 @@ ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ALL}
 def fetch(name: str, progress: Progress = print) -> Path:
     """Make sure that the asset `name` is in the cache; return its folder.
 
-    The first call downloads and converts, later ones need no network. A folder appears under its final name only when
-    it is complete, so a broken-off fetch leaves nothing behind, and two at once do not disturb each other. Raises
-    AssetError with what was asked, what was found and what to do.
+    The first call downloads and converts, later ones need no network and compare the folder with what was fetched, once
+    in a process. A folder appears under its final name only when it is complete; what a killed fetch leaves is removed
+    by the next one, and two at once do not disturb each other. Raises AssetError with what was asked, what was found
+    and what to do.
     """
     asset = _find(name)
-    if asset.folder.is_dir():
-        return asset.folder
-    cache_root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_root(), prefix=".unfinished-") as scratch:
-        out = Path(scratch) / "asset"
-        out.mkdir()
-        asset.build(asset, out, progress)
-        try:
-            out.replace(asset.folder)
-        except OSError:
-            if not asset.folder.is_dir():  # else another process was faster: its copy is as good
-                raise
-    progress(f"{asset.name}: ready in {asset.folder}")
-    return asset.folder
+    folder = asset.folder
+    if kept.there(asset):
+        kept.check(asset)
+        return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        raise AssetError(
+            f"{folder} is no {asset.kind} {asset.name!r}: its main files are missing.\n"
+            f"What to do: delete that folder and fetch again (undula assets --fetch {asset.name})."
+        )
+    try:
+        with whole(folder) as out:
+            asset.build(asset, out, progress)
+            kept.record(out)
+    except FileExistsError:
+        if not kept.there(asset):  # else another process was faster: its copy is as good
+            raise
+    progress(f"{asset.name}: ready in {folder}")
+    return folder
 
 
 def model_path(name: str) -> Path:
@@ -167,7 +173,7 @@ def table() -> list[dict[str, Any]]:
             "title": asset.title,
             "licence": asset.licence,
             "size": f"{asset.bytes / 1e6:.1f} MB" if asset.bytes else "-",
-            "cached": asset.folder.is_dir(),
+            "cached": kept.there(asset),
         }
         for asset in ASSETS.values()
     ]

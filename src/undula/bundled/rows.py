@@ -79,8 +79,11 @@ def info(
 
 def verified(folder: Path, suffix: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(info.json, {split: content of its file}); AssetError if the rows are no longer those that were written."""
-    told = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-    files = {name: (folder / f"{name}.{suffix}").read_bytes() for name in SPLITS}
+    try:
+        told = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        files = {name: (folder / f"{name}.{suffix}").read_bytes() for name in SPLITS}
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{folder}: {error}.\nWhat to do: delete that folder and fetch again.") from None
     found = hashlib.sha256(b"".join(files.values())).hexdigest()
     if found != told["sha256"]:
         raise AssetError(

@@ -11,36 +11,41 @@ import typer
 
 from .. import merging, ranks
 from ..adapter import Adapter
-from ..diagnose import diagnose
+from ..diagnose import COLUMNS, bare, diagnose
 from ..figure import draw
 from ..io.whole import whole
+from ..methods.aurora import AuroRA
 from ..train import dense as unquantised
 from ..train import restored
+from ..train.worries import reported, worries
 from . import shell
 from .carry import carry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COLUMNS: tuple[str, ...] = ("site", "rank", "norm", "relative_norm", "effective_rank", "stable_rank")
-COLUMNS += ("nonlinearity", "bf16_changed", "stability", "outside")
-
 
 def show(
     path: shell.Directory,
     *,
-    rows: Annotated[int | None, typer.Option(help="Run so many rows through the model too (AuroRA's numbers).")] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Run so many rows through the model too (AuroRA's numbers).", min=1)
+    ] = None,
     data: shell.Data = None,
     model: shell.Base = None,
     plot: Annotated[Path | None, typer.Option(help="Draw spectra, ranks and nonlinearity into this file.")] = None,
     to: shell.Json = None,
 ) -> None:
     """Tell what an adapter really is: ranks, norms, how nonlinear; and what should worry its owner."""
-    if rows is None and data is None:
-        found = diagnose(Adapter.load(path))
+    adapter = Adapter.load(path)
+    if rows is None and data is None and model is None:
+        found = diagnose(adapter)
     else:
         opened = restored(path, model)
-        found = diagnose(opened.model, opened.batches(opened.examples(data, None, rows)))
+        named = rows is not None or data is not None
+        found = diagnose(opened.model, opened.batches(opened.examples(data, None, rows)) if named else None)
+        if named and not any(isinstance(bare(m), AuroRA) for m in adapter.methods.values()):
+            shell.note("--rows and --data changed nothing: of these methods the factors and the base tell it all")
     shell.write(to, found)
     if plot is not None:
         draw(found, plot)
@@ -52,7 +57,7 @@ def show(
     shown = [{c: row[c] for c in told} | {"site": row["site"].removeprefix(below)} for row in found]
     shell.out.print(shell.table(shown, f"below {below[:-1]}" if below else None))
     shell.note(f"{whole['method']}: {whole['parameters']:,} parameters, rung {whole['rung']}")
-    for warning in whole["warnings"]:
+    for warning in [*whole["warnings"], *worries(reported(path))]:
         shell.say(warning, "yellow")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -15,8 +16,22 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 OURS = str(Path(__file__).parents[1])
-EXPECTED = (LookupError, ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError)
-EXTRAS = {"ray": "ray", "optuna": "study", "pyarrow": "study", "scipy": "study"}
+EXTRAS = {"ray": "ray", "optuna": "study", "pyarrow": "study", "scipy": "study", "bitsandbytes": "bits"}
+# typer's own complaints; the package that they come from depends on its version
+USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+MEANT = (LookupError, ValueError, TypeError, OSError, RuntimeError)  # what the library raises of itself
+# Advice of the library, which speaks Python, and what to type instead
+PYTHON = (
+    (r"[\w.]+\([^()]*\), or (?=--)", ""),  # Classification(text=...), or --column text=...
+    (r"\w+=\.\.\., or (?=--)", ""),  # data=..., or --data
+    (
+        r"(?:Use )?(?:undula\.)?[Cc]ollapse\((?:undula\.)?Truncate\((\w+)\)\)",
+        r"`undula collapse --how truncate --set r=\1`",
+    ),
+    (r"LeastSquares\(r, calibration\)", "`undula collapse --how least-squares`"),
+    (r"(?<!`)undula\.collapse\b(?!\()", "`undula collapse`"),
+    (r"undula\.merge\b(?!\()", "`undula merge`"),
+)
 out, err = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
 
 
@@ -28,7 +43,9 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # RuntimeErrors that are none
             raise
-        except EXPECTED as error:
+        except USAGE:  # a verb or an option that does not exist: typer says it
+            raise
+        except Exception as error:  # whatever it is: a line, and the traceback where it is asked for
             if ctx.params.get("debug"):
                 raise
             raise typer.Exit(explain(error)) from None
@@ -40,16 +57,30 @@ def explain(error: Exception) -> int:
     if type(error).__name__ == "Interrupted":  # importing the class would import all of the training
         say(text, "yellow")
         return 130
-    if isinstance(error, ModuleNotFoundError):
-        extra = EXTRAS.get(error.name or "", "hf")
-        say(f"this needs the package {error.name}, which is not installed: pip install 'undula[{extra}]'", "red")
+    if isinstance(error, ImportError):
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        extra = EXTRAS.get(missing or "", "hf")
+        needs = f"this needs the package {missing}, which is not installed: pip install 'undula[{extra}]'"
+        say(needs if missing else text.strip().split("\n")[0], "red")
         return 2
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if frame.f_code.co_filename.startswith(OURS):
-        say(text, "red")
+    if frame.f_code.co_filename.startswith(OURS) and isinstance(error, MEANT):
+        say(spoken(text), "red")
         return 2
     say(f"{type(error).__name__}: {text} (`undula --debug ...` shows where)", "red")
     return 1
+
+
+def spoken(text: str) -> str:
+    """A message of the library with the advice of its Python as the options and verbs that do the same here."""
+    for pattern, words in PYTHON:
+        text = re.sub(pattern, words, text)
+    return text
+
+
+def called(kind: type) -> str:
+    """The name of a choice as a command line writes it: CausalLM is causal-lm."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower()
 
 
 def say(text: str, colour: str) -> None:

@@ -25,6 +25,7 @@ EXECUTORS = ("local", "ray")
 
 
 def study(
+    ctx: typer.Context,
     path: Annotated[Path, typer.Argument(help="The study: a TOML file (docs/study.md).")],
     *,
     out: Annotated[Path | None, typer.Option(help="Runs and report. (default: NAME-study)")] = None,
@@ -45,6 +46,7 @@ def study(
     command goes on."""
     from .. import study as room
 
+    _check_together(ctx, dry_run, report_only, executor)
     made = room.read(path, dict(split_pair(pair, "a replacement") for pair in replace))
     out = Path(f"{path.stem}-study") if out is None else out
     if dry_run:
@@ -61,6 +63,23 @@ def study(
     shell.write(to, {"report": str(found.report), "runs": len(found.outcomes), "failed": failed})
     if str(to) != "-":
         shell.note(f"{len(found.outcomes)} runs have ended, {failed} of them failed. Report: {found.report}")
+
+
+def _check_together(ctx: typer.Context, dry_run: bool, report_only: bool, executor: str) -> None:
+    """Refuses options that would do nothing beside the others.  Raises ValueError."""
+    runs_nothing = "--dry-run" if dry_run else "--report" if report_only else None
+    idle = {
+        "pilot": None if dry_run else "it goes with --dry-run",
+        "report_only": "--dry-run writes no report" if dry_run else None,
+        "retry_failed": f"{runs_nothing} runs nothing" if runs_nothing else None,
+        "executor": f"{runs_nothing} runs nothing" if runs_nothing else None,
+        "workers": None if executor == "ray" and not runs_nothing else "it goes with --executor ray",
+    }
+    for name, why in idle.items():
+        source = ctx.get_parameter_source(name)
+        if why and source is not None and source.name == "COMMANDLINE":
+            option = {"pilot": "pilot/--no-pilot", "report_only": "report"}.get(name, name.replace("_", "-"))
+            raise ValueError(f"--{option} would do nothing here: {why}")
 
 
 def _executor(room: Any, name: str, workers: int) -> Any:

@@ -14,6 +14,7 @@ from ..ranks import Allocator
 from ..train import Run, Task, restored
 from ..train.fit import train as fit
 from ..train.run import dtype_called
+from ..train.worries import diverged, worries
 from . import shell
 
 Many = list[str]
@@ -69,10 +70,13 @@ def train(
     if model is None or data is None or task is None or out is None:
         needed = {"--model": model, "--data": data, "--task": task, "--out": out}
         raise ValueError(f"train needs {', '.join(k for k, v in needed.items() if v is None)} (or --resume DIRECTORY)")
+    if method.lower() == "none":
+        _check_none(ctx)
+    kind = _task(task)
     run = Run(
         model=model,
         data=data,
-        task=build(Task, task, [*_columns(Task.named(task), column), *task_set]),
+        task=build(Task, task, [*_columns(kind, column), *task_set]),
         method=None if method.lower() == "none" else build(Method, method, options),
         out=out,
         allocator=None if allocator is None else build(Allocator, allocator, allocate),
@@ -92,6 +96,23 @@ def _check_alone(ctx: typer.Context) -> None:
     given = [names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if given:
         raise ValueError(f"--resume takes everything from the run.json that is there: leave out {', '.join(given)}")
+
+
+def _check_none(ctx: typer.Context) -> None:
+    """Without a method nothing is adapted: options of what would be are refused.  Raises ValueError."""
+    options = {"options": "--set", "override": "--override", "where": "--where", "probe_batches": "--probe-batches"}
+    sources = {name: ctx.get_parameter_source(name) for name in options}
+    given = [options[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise ValueError(f"--method none adapts no layers, so these would do nothing: leave out {', '.join(given)}")
+
+
+def _task(name: str) -> type[Task]:
+    try:
+        return Task.named(name)
+    except LookupError:
+        known = sorted(shell.called(kind) for kind in Task.registry.values())
+        raise LookupError(f"no task is called {name!r}; there are: {', '.join(known)}") from None
 
 
 def _columns(task: type[Task], pairs: Many) -> Many:
@@ -118,6 +139,10 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
         before = report["before"]
         shell.show([{"metric": k, "before": before.get(k), "after": v} for k, v in report["after"].items()])
         shell.note(_summary(report))
+    for text in worries(report):
+        shell.say(f"warning: {text}", "yellow")
+    if diverged(report):
+        raise typer.Exit(1)
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -134,7 +159,7 @@ def evaluate(
     *,
     data: shell.Data = None,
     split: Annotated[str | None, typer.Option(help="(default: the rows of the training's own metric)")] = None,
-    rows: Annotated[int | None, typer.Option(help="So many rows at most. (default: as in training)")] = None,
+    rows: Annotated[int | None, typer.Option(help="So many rows at most. (default: as in training)", min=1)] = None,
     model: shell.Base = None,
     to: shell.Json = None,
 ) -> None:
