@@ -179,7 +179,7 @@ MISTAKES = {
     "bare wrapper": (("--method", "dropout"), "Dropout needs inner"),
     "undefined inner": (("--method", "dropout", "--set", "inner.r=2"), "say what it is first (inner=NAME)"),
     "wrong inner": (("--method", "dora", "--set", "inner=aurora"), "DoRA wraps a method with an update dW"),
-    "task": (("--task", "translation"), "no task is called 'translation'; there are: CausalLM, Classification"),
+    "task": (("--task", "translation"), "no task is called 'translation'; there are: causal-lm, classification"),
     "task option": (("--task-set", "generate=3"), "Classification has no option generate"),
     "role": (("--column", "prompt=review"), "Classification has no column prompt=review; it has: text, pair, label"),
     "column": (("--task-set", "pair=title"), "no column 'title'; their columns are: review, stars"),

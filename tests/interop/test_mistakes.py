@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -70,10 +71,19 @@ def edited(change):
     return edit
 
 
+def _ia3(path):
+    save_file({"base_model.model.x.ia3_l": torch.ones(2)}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
 FILES = {
     "config is no JSON": (written("adapter_config.json", b"{"), "adapter_config.json"),
     "config is a list": (written("adapter_config.json", b"[]"), "adapter_config.json"),
-    "config is of another kind": (written("adapter_config.json", b'{"peft_type": "IA3"}'), "IA3"),
+    "config is of another kind": (_ia3, "IA3"),
     "tensors are cut": (lambda p: _cut(p / "adapter_model.safetensors"), "adapter_model.safetensors"),
     "tensors are noise": (written("adapter_model.safetensors", bytes(range(256)) * 4), "adapter_model.safetensors"),
     "tensors are gone": (lambda p: (p / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
@@ -85,10 +95,6 @@ OPENED = {  # what only verbs that open the model see
     "field is unknown": (edited(lambda r: r.update(depth=3)), "depth"),
     "base is gone": (edited(lambda r: r.update(model="./nowhere")), "nowhere"),
 }
-
-
-def _cut(path):
-    path.write_bytes(path.read_bytes()[:-7])
 
 
 def copied(source, path):

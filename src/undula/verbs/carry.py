@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,31 @@ def carry(path: Path, adapter: Adapter, out: Path) -> None:
         dataclasses.replace(Run.load(path), out=out, method=method, allocator=None, overrides={}).save(None)
 
 
-def companions(path: Path, adapter: Adapter, out: Path, model: str | None, called: str) -> str | None:
-    """Puts beside an exported LoRA what opens it elsewhere: the model's configuration with the names of the classes
-    (base/config.json: one beside the adapter would make transformers look for a whole model there), the tokenizer or
-    image processor, and a card that says how to load it.  Where the base is one of the bundled models, its name becomes
-    the hub's.  Returns what is missing, in words; None where it is all there.
-    """
+@dataclasses.dataclass(frozen=True)
+class Companions:
+    """What opens an exported LoRA elsewhere: the name of its base, the model's configuration with the names of the
+    classes, the tokenizer or image processor, a card that says how to load it."""
+
+    task: Task
+    base: str
+    asset: Asset | None
+    config: Any
+    processor: Any
+
+    def write(self, out: Path, called: str) -> None:
+        """Into the directory `out`, which will be called `called`.  The configuration goes into base/config.json:
+        one beside the adapter would make transformers look for a whole model there."""
+        (out / CONFIG).parent.mkdir(exist_ok=True)
+        self.config.save_pretrained((out / CONFIG).parent)
+        if self.processor is not None:
+            self.processor.save_pretrained(out)
+        kind = type(self.processor).__name__
+        files.write_text(out / "README.md", _card(self.task, self.config, self.base, self.asset, called, kind))
+
+
+def companions(path: Path, adapter: Adapter, model: str | None) -> Companions | str:
+    """The companions of the adapter in `path`; what is missing, in words, where its base cannot be opened here.  Where
+    the base is one of the bundled models, its name is the hub's."""
     try:
         with quiet():
             run = described(path, adapter, model)
@@ -75,14 +93,8 @@ def companions(path: Path, adapter: Adapter, out: Path, model: str | None, calle
         named_as(config, path, config_of(source))
     asset = _asset(source)
     setattr(config, BASE, source if asset else None)
-    (out / CONFIG).parent.mkdir(exist_ok=True)
-    config.save_pretrained((out / CONFIG).parent)
-    if processor is not None:
-        processor.save_pretrained(out)
     base = (asset.hub or source) if asset else _resolved(source)
-    _rename(out, base)
-    files.write_text(out / "README.md", _card(run.task, config, base, asset, called, type(processor).__name__))
-    return None
+    return Companions(run.task, base, asset, config, processor)
 
 
 def _asset(source: str) -> Asset | None:
@@ -91,12 +103,6 @@ def _asset(source: str) -> Asset | None:
 
 def _resolved(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def _rename(out: Path, base: str) -> None:
-    """The base's name in the configuration of the adapter in `out`."""
-    told = json.loads((out / files.CONFIG).read_text(encoding="utf-8"))
-    files.write_text(out / files.CONFIG, json.dumps(told | {"base_model_name_or_path": base}, indent=2) + "\n")
 
 
 def _card(task: Task, config: Any, base: str, asset: Asset | None, here: str, processor: str) -> str:

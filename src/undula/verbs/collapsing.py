@@ -21,7 +21,7 @@ from ..options import build
 from ..train import Restored, restored
 from ..train.run import RUN
 from . import shell
-from .carry import carry, companions
+from .carry import Companions, carry, companions
 
 How = Annotated[str | None, typer.Option(help="truncate, substitute or least-squares. (default: by the rung)")]
 Rows = Annotated[
@@ -167,13 +167,15 @@ def export(
     found = None if exact else _squeezed(path, adapter, how, options, data, rows, model)
     lora = adapter if found is None else found.made.adapter
     base, task = _about(lora.about, model, found.opened if found else None)
-    missing = None
+    beside = companions(path, adapter, model) if component is None else None
     with whole(out) as folder:
         if component is not None:
             export_diffusers(lora, folder, component)
+        elif isinstance(beside, Companions):
+            export_lora(lora, folder, beside.base, task)
+            beside.write(folder, out.name)
         else:
             export_lora(lora, folder, base, task)
-            missing = companions(path, adapter, folder, model, out.name)
     if found is None:
         shell.note("exported exactly (a method on the rung LowRank)")
     else:
@@ -183,8 +185,8 @@ def export(
             else f"on the rung {adapter.rung.__name__} there is no exact LoRA: collapsed first"
         )
         _show(found.made, None)
-    if missing:
-        shell.say(f"only the adapter's own files were written: {missing}", "yellow")
+    if isinstance(beside, str):
+        shell.say(f"only the adapter's own files were written: {beside}", "yellow")
     shell.note(f"Saved in {out}")
 
 
