@@ -41,7 +41,7 @@ METHODS = (
 )
 
 PLUGIN = '''
-import os, sys
+import importlib.util, os, sys, types
 import peft
 import pytest
 import undula
@@ -51,6 +51,10 @@ sys.path.insert(0, {here!r})
 from peft_suite import OPTIONS, OURS
 
 NAME, LORA = os.environ["UNDULA_SUITE_METHOD"], peft.LoraConfig
+if importlib.util.find_spec("diffusers") is None:  # imported by a helper of theirs that these tests do not use
+    sys.modules["diffusers"] = types.ModuleType("diffusers")
+    sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {{}})
+    sys.modules["diffusers"].__spec__ = importlib.util.spec_from_loader("diffusers", None)
 undula.enable_peft()
 
 
