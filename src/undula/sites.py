@@ -208,11 +208,33 @@ def choose(model: nn.Module, where: Where) -> dict[str, LinearView]:
     return _checked({pattern: names - set(barred) for pattern, names in asked.items()}, layers)
 
 
+# What fused kernels, or the model itself, read as `self.<name>.weight` (transformers 5; PEFT's own list for LoRA has
+# out_proj and conv1d of five of these).
+_MIXER = ("out_proj", "conv1d")
+READ = {
+    "mamba": ("x_proj", "dt_proj", *_MIXER),
+    "falcon_mamba": ("x_proj", "dt_proj", *_MIXER),
+    "jamba": ("dt_proj", "conv1d"),
+    "mamba2": _MIXER,
+    "falcon_h1": _MIXER,
+    "nemotron_h": _MIXER,
+    "zamba2": _MIXER,
+    "bamba": _MIXER,
+    "granitemoehybrid": _MIXER,
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "deberta": ("in_proj",),
+}
+
+
 def barriers(model: nn.Module) -> dict[str, str]:
     """{name: why} of the modules with a matrix of their own that no adapter can act on."""
     barred = {}
     parents = dict(model.named_modules())
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
     for name, module in parents.items():
+        if name.rpartition(".")[2] in READ.get(kind, ()):
+            barred[name] = f"the model (model_type='{kind}') reads its weight without calling it"
+            continue
         parent = parents.get(name.rpartition(".")[0]) if name else None
         if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module and _reads_weights(parent):
             barred[name] = "nn.MultiheadAttention computes from its weight and never calls it"

@@ -83,3 +83,43 @@ def test_a_full_update_acts_on_groups(method, groups):
     assert not torch.allclose(live, base)
     undula.merge(model)
     torch.testing.assert_close(model(x), live)
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.DoRA(LoRA(r=2)), undula.VeRA()], ids=repr)
+def test_padding_under_peft(method):
+    """The second host keeps the padding row too, live and merged."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 12, padding_idx=0), nn.Linear(12, 3))
+    base = model[0].weight.detach().clone()
+    wrapped = peft.get_peft_model(model, undula.peft_config(method, ["0"]))
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    embedding = wrapped.base_model.model[0]
+    live = embedding(torch.arange(11)).detach()
+    assert not torch.allclose(live[1:], base[1:])
+    torch.testing.assert_close(live[0], base[0])
+    merged = wrapped.merge_and_unload()[0].weight.detach()
+    torch.testing.assert_close(merged, live)
+    with pytest.raises(ValueError, match="an embedding with max_norm=1 rescales"):
+        peft.get_peft_model(nn.Sequential(nn.Embedding(11, 12, max_norm=1.0)), undula.peft_config(method, ["0"]))
+
+
+def test_weights_that_a_model_reads_are_left_out():
+    """Mamba computes from dt_proj's weight: "all-linear" says so, and naming it alone is refused."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        hidden_size=8, num_hidden_layers=1, vocab_size=11, state_size=4, intermediate_size=16
+    )
+    model = transformers.MambaForCausalLM(config)
+    with pytest.warns(
+        UserWarning, match=r"left out of where='all-linear': .*dt_proj.*reads its weight without calling it"
+    ):
+        sites = undula.attach(model, LoRA(r=2)).factors
+    assert sites
+    assert not any(site.endswith(("dt_proj", "out_proj", "x_proj")) for site in sites)
+    undula.detach(model)
+    with pytest.raises(TypeError, match=r"dt_proj .*reads its weight"):
+        undula.attach(model, LoRA(r=2), ["dt_proj"])

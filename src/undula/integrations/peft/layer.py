@@ -131,14 +131,14 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
 
     def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
         if rows is not None:
-            return rows.forward(x, self.layer, {})
+            return self.layer.kept(x, rows.forward(x, self.layer, {}))
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [n for n in self.active_adapters if n in self]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x)
         method, factors = self.law(active)
-        return method.forward(x, self.layer, factors)
+        return self.layer.kept(x, method.forward(x, self.layer, factors))
 
     def rows(self, names: Sequence[str]) -> Rows:
         """The law of a mixed batch: row i through the adapter names[i]."""
@@ -160,7 +160,7 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
         check_mergeable({"this layer": method})
         if self.merged:
             self.unmerge()
-        W_OI = method.weight(self.layer.weight, factors)
+        W_OI = self.layer.stays(self.layer.weight, method.weight(self.layer.weight, factors))
         if safe_merge and not torch.isfinite(W_OI).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: merging it "
