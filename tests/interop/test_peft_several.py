@@ -67,7 +67,7 @@ def test_merging_several(tmp_path):
     assert torch.equal(model(x).logits, y)
     model.merge_adapter()
     with model.disable_adapter():  # unmerges
-        assert torch.equal(model(x).logits, llama()(x).logits)
+        torch.testing.assert_close(model(x).logits, llama()(x).logits)
     torch.testing.assert_close(model.merge_and_unload()(x).logits, y)
 
 
@@ -93,14 +93,14 @@ def test_safe_merge():
     next(iter(trained(model).values())).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="gives NaN or infinity"):
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(model.unload()(tokens()).logits, llama()(tokens()).logits)
+    torch.testing.assert_close(model.unload()(tokens()).logits, llama()(tokens()).logits)
 
 
 def test_copies_and_pickles():
     model, x = hosted(AuroRA(), exclude_modules=["v_proj"]), tokens()
     y = model(x).logits
     twin = copy.deepcopy(model)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x).logits, y)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x).logits, y)
     shake(trained(twin).values())  # the copy's adapter is the copy's alone
     assert torch.equal(model(x).logits, y)
     assert not torch.equal(twin(x).logits, y)

@@ -86,11 +86,11 @@ def test_trainer(method, minilm, tmp_path):
 
     y = logits(model, tokenizer)
     again = peft.PeftModel.from_pretrained(make(), tmp_path / "checkpoint-8")
-    assert torch.equal(logits(again, tokenizer), y)
+    torch.testing.assert_close(logits(again, tokenizer), y)
     own = make()
     adapter = undula.attach(own, undula.Adapter.load(tmp_path / "checkpoint-8"))
     assert set(adapter.full) == {"classifier.weight", "classifier.bias"}
-    assert torch.equal(logits(own, tokenizer), y)
+    torch.testing.assert_close(logits(own, tokenizer), y)
 
 
 def test_trl(tmp_path):
@@ -122,7 +122,7 @@ def test_trl(tmp_path):
     x = tokens()
     own = llama(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     undula.attach(own, undula.Adapter.load(tmp_path / "checkpoint-4"))
-    assert torch.equal(own(x).logits, run.model.eval()(x).logits)
+    torch.testing.assert_close(own(x).logits, run.model.eval()(x).logits)
 
 
 def test_a_pretrained_causal_model(tmp_path):
@@ -139,7 +139,10 @@ def test_a_pretrained_causal_model(tmp_path):
         y = model(**x).logits
         model.save_pretrained(tmp_path)
         again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-        assert torch.equal(again(**x).logits, y)
+        kept = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(again)
+        assert kept[0].keys() == kept[1].keys()
+        assert all(torch.equal(t, kept[1][k]) for k, t in kept[0].items())  # to the bit; of the logits bfloat16 keeps
+        torch.testing.assert_close(again(**x).logits, y, rtol=0.05, atol=0.05 * float(y.std()))  # what kernels share
         with again.disable_adapter():
             assert "Paris" in tokenizer.decode(again.generate(**x, **options)[0])
 
@@ -147,7 +150,6 @@ def test_a_pretrained_causal_model(tmp_path):
 FRESH = """
 import os, sys
 import torch
-torch.set_num_threads(1)
 import peft, transformers
 from pathlib import Path
 root = Path(sys.argv[1])
@@ -157,7 +159,7 @@ def base():
 
 def same(model, name):
     x, y = torch.load(root / "x.pt"), torch.load(root / f"{name}.pt")
-    assert torch.equal(model.eval()(x).logits, y), (name, (model(x).logits - y).abs().max())
+    torch.testing.assert_close(model.eval()(x).logits, y, msg=lambda text: f"{name}: {text}")
 
 # PEFT alone
 x = torch.load(root / "x.pt")

@@ -218,8 +218,8 @@ def test_save_and_load(base, tmp_path):
     adapter.save(tmp_path)
     undula.attach(twin, undula.Adapter.load(tmp_path))
     x = torch.randn(5, 64)
-    assert torch.equal(twin(x), model(x))
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    torch.testing.assert_close(twin(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
 
 
 @two_bases
@@ -332,7 +332,7 @@ def test_an_evaluation_takes_no_gradient_under_peft():
         with torch.no_grad():
             hosted.eval()(x)
     assert gradients[0].abs().max() > 0.1
-    assert torch.equal(*gradients)
+    torch.testing.assert_close(*gradients)
 
 
 def test_repacked_4_bit_weights_are_read():
@@ -405,8 +405,9 @@ def test_qlora(how, m, tmp_path):
         y = model(input_ids=tokens).logits
         undula.detach(model)
         assert not torch.equal(model(input_ids=tokens).logits, y)
-        undula.attach(model, undula.Adapter.load(tmp_path / "adapter"))
-        assert torch.equal(model(input_ids=tokens).logits, y)
+        again = undula.attach(model, undula.Adapter.load(tmp_path / "adapter"))
+        assert all(torch.equal(t, again.factors[s][k]) for s, k, t in adapter.tensors())
+        torch.testing.assert_close(model(input_ids=tokens).logits, y, rtol=0.016, atol=0.016)
         if isinstance(m, Reweight):
             assert max(undula.merge(model).values()) > 0
             undula.unmerge(model)

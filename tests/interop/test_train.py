@@ -119,7 +119,6 @@ def test_measuring_does_not_touch_training(whole, bert, reviews, tmp_path, monke
 
 CHILD = """
 import sys, time, torch
-torch.set_num_threads(1)
 from transformers import TrainerCallback
 import undula
 class Tell(TrainerCallback):

@@ -17,24 +17,27 @@ from .zoo import LOW_RANK, ZOO
 SCRIPT = """
 import sys, torch, undula
 model = torch.load(sys.argv[1], weights_only=False).eval()
-x, wanted = torch.load(sys.argv[2])
+x, wanted, factors = torch.load(sys.argv[2])
 for i, y in enumerate(wanted):
     undula.attach(model, undula.Adapter.load(f"{sys.argv[3]}/{i}"), name=str(i))
-    assert torch.equal(model(x), y), i
+    adapter = undula.selected(model)
+    assert all(torch.equal(t, adapter.factors[s][k]) for (s, k), t in factors[i].items()), i
+    torch.testing.assert_close(model(x), y, msg=lambda text: f"{i}: {text}")
 print(len(wanted), "equal")
 """
 
 
 def test_round_trip_in_a_new_process(tmp_path):
-    """Every method: the same outputs to the bit."""
-    model, x, wanted = net().float().eval(), torch.randn(4, 12, dtype=torch.float32), []
+    """Every method: the same factors to the bit, and the same outputs."""
+    model, x, wanted, factors = net().float().eval(), torch.randn(4, 12, dtype=torch.float32), [], []
     torch.save(model, tmp_path / "base.pt")
     for i, m in enumerate(ZOO):
         adapter = undula.attach(model, m, name=str(i), where="*")
         shake(adapter)
         wanted.append(model(x).detach())
+        factors.append({(s, k): t.detach() for s, k, t in adapter.tensors()})
         adapter.save(tmp_path / str(i))
-    torch.save((x, wanted), tmp_path / "wanted.pt")
+    torch.save((x, wanted, factors), tmp_path / "wanted.pt")
     run = [sys.executable, "-c", SCRIPT, tmp_path / "base.pt", tmp_path / "wanted.pt", tmp_path]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.stdout == f"{len(ZOO)} equal\n", done.stderr[-2000:]

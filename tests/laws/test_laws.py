@@ -217,7 +217,7 @@ def test_merge_and_unmerge(m):
     assert torch.equal(model[0].weight, ref[0].weight)
     assert torch.equal(model(x), y)
     undula.detach(model)
-    assert torch.equal(model(x), ref(x))
+    torch.testing.assert_close(model(x), ref(x))
     assert model.state_dict().keys() == ref.state_dict().keys()
 
 
@@ -228,8 +228,8 @@ def test_copies_and_pickles(m):
     x = torch.randn(4, 12)
     y = model(x)
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(x), y)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+    torch.testing.assert_close(twin(x), y)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), y)
     shake(undula.selected(twin))  # the copy's adapter is the copy's alone
     assert torch.equal(model(x), y)
     assert not torch.equal(twin(x), y)

@@ -488,7 +488,6 @@ from undula.sites import choose
 def peak():
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM")) / 1024
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16))).requires_grad_(False)
 x, layers = torch.randn(4, 1024), choose(model, "all-linear")

@@ -216,7 +216,6 @@ def test_bad_values_are_refused():
 
 
 def worker(rank, file, folder):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     for i, (method, how) in enumerate(COURSES):
         model = net()

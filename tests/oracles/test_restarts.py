@@ -584,7 +584,6 @@ from torch import distributed, nn
 from tests.oracles.test_restarts import Net, batch
 from undula.ranks import XGBLoRA
 rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{size}", rank=rank, world_size=size)
 torch.manual_seed(0)
 model = Net(4)
