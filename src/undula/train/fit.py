@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
+from ..extras import told
 from ..host import attach
 from ..making import fresh
 from ..methods.lora import LoRA
@@ -49,6 +50,7 @@ class Prepared:
     figures: Mapping[str, Any] = field(default_factory=dict)  # what the report says of the rows
 
 
+@told
 def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
 
@@ -129,6 +131,7 @@ def resume_command(out: Path) -> str:
     return f"undula train --resume {shlex.quote(str(out))}"
 
 
+@told
 def prepare(run: Run) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached."""
     if run.method is None and not run.full and not run.task.has_head:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapter import Adapter
+from ..extras import told
 from ..host import attach, detach
 from .base import config_of, model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@told
 def evaluate(
     path: str | Path, *, data: str | None = None, split: str | None = None, rows: int | None = None
 ) -> dict[str, float]:
@@ -81,6 +83,7 @@ class Restored:
         return self.run.task.score(self.model, self.examples(data, split, rows), self.run.batch)
 
 
+@told
 def restored(path: str | Path, model: str | None = None) -> Restored:
     """The model that the adapter in `path` is for, with the adapter attached.
 

@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ..extras import advice
+
 OURS = str(Path(__file__).parents[1])
-EXTRAS = {"ray": "ray", "optuna": "study", "pyarrow": "study", "scipy": "study", "bitsandbytes": "bits"}
 # typer's own complaints; the package that they come from depends on its version
 USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 MEANT = (LookupError, ValueError, TypeError, OSError, RuntimeError)  # what the library raises of itself
@@ -59,9 +60,7 @@ def explain(error: Exception) -> int:
         return 130
     if isinstance(error, ImportError):
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        extra = EXTRAS.get(missing or "", "hf")
-        needs = f"this needs the package {missing}, which is not installed: pip install 'undula[{extra}]'"
-        say(needs if missing else text.strip().split("\n")[0], "red")
+        say(advice(missing) if missing else text.strip().split("\n")[0], "red")
         return 2
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if frame.f_code.co_filename.startswith(OURS) and isinstance(error, MEANT):

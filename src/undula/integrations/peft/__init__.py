@@ -13,11 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-try:
-    import peft
-    from peft import PeftConfig
-except ImportError as error:
-    raise ImportError("undula.peft_config and undula.enable_peft need PEFT: pip install 'peft>=0.21,<0.23'") from error
+import peft
+from peft import PeftConfig
 
 from ...method import Method
 from ...probe import Probe
