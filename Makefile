@@ -17,7 +17,7 @@ demo-lm: setup
 
 # Without downloads and bundled models, in less than a minute: a first look after a change.
 quick: setup
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" tests/laws tests/oracles
+	$(PY) -m pytest -n 2 --dist worksteal --few 3 tests/laws tests/oracles/test_methods.py tests/oracles/test_collapse.py
 
 test: setup
 	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 wordnet

@@ -36,7 +36,8 @@ from .kernels import reference, svd
 from .method import Additive, Factors, Layer, LowRank, Method, Reweight
 from .methods.aurora import AuroRA, AuroRAStatic
 from .methods.loran import LoRAN
-from .observe import Batch, batches, kept, listening, live, still
+from .observe import Batch, batches, listening, live, still
+from .padding import kept
 from .sites import view
 
 SHOWN = 16  # singular values in a row
@@ -217,8 +218,7 @@ def _observed(model: nn.Module, adapter: Adapter, data: Iterable[Batch]) -> dict
     bends = {s: Bend(m, adapter.factors[s]) for s, m in inner.items() if isinstance(m, AuroRA)}
 
     def hear(site: str, layer: Layer, x: Tensor, u: Tensor, mask: Tensor | None) -> None:
-        z = kept(reference.project(x, layer, bends[site].f["A"]), mask)
-        bends[site].add(z.reshape(-1, z.shape[-1]))
+        bends[site].add(kept(reference.project(x, layer, bends[site].f["A"]), mask))
 
     if bends:
         with still(model), listening(model, adapter, bends, hear) as go:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .host import Host, Slot, host_of, select, selected
 from .method import Factors, Layer, Method
+from .padding import watching
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
-Hear = Callable[[str, Layer, Tensor, Tensor, Tensor | None], None]  # (site, layer, x, u, mask)
+Hear = Callable[[str, Layer, Tensor, Tensor, Tensor | None], None]  # (site, layer, x, u, flat mask of its positions)
 
 
 def live(model: nn.Module, doing: str) -> Adapter:
@@ -61,17 +62,41 @@ def _tensor(out: Any) -> Tensor:
     return found
 
 
-def mask_of(batch: Batch) -> Tensor | None:
-    """The batch's attention_mask (rows x positions) as booleans: False marks padding."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def widened(batch: Any) -> Any:
+    """A batch with its narrow floating-point tensors in float32."""
+    if isinstance(batch, Tensor):
+        return batch.float() if _narrow(batch) else batch
+    if isinstance(batch, Mapping):
+        return {k: widened(v) for k, v in batch.items()}
+    return type(batch)(widened(v) for v in batch) if type(batch) in (tuple, list) else batch
 
 
-def kept(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions of `values` (rows, positions, channels) that are no padding; all of them where shapes differ."""
-    if mask is None or values.ndim != 3 or values.shape[:2] != mask.shape:
-        return values
-    return values[mask.to(values.device)]
+def _narrow(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dtype.itemsize < 4
+
+
+@contextlib.contextmanager
+def wide(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Gives a function that puts what is narrower than float32 in the model now into float32, and tells whether it did:
+    not where weights are quantised, sharded or elsewhere (meta).  Afterwards all tensors are the ones that they were;
+    meanwhile both are in memory."""
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def widen() -> bool:
+        every = [*model.parameters(), *model.buffers()]
+        if any(type(t) not in (Tensor, nn.Parameter) or t.device.type == "meta" for t in every):
+            return False
+        for t in every:
+            if _narrow(t):
+                kept[id(t)] = (t, t.data)
+                t.data = t.data.float()
+        return True
+
+    try:
+        yield widen
+    finally:
+        for t, data in kept.values():
+            t.data = data
 
 
 def batches(data: Iterable[Batch], what: str) -> Iterator[Batch]:
@@ -139,24 +164,26 @@ def listening(
 ) -> Iterator[Callable[[Batch], Tensor]]:
     """Gives a function that runs the model on a batch; meanwhile `hear(site, layer, x, u, mask)` is called whenever one
     of `sites` computes.  `adapter` is the selected one."""
-    mask: Tensor | None = None
-
-    def go(batch: Batch) -> Tensor:
-        nonlocal mask
-        mask = mask_of(batch)
-        return run(model, batch)
-
-    def ear(site: str) -> Ear:
-        return Ear(adapter.methods[site], lambda layer, x, u: hear(site, layer, x, u, mask))
-
     slots = {site: _slot(model, site) for site in sites}
-    for site, slot in slots.items():
-        slot.method = ear(site)  # type: ignore[assignment]
-    try:
-        yield go
-    finally:
+    with watching(model) as watch:
+
+        def go(batch: Batch) -> Tensor:
+            watch.begin(batch)
+            return run(model, batch)
+
+        def ear(site: str) -> Ear:
+            return Ear(
+                adapter.methods[site],
+                lambda layer, x, u: hear(site, layer, x, u, watch.of(site, x, layer.channel)),
+            )
+
         for site, slot in slots.items():
-            slot.method = adapter.methods[site]
+            slot.method = ear(site)  # type: ignore[assignment]
+        try:
+            yield go
+        finally:
+            for site, slot in slots.items():
+                slot.method = adapter.methods[site]
 
 
 def _slot(model: nn.Module, site: str) -> Slot:

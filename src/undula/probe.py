@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from . import bases
 from .kernels import reference
-from .observe import Batch, batches, kept, mask_of, moved, run
+from .observe import Batch, batches, moved, run
+from .padding import kept, watching
 from .sites import EmbeddingView, LinearView, site
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -154,10 +155,9 @@ class Bound:
 
     def _measure_moments(self, group: Mapping[str, LinearView]) -> dict[str, tuple[Tensor, Tensor, int]]:
         found: dict[str, tuple[Tensor, Tensor, int]] = {}
-        mask: Tensor | None = None
 
         def hear(name: str, layer: LinearView, x: Tensor) -> None:
-            x_TI = kept(inputs(layer, x), mask).flatten(0, -2).double()
+            x_TI = kept(inputs(layer, x), watch.of(name, x, layer.channel)).double()
             if name not in found:
                 I = x_TI.shape[1]
                 found[name] = x_TI.new_zeros(I, I), x_TI.new_zeros(I), 0
@@ -165,9 +165,9 @@ class Bound:
             found[name] = xx_II.addmm_(x_TI.T, x_TI), x_I.add_(x_TI.sum(0)), n + len(x_TI)
 
         forward = run if self.probe.loss is loss_of else self.probe.loss
-        with listening(self.model, group, hear), torch.no_grad():
+        with watching(self.model) as watch, listening(self.model, group, hear), torch.no_grad():
             for batch in batches(self.data, self._doing("activations", group)):
-                mask = mask_of(batch)
+                watch.begin(batch)
                 forward(self.model, self._on_device(batch))
         return found
 

@@ -69,6 +69,15 @@ def test_factors_give_the_svd_without_the_matrix():
         torch.testing.assert_close(svd.factored_values(B, A), s)
 
 
+@pytest.mark.parametrize(("shape", "r"), [((600, 600), 4), ((600, 600), 32), ((400, 1600), 16), ((600, 600), 64)])
+def test_randomised_svd_keeps_its_promise_on_noise(shape, r):
+    """The hardest spectrum there is; more ranks take more columns."""
+    M = torch.randn(shape)
+    u, t, v = Randomised()(M, r)
+    best = torch.linalg.svdvals(M)[r:].norm()
+    assert best * (1 - 1e-12) <= (M - u * t @ v.T).norm() <= 1.003 * best
+
+
 def test_randomised_svd_reaches_the_optimum():
     """On a hard spectrum (flat tail) within a thousandth, on a falling one exactly; seeded, no one's state moves."""
     U, V = (torch.linalg.qr(torch.randn(400, 400)).Q for _ in range(2))
@@ -467,3 +476,36 @@ def test_the_original_is_not_held():
     gc.collect()
     assert ref() is None
     assert done.adapter.num_parameters() == 2 * (12 + 16) + 2 * (16 + 8)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("std", [1e-1, 1e-4])
+def test_the_error_of_a_narrow_models_outputs_is_that_in_float32(narrow, std):
+    """However small the update is against the steps of the type; the model comes back as it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 24)).to(narrow).eval()
+    adapter = undula.attach(model, LoRA(r=2), ["0"])
+    with torch.no_grad():
+        adapter.factors["0"]["B"].normal_(std=std)
+    x = torch.randn(64, 16).to(narrow)
+    tensors = {n: (p, p.data_ptr(), p.dtype) for n, p in model.named_parameters()}
+    got = collapse(model, Truncate(1), held_out=[x])
+    assert {n: (p, p.data_ptr(), p.dtype) for n, p in model.named_parameters()} == tensors
+    want = collapse(model.float(), Truncate(1), held_out=[x.float()])
+    assert got.error == pytest.approx(want.error, rel=1e-4)
+    assert 0.1 < want.error < 1
+
+
+def test_outputs_that_a_model_makes_narrow_are_said_to_be_rounding():
+    class Narrow(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).bfloat16()
+
+    model = Narrow(nn.Linear(16, 24)).float().eval()
+    adapter = undula.attach(model, LoRA(r=2), ["0"])
+    with torch.no_grad():
+        adapter.factors["0"]["B"].normal_(std=1e-4)
+    with pytest.warns(
+        UserWarning, match="the error of the model's outputs is mostly rounding: they are in torch.bfloat16"
+    ):
+        collapse(model, Truncate(1), held_out=[torch.randn(64, 16, dtype=torch.float32)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from ..host import attach, detach, host_of, select
 from ..kernels import reference
 from ..method import Factors, Layer, Method
 from ..methods.lora import LoRA
-from ..observe import Batch, batches, kept, listening, live, mask_of, run, still
+from ..observe import Batch, batches, listening, live, run, still, wide, widened
+from ..padding import kept, of_outputs
 from .approximation import Approximation, Fit
 
 ROOM = "undula.collapse."  # names of adapters that are attached while measuring
@@ -143,27 +145,43 @@ def _measured(
     model: nn.Module, adapter: Adapter, made: Adapter, fits: dict[str, Fit], held_out: Iterable[Batch]
 ) -> tuple[dict[str, float], float]:
     """Errors at the sites, on the inputs that they see in the original, and of the outputs.  The outputs' change counts
-    from the model with the parameters trained in full (a new head) but without the sites."""
+    from the model with the parameters trained in full (a new head) but without the sites.  A model narrower than
+    float32 is measured in float32: what an adapter changes would be lost in the rounding of the outputs."""
     sums = {s: torch.zeros(2, dtype=torch.float64) for s in fits}  # |miss|^2, |u|^2
-    total, name, seen = torch.zeros(2, dtype=torch.float64), _name(model), 0
+    total, size, name = torch.zeros(2, dtype=torch.float64), 0.0, _name(model)
 
     def hear(site: str, layer: Layer, x: Tensor, u: Tensor, mask: Tensor | None) -> None:
         sums[site] += _squares(kept(_change(fits[site], layer, x, u.dtype), mask), kept(u, mask))
 
-    with _guests(model, made=made, none=Adapter({}, {}, {}, adapter.full)):
+    out = None
+    with _guests(model, made=made, none=Adapter({}, {}, {}, adapter.full)), wide(model) as widen:
         for batch in batches(held_out, "held-out data"):
-            seen, mask = seen + 1, mask_of(batch)
             select(model, name)
+            given = widened(batch) if widen() else batch
             with listening(model, adapter, fits, hear) as go:
-                own = kept(go(batch), mask)
-            outputs = []
+                out = go(given)
+            mask, outputs = of_outputs(model, batch, out), [out]
             for guest in ("made", "none"):
                 select(model, ROOM + guest)
-                outputs.append(kept(run(model, batch), mask))
-            total += _squares(outputs[0] - outputs[1], own - outputs[1])
-    if not seen:
+                widen()
+                outputs.append(run(model, given))
+            own, new, none = (kept(y, mask) for y in outputs)
+            total += _squares(new - none, own - none)
+            size += float(own.float().square().sum())
+    if out is None:
         raise ValueError("held_out holds no batches: nothing to measure the error on")
+    _check_rounding(out.dtype, float(total[1]), size)
     return {s: _relative(*v.tolist()) for s, v in sums.items()}, _relative(*total.tolist())
+
+
+def _check_rounding(dtype: torch.dtype, change: float, size: float) -> None:
+    """Warns where outputs in a narrow type tell more of its rounding than of the adapter."""
+    if change > 0 and dtype.itemsize < 4 and torch.finfo(dtype).eps * size**0.5 > 0.1 * change**0.5:
+        warnings.warn(
+            f"the error of the model's outputs is mostly rounding: they are in {dtype}, with steps as large as what "
+            "the adapter changes. Look at the errors of the sites, which are measured in float32",
+            stacklevel=4,
+        )
 
 
 def _squares(new: Tensor, u: Tensor) -> Tensor:

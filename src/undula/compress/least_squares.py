@@ -19,7 +19,8 @@ from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
 from ..method import Layer
 from ..methods.lora import check_rank
-from ..observe import Batch, batches, kept, listening, still
+from ..observe import Batch, batches, listening, still
+from ..padding import kept
 from ..sites import EmbeddingView, LinearView, view
 from .approximation import Approximation, Fit
 
@@ -164,8 +165,7 @@ class LeastSquares(Approximation):
                 moments[site] = Moments(*adapter.shapes[site], device=x.device)
             if layer.channel != -1:  # a convolution: x is what its kernel sees at a position, see `_patches`
                 x, u = _patches(layer, x), u.movedim(layer.channel, -1)
-            x, u = kept(x, mask), kept(u, mask)
-            moments[site].add(x.reshape(-1, x.shape[-1]), u.reshape(-1, u.shape[-1]))
+            moments[site].add(kept(x, mask), kept(u, mask))
 
         with still(model), listening(model, adapter, sites, hear) as go:
             for batch in batches(self.calibration, what):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import observe
+from .. import observe, padding
 from ..compress import LeastSquares, Substitute, collapse
 from ..compress.approximation import Approximation
 from ..host import attach, detach, host_of, select
@@ -80,6 +80,7 @@ def _outputs(ready: Prepared, batches: list[dict[str, torch.Tensor]]) -> torch.T
     """The logits of these batches, padding left out, one after another."""
     training = ready.model.training
     ready.model.eval()
-    kept = [observe.kept(observe.run(ready.model, batch), observe.mask_of(batch)).flatten() for batch in batches]
+    outputs = ((batch, observe.run(ready.model, batch)) for batch in batches)
+    kept = [padding.kept(y, padding.of_outputs(ready.model, batch, y)).flatten() for batch, y in outputs]
     ready.model.train(training)
     return torch.cat(kept).float()
