@@ -41,7 +41,8 @@ def randomised(M_OI: Tensor, r: int, oversample: int, iterations: int, seed: int
 
     The miss exceeds the best one by a factor that goes to 1 as (s_{k+1}/s_r)^(2 iterations).  It is worst on pure
     noise, which has no leading directions: found there, with the defaults of `Randomised`, at most 1.003; at most
-    1.0003 where s_i falls as i^-0.3.  Where a sketch would save nothing (4 k >= min(O, I)) this is `exact`.  The global random state is neither used nor changed.
+    1.0003 where s_i falls as i^-0.3.  Where a sketch would save nothing (4 k >= min(O, I)) this is `exact`.  The global
+    random state is neither used nor changed.
     """
     k = r + max(r, oversample)
     if 4 * k >= min(M_OI.shape):
