@@ -639,3 +639,32 @@ def test_a_parameter_that_is_tied_may_be_held_in_full(tmp_path):
     undula.select(tied, None)
     assert tied.head.weight is tied.embed.weight
     assert torch.equal(tied(x), base)
+
+
+RUNS = {
+    "overrides": [],
+    "method": 3,
+    "task": "Classification",
+    "lr": [],
+    "data": {"x": []},
+    "what": 1,
+    "allocator": [1],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_refusal_of_a_runs_description_is_documented(name, tmp_path):
+    """A directory of `undula train` has a run.json: it is no more trusted than the adapter."""
+    pytest.importorskip("transformers")
+    from undula.train import Classification, Run
+
+    Run(model="m", data="d.csv", task=Classification(), method=undula.LoRA(r=2), out=tmp_path).save(None)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert Run.load(tmp_path).method == undula.LoRA(r=2)
+    found["run"][name] = RUNS[name]
+    (tmp_path / "run.json").write_text(json.dumps(found))
+    with pytest.raises((ValueError, LookupError)):
+        Run.load(tmp_path)
+    (tmp_path / "run.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"run\.json is not JSON"):
+        Run.load(tmp_path)

@@ -122,6 +122,8 @@ class Run:
                 values[name] = tuple(values[name])
         for name, value in values.items():
             default = known[name].default
+            if name in ("model", "data") and not isinstance(value, str):
+                raise ValueError(f"{name} is a text, found {value!r:.80}")
             if type(default) in (int, float) and type(value) not in (type(default), int):
                 raise ValueError(f"{name} is a {type(default).__name__}, found {value!r:.80}")
         return Run(**values, out=out)
@@ -134,9 +136,10 @@ class Run:
     @staticmethod
     def load(out: str | Path) -> Run:
         """The run whose directory `out` is.  Raises FileNotFoundError, LookupError or ValueError."""
-        data = read_run(Path(out))
-        old = {"by_chance": True} if data["version"] == 1 else {}
-        return Run.decode(data["run"] | old, Path(out))
+        with files.door(str(Path(out) / RUN)):
+            data = read_run(Path(out))
+            old = {"by_chance": True} if data["version"] == 1 else {}
+            return Run.decode(data["run"] | old, Path(out))
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -145,11 +148,8 @@ def read_run(out: Path) -> dict[str, Any]:
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in out.iterdir())[:8]) if out.is_dir() else "no such directory"
         raise FileNotFoundError(f"{out} is not the directory of a run: {RUN} is missing; found: {there or 'nothing'}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("version") not in (1, VERSION) or not isinstance(data.get("run"), dict):
+    data = files.parsed(path.read_bytes(), str(path))
+    if data.get("version") not in (1, VERSION) or not isinstance(data.get("run"), dict):
         raise ValueError(f"{path} is not a run of version 1 or {VERSION}")
     return data
 
