@@ -127,6 +127,8 @@ def test_budgets_are_no_new_evidence():
     "again",
     [
         {"model": "bert (4 bits)", "model_source": "bert"},
+        {"model": spec.Base("bert", bits=8, dtype="bfloat16").label},
+        {"model": spec.Base("bert", dtype="float16").label},
         {"model": "bert (bfloat16)", "model_source": "bert"},
         {"data": "news, 64 tokens", "data_source": "news"},
         {"budget": "r=2"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 SWEEP, FINAL = "sweep", "final"
+PRECISION = re.compile(r" \((?:[48] bits|b?float\d+)(?:, b?float\d+)?\)$")  # what `Base.label` puts behind a source
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Outcome:
     @property
     def place(self) -> tuple[str, str]:
         """Figures of other places are independent evidence; precisions, budgets and options of one place are not."""
-        return self.model_source or self.model, self.data_source or self.data
+        return self.model_source or PRECISION.sub("", self.model), self.data_source or self.data
 
     def encode(self) -> dict[str, Any]:
         """As JSON values."""
