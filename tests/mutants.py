@@ -162,7 +162,11 @@ MUTANTS = [
     ("probe.py", "if x._version != version:", "if False:", PROBE),
     ("probe.py", "self._values.pop(self._taken, None)", "pass", PROBE),
     ("probe.py", "model.eval()", "pass", PROBE),
-    ("probe.py", "mask = mask_of(batch)", "pass", PROBE),
+    ("probe.py", "watch.begin(batch)", "pass", PROBE),
+    ("padding.py", "self.scopes.append(self._scope(name, module, given))", "self.scopes.append(self.scopes[-1])", "tests/oracles/test_padding.py"),
+    ("padding.py", "if tuple(positions) in ((mask.numel(),), (1, mask.numel())):", "if False:", "tests/oracles/test_padding.py"),
+    ("compress/collapse.py", "given = widened(batch) if widen() else batch", "given = batch", COLLAPSE),
+    ("kernels/svd.py", "k = r + max(r, oversample)", "k = r + oversample", COLLAPSE),
     ("probe.py", "if n == name or has_directions(layer)", "if True", PROBE),
     ("probe.py", "p.requires_grad_(True)", "pass", PROBE),
 ]  # fmt: skip

@@ -79,8 +79,8 @@ def diagnose(what: nn.Module | Adapter, data: Iterable[Batch] | None = None) -> 
     """One row per site of the adapter (of the selected one of a model), and a summary: see this module.
 
     `data` are batches that go through the model once, for AuroRA's numbers.  Nothing is changed.  Spectra of LowRank
-    updates come from their factors; of others from dW, above 1024 x 1024 by their first 64 singular values and a flat
-    tail of the right energy (effective_rank is then an upper estimate).
+    updates come from their factors; of others from dW, above 2048 x 2048 by their first 64 singular values and a flat
+    tail of the right energy (effective_rank is then an upper estimate, by which no rank is called idle).
     """
     model, adapter = (None, what) if isinstance(what, Adapter) else (what, live(what, "diagnosing"))
     if data is not None and model is None:
@@ -163,17 +163,28 @@ def _(m: LoRAN, f: Factors) -> Row:
 
     wide = torch.promote_types(f["A"].dtype, torch.float32)
     X = f["B"].to(wide) @ f["A"].to(wide)
+    reach = float(X.abs().max())
+    start = {k: f.get(f"{k}0", f[k]) for k in ("A", "B", *m.learn)}
+    X0 = start["B"].to(wide) @ start["A"].to(wide) if "A0" in f or "B0" in f else None  # under Centred
     Y, about_u = bend(X), isinstance(m.activation, Sinter | Identity)
+    held = X.bfloat16().to(wide)  # as a model in bfloat16 would hold it
+    bent = bend(held)
+    if X0 is not None:  # the update is what has changed since the start
+
+        def begun(u: Tensor) -> Tensor:
+            return m.activation(u, {c: start[c].to(u.dtype) for c in m.learn})
+
+        held0 = X0.bfloat16().to(wide)
+        X, Y, held, bent = X - X0, Y - begun(X0), held - held0, bent - begun(held0)
     size = X.norm() if about_u else Y.norm()
     if size == 0:
         return {}
     slope = 1.0 if about_u else float((X * Y).sum() / X.square().sum())
-    held = X.bfloat16().to(wide)  # as a model in bfloat16 would hold it
-    changed = bend(held).bfloat16() != (slope * held).bfloat16()
+    changed = bent.bfloat16() != (slope * held).bfloat16()
     row: Row = {"nonlinearity": float((Y - slope * X).norm() / size), "bf16_changed": float(changed.float().mean())}
     if isinstance(m.activation, Sinter):
         c = {**m.activation.constants(), **{k: float(f[k]) for k in m.learn}}
-        row["stability"] = abs(c["a"] * c["w"]) * float(X.abs().max())
+        row["stability"] = abs(c["a"] * c["w"]) * reach
     return row
 
 

@@ -509,3 +509,22 @@ def test_outputs_that_a_model_makes_narrow_are_said_to_be_rounding():
         UserWarning, match="the error of the model's outputs is mostly rounding: they are in torch.bfloat16"
     ):
         collapse(model, Truncate(1), held_out=[torch.randn(64, 16, dtype=torch.float32)])
+
+
+@pytest.mark.parametrize(
+    ("make", "bias", "message"),
+    [
+        (lambda: torch.full((40, 12), float("nan")), False, "0: .*hold NaN or infinity"),
+        (lambda: torch.zeros(40, 12), False, "0: .*all zero"),
+        (lambda: torch.ones(40, 12), True, r"0: .*the same at all 40 positions.*bias=False"),
+        (lambda: torch.randn(1, 12), False, None),
+    ],
+)
+def test_calibration_that_no_ridge_helps_is_told_apart(make, bias, message):
+    """One position under a ridge is little data, but no fault."""
+    model = adapted(LoRA(r=2), nn.Sequential(nn.Linear(12, 9)))
+    if message is None:
+        collapse(model, LeastSquares(2, [make()], bias=bias))
+        return
+    with pytest.raises(ValueError, match=message):
+        collapse(model, LeastSquares(2, [make()], bias=bias))

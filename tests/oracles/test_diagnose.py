@@ -162,10 +162,12 @@ def test_sine_lora_is_measured_against_its_best_multiple(wrap):
     for w, low, high in ((1e-3, 0.0, 1e-5), (30.0, 0.3, 1.0)):
         adapter, f = single(wrap(SineLoRA(r=2, activation=Sine(w=w))))
         X = (f["B"] @ f["A"]).detach().flatten()
-        slope = torch.linalg.lstsq(X[:, None], torch.sin(w * X)[:, None]).solution.flatten()
-        left = torch.sin(w * X) - slope * X
+        X0 = (f["B0"] @ f["A0"]).detach().flatten() if "A0" in f else torch.zeros_like(X)
+        Y = torch.sin(w * X) - torch.sin(w * X0)  # under Centred the change since the start
+        slope = torch.linalg.lstsq((X - X0)[:, None], Y[:, None]).solution.flatten()
+        left = Y - slope * (X - X0)
         row, _ = diagnose(adapter)
-        assert row["nonlinearity"] == pytest.approx(float(left.norm() / torch.sin(w * X).norm()), abs=1e-12)
+        assert row["nonlinearity"] == pytest.approx(float(left.norm() / Y.norm()), abs=1e-12)
         assert low <= row["nonlinearity"] <= high
         assert row["stability"] is None
         assert any("invisible in bfloat16" in text for text in row["warnings"]) == (w == 1e-3)
@@ -293,3 +295,28 @@ def test_plot(m, tmp_path):
     if isinstance(m, AuroRA):
         with pytest.raises(ValueError, match=r"nothing that can be drawn.*diagnose\(model, data\)"):
             plot(diagnose(model), tmp_path / "c.png")
+
+
+def test_under_centred_the_nonlinearity_is_that_of_the_change():
+    """f(BA) - f(B0 A0): nothing at the start; of a small step the slopes of f, against the step."""
+    m = undula.Centred(undula.LoRAN(r=2, activation=Sinter(a=0.3, w=5.0)), undula.starts.Gaussian(0.5))
+    adapter = undula.attach(nn.Sequential(nn.Linear(12, 9)), m)
+    assert undula.diagnose(adapter)[0]["nonlinearity"] is None
+    f = adapter.factors["0"]
+    with torch.no_grad():
+        f["B"].add_(0.1 * torch.randn_like(f["B"]))
+    X, X0 = (f["B"] @ f["A"]).detach().float(), (f["B0"] @ f["A0"] if "A0" in f else f["B0"] @ f["A"]).detach().float()
+    bend = lambda u: u + 0.3 * u * torch.sin(5.0 * u)  # noqa: E731
+    want = float((bend(X) - bend(X0) - (X - X0)).norm() / (X - X0).norm())
+    assert undula.diagnose(adapter)[0]["nonlinearity"] == pytest.approx(want, rel=1e-4)
+
+
+def test_the_effective_rank_is_exact_above_a_thousand():
+    """Of an update with a spectrum that is not flat behind its first values."""
+    m = undula.SineLoRA(r=2)
+    adapter = undula.attach(nn.Sequential(nn.Linear(1030, 1100, bias=False)), m)
+    with torch.no_grad():
+        adapter.factors["0"]["B"].normal_()
+    row = undula.diagnose(adapter)[0]
+    s = torch.linalg.svdvals(adapter.delta("0").detach())
+    assert row["effective_rank"] == pytest.approx(effective_rank(s), rel=1e-3)

@@ -56,6 +56,7 @@ class Moments:
         Sxx, Sux = self.xx_II / n, self.ux_OI / n
         if bias:  # a free shift: the same problem about the means
             Sxx, Sux = Sxx - torch.outer(mean_x, mean_x), Sux - torch.outer(mean_u, mean_x)
+        _check_inputs(self, Sxx, Sux, bias)
         L_II = _root(Sxx, ridge, n)
         C_OI = torch.linalg.solve_triangular(L_II.T, Sux, upper=True, left=False)
         U, s, V = solver(C_OI, min(r, *C_OI.shape))
@@ -66,6 +67,25 @@ class Moments:
             miss = miss - mean_u.square().sum()
         shift_O = mean_u - B_OR @ (A_RI @ mean_x) if bias else None
         return Fit(B_OR, A_RI, shift_O, max(float(miss), 0.0) * n, float(self.uu))
+
+
+def _check_inputs(seen: Moments, Sxx: Tensor, Sux: Tensor, bias: bool) -> None:
+    """No ridge helps where these fail."""
+    if not (Sxx.isfinite().all() and Sux.isfinite().all() and seen.uu.isfinite()):
+        raise ValueError(
+            "the calibration activations, or what the adapter makes of them, hold NaN or infinity: look at the batches "
+            "and at the adapter (undula.diagnose)"
+        )
+    size, varied = float(seen.xx_II.trace()) / seen.count, float(Sxx.trace())
+    if size == 0:
+        raise ValueError(
+            "the calibration activations are all zero: nothing can be fitted to them. Leave that layer out"
+        )
+    if bias and varied <= 1e-12 * size:
+        raise ValueError(
+            f"the calibration activations are the same at all {seen.count} positions: with bias=True nothing "
+            "varies that a map could be fitted to. Give other batches, or bias=False"
+        )
 
 
 def _root(Sxx: Tensor, ridge: float, n: int) -> Tensor:
@@ -131,7 +151,10 @@ class LeastSquares(Approximation):
         for i, sites in enumerate(groups):
             moments = self._accumulate(model, adapter, sites, f"calibration {i + 1}/{len(groups)}")
             for site in sites:
-                fits[site] = moments.pop(site).solve(self.r, self.ridge, self.bias, self.solver)
+                try:
+                    fits[site] = moments.pop(site).solve(self.r, self.ridge, self.bias, self.solver)
+                except ValueError as error:
+                    raise ValueError(f"{site or 'the model'}: {error}") from None
         return fits
 
     def _check(self, site: str, layer: LinearView | None) -> None:

@@ -69,7 +69,7 @@ def halves(U_OR: Tensor, s_R: Tensor, V_IR: Tensor) -> tuple[Tensor, Tensor]:
     return (U_OR * root).contiguous(), (V_IR * root).T.contiguous()
 
 
-def values(M_OI: Tensor, exact_below: int = 1024, leading: int = 64) -> Tensor:
+def values(M_OI: Tensor, exact_below: int = 2048, leading: int = 64) -> Tensor:
     """The singular values of M, falling.  Where min(O, I) > `exact_below` the first `leading` are computed and the rest
     is taken as flat: its energy is right, its shape is not known."""
     n = min(M_OI.shape)
