@@ -22,7 +22,7 @@ def with_validation(data: DatasetDict, seed: int, by_chance: bool = False) -> Da
 
     Rows with equal inputs (columns `INPUTS`, else all) stay in one part, and of every class (where `label` names
     classes) that has two inputs or more there is one in both, in the proportions of the whole as far as that goes.
-    Where each class has one input alone, rows are divided whatever their inputs.
+    Where there is one input alone, or one in each class, rows are divided whatever their inputs.
     `by_chance`: without regard to either, which is how runs were split before 0.2.
     Raises LookupError without a train split, ValueError where there is nothing to divide.
     """
@@ -50,8 +50,6 @@ def _held(keys: Sequence[bytes], classes: Sequence[Any], size: int, seed: int) -
     groups: dict[bytes, list[int]] = {}
     for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
-    if len(groups) < 2:
-        raise ValueError(f"all {len(keys)} rows have the same input: there is nothing to validate on")
     if len({classes[group[0]] for group in groups.values()}) == len(groups):  # else a class would be in one part alone
         groups = {row.to_bytes(8): [row] for row in range(len(keys))}
     draw = random.Random(seed)
