@@ -246,7 +246,10 @@ def test_quantised_base(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    folder, rows = tiny.llama(tmp_path / "base"), [{"text": "the film was", "summary": w} for w in tiny.GOOD * 4]
+    folder, rows = (
+        tiny.llama(tmp_path / "base"),
+        [{"text": f"the {x} was", "summary": w} for w in tiny.GOOD for x in tiny.WORDS[10:14]],
+    )
     quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     quantised.save_pretrained(tmp_path / "small")
     tiny.tokenizer(tmp_path / "small")
