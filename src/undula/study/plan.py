@@ -71,7 +71,7 @@ class Plan:
                 yield f"{rows.label}: {other} of the runs here were made on other rows than there are now"
         for base in self.study.models:
             made = [m for r in self._results(known, base) if (m := r.get("made", {}).get("model"))]
-            now = self.sources.model(base.source)
+            now = self.sources.model(base.source) if made else None
             other = sum(now is not None and digest != now for digest in made)
             if other:
                 yield f"{base.label}: {other} of the runs here were made with another model than is there now"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -72,8 +73,14 @@ def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
     if _alike(x):
         return Spread(x.size, float(x.mean()), 0.0)
     error = float(x.std(ddof=1)) / math.sqrt(x.size)
-    half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1)) * error
+    half = _quantile((1 + confidence) / 2, x.size - 1) * error
     return Spread(x.size, float(x.mean()), error, float(x.mean()) - half, float(x.mean()) + half)
+
+
+@cache
+def _quantile(share: float, freedom: int) -> float:
+    """Of Student's distribution."""
+    return float(stats.t.ppf(share, freedom))
 
 
 def _alike(x: np.ndarray) -> bool:

@@ -12,6 +12,8 @@ from . import statistics as S
 from .outcome import FINAL, ChosenRate, Outcome
 from .table import Comparison, Group, Pooled, Row, Summary, failed, measured
 
+Figures = Mapping[tuple[Group, str], Mapping[int, float]]  # of a group's arm, by seed
+
 
 def summarise(
     outcomes: Iterable[Outcome],
@@ -31,9 +33,9 @@ def summarise(
     runs = tuple(sorted(outcomes, key=lambda o: (*o.group, o.arm, o.stage, o.lr, o.seed)))
     rates = tuple(sorted(chosen, key=lambda c: (*c.group, c.arm, c.seed is not None, c.seed)))
     _check(runs)
-    groups = sorted({o.group for o in runs})
-    rows = [row for group in groups for row in _rows(runs, rates, group, baseline, rule)]
-    pooled = _pooled(rows, runs, baseline, rule)
+    figures = _figures(runs)
+    rows = _rows(runs, rates, figures, baseline, rule)
+    pooled = _pooled(rows, figures, baseline, rule)
     rows, pooled = _decided(rows, pooled, baseline, rule)
     ranked, unranked = _ranked(rows, rule)
     wrong = tuple(o for o in runs if failed(o))
@@ -58,22 +60,32 @@ def _check(runs: Sequence[Outcome]) -> None:
         raise ValueError(f"these runs cannot be compared: {'; '.join(faults)}")
 
 
-def _rows(runs: Sequence[Outcome], rates: Sequence[ChosenRate], group: Group, baseline: str, rule: S.Rule) -> list[Row]:
-    here = [o for o in runs if o.group == group]
-    arms = sorted({o.arm for o in here})
-    figures = {arm: _figures(here, arm) for arm in arms}
-    made = []
-    for arm in arms:
-        d = _differences(figures[arm], figures.get(baseline, {}))
-        against = _against(list(d.values()), here[0].more_is_better, rule) if arm != baseline and d else None
-        chosen = [c for c in rates if (c.group, c.arm) == (group, arm)]
-        made.append(_row([o for o in here if o.arm == arm], chosen, figures[arm], against, rule))
-    return sorted(made, key=lambda r: (r.quality is None, -_quality(r) if r.quality else 0.0, r.arm))
+def _rows(
+    runs: Sequence[Outcome], rates: Sequence[ChosenRate], figures: Figures, baseline: str, rule: S.Rule
+) -> list[Row]:
+    """By group, in each the best first."""
+    made: dict[tuple[Group, str], list[Outcome]] = {}
+    for run in runs:
+        made.setdefault((run.group, run.arm), []).append(run)
+    chosen: dict[tuple[Group, str], list[ChosenRate]] = {}
+    for rate in rates:
+        chosen.setdefault((rate.group, rate.arm), []).append(rate)
+    rows = []
+    for (group, arm), here in made.items():
+        own = figures.get((group, arm), {})
+        d = list(_differences(own, figures.get((group, baseline), {})).values())
+        against = _against(d, here[0].more_is_better, rule) if arm != baseline and d else None
+        rows.append(_row(here, chosen.get((group, arm), []), own, against, rule))
+    return sorted(rows, key=lambda r: (r.group, r.quality is None, -_quality(r) if r.quality else 0.0, r.arm))
 
 
-def _figures(runs: Iterable[Outcome], arm: str) -> dict[int, float]:
-    """{seed: test metric} of an arm's final runs in one group."""
-    return {o.seed: o.test for o in runs if o.arm == arm and o.stage == FINAL and measured(o) and o.test is not None}
+def _figures(runs: Iterable[Outcome]) -> Figures:
+    """{(group, arm): {seed: test metric}} of the final runs."""
+    found: dict[tuple[Group, str], dict[int, float]] = {}
+    for o in runs:
+        if o.stage == FINAL and measured(o) and o.test is not None:
+            found.setdefault((o.group, o.arm), {})[o.seed] = o.test
+    return found
 
 
 def _differences(arm: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
@@ -134,7 +146,7 @@ def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {form: fmean(f[form] for f in found if form in f) for form in sorted({k for f in found for k in f})}
 
 
-def _pooled(rows: Sequence[Row], runs: Sequence[Outcome], baseline: str, rule: S.Rule) -> list[Pooled]:
+def _pooled(rows: Sequence[Row], figures: Figures, baseline: str, rule: S.Rule) -> list[Pooled]:
     """The arms that are compared in two groups or more.  Precisions, options and budgets of one model on one data
     source share seeds, rows, order and at times whole runs, so they are no new evidence: a pair is a seed on a place,
     its gain the mean over them."""
@@ -144,7 +156,7 @@ def _pooled(rows: Sequence[Row], runs: Sequence[Outcome], baseline: str, rule: S
         if len(compared) < 2:
             continue
         alike = len({row.metric for row in compared}) == 1
-        gains = _gains(compared, runs, baseline, alike)
+        gains = _gains(compared, figures, baseline, alike)
         terms = S.weighed(gains) if alike else S.standardised(gains)
         pairs, lean = sum(map(len, gains)), sum(terms) / (1 if alike else len(gains))
         low, high = (S.interval(gains, rule) if alike else None) or (None, None)
@@ -160,13 +172,12 @@ def _pooled(rows: Sequence[Row], runs: Sequence[Outcome], baseline: str, rule: S
     return made
 
 
-def _gains(compared: Sequence[Row], runs: Sequence[Outcome], baseline: str, alike: bool) -> list[list[float]]:
+def _gains(compared: Sequence[Row], figures: Figures, baseline: str, alike: bool) -> list[list[float]]:
     """Of every place the gain of each pair, the mean over the groups there; in units of its group's root mean square
     where the metrics are not alike, which flips of the signs leave as it is."""
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in compared:
-        here = [o for o in runs if o.group == row.group]
-        d = _differences(_figures(here, row.arm), _figures(here, baseline))
+        d = _differences(figures[row.group, row.arm], figures[row.group, baseline])
         size = 1.0 if alike else S.rms(list(d.values())) or 1.0
         for seed, value in d.items():
             found.setdefault(row.place, {}).setdefault(seed, []).append(
