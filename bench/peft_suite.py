@@ -44,8 +44,9 @@ PLUGIN = '''
 import importlib.util, os, sys, types
 import peft
 import pytest
+import torch
 import undula
-from undula.integrations.peft import UndulaConfig
+from undula.integrations.peft import UndulaConfig, UndulaModel, hosts
 
 sys.path.insert(0, {here!r})
 from peft_suite import OPTIONS, OURS
@@ -64,11 +65,23 @@ class Stand(UndulaConfig):
     def __init__(self, method=None, r=8, lora_alpha=8, init_lora_weights=True, undula_=None, **rules):
         if method is None and rules.get("undula") is None:
             method = getattr(undula, NAME)()
+        self.away = not init_lora_weights
         if isinstance(rules.get("target_modules"), str) and hasattr(rules["target_modules"], "pattern"):
             rules["target_modules"] = rules["target_modules"].pattern
         UndulaConfig.__init__(self, method=method, **rules)
 
 
+def inject(self, model, adapter_name, *args, inject=UndulaModel.inject_adapter, **kwargs):
+    """`init_lora_weights=False`: not at the base, so that a test sees the adapter."""
+    inject(self, model, adapter_name, *args, **kwargs)
+    if getattr(self.peft_config[adapter_name], "away", False):
+        for layer in hosts(model).values():
+            for p in layer.undula_factors[adapter_name].parameters() if adapter_name in layer else ():
+                if not p.is_meta:
+                    p.data.add_(0.1 * torch.randn_like(p))
+
+
+UndulaModel.inject_adapter = inject
 if NAME != "PEFT":
     peft.LoraConfig = Stand
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[undula.integrations.peft.UNDULA] = Stand

@@ -174,3 +174,24 @@ def test_the_directory_says_how_to_load_it(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.count("undula.enable_peft()") == 1
     assert "library_name: peft" in text
+
+
+class _Wrapped(torch.nn.Module):
+    """As FSDP wraps a model: one more name for modules, none in the state that it gathers."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+        self.peft_config = module.peft_config
+
+    def state_dict(self):
+        return {k: t.clone() for k, t in self._fsdp_wrapped_module.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.VeRA(r=3)], ids=repr)
+def test_a_wrapped_model_gives_the_same_tensors(method):
+    """Those of the gathered state, not the pieces that lie in the layers."""
+    model = hosted(method, target_modules=["q_proj"])
+    want, found = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(_Wrapped(model))
+    assert want.keys() == found.keys()
+    assert all(torch.equal(want[k], t) and want[k].data_ptr() != t.data_ptr() for k, t in found.items())

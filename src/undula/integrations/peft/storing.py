@@ -16,6 +16,8 @@ from .config import UndulaConfig
 from .layer import UndulaLayer
 from .starting import factors_of, methods_of, record_of
 
+FSDP = "_fsdp_wrapped_module."  # in names of modules, not in those of a gathered state
+
 
 def stored(
     tuner: Any, model: nn.Module, config: UndulaConfig, name: str, found: Mapping[str, Tensor]
@@ -31,16 +33,14 @@ def stored(
         return dict(found)
     config.undula, config.sites = record, methods_of(record)
     _hide_embeddings(model, config)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, UndulaLayer) and name in m}
-    own: dict[str, Tensor] = {}
+    layers = {n.replace(FSDP, ""): m for n, m in model.named_modules() if isinstance(m, UndulaLayer) and name in m}
+    kept = dict(found)
     for path, layer in layers.items():
         hosted = layer.undula_factors[name]
         if not any(t.is_meta for t in hosted.factors().values()):
             hosted.check(name)
         for k, t in hosted.state_dict().items():
-            key = f"{path}.undula_factors.{name}.{k}"
-            own[key] = found.get(key, t)
-    kept = {**{k: t for k, t in found.items() if native.MARK not in k}, **own}
+            kept.setdefault(f"{path}.undula_factors.{name}.{k}".lstrip("."), t)
     on_disk = {k: tuner._remove_adapter_name_from_key(k, name).removeprefix(files.PREFIX) for k in kept}
     return {k: t for k, t in kept.items() if files.PREFIX + on_disk[k] not in record["tied"]}
 
