@@ -34,7 +34,7 @@ def fresh(
     """A new adapter for `model`, not attached."""
     layers = choose(model, where)
     evidence = None if probe is None else probe.on(model, layers)
-    in_full = {n: _thawed(p) for n, p in _chosen_parameters(model, full).items()}
+    in_full = {n: _thawed(p) for n, p in chosen_parameters(model, full).items()}
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
 
 
@@ -169,7 +169,8 @@ def _thawed(p: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(p.detach().to(wide(p.dtype), copy=True))
 
 
-def _chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+def chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that these patterns name, or whose modules they name.  Raises LookupError."""
     patterns = [patterns] if isinstance(patterns, str) else patterns  # one name, not its letters
     parameters = dict(model.named_parameters())
     chosen: dict[str, nn.Parameter] = {}

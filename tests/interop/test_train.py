@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import undula
 from undula.train import CausalLM, Chat, Classification, Interrupted, Plain, Regression, Run, evaluate, restored
 from undula.train.data import load_data, with_validation
+from undula.train.fit import Diverged
 from undula.train.trainer import last_checkpoint
 
 from . import tiny
@@ -220,9 +221,11 @@ def test_other_methods_train(method, bert, reviews, tmp_path):
 
 
 def test_divergence_is_an_error(bert, reviews, tmp_path):
-    with pytest.raises(RuntimeError, match=r"the training diverged.*lr=1e\+30"):
+    with pytest.raises(Diverged, match=r"the training diverged at step . of 4.*lr=1e\+30"):
         undula.train(classify(bert, reviews, tmp_path, lr=1e30, max_steps=4))
-    assert not (tmp_path / "report.json").exists()
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert (report["state"], report["after"]) == ("diverged", {})
+    assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_regression(bert, tmp_path):

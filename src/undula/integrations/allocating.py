@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from ..adapter import Adapter
@@ -14,6 +17,7 @@ from ..ranks import Allocator, Course, Quality
 from ..ranks.surgery import adopt
 
 STATE = "allocator"  # the stem of its two files in a checkpoint
+RUN = "undula_run"  # under which name checkpoints know the run that they are of
 
 
 class Allocating(TrainerCallback):
@@ -22,35 +26,75 @@ class Allocating(TrainerCallback):
         Trainer(model, ..., callbacks=[Allocating(undula.ranks.AdaLoRA(target=4))])
 
     `quality` tells allocators that want to know how good the model is (ALoRA).  The adapter and the course's state go
-    into every checkpoint, and come back where the Trainer resumes from one, on a model with the adapter attached anew.
+    into every checkpoint, and come back where the Trainer resumes from one, on a model with the adapter attached anew;
+    `checkpoint` says which one, where that is not in the Trainer's own output_dir.  With load_best_model_at_end the
+    best checkpoint's adapter comes back whole, as it was measured.  `clip` clips the norm of the gradients after the
+    course has seen them; give the Trainer max_grad_norm=0 then.
     """
 
-    def __init__(self, allocator: Allocator, quality: Quality | None = None):
+    def __init__(
+        self,
+        allocator: Allocator,
+        quality: Quality | None = None,
+        *,
+        clip: float | None = None,
+        checkpoint: str | Path | None = None,
+    ):
         if allocator.needs_quality and quality is None:
             raise ValueError(
                 f"{allocator!r} scores ranks by the model's quality: give quality=, a function without "
                 "arguments that returns it (higher is better) on fixed data"
             )
-        self.allocator, self.quality = allocator, quality
+        self.allocator, self.quality, self.clip = allocator, quality, clip
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.course: Course | None = None
+        self.run = ""
+        self.hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         model = found["model"]
         self.course = self.allocator.start(model, found["optimizer"], state.max_steps, self.quality)
         if state.global_step:
-            folder = _checkpoint(args, state)
+            folder = self._resumed(args, state)
             values, tensors = files.read_state(folder, STATE)
             adopt(model, Adapter.load(folder))  # `start` has changed what the Trainer had loaded
             self.course.restore(tensors, values)
+        self.run = state.stateful_callbacks.setdefault(RUN, {}).setdefault("run", uuid.uuid4().hex)
+        if args.load_best_model_at_end:  # before the Trainer loads it: shapes may have grown since then
+            self.hook = model.register_load_state_dict_pre_hook(lambda *_: self._take_best(model, state))
+
+    def _resumed(self, args: Any, state: Any) -> Path:
+        """The folder of the checkpoint that the Trainer resumes from; a callback is not told which."""
+        run = state.stateful_callbacks.get(RUN, {}).get("run")
+        own, given = _checkpoint(args, state), args.resume_from_checkpoint
+        tried = [p for p in (self.checkpoint, Path(given) if isinstance(given, str) else None, own) if p is not None]
+        for folder in tried:
+            if (folder / f"{STATE}.json").is_file():
+                values = files.read_state(folder, STATE)[0]
+                if values.get("run") == run and values["step"] <= state.global_step:
+                    return folder
+        raise FileNotFoundError(
+            f"the Trainer resumes at step {state.global_step} from a checkpoint whose allocator's state is not in "
+            f"{', '.join(map(str, tried))} (not there, or another run's). Say which folder that is: "
+            "undula.allocating(..., checkpoint='the/folder/that/resume_from_checkpoint/names')"
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._course.before_forward()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         self._course.before_update()
+        if self.clip:
+            parameters = [p for group in found["optimizer"].param_groups for p in group["params"]]
+            norm = float(nn.utils.clip_grad_norm_(parameters, self.clip))
+            self._course.clipped = min(1.0, self.clip / (norm + 1e-6))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._course.after_update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
+            self._course.finish()  # before anything is measured or saved of the end
 
     def on_save(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         if state.is_world_process_zero:
@@ -59,14 +103,24 @@ class Allocating(TrainerCallback):
                 selected(found["model"]).save(folder)
             self.write(folder)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
+    def on_train_end(self, args: Any, state: Any, control: Any, **found: Any) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._take_best(found["model"], state)
+        else:
             self._course.finish()
+
+    @torch.no_grad()
+    def _take_best(self, model: nn.Module, state: Any) -> None:
+        if state.best_model_checkpoint is not None:
+            adopt(model, Adapter.load(state.best_model_checkpoint))
 
     def write(self, folder: Path) -> None:
         """The course's state, beside the Trainer's."""
         tensors, values = self._course.state()
-        files.write_state(folder, STATE, values, tensors)
+        files.write_state(folder, STATE, {**values, "run": self.run}, tensors)
 
     @property
     def _course(self) -> Course:

@@ -34,6 +34,7 @@ from ..adapter import Adapter
 from ..choice import Choice
 from ..host import selected
 from ..method import Factors, Method
+from ..schedules import Schedule
 from .memory import correct_steps, finite_gradients
 
 Quality = Callable[[], float]  # of the model as it is, on fixed data, in evaluation mode: higher is better
@@ -77,6 +78,10 @@ class Allocator(Choice):
         Where it depends on the adapter's rank and no adapter is given, the latest that any rank has.
         """
         return 0
+
+    def schedule(self) -> Schedule | None:
+        """The learning rate's schedule that belongs to it, used where a training names none."""
+        return None
 
     @abc.abstractmethod
     def start(

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..method import LowRank
+from ..schedules import Schedule
 from .allocator import Allocator, Course, Quality
 from .restart import Cycles, Moments, Pruned, check_cycles, ends, last_begins
 
@@ -26,7 +27,7 @@ from .restart import Cycles, Moments, Pruned, check_cycles, ends, last_begins
 @dataclass(frozen=True)
 class ReLoRA(Allocator):
     """Restarts every site at the end of each cycle: `every` updates, or `cycles` equal parts (4 where neither is
-    given).  Give the learning rate the schedule `jagged`."""
+    given).  Its learning rate is `Jagged`."""
 
     works_on = (LowRank,)
     source = "Lialin et al. 2023, arXiv:2307.05695"
@@ -41,6 +42,9 @@ class ReLoRA(Allocator):
 
     def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
         return last_begins(steps, self.cycles, self.every)
+
+    def schedule(self) -> Schedule:
+        return Jagged(self.cycles, self.every)
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
@@ -72,3 +76,24 @@ def jagged(
         return ramp * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * through)))
 
     return multiplier
+
+
+@Schedule.register
+@dataclass(frozen=True)
+class Jagged(Schedule):
+    """ReLoRA's (see `jagged`): a cosine to `floor`, ramped up anew over the share of each cycle that the warm-up is of
+    all updates."""
+
+    cycles: int | None = None
+    every: int | None = None
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_cycles(self.cycles, self.every)
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor is a share of the rate, from 0 to 1; found {self.floor}")
+
+    def multiplier(self, steps: int, warmup: int) -> Callable[[int], float]:
+        each = math.ceil(warmup / len(ends(steps, self.cycles, self.every)))
+        cycles = 4 if self.cycles is None and self.every is None else self.cycles
+        return jagged(steps, cycles, each, every=self.every, floor=self.floor)

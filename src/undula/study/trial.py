@@ -110,6 +110,10 @@ def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[
         watch.begin(ready, trial.evaluations)
         set_seed(run.seed)
         times, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
+    if lost := [step for step, loss in losses if not math.isfinite(loss)]:
+        raise Diverged(f"the loss was not finite after {lost[0]} updates (lr={run.lr:g})")
+    if not all(p.isfinite().all() for p in ready.adapter.parameters()):
+        raise Diverged(f"the adapter was not finite after {steps} updates (lr={run.lr:g})")
     if watch.kept is None:
         raise Diverged(f"the loss was not finite at any evaluation that counts (lr={run.lr:g})")
     heads = head_size(run.task, ready.model, ready.adapter)
@@ -164,7 +168,7 @@ def _fit(ready: Prepared, watch: Watch) -> tuple[Spent, list[tuple[int, float]],
     fitter.train()
     times = Spent.now() - begun - watch.spent
     log = [(int(e["step"]), float(e["loss"])) for e in fitter.state.log_history if "loss" in e]
-    return times, [(step, loss) for step, loss in log if math.isfinite(loss)], fitter.state.global_step
+    return times, log, fitter.state.global_step
 
 
 def _as_it_is(watch: Watch) -> tuple[Spent, list[tuple[int, float]], int]:

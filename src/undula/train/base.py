@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from .task import Processor, Task
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+
+LACKING = "_undula_lacking"
 
 
 def model_folder(source: str) -> str:
@@ -41,9 +44,24 @@ def open_model(
     with quiet(), opening(source):
         processor = task.processor(folder)
         torch.manual_seed(seed)
-        model = task.model(folder, dtype, **quantised)
+        model, told = _with_info(task.model(folder, dtype, output_loading_info=True, **quantised))
+    keys = {str(key[0] if isinstance(key, tuple | list) else key) for key in told}
+    model.__dict__[LACKING] = tuple(n for n, _ in model.named_parameters() if n in keys)
     task.agree(processor, model)
     return model, processor
+
+
+def _with_info(made: Any) -> tuple[Any, list[Any]]:
+    """(the model, what its files lack or have in other shapes) of what `from_pretrained` gave."""
+    if not isinstance(made, tuple):
+        return made, []  # a task of someone's own
+    return made[0], [*made[1].get("missing_keys", ()), *made[1].get("mismatched_keys", ())]
+
+
+def lacking(model: Any) -> tuple[str, ...]:
+    """The parameters that the files of an opened model lack, or have in another shape: random numbers stand there."""
+    found: tuple[str, ...] = model.__dict__.get(LACKING, ())
+    return found
 
 
 @contextlib.contextmanager

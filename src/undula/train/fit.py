@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import shlex
 import time
@@ -17,12 +18,13 @@ from torch import nn
 from ..adapter import Adapter
 from ..extras import told
 from ..host import attach
-from ..making import fresh
+from ..making import chosen_parameters, fresh
 from ..methods.lora import LoRA
 from ..probe import Probe
 from ..ranks.gates import in_use
-from .base import model_folder, open_model
-from .measure import PeakMemory, versions
+from .base import lacking, model_folder, open_model
+from .doubts import doubts, finite
+from .measure import PeakMemory, files_digest, rows_digest, versions
 from .rows import LOG, rows_of
 from .run import REPORT, RUN, Run, read_run, write_json
 from .task import Examples, Processor
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 
 class Interrupted(RuntimeError):
     """The training was stopped, and can be resumed."""
+
+
+class Diverged(RuntimeError):
+    """Numbers of the training are no longer finite.  The report is written."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +61,26 @@ def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback
     """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
 
     With `resume`, goes on from the last complete checkpoint of `run.out` (from the beginning if there is none): the
-    result is the same to the bit as without the interruption.  Raises Interrupted after Ctrl-C (a checkpoint is saved),
-    FileExistsError when `run.out` holds a run already, LookupError, ValueError or FileNotFoundError for bad input.
+    result is the same to the bit as without the interruption.  A callback may end the training (early stopping): then
+    what there is is the result.  Raises Interrupted after Ctrl-C (a checkpoint is saved), Diverged after the report
+    where a number is not finite, FileExistsError when `run.out` holds a run already, ValueError when its data or model
+    have changed, LookupError, ValueError or FileNotFoundError for bad input.
     """
     begun = time.perf_counter()
     claim(run, resume)
     with PeakMemory() as memory:
         ready = prepare(run)
         before = _before(ready, resume)
-        course = _fit(ready, resume, callbacks)
-        _check_finite(ready.adapter, run)
-        ready.adapter.save(run.out, base=model_folder(run.model), task=run.task.peft)
-        after = ready.run.task.score(ready.model, ready.held, run.batch)
+        ready, course = _fit(ready, resume, callbacks)
+        after: dict[str, float] = {}
+        if all(torch.isfinite(t).all() for t in ready.adapter.parameters()):  # no directory would take others back
+            ready.adapter.save(run.out, base=model_folder(run.model), task=run.task.peft)
+            after = ready.run.task.score(ready.model, ready.held, run.batch)
+    lost = course["losses"][-1:] + [[0, v] for v in after.values()]
+    diverged = not after or not all(math.isfinite(loss) for _, loss in lost)
     report = {
+        "state": "diverged" if diverged else "stopped" if course["steps"] < course["steps_asked"] else "done",
+        "warnings": [] if diverged else doubts(ready.held.rows, before, after, course["losses"]),
         **_made(ready),
         "metric": run.task.headline,
         "before": before,
@@ -80,7 +93,13 @@ def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback
         "run": ready.run.encode(),
         "out": str(run.out),
     }
+    report = finite(report)
     write_json(run.out / REPORT, report)
+    if diverged:
+        raise Diverged(
+            f"the training diverged at step {course['steps']} of {course['steps_asked']}: its loss or its adapter is "
+            f"no longer finite. Lower the rate (lr={run.lr:g}). The report is in {run.out / REPORT}"
+        )
     return report
 
 
@@ -107,12 +126,6 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
     """The ranks of all sites in all, of the smallest and of the largest."""
     found = in_use(adapter).values()
     return {"total": sum(found), "least": min(found, default=0), "most": max(found, default=0)}
-
-
-def _check_finite(adapter: Adapter, run: Run) -> None:
-    """Raises RuntimeError for an adapter that no directory would take back."""
-    if not all(torch.isfinite(t).all() for t in adapter.parameters()):
-        raise RuntimeError(f"the training diverged: the adapter holds NaN or infinity. Lower the rate (lr={run.lr:g})")
 
 
 def claim(run: Run, resume: bool) -> None:
@@ -151,12 +164,25 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
     notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"))
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
+    _check_whole(run, model, full)
     if run.method is None:
         adapter = attach(model, _head_only(model, run, full))
     else:
         probe = _probe(run, train_on)
         adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full, probe=probe)
     return Prepared(run, model, processor, adapter, train_on, held, notes)
+
+
+def _check_whole(run: Run, model: nn.Module, full: Sequence[str]) -> None:
+    """Refuses a model whose files lack a part that would be random numbers, and not train either."""
+    trained = set(full) | set(chosen_parameters(model, run.full))
+    missing = [n for n in lacking(model) if n not in trained]
+    if missing:
+        raise ValueError(
+            f"the files of {run.model} lack {', '.join(missing[:5])} (or have it in another shape), {len(missing)} "
+            "parameters in all: random numbers would stand there. Take a model that is whole, or train them: "
+            f"full=({missing[0]!r}, ...), --full {missing[0]}"
+        )
 
 
 PROBE_BATCHES = 8  # where a run does not say
@@ -185,36 +211,67 @@ def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:
 
 def _before(ready: Prepared, resume: bool) -> dict[str, float]:
     """The metric before training: from run.json where an earlier session measured it."""
-    known = read_run(ready.run.out)["before"] if resume else None
-    if known is not None:
-        return known
-    ready.run.save(None)
+    told = read_run(ready.run.out) if resume else {}
+    digest = _digest(ready)
+    changed = [name for name, made in told.get("digest", digest).items() if digest.get(name) != made]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}: not what the run in {ready.run.out} began with. Its rest would be trained and "
+            "measured on something else: put it back, or begin another run"
+        )
+    if told.get("before") is not None:
+        return told["before"]
+    ready.run.save(None, digest)
     found = ready.run.task.score(ready.model, ready.held, ready.run.batch)
-    ready.run.save(found)
+    ready.run.save(found, digest)
     return found
 
 
-def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
-    """Trains.  Returns the report's part on its course."""
+def _digest(ready: Prepared) -> dict[str, str]:
+    """What rows, model and tokenizer are, told by their content."""
+    folder = Path(model_folder(ready.run.model))
+    commit = getattr(ready.model.config, "_commit_hash", None)
+    return {
+        "model": files_digest(folder) if folder.is_dir() else str(commit),
+        "training rows": rows_digest(ready.train.rows),
+        "validation rows": rows_digest(ready.held.rows),
+    }
+
+
+def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) -> tuple[Prepared, dict[str, Any]]:
+    """Trains.  Returns what it trained, and the report's part on its course."""
     from transformers import set_seed
 
-    from .trainer import Stop, last_checkpoint, stopping, trainer
+    from .trainer import Stop, as_left, last_checkpoint, progress, quality_of, set_aside, stopping, trainer
 
-    out, stop = ready.run.out, Stop()
-    fitter = trainer(ready.run, ready.model, ready.train, (stop, *callbacks), ready.held)
+    out, stop, aside = ready.run.out, Stop(), None
+    if ready.run.allocator is not None and ready.run.allocator.needs_quality:
+        train_on, aside = set_aside(ready.train, ready.run.seed)
+        ready = dataclasses.replace(ready, train=train_on)
     checkpoint = last_checkpoint(out, ready.run.allocator is not None) if resume else None
+    begun_at = 0 if checkpoint is None else progress(checkpoint)[0]
+    if checkpoint is not None and begun_at >= progress(checkpoint)[1]:  # trained, but not measured
+        quality = None if aside is None else quality_of(ready.model, aside)
+        left = dataclasses.replace(ready, adapter=as_left(ready.run, ready.model, checkpoint, quality))
+        return left, _course(begun_at, progress(checkpoint)[1], begun_at, 0.0, progress(checkpoint)[2])
+    fitter = trainer(ready.run, ready.model, ready.train, (stop, *callbacks), aside)
     set_seed(ready.run.seed)  # whatever the evaluation drew
     begun = time.perf_counter()
     with stopping(stop):
         fitter.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, state = time.perf_counter() - begun, fitter.state
-    if state.global_step < state.max_steps:
+    if stop.asked and state.global_step < state.max_steps:
         raise Interrupted(
             f"stopped at step {state.global_step} of {state.max_steps}; go on with: {resume_command(out)}"
         )
+    return ready, _course(state.global_step, state.max_steps, begun_at, seconds, state.log_history)
+
+
+def _course(steps: int, asked: int, begun_at: int, seconds: float, log: list[Any]) -> dict[str, Any]:
     return {
-        "steps": state.global_step,
-        "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+        "steps": steps,
+        "steps_asked": asked,
+        "resumed_from_step": begun_at,
         "seconds": round(seconds, 3),  # of training alone, since the last resume
-        "losses": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+        "losses": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
     }

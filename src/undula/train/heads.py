@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from .base import lacking
 from .columns import alike, classes, in_order, known
 from .faults import Faults
 from .splitting import counts
@@ -34,7 +35,11 @@ class HeadTask(Task):
         raise NotImplementedError
 
     def head(self, model: PreTrainedModel) -> tuple[str, ...]:
-        return tuple(n for n, _ in model.named_parameters() if not n.startswith(model.base_model_prefix + "."))
+        """What stands outside the body, and what of the body the model's files lack (a pooler, where the model was
+        saved without one): it would be other random numbers wherever the adapter is opened."""
+        new = lacking(model)
+        outside = model.base_model_prefix + "."
+        return tuple(n for n, _ in model.named_parameters() if not n.startswith(outside) or n in new)
 
     def logits(self, model: PreTrainedModel, examples: Examples, batch: int) -> torch.Tensor:
         """The head's outputs (rows, classes) in float32, on the CPU."""

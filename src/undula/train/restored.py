@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from ..adapter import Adapter
 from ..extras import told
 from ..host import attach, detach
-from .base import config_of, model_folder, open_model
+from .base import config_of, lacking, model_folder, open_model
 from .data import load_data, sample, split_of, with_validation
 from .foreign import Unmeasured, base_of, named_as, task_of
 from .heads import HeadTask
@@ -99,6 +100,13 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
             named_as(base.config, path, config_of(run.model))
         if (path / "tokenizer_config.json").is_file():
             processor = run.task.processor(str(path))  # the one that it was trained with: its tokens may be more
+    missing = [n for n in lacking(base) if n not in adapter.full]
+    if missing:
+        warnings.warn(
+            f"the base's files lack {', '.join(missing[:5])}, and the adapter in {path} does not hold them: random "
+            "numbers stand there, and the adapter computes with others wherever it is opened. Train it again",
+            stacklevel=2,
+        )
     return Restored(run, base, processor, attach(base, adapter))
 
 

@@ -8,6 +8,7 @@ OUT/adapter_*.{json,safetensors}, OUT/report.json   the end
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from ..io import files
 from ..method import Method
 from ..ranks import Allocator
+from ..schedules import Linear, Schedule
 from .task import Task
 
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
@@ -44,19 +46,21 @@ class Run:
     overrides: Mapping[str, Method] = field(default_factory=dict)  # other methods by pattern, see attach
     allocator: Allocator | None = None  # who gets how much rank, when
     full: tuple[str, ...] = ()  # parameters to train in full besides the task's head
-    lr: float = 1e-3  # at the top of the schedule: linear warm-up, then linearly to 0
+    lr: float = 1e-3  # at the top of the schedule
+    schedule: Schedule | None = None  # after a linear warm-up; None: the allocator's own (ReLoRA's), else linearly to 0
     head_lr: float | None = None  # of the task's head where other parameters train too; None: lr
     epochs: float = 3.0
     max_steps: int | None = None  # optimiser steps; instead of epochs
     batch: int = 16  # rows in a step and on a device
-    accumulate: int = 1  # batches in an optimiser step
+    accumulate: int = 1  # batches in an optimiser step: as one batch of all their rows
     warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of all that trains but biases and norms: factors too
+    max_grad_norm: float | None = 1.0  # gradients of a larger norm are scaled down to it; None or 0: never
     seed: int = 0  # of the factors, a new head, the order of rows, dropout, and the validation split
     train_rows: int | None = None  # a random sample of so many rows; None: all
     eval_rows: int | None = 1000  # rows for the metric before and after
     save_every: int | None = None  # steps between checkpoints; None: ten in a run
-    dtype: torch.dtype = torch.float32  # of the frozen model; the adapter is float32
+    dtype: torch.dtype = torch.float32  # of the frozen model; what trains is float32
     bits: int | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
     by_chance: bool | None = None  # how a validation part is made, see `with_validation`: True for runs of version 1
     probe_batches: int | None = None  # that a method which starts from data looks at; None: 8
@@ -80,6 +84,8 @@ class Run:
         for method in (self.method, *self.overrides.values()):
             if self.allocator is not None and (method is None or not self.allocator.serves(method)):
                 raise ValueError(self.allocator.refusal(method))
+        if self.max_grad_norm is not None and not 0 <= self.max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm is at least 0, or None for no clipping; found {self.max_grad_norm}")
         if self.bits not in (None, 4, 8):
             raise ValueError(f"bits is 4 or 8, or None for a model as it is; found {self.bits!r}")
         if not 0 <= self.warmup < 1 or self.weight_decay < 0:
@@ -98,8 +104,18 @@ class Run:
         overrides = {pattern: m.encode() for pattern, m in self.overrides.items()}
         allocator = None if self.allocator is None else self.allocator.encode()
         dtype = str(self.dtype).removeprefix("torch.")
-        own = {"method": method, "allocator": allocator, "overrides": overrides}
+        own: dict[str, Any] = {"method": method, "allocator": allocator, "overrides": overrides}
+        if data.pop("max_grad_norm") != Run.max_grad_norm:  # options that came later: runs without them are what
+            own["max_grad_norm"] = self.max_grad_norm or 0.0  # they were
+        del data["schedule"]
+        if self.rates() != Linear():
+            own["schedule"] = self.rates().encode()
         return data | {"task": self.task.encode(), "dtype": dtype} | own
+
+    def rates(self) -> Schedule:
+        """The schedule of the learning rate that applies."""
+        brought = None if self.allocator is None else self.allocator.schedule()
+        return self.schedule or brought or Linear()
 
     @staticmethod
     def decode(data: Mapping[str, Any], out: Path) -> Run:
@@ -115,6 +131,8 @@ class Run:
         values["method"] = None if data["method"] is None else Method.decode(data["method"])
         if data.get("allocator") is not None:
             values["allocator"] = Allocator.decode(data["allocator"])
+        if data.get("schedule") is not None:
+            values["schedule"] = Schedule.decode(data["schedule"])
         values["overrides"] = {p: Method.decode(m) for p, m in data.get("overrides", {}).items()}
         values["dtype"] = dtype_called(data.get("dtype", "float32"))
         for name in ("where", "full"):
@@ -128,10 +146,11 @@ class Run:
                 raise ValueError(f"{name} is a {type(default).__name__}, found {value!r:.80}")
         return Run(**values, out=out)
 
-    def save(self, before: Mapping[str, float] | None) -> None:
-        """Writes OUT/run.json; `before` is the metric before training."""
+    def save(self, before: Mapping[str, float] | None, digest: Mapping[str, str] | None = None) -> None:
+        """Writes OUT/run.json; `before` is the metric before training, `digest` tells rows and model from others."""
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / RUN, {"version": VERSION, "run": self.encode(), "before": before})
+        given = {} if digest is None else {"digest": dict(digest)}
+        write_json(self.out / RUN, {"version": VERSION, "run": self.encode(), "before": before, **given})
 
     @staticmethod
     def load(out: str | Path) -> Run:

@@ -6,7 +6,10 @@ Imported only when a training begins: it pulls in transformers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
+import random
 import signal
 import sys
 import threading
@@ -18,11 +21,12 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..adapter import Adapter
-from ..host import selected
+from ..host import attach, detach, selected
 from ..integrations.allocating import STATE, Allocating
 from ..io import files
 from ..observe import moved
 from ..ranks.surgery import adopt
+from ..schedules import Linear, Schedule
 from .run import CHECKPOINTS, Run
 from .task import Examples
 
@@ -35,6 +39,20 @@ class AdapterTrainer(Trainer):
     allocated = False  # whether an allocator may have changed the methods that a checkpoint holds
     head: tuple[torch.nn.Parameter, ...] = ()
     head_lr: float | None = None
+    rates: Schedule = Linear()
+    rows = batches = 1  # of the update under way
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            factor = self.rates.multiplier(num_training_steps, self.args.get_warmup_steps(num_training_steps))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)  # type: ignore[arg-type]
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_batch_samples(self, *given: Any) -> Any:
+        samples, items = super().get_batch_samples(*given)
+        self.rows, self.batches = sum(_rows(batch) for batch in samples), len(samples)
+        return samples, items
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args)
@@ -46,7 +64,11 @@ class AdapterTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         still_statistics(model)  # here, because the Trainer puts the whole model into training mode before every batch
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model_accepts_loss_kwargs or self.batches == 1:
+            return found
+        share = _rows(inputs) * self.batches / self.rows  # a mean over this batch, which may be shorter than others
+        return (found[0] * share, *found[1:]) if return_outputs else found * share
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -58,6 +80,10 @@ class AdapterTrainer(Trainer):
             adopt(self.model, saved)
         else:
             restore(selected(self.model), saved)
+
+
+def _rows(batch: Any) -> int:
+    return len(batch["labels"]) if "labels" in batch else 1
 
 
 def give_rate(optimizer: torch.optim.Optimizer, head: tuple[torch.nn.Parameter, ...], lr: float) -> None:
@@ -98,6 +124,14 @@ def restore(live: Adapter, saved: Adapter) -> None:
         t.copy_(saved.full[name])
 
 
+class Finite(TrainerCallback):
+    """Ends the training once its loss is not finite: no step leads back."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            control.should_training_stop = True
+
+
 class Stop(TrainerCallback):
     """Ends the training after a step, with a checkpoint, once `asked`."""
 
@@ -129,7 +163,18 @@ def stopping(stop: Stop) -> Iterator[None]:
             signal.signal(s, handler)
 
 
-QUALITY_ROWS = 32  # of the held-out examples: what an allocator that asks for the quality measures it on
+QUALITY_ROWS = 32  # what an allocator that asks for the quality measures it on
+
+
+def set_aside(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+    """(rows to train on, rows that tell an allocator the quality): a tenth of the training rows at most, since nothing
+    that a result is measured on may have a say in it."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    count = min(QUALITY_ROWS, max(1, len(order) // 10))
+    rows = [sorted(order[count:]), sorted(order[:count])]
+    train, aside = (dataclasses.replace(examples, rows=examples.rows.select(part)) for part in rows)
+    return train, aside
 
 
 def quality_of(model: Any, held: Examples) -> Callable[[], float]:
@@ -152,10 +197,10 @@ def quality_of(model: Any, held: Examples) -> Callable[[], float]:
 def trainer(
     run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCallback, ...], held: Examples | None = None
 ) -> AdapterTrainer:
-    """The Trainer of a run.  An allocator that scores by quality measures it on `held`."""
+    """The Trainer of a run.  An allocator that scores by quality does so on `held`, which no result may come from."""
     if run.allocator is not None:
         quality = quality_of(model, held) if held is not None and run.allocator.needs_quality else None
-        callbacks = (Allocating(run.allocator, quality), *callbacks)
+        callbacks = (Allocating(run.allocator, quality, clip=run.max_grad_norm), *callbacks)
     arguments = TrainingArguments(
         output_dir=str(run.out / CHECKPOINTS),
         learning_rate=run.lr,
@@ -163,9 +208,10 @@ def trainer(
         max_steps=run.max_steps or -1,
         per_device_train_batch_size=run.batch,
         gradient_accumulation_steps=run.accumulate,
-        lr_scheduler_type="linear",
         warmup_steps=run.warmup,
         weight_decay=run.weight_decay,
+        max_grad_norm=0.0 if run.allocator is not None else run.max_grad_norm or 0.0,  # an allocator looks first
+        logging_nan_inf_filter=False,
         seed=run.seed,
         data_seed=run.seed,
         save_strategy="steps",
@@ -184,11 +230,12 @@ def trainer(
         args=arguments,
         train_dataset=examples,
         data_collator=examples.task.collator(examples.processor),  # type: ignore[arg-type]
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, Finite()],
     )
     made.remove_callback(PrinterCallback)
     if run.accumulate > 1 and run.task.has_head:  # whose loss is a batch's mean: many a head is given the number of all
         made.model_accepts_loss_kwargs = False  # items and ignores it, and the Trainer then would not divide by batches
+    made.rates = run.rates()
     made.allocated = run.allocator is not None
     if run.method is not None or run.full:
         names = set(run.task.head(model))
@@ -204,6 +251,30 @@ def last_checkpoint(out: Path, allocated: bool = False) -> Path | None:
         if _complete(path) and (not allocated or (path / f"{STATE}.json").is_file()):  # the allocator's comes last
             return path
     return None
+
+
+def progress(path: Path) -> tuple[int, int, list[Any]]:
+    """(steps done, steps in all, log) of a checkpoint."""
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"], state["max_steps"], state["log_history"]
+
+
+@torch.no_grad()
+def as_left(run: Run, model: Any, checkpoint: Path, quality: Callable[[], float] | None) -> Adapter:
+    """Puts the adapter of a checkpoint at the end of a training on the model."""
+    saved = Adapter.load(checkpoint)
+    if run.allocator is None:
+        restore(selected(model), saved)
+        return selected(model)
+    values, tensors = files.read_state(checkpoint, STATE)
+    if values.get("finished"):
+        detach(model)
+        return attach(model, saved)
+    course = run.allocator.start(model, torch.optim.AdamW(selected(model).parameters()), values["step"], quality)
+    adopt(model, saved)
+    course.restore(tensors, values)
+    course.finish()
+    return selected(model)
 
 
 def _complete(path: Path) -> bool:

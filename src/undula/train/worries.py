@@ -18,9 +18,10 @@ def diverged(report: Mapping[str, Any]) -> str | None:
     """How the training of this report failed, in words; None where it did not: a number that is none, or a loss that
     ended far above where it began."""
     before, after = report.get("before") or {}, report.get("after") or {}
-    strange = [f"{k} is {v}" for k, v in after.items() if isinstance(v, float) and not math.isfinite(v)]
+    strange = [f"{k} is not finite" for k, v in after.items() if not _finite(v)]
     losses = [loss for _, loss in report.get("losses", [])]
-    strange += [f"the loss was {loss}" for loss in losses if not math.isfinite(loss)][:1]
+    strange += ["the loss was not finite" for loss in losses if not _finite(loss)][:1]
+    strange += ["the adapter was not finite"] if report.get("state") == "diverged" else []
     if strange:
         return f"{strange[0]}; {_advice(report)}"
     pairs = [(before.get("loss"), after.get("loss")), (losses[0], losses[-1]) if len(losses) > 1 else (None, None)]
@@ -36,9 +37,14 @@ def worries(report: Mapping[str, Any]) -> list[str]:
     failed = diverged(report)
     if failed:
         found.append(f"the training diverged: {failed}")
-    if (report.get("after") or {}).get("mcc") == 0:
+    if "warnings" not in report and (report.get("after") or {}).get("mcc") == 0:  # a report of an earlier version
         found.append(f"one class: Matthews' correlation is 0, {ANSWERS}")
     return found
+
+
+def _finite(value: Any) -> bool:
+    """Reports hold None in the place of NaN and infinity."""
+    return value is not None and (not isinstance(value, float) or math.isfinite(value))
 
 
 def reported(path: Path) -> dict[str, Any]:

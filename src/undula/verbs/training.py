@@ -11,6 +11,7 @@ import typer
 from ..method import Method
 from ..options import build, split_pair
 from ..ranks import Allocator
+from ..schedules import Schedule
 from ..train import Run, Task, restored
 from ..train.fit import train as fit
 from ..train.run import dtype_called
@@ -19,7 +20,7 @@ from . import shell
 
 Many = list[str]
 NUMBERS = (
-    *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay"),
+    *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "max_grad_norm"),
     *("seed", "train_rows", "eval_rows", "save_every", "bits", "probe_batches"),
 )
 
@@ -50,6 +51,10 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = Run.accumulate,
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = Run.warmup,
     weight_decay: float = Run.weight_decay,
+    max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.")] = 1.0,
+    schedule: Annotated[
+        str | None, typer.Option(help="linear, cosine, constant, jagged. (default: the allocator's, else linear)")
+    ] = None,
     seed: int = Run.seed,
     train_rows: Annotated[int | None, typer.Option(help="So many training rows, sampled.")] = None,
     eval_rows: Annotated[int | None, typer.Option(help="Rows for the metric, sampled.")] = Run.eval_rows,
@@ -84,6 +89,7 @@ def train(
         overrides=dict(_override(text) for text in override),
         full=tuple(full),
         dtype=dtype_called(dtype),
+        schedule=None if schedule is None else build(Schedule, *_named(schedule)),
         **{name: ctx.params[name] for name in NUMBERS},
     )
     _fit(run, False, to)
@@ -120,6 +126,12 @@ def _columns(task: type[Task], pairs: Many) -> Many:
     if unknown:
         raise LookupError(f"{task.__name__} has no column {', '.join(unknown)}; it has: {', '.join(task.roles)}")
     return pairs
+
+
+def _named(text: str) -> tuple[str, list[str]]:
+    """(name, options) of NAME,OPTION=VALUE,..."""
+    name, *pairs = text.split(",")
+    return name, pairs
 
 
 def _override(text: str) -> tuple[str, Method]:
