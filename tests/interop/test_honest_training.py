@@ -100,7 +100,7 @@ def test_a_language_model_without_its_head_is_refused_before_training(usual, ber
     config = LlamaConfig(**sizes, vocab_size=len(words), pad_token_id=0, bos_token_id=None, eos_token_id=3)
     LlamaModel(config).save_pretrained(tmp_path / "body")
     words.save_pretrained(tmp_path / "body")
-    data = tiny.jsonl(tmp_path / "d.jsonl", [{"prompt": "good film", "completion": "bad"}] * 8)
+    data = tiny.jsonl(tmp_path / "d.jsonl", [{"prompt": f"{w} film", "completion": "bad"} for w in tiny.WORDS[:8]])
     task = CausalLM(generate=0, format=undula.train.Plain())
     run = dataclasses.replace(
         usual, model=str(tmp_path / "body"), data=data, task=task, where="all-linear", max_steps=1
