@@ -18,9 +18,9 @@ def diverged(report: Mapping[str, Any]) -> str | None:
     """How the training of this report failed, in words; None where it did not: a number that is none, or a loss that
     ended far above where it began."""
     before, after = report.get("before") or {}, report.get("after") or {}
-    strange = [f"{k} is not finite" for k, v in after.items() if not _finite(v)]
+    strange = [f"{k} is {_said(v)}" for k, v in after.items() if not _finite(v)]
     losses = [loss for _, loss in report.get("losses", [])]
-    strange += ["the loss was not finite" for loss in losses if not _finite(loss)][:1]
+    strange += [f"the loss was {_said(loss)}" for loss in losses if not _finite(loss)][:1]
     strange += ["the adapter was not finite"] if report.get("state") == "diverged" else []
     if strange:
         return f"{strange[0]}; {_advice(report)}"
@@ -45,6 +45,10 @@ def worries(report: Mapping[str, Any]) -> list[str]:
 def _finite(value: Any) -> bool:
     """Reports hold None in the place of NaN and infinity."""
     return value is not None and (not isinstance(value, float) or math.isfinite(value))
+
+
+def _said(value: Any) -> str:
+    return "not finite" if value is None else str(value)
 
 
 def reported(path: Path) -> dict[str, Any]:
