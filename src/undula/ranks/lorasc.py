@@ -127,6 +127,12 @@ class _Noisy:
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
         return self.clean.project(x, M_KI)
 
+    def kept(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.clean.kept(x, y)
+
+    def stays(self, W_OI: Tensor, new_OI: Tensor) -> Tensor:
+        return self.clean.stays(W_OI, new_OI)
+
 
 def normal(seed: int, key: tuple[frozen.Key, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard normal numbers of the stream (seed, key) by Box and Muller (1958), float32, none beyond 5.8."""
