@@ -42,6 +42,8 @@ MUTANTS = [
     ("methods/lora.py", "alpha / math.sqrt(r)", "alpha / r", METHODS),
     ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),
     ("methods/loran.py", "and start.at_base", "and False", METHODS),
+    ("methods/aurora.py", "and A_RI.dtype == wide(A_RI.dtype)", "", "tests/laws/test_widths.py"),
+    ("routing.py", " or layer.training", "", "tests/laws/test_widths.py"),
     ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", LAWS),
     ("methods/dora.py", "2 * (W_OI @ A_RI.T)", "W_OI @ A_RI.T", METHODS),
     ("methods/dora.py", "V_OI.norm(dim=1).detach()", "V_OI.norm(dim=1)", METHODS),

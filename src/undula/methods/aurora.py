@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..choice import Choice
+from ..kernels import reference
 from ..kernels.autocast import exact, wide
-from ..kernels.bottleneck import bottleneck
+from ..kernels.bottleneck import bottleneck, fusible
 from ..kernels.spline import basis
 from ..method import Factors, Layer, LowRank, Method, Site
 from ..starts import Kaiming, Start
@@ -109,8 +110,14 @@ class AuroRA(_Bend, Method):
     scaling: Scaling = Classic()
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
-        B_OR = self.scaling(self.r, self.alpha) * f["B"]
-        return bottleneck(x, layer, f["A"], B_OR, lambda z: self.sigma(z, f))
+        A_RI, B_OR = f["A"], self.scaling(self.r, self.alpha) * f["B"]
+        if fusible(x, layer, A_RI, B_OR) and A_RI.dtype == wide(A_RI.dtype):
+            return bottleneck(x, layer, A_RI, B_OR, lambda z: self.sigma(z, f))
+        dtype = wide(A_RI.dtype)
+        with exact(x.device):  # z too: what a narrow product has rounded, no spline brings back
+            z = reference.project(x, layer, A_RI.to(dtype))
+            change = torch.nn.functional.linear(self.sigma(z, f), B_OR.to(dtype))
+        return reference.added(layer(x), reference.restore(change, layer))
 
     def static_pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         """(s B, sigma(A)): the paper's substitution for deployment.  Not the same function as `forward`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.autocast import exact, wide
+from ..kernels.autocast import exact, hand_written, wide
 from ..method import Additive, Factors, Layer, LowRank, Method, Reweight, Site
 from .lora import LoRA
 
@@ -72,7 +72,7 @@ class DoRA(Reweight):
     def norms(self, W_OI: Tensor, f: Factors) -> Tensor:
         """||W + dW|| by rows (O), detached."""
         with exact(W_OI.device):
-            if not isinstance(self.inner, LowRank) or torch.compiler.is_compiling():
+            if not isinstance(self.inner, LowRank) or not hand_written():  # no branch on numbers in a trace
                 V_OI = self._inner.weight(W_OI, f)
                 return floored(V_OI.norm(dim=1), W_OI.to(V_OI.dtype).norm(dim=1))
             B_OR, A_RI = (t.to(wide(t.dtype)) for t in self.inner.pair(f))

@@ -66,8 +66,11 @@ class Dropout(Wrapper):
         return object.__new__(on_rung(Dropout, inner))  # type: ignore[return-value]
 
     def __post_init__(self) -> None:
-        if not 0 <= round(self.p * 256) <= 255:
-            raise ValueError(f"a dropout rate lies in [0, 1), in steps of 1/256; found p={self.p}")
+        if not 0 <= self.p < 1 or round(self.p * 256) not in range(int(self.p > 0), 256):
+            raise ValueError(
+                f"a dropout rate is 0 or lies between 1/512 and 1 - 1/512, in steps of 1/256; found p={self.p}, "
+                "which would be none at all, or all"
+            )
 
     def init(self, site: Site) -> dict[str, Tensor]:
         return self.inner.init(site)
