@@ -1,5 +1,6 @@
 """From rows to a run: labels, the base's own classes, what is cut, padding, positions, ids, forms of rows, splits."""
 
+import dataclasses
 import json
 
 import datasets
@@ -263,6 +264,18 @@ def test_a_run_of_version_1_is_measured_on_its_own_rows(tmp_path):
     old = rows_of(Run.load(tmp_path / "o")).held["text"][:]
     mixed = read_file(tmp_path / "d.jsonl").shuffle(seed=0).select(range(6))["text"][:]
     assert old == mixed != rows_of(run).held["text"][:]
+
+
+def test_runs_that_held_out_different_rows_are_not_compared(tmp_path):
+    """One of version 1 and a new one: what the one was measured on, the other has learned."""
+    from undula.study.compare import Entry, _split
+
+    data = tiny.jsonl(tmp_path / "d.jsonl", tiny.reviews(8))
+    new = run_of("base", data, tmp_path / "new")
+    old = dataclasses.replace(new, by_chance=True)
+    assert _split([Entry(tmp_path, new, "a", {}), Entry(tmp_path, new, "b", {})], None) == ("validation", "")
+    _, fault = _split([Entry(tmp_path, new, "a", {}), Entry(tmp_path, old, "b", {})], None)
+    assert "different versions of undula held out different rows" in fault
 
 
 # Padding, positions, ids

@@ -31,7 +31,18 @@ if TYPE_CHECKING:
 ALL = sys.maxsize
 SETTINGS = (
     *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "train_rows"),
-    *("where", "overrides", "allocator", "full", "dtype", "bits", "probe_batches"),
+    *(
+        "where",
+        "overrides",
+        "allocator",
+        "full",
+        "dtype",
+        "bits",
+        "probe_batches",
+        "by_chance",
+        "max_grad_norm",
+        "schedule",
+    ),
 )
 
 
@@ -185,6 +196,11 @@ def _split(entries: Sequence[Entry], split: str | None) -> tuple[str, str]:
     chosen = split or ("test" if "test" in names else "validation")
     seeds = sorted({e.run.seed for e in entries})
     if chosen in ("train", "validation") and "validation" not in names:
+        if len({bool(e.run.by_chance) for e in entries}) > 1:
+            return chosen, (
+                "the data have no validation split, and runs of different versions of undula held out different rows: "
+                f"compare on a split that none has seen (--split; there are: {', '.join(names)})"
+            )
         if len(seeds) == 1:
             return chosen, ""
         return chosen, (
