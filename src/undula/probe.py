@@ -218,6 +218,9 @@ def inputs(layer: LinearView, x: Tensor) -> Tensor:
     TypeError for an embedding, ValueError for a convolution in groups."""
     if isinstance(layer, EmbeddingView):
         raise TypeError("an embedding's inputs are indices, which have no directions: leave it out of `where`")
+    groups = getattr(layer.module, "groups", 1)
+    if groups > 1:
+        raise ValueError(f"a convolution in {groups} groups: its groups see different inputs, leave it out of `where`")
     if layer.channel == -1:
         return torch.atleast_2d(wide(x))
     I = layer.weight.shape[1]
@@ -231,7 +234,8 @@ def weight_gradient(layer: LinearView, x: Tensor, g: Tensor) -> Tensor:
     Z_OI = torch.zeros(layer.weight.shape, dtype=wide(g).dtype, device=g.device, requires_grad=True)
     with torch.enable_grad():
         y = reference.restore(layer.project(wide(x) if x.is_floating_point() else x, Z_OI), layer)
-    return torch.autograd.grad(y, Z_OI, wide(g))[0]
+    G_OI = torch.autograd.grad(y, Z_OI, wide(g))[0]
+    return layer.stays(torch.zeros_like(G_OI), G_OI)  # an embedding's padding row gets no gradient
 
 
 class _Tap(torch.autograd.Function):
