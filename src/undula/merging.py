@@ -12,7 +12,7 @@ from .adapter import Adapter
 from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
 from .method import Method, Reweight
 from .saving import unguard
-from .sites import LinearView
+from .sites import LinearView, check_writable
 
 
 @torch.no_grad()
@@ -23,7 +23,8 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
     on a bf16 or quantised base).  `keep` holds the base's own weights for `unmerge`, bit for bit; without it the
     adapters are gone, and what trained before they came trains again.  A weight that other layers share is not changed
     for them: the layer gets its own.
-    Raises TypeError for a method on the bare Method rung, naming the sites; nothing is changed then.
+    Raises TypeError for a method on the bare Method rung, and for a layer whose own forward makes something else of its
+    weight than W x, naming the sites; nothing is changed then.
     """
     with changing(host_of(model), "merge"):
         host, adapter = find(model, None)
@@ -34,6 +35,8 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
 
 def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[str, float]:
     check_mergeable(adapter.methods)
+    for slot, path in zip(host.slots, adapter.factors, strict=True):
+        check_writable(path, slot.layer)
     errors: dict[str, float] = {}
     weights: dict[str, nn.Parameter] = {}
     for slot, path in zip(host.slots, adapter.factors, strict=True):

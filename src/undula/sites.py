@@ -78,6 +78,15 @@ class LinearView:
         """W as the parameter that the module would store."""
         return bases.stored(self.module, W_OI)
 
+    def example(self) -> Tensor:
+        """Some input of the module."""
+        weight = self.module.weight
+        return torch.randn(2, weight.shape[1], generator=_generator()).to(weight)
+
+    def through(self, x: Tensor, M_OI: Tensor) -> Tensor:
+        """What the module's own forward makes of x with another matrix and no bias."""
+        return self.call(_with_weight(self.module, M_OI), x)
+
 
 class Conv1DView(LinearView):
     """transformers' Conv1D: a linear layer whose weight is stored (I x O)."""
@@ -98,6 +107,10 @@ def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     other = object.__new__(type(module))
     other.__dict__.update(module.__dict__, _parameters={"weight": weight, "bias": None})
     return other
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 class EmbeddingView(LinearView):
@@ -125,10 +138,16 @@ class EmbeddingView(LinearView):
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
         if self.call is nn.Embedding.forward:
             return F.embedding(x, M_KI.T)
-        return self.call(_with_weight(self.module, M_KI.T), x)
+        return self.through(x, M_KI)
 
     def put(self, W_OI: Tensor) -> nn.Parameter:
         return bases.stored(self.module, W_OI.T.contiguous())
+
+    def example(self) -> Tensor:
+        return torch.arange(min(2, self.module.weight.shape[0]), device=self.module.weight.device)
+
+    def through(self, x: Tensor, M_OI: Tensor) -> Tensor:
+        return self.call(_with_weight(self.module, M_OI.T), x)
 
 
 class Conv2dView(LinearView):
@@ -146,9 +165,16 @@ class Conv2dView(LinearView):
         return bases.dense(self.module).flatten(1)
 
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        return self.through(x, M_KI).movedim(-3, -1)
+
+    def example(self) -> Tensor:
         conv = self.module
-        kernel = M_KI.reshape(M_KI.shape[0], *conv.weight.shape[1:])
-        return self.call(_with_weight(conv, kernel), x).movedim(-3, -1)
+        sides = (d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+        return torch.randn(1, conv.in_channels, *sides, generator=_generator()).to(conv.weight)
+
+    def through(self, x: Tensor, M_OI: Tensor) -> Tensor:
+        conv = self.module
+        return self.call(_with_weight(conv, M_OI.reshape(M_OI.shape[0], *conv.weight.shape[1:])), x)
 
     def put(self, W_OI: Tensor) -> nn.Parameter:
         return bases.stored(self.module, W_OI.reshape(self.module.weight.shape))
@@ -165,6 +191,53 @@ def view(module: nn.Module) -> LinearView | None:
     if type(module).__name__.endswith("Conv1D") and hasattr(module, "nf"):  # transformers, not imported here
         return Conv1DView(module)
     return None
+
+
+STOCK = (nn.Linear.forward, nn.Embedding.forward, nn.Conv2d.forward)
+
+
+@torch.no_grad()
+def check_writable(name: str, layer: LinearView) -> None:
+    """Raises TypeError where no weight written into the module gives the adapted layer: the module computes its weight
+    from something else, or uses it otherwise than as the matrix of a product."""
+    module = layer.module
+    if module._parameters.get("weight") is None:
+        others = ", ".join(n for n, _ in module.named_parameters() if not n.startswith("undula") and n != "bias")
+        raise TypeError(
+            f"{name}: its weight is no parameter but computed ({others or 'from nothing'}), so that nothing can be "
+            "written into it. Take the parametrisation off first (torch.nn.utils.parametrize.remove_parametrizations, "
+            "torch.nn.utils.remove_weight_norm), leave that layer out of `where`, or keep the adapter apart"
+        )
+    if (
+        layer.call in STOCK
+        or layer.call.__module__ == "transformers.pytorch_utils"
+        or not bases.is_plain(module.weight)
+    ):
+        return
+    if not _adds_up(layer):
+        raise TypeError(
+            f"{name}: {layer.call.__qualname__} does not add up over weights as W x does (it scales, normalises or "
+            "rounds W), so that no weight written into it gives the adapted layer. Leave that layer out of `where`, or "
+            "keep the adapter apart"
+        )
+
+
+def _adds_up(layer: LinearView) -> bool:
+    """Whether W + M gives what W gives plus `project(x, M)`; True where the module's forward refuses to be tried."""
+    O, I = layer.weight.shape
+    w, m = torch.randn(2, O, 1, generator=_generator()).to(layer.weight)
+    W_OI, M_OI = w.expand(O, I), m.expand(O, I)  # matrices of no size
+    try:
+        x = layer.example()
+        first, again = layer.through(x, W_OI), layer.through(x, W_OI)
+        both, more = layer.through(x, (w + m).expand(O, I)), layer.project(x, M_OI)
+    except Exception:  # of a class that asks for more than a layer's input
+        return True
+    if not torch.equal(first, again):  # noise of its own
+        return True
+    change = both.movedim(layer.channel, -1) - first.movedim(layer.channel, -1)
+    allowed = 1e-3 if layer.module.weight.dtype in bases.WIDE else 0.1
+    return bool((change - more).norm() <= allowed * both.norm())
 
 
 def site(name: str, layer: LinearView, shared: dict | None = None) -> Site:

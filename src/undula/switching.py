@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import bases
 from .adapter import Adapter
 from .method import Additive, Factors, Method
-from .sites import LinearView, view
+from .sites import LinearView, check_writable, view
 
 
 @runtime_checkable
@@ -101,6 +101,7 @@ class Switch:
 
 def own(layer: LinearView, model: nn.Module, site: str) -> Tensor:
     """W (O, I) sharing the module's memory.  Raises where it cannot, or where other modules would change too."""
+    check_writable(site, layer)
     weight = layer.module.weight
     if not bases.is_plain(weight) or layer.weight.data_ptr() != weight.data_ptr():
         return _refuse(site, f"{type(layer.module).__name__} with a {type(weight).__name__} of {weight.dtype}")

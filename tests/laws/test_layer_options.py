@@ -1,5 +1,8 @@
 """Options of a layer that act beside its product: padding, renormalised look-ups, convolutions in groups."""
 
+import copy
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -123,3 +126,93 @@ def test_weights_that_a_model_reads_are_left_out():
     undula.detach(model)
     with pytest.raises(TypeError, match=r"dt_proj .*reads its weight"):
         undula.attach(model, LoRA(r=2), ["dt_proj"])
+
+
+class Normed(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Shown(nn.Linear):
+    """A forward of its own that is W x all the same."""
+
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
+
+class Scaled(nn.Embedding):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 2, 0, 2)))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+FORWARDS = [
+    (Normed(6, 6), torch.randn(3, 6), False),
+    (Doubled(6, 6), torch.randn(3, 6), False),
+    (Shown(6, 6), torch.randn(3, 6), True),
+    (Scaled(6, 6), torch.arange(6), True),
+    (Padded(6, 6, 3, dilation=2, padding=1), torch.randn(2, 6, 7, 7), True),
+    (Standardised(6, 6, 3), torch.randn(2, 6, 7, 7), False),
+]
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.DoRA(LoRA(r=2)), undula.LoRAN(r=2)], ids=repr)
+@pytest.mark.parametrize(("layer", "x", "adds_up"), FORWARDS, ids=lambda part: type(part).__name__)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_merge_into_a_forward_of_its_own_is_right_or_refused(layer, x, adds_up, method, dtype):
+    """A class that scales or normalises its weight gives no W' x: the merge says so, and changes nothing."""
+    model = copy.deepcopy(nn.Sequential(layer)).to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    shake(undula.attach(model, method, "*"))
+    live = model(x).detach()
+    if adds_up:
+        undula.merge(model)
+        near = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
+        assert float((model(x).detach() - live).double().norm() / live.double().norm()) < near
+        return
+    with pytest.raises(TypeError, match=rf"0: {type(layer).__name__}.forward does not add up over weights"):
+        undula.merge(model)
+    assert torch.equal(model(x), live)
+
+
+@pytest.mark.parametrize(
+    ("normed", "parts"),
+    [
+        (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
+        (nn.utils.parametrizations.orthogonal, "parametrizations.weight.original"),
+        (nn.utils.weight_norm, "weight_g, weight_v"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_merge_into_a_computed_weight_is_refused(normed, parts):
+    """It names the layer and what its weight comes from; under PEFT too."""
+    model, x = nn.Sequential(OrderedDict(plain=nn.Linear(6, 6), odd=normed(nn.Linear(6, 6)))), torch.randn(3, 6)
+    base = model(x)
+    shake(undula.attach(model, LoRA(r=2), ["plain", "odd"]))
+    live = model(x)
+    assert not torch.allclose(live, base)
+    with pytest.raises(TypeError, match=f"odd: its weight is no parameter but computed \\({parts}"):
+        undula.merge(model)
+    assert torch.equal(model(x), live)
+    adapter = undula.detach(model)
+    with pytest.raises(TypeError, match="odd: its weight is no parameter but computed"):
+        undula.Switch(model)(adapter)
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, undula.peft_config(LoRA(r=2), ["plain", "odd"]))
+    with pytest.raises(TypeError, match=f"odd: its weight is no parameter but computed \\({parts}"):
+        wrapped.merge_adapter()
+    assert not wrapped.base_model.model.plain.merged

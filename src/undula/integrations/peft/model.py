@@ -19,7 +19,7 @@ from torch import nn
 from ... import bases
 from ...io import files, native
 from ...merging import check_mergeable
-from ...sites import EmbeddingView, LinearView, view
+from ...sites import EmbeddingView, LinearView, check_writable, view
 from . import starting, storing
 from .config import UndulaConfig
 from .guards import check_called, keep_slow
@@ -205,6 +205,9 @@ class UndulaModel(tuners_utils.BaseTuner):
         asked = self.active_adapters if names is None else names
         laws = {s: m.law(own) for s, m in hosts(self.model).items() if (own := [n for n in asked if n in m])}
         check_mergeable({s: method for s, (method, _) in laws.items()})
+        for site, layer in hosts(self.model).items():
+            if site in laws:
+                check_writable(site, layer.layer)
 
     def merge_adapter(self, adapter_names=None, safe_merge=False):
         self._check_mergeable(adapter_names)
