@@ -120,9 +120,11 @@ def _value(value: Any, hint: Any, where: str, text: bool) -> Any:
     """`value` as the type `hint`; where `text` may stand for numbers it is parsed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (text and value == "none"):
+        if value is None or (text and isinstance(value, str) and value.strip() == "none"):
             return None
         return _value(value, next(a for a in arguments if a is not type(None)), where, text)
+    if text and isinstance(value, str) and hint is not str:  # in a text, blanks mean something
+        value = value.strip()
     if inspect.isclass(hint) and issubclass(hint, Choice):
         return _member(value, hint, where, text)
     if origin is tuple:

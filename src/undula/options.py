@@ -30,11 +30,11 @@ def build_from(family: type[C], name: str, table: Mapping[str, Any]) -> C:
 
 
 def split_pair(pair: str, what: str) -> tuple[str, str]:
-    """(name, value) of `name=value`.  Raises ValueError."""
+    """(name, value) of `name=value`, the value to the letter: in a text, blanks mean something.  Raises ValueError."""
     name, mark, value = pair.partition("=")
     if not mark or not name:
         raise ValueError(f"{what} is written NAME=VALUE, found {pair!r}")
-    return name.strip(), value.strip()
+    return name.strip(), value
 
 
 def _tree_of(table: Mapping[str, Any]) -> Tree:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import undula
 from undula.cli import app
 from undula.options import build
+from undula.train import Classification, Task
 
 from . import tiny
 
@@ -414,5 +415,18 @@ def test_options_from_text():
     loran = build(undula.Method, "lo-ran", ["activation=sine", "activation.w=5", "learn=w", "scaling=rank-stabilised"])
     assert loran == undula.LoRAN(activation=undula.activations.Sine(5.0), learn=("w",), scaling=undula.RankStabilised())
     assert build(undula.Method, "centred", ["inner=lora", "start.std=0.5"]).start.std == 0.5
+    for text in (" ", "\n\n ", " a = b "):  # of a text, blanks are part
+        assert build(Task, "causal-lm", ["format=plain", f"format.between={text}"]).format.between == text
+    assert build(Task, "classification", ["label= Label", "max_length = 8"]) == Classification(
+        label=" Label", max_length=8
+    )
+    assert build(undula.Method, "loran", ["activation = sine", "r = 4"]).activation == undula.activations.Sine()
     with pytest.raises(ValueError, match="the option r is given twice: '1' and '2'"):
         build(undula.Method, "lora", ["r=1", "r=2"])
+
+
+def test_a_directory_without_an_adapter_says_what_it_is(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    assert "has not ended: `undula train --resume" in fails("show", tmp_path)
+    (tmp_path / "run.json").rename(tmp_path / "config.json")
+    assert "is the folder of a model" in fails("show", tmp_path)

@@ -122,6 +122,22 @@ def test_quotes_in_a_tsv_are_text_unless_they_mean_something(tmp_path):
     assert read_file(tmp_path / "b.tsv")["text"][:] == ["a\tb"]
 
 
+@pytest.mark.parametrize("delimiter", [";", ",", "\t", "|", "^"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_first_line_for_spreadsheets_is_no_header(delimiter, encoding, tmp_path):
+    """`sep=;` says what is between the fields; faults are still told with the lines of the file."""
+    rows = [["text", "label"], ["a, b; c", "007"], ["d", "1"]]
+    quoted = [delimiter.join(f'"{cell}"' for cell in row) for row in rows]
+    path = tmp_path / "a.csv"
+    path.write_bytes("\r\n".join([f"sep={delimiter}", *quoted, ""]).encode(encoding))
+    found = read_file(path)
+    assert found.to_list() == [{"text": "a, b; c", "label": "007"}, {"text": "d", "label": "1"}]
+    assert source_of(found).place(0) == "line 3"
+    path.write_bytes("\r\n".join([f"sep={delimiter}", *quoted, "e", ""]).encode(encoding))
+    with pytest.raises(ValueError, match="line 5 has 1"):
+        read_file(path)
+
+
 def test_columns_are_the_union_of_all_rows_keys(tmp_path):
     """Whichever row comes first."""
     rows = [{"text": "a"}, {"pair": "b", "text": "c"}, {"label": 1}]

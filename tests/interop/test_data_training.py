@@ -156,6 +156,29 @@ def test_labels_stay_as_they_are_written(tmp_path):
     assert rows_of(run_of(tiny.bert(tmp_path / "bert"), data, tmp_path / "o")).figures["classes"]["train"]["007"] == 1
 
 
+def test_equal_inputs_with_several_labels_are_told(tmp_path):
+    rows = [{"text": f"a {i // 2}", "label": "yes" if i < 4 else "no" if i % 2 else "yes"} for i in range(40)]
+    notes = rows_of(run_of(tiny.bert(tmp_path / "bert"), tiny.table(tmp_path / "d.csv", rows), tmp_path / "o")).notes
+    told = (
+        "20 of 40 train rows have the same input as an earlier row; 36 rows have inputs that stand with several labels"
+    )
+    assert told in notes
+
+
+def test_numbers_for_a_bases_own_classes_are_told_with_their_names(tmp_path):
+    """Who means another order sees it."""
+    tuned(tmp_path / "base", ("good", "bad"))
+    rows = [{"text": f"a {i}", "label": i % 2} for i in range(20)]
+    notes = rows_of(run_of(tmp_path / "base", tiny.jsonl(tmp_path / "d.jsonl", rows), tmp_path / "o")).notes
+    assert "the model's own head for these classes is kept (0 is its good, 1 is its bad)" in notes
+
+
+def test_columns_whose_names_have_blanks_are_told_in_quotes(tmp_path):
+    data = tiny.table(tmp_path / "d.csv", [{"text": f"a {i}", " label": i % 2} for i in range(9)])
+    with pytest.raises(LookupError, match="their columns are: text, ' label'"):
+        rows_of(run_of(tiny.bert(tmp_path / "bert"), data, tmp_path / "o"))
+
+
 ALIKE = [("pos", "Pos"), ("pos", "pos "), ("caf\u00e9", "cafe\u0301"), ("a  b", "a b"), ("stra\u00dfe", "STRASSE")]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import time
 import warnings
 from collections.abc import Mapping
@@ -132,7 +133,14 @@ def _opened(path: Path, name: str) -> BinaryIO:
     except FileNotFoundError:  # gone since
         pass
     there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such directory"
-    raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}")
+    hint = ""
+    if (path / "run.json").is_file():
+        hint = (
+            f". The training that began there has not ended: `undula train --resume {shlex.quote(str(path))}` goes on"
+        )
+    elif name == CONFIG and (path / "config.json").is_file():
+        hint = ". It is the folder of a model; what is asked for is the directory of an adapter for one"
+    raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}{hint}")
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..choice import Choice
-from .columns import texts
+from .columns import named_columns, texts
 from .conversation import conversations, rendered, tokens
 from .faults import Faults
 from .limits import UNLIMITED
@@ -125,7 +125,7 @@ class CausalLM(Task):
             )
         if not named and not met:
             found.missing(
-                f"the data have no columns for a language model; their columns are: {', '.join(there)}",
+                f"the data have no columns for a language model; their columns are: {named_columns(there)}",
                 "It takes messages (or conversations), a prompt and a completion, or a text. Name them: --column "
                 "prompt=... --column completion=..., --column messages=... or --column text=..., in Python "
                 "CausalLM(prompt=..., completion=...)",

@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .faults import Faults
@@ -23,6 +23,11 @@ def spot(rows: Dataset, column: str, what: str) -> str:
     """A kind of fault of a column, with the file where there is one."""
     name = source_of(rows).name
     return f"{name + ', ' if name else ''}column {column!r} {what}"
+
+
+def named_columns(there: Iterable[str]) -> str:
+    """Names of columns as a message lists them; in quotes where a name would not show what it is."""
+    return ", ".join(name if name and name == " ".join(name.split()) else repr(name) for name in there)
 
 
 def texts(rows: Dataset, column: str, faults: Faults, blank: bool = False) -> list[str]:
@@ -100,7 +105,10 @@ def alike(rows: Dataset, column: str, found: Sequence[str], faults: Faults) -> N
         shown = ", ".join(f"{n!r} ({counted[n]} rows, first {source.place(found.index(n))})" for n in group)
         what = spot(rows, column, "names classes that differ by case, white space or Unicode's normal form alone")
         faults.add(
-            what, shown, "Write them alike; or, if they are meant to be several classes, list all with names=..."
+            what,
+            shown,
+            "Write them alike; or, if they are meant to be several classes, list all: --task-set "
+            "names=A,B, in Python names=('A', 'B')",
         )
 
 

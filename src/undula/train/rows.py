@@ -12,7 +12,7 @@ from .heads import Classes
 from .outputs import order_of, own_names
 from .run import Run
 from .source import source_of
-from .splitting import repeated, shared
+from .splitting import contradicted, repeated, shared
 from .task import Task
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def _classes(figures: Mapping[str, Any]) -> Iterator[str]:
 def _duplicates(parts: DatasetDict, made: DatasetDict) -> Iterator[str]:
     again, both = repeated(parts["train"]), shared(made)
     if again:
-        yield f"{again} of {len(parts['train'])} train rows have the same input as an earlier row"
+        other = contradicted(parts["train"])
+        told = f"; {other} rows have inputs that stand with several labels" if other else ""
+        yield f"{again} of {len(parts['train'])} train rows have the same input as an earlier row{told}"
     if again and "validation" not in parts and not both:
         yield "the validation part was made so that no input is in both parts"
     if both:
@@ -97,10 +99,12 @@ def in_own_order(
             f"the data ({len(task.names)}: {', '.join(task.names[:10])}). To keep it, name the classes as it does"
         )
         return task, parts, told
+    names = tuple(task.names[order.index(i)] for i in range(len(order)))
+    pairs = [mine if mine == theirs else f"{mine} is its {theirs}" for mine, theirs in zip(names, own, strict=True)]
+    shown = ", ".join(pairs[:10]) + (", ..." if len(own) > 10 else "")
     told = f"the model's own head for these classes is kept ({shown})"
     if getattr(asked, "names", ()) or order == list(range(len(order))):
         return task, parts, told
-    names = tuple(task.names[order.index(i)] for i in range(len(order)))
     parts = type(parts)({name: _renumbered(rows, order, names) for name, rows in parts.items()})
     return replace(task, names=names), parts, told  # type: ignore[type-var]
 

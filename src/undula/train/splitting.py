@@ -115,6 +115,16 @@ def repeated(rows: Dataset) -> int:
     return len(rows) - len(set(inputs(rows)))
 
 
+def contradicted(rows: Dataset) -> int:
+    """How many rows have an input that stands with more than one label (a class, or a number): no model learns both."""
+    if "label" not in rows.column_names:
+        return 0
+    keys, found = list(inputs(rows)), dict[bytes, set[Any]]()
+    for key, label in zip(keys, rows["label"][:], strict=True):
+        found.setdefault(key, set()).add(label)
+    return sum(len(found[key]) > 1 for key in keys)
+
+
 def shared(parts: DatasetDict) -> int:
     """How many validation rows have the input of a training row: what was learned by heart is measured as skill."""
     known = set(inputs(parts["train"]))

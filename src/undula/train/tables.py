@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SNIFFED = 100  # records that tell what separates the fields
 CHUNK_ROWS, CHUNK_CHARACTERS = 10_000, 1 << 26  # in memory as Python's texts; what is full goes to Arrow
+SEPARATOR = re.compile('"?sep=([^\r\n])"?')  # a first line by which spreadsheets are told what separates the fields
 QUOTED = re.compile(r'"(?:(?:[^"]|"")*""(?:[^"]|"")*)?"')  # as csv.writer writes a field for its quotes
 Records = Iterator[tuple[int, list[str] | csv.Error]]
 
 
 def read_csv(path: Path) -> Dataset:
-    """Comma-separated values, or what the first records show to be between the fields.  Raises ValueError."""
+    """Comma-separated values, or what a first line `sep=;` says, or the first records show, to be between the fields.
+    Raises ValueError."""
     encoding = encoding_of(path)
     with _wide_fields():
-        delimiter = _delimiter(path, encoding)
-        told = () if delimiter == "," else (f"the fields are separated by {DELIMITERS[delimiter]}",)
-        return _read(path, encoding, delimiter, csv.QUOTE_MINIMAL, told)
+        said = _said(path, encoding)
+        delimiter = said or _delimiter(path, encoding)
+        told = () if delimiter == "," else (f"the fields are separated by {_called(delimiter)}",)
+        return _read(path, encoding, delimiter, csv.QUOTE_MINIMAL, told, begin=1 if said else 0)
 
 
 def read_tsv(path: Path) -> Dataset:
@@ -57,12 +60,25 @@ def _wide_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _records(path: Path, encoding: str, delimiter: str, quoting: int) -> Records:
-    """(line where it begins, fields or what is wrong) of every record that is not a blank line."""
+def _called(delimiter: str) -> str:
+    return DELIMITERS.get(delimiter, repr(delimiter))
+
+
+def _said(path: Path, encoding: str) -> str | None:
+    """What separates the fields by a first line such as `sep=;`, which is no header; None where there is none."""
     with opened(path, encoding) as file:
+        found = SEPARATOR.fullmatch(file.readline(16).rstrip("\r\n"))
+    return None if found is None else found[1]
+
+
+def _records(path: Path, encoding: str, delimiter: str, quoting: int, begin: int = 0) -> Records:
+    """(line where it begins, fields or what is wrong) of every record that is not a blank line, after `begin` lines."""
+    with opened(path, encoding) as file:
+        for _ in range(begin):
+            file.readline()
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
         while True:
-            line = reader.line_num + 1
+            line = begin + reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
@@ -109,11 +125,11 @@ def _tsv_quoting(path: Path, encoding: str) -> int | None:
     return csv.QUOTE_MINIMAL if fits else csv.QUOTE_NONE
 
 
-def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequence[str]) -> Dataset:
+def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequence[str], begin: int = 0) -> Dataset:
     import pyarrow
     from datasets import Dataset
 
-    records, faults = _records(path, encoding, delimiter, quoting), Faults()
+    records, faults = _records(path, encoding, delimiter, quoting, begin), Faults()
     header = _header(path, records, faults)
     names, lines, chunks, size = header, Lines(), [], 0
     columns: list[list[str]] = [[] for _ in names]
@@ -131,7 +147,7 @@ def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequen
             faults.add(
                 f"{path}: not as many fields as the header has ({len(names)}: {', '.join(names)[:100]})",
                 f"line {line} has {len(fields)}",
-                f"The fields are separated by {DELIMITERS[delimiter]}; a text that holds one is written in quotes",
+                f"The fields are separated by {_called(delimiter)}; a text that holds one is written in quotes",
             )
         elif not faults:
             lines.append(line)
@@ -150,12 +166,14 @@ def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequen
 
 def _header(path: Path, records: Records, faults: Faults) -> list[str]:
     """The names of the columns.  Raises ValueError for a file without any."""
-    _, names = next(records, (0, []))
+    line, names = next(records, (0, []))
     if isinstance(names, csv.Error):
-        raise ValueError(f"{path}, line 1, the header: a quoted field does not end as it should ({names})")
+        raise ValueError(f"{path}, line {line}, the header: a quoted field does not end as it should ({names})")
     if not names:
         raise ValueError(f"{path} has no rows")
     for name, count in Counter(names).items():
         if count > 1:
-            faults.add(f"{path}, line 1, the header: column {name!r} stands {count} times", advice="Rename all but one")
+            faults.add(
+                f"{path}, line {line}, the header: column {name!r} stands {count} times", advice="Rename all but one"
+            )
     return names

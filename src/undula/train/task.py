@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 
 from ..choice import Choice
+from .columns import named_columns
 from .data import split_of
 from .faults import Faults
 from .limits import fits, padding
@@ -147,7 +148,7 @@ class Task(Choice):
             looked = f"no column for {role} (looked for {', '.join(self.roles[role])})"
             faults.missing(
                 f"the data have {looked if named is None else f'no column {named!r}'}; "
-                f"their columns are: {', '.join(there)}",
+                f"their columns are: {named_columns(there)}",
                 f"Name it: --column {role}=..., in Python {type(self).__name__}({role}=...)",
             )
         return None

@@ -137,7 +137,7 @@ def _named(text: str) -> tuple[str, list[str]]:
 def _override(text: str) -> tuple[str, Method]:
     pattern, spec = split_pair(text, "an override")
     name, *pairs = spec.split(",")
-    return pattern, build(Method, name, pairs)
+    return pattern, build(Method, name.strip(), pairs)
 
 
 def _fit(run: Run, resume: bool, to: Path | None) -> None:
