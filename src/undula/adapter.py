@@ -22,7 +22,8 @@ class Adapter:
     """methods[site] is the law of a site, factors[site][name] its tensors, shapes[site] the layer's (O, I);
     full[name] replaces a parameter of the model (a classification head, a norm).  A live adapter's tensors are the
     model's own trainable parameters.  kernels[site] is there for layers that are not linear, which other formats write
-    differently: (C_in/groups, kh, kw) of a convolution, () of an embedding.  `about` is what a directory says beside
+    differently: (C_in/groups, kh, kw) of a convolution, () of an embedding, (i,) of one whose row i is padding, which
+    stays the base's whatever dW says.  `about` is what a directory says beside
     (`base_model_name_or_path`, `task_type` ...): it comes with loading and goes with saving."""
 
     methods: Mapping[str, Method]

@@ -15,6 +15,8 @@ from .choice import plain
 from .masters import wide
 from .method import Additive, Evidence, Factors, LowRank, Method, NoEvidence, Site
 from .methods.dora import DoRA
+from .methods.dropout import bare
+from .methods.lora import LoRA
 from .sites import LinearView, Where, choose, matches, outline, site, view
 
 if TYPE_CHECKING:
@@ -212,6 +214,7 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
             raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
         check_shapes(path, f, adapter.methods[path].init(where.outline()))
         adapter.methods[path].check(where, f)
+        _check_padding(path, layers[path], adapter.methods[path], f, adapter.kernels.get(path))
         dtypes = {k: where.dtype if t.is_floating_point() else t.dtype for k, t in f.items()}
         for k, t in f.items():
             _check_range(f"{path}.{k}", t, dtypes[k])
@@ -224,6 +227,22 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in adapter.full.items()}
     methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
     return replace(adapter, methods=methods, shapes=shapes, factors=factors, full=full, kernels=kernels(layers))
+
+
+def _check_padding(path: str, layer: LinearView, method: Method, f: Factors, kernel: tuple[int, ...] | None) -> None:
+    """Raises ValueError for a LoRA from where no row stays (PEFT's files; a base without padding) that moves what is
+    padding here."""
+    if kernel != () or layer.kernel == () or not isinstance(bare(method), LoRA | DoRA):
+        return
+    (row,) = layer.kernel or (0,)
+    A, W = f.get("A"), layer.weight
+    moves = A is not None and A.ndim == 2 and bool(A[:, row].norm() > 1e-5 * A.norm())
+    if moves or (isinstance(bare(method), DoRA) and bool(W[:, row].any())):
+        raise ValueError(
+            f"{path}: row {row} of this embedding is padding (padding_idx), which undula leaves as it is, and the "
+            "adapter moves it. To compute with it moved, as PEFT does, set the layer's padding_idx to None before "
+            "attaching; to leave it alone, set that column of the adapter's A (lora_embedding_A) to zero"
+        )
 
 
 def _check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:

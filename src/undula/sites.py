@@ -118,7 +118,10 @@ class EmbeddingView(LinearView):
 
     plain = False  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
-    kernel = ()
+
+    @property
+    def kernel(self) -> tuple[int, ...]:  # type: ignore[override]
+        return () if self.module.padding_idx is None else (self.module.padding_idx,)
 
     @property
     def weight(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -162,6 +163,46 @@ def test_an_embedding_stored_with_its_adapter(tmp_path):
     adapter = undula.attach(own, undula.Adapter.load(tmp_path))
     assert list(adapter.full) == ["model.embed_tokens.weight"]
     torch.testing.assert_close(own(x).logits, model(x).logits)
+
+
+def padded(row=3):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(OrderedDict(table=torch.nn.Embedding(9, 8, padding_idx=row), head=torch.nn.Linear(8, 5)))
+
+
+@pytest.mark.parametrize("method", [*LOW_RANK, undula.VeRA(r=2), undula.NOLA(r=2), undula.LoRTA(r=2)], ids=repr)
+def test_an_exported_update_has_nothing_at_the_padding(method, tmp_path):
+    """PEFT knows of no row that stays: what undula leaves alone is zero in what it reads, from a file or live."""
+    model, x = padded().eval(), torch.arange(9)
+    adapter = undula.attach(model, method, ["table"])
+    shake(adapter.parameters())
+    adapter.save(tmp_path / "own")
+    undula.io.export_lora(adapter, tmp_path / "live")
+    undula.io.export_lora(undula.Adapter.load(tmp_path / "own"), tmp_path / "read")
+    for name in ("live", "read"):
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(padded(), tmp_path / name).eval()(x), model(x))
+        own = padded().eval()
+        undula.attach(own, undula.Adapter.load(tmp_path / name))
+        torch.testing.assert_close(own(x), model(x))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_that_moves_padding_is_refused(dora, tmp_path):
+    """PEFT's lookup has it, undula's has not; with the column at zero, or no padding, both are one again."""
+    x = torch.arange(9)
+    model = theirs(padded(), ["table"], r=2, use_dora=dora)
+    model.save_pretrained(tmp_path / "moved", save_embedding_layers=False)
+    with pytest.raises(ValueError, match="table: row 3 of this embedding is padding"):
+        undula.attach(padded(), undula.Adapter.load(tmp_path / "moved"))
+    own = padded()
+    own.table.padding_idx = None
+    undula.attach(own, undula.Adapter.load(tmp_path / "moved"))
+    torch.testing.assert_close(own(x), model(x))
+    model.base_model.model.table.lora_embedding_A["default"].data[:, 3] = 0
+    model.save_pretrained(tmp_path / "still", save_embedding_layers=False)
+    own = padded()
+    undula.attach(own, undula.Adapter.load(tmp_path / "still"))
+    torch.testing.assert_close(own(x), model(x))
 
 
 def of(model, x):

@@ -551,7 +551,7 @@ def test_every_refusal_of_a_configuration_is_documented(name, tmp_path):
     config = json.loads((tmp_path / CONFIG).read_text())
     REFUSED[name](config)
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    with pytest.raises((ValueError, LookupError)):
+    with pytest.raises((ValueError, LookupError), match=re.escape(str(tmp_path))):  # whose configuration it is
         undula.Adapter.load(tmp_path)
 
 

@@ -180,7 +180,7 @@ def read_sites(own: Mapping[str, Any], path: str) -> tuple[dict[str, Method], di
     if not isinstance(listed, list) or not isinstance(sites, dict):
         raise ValueError(f"{path}: the config lists no methods or no sites")
     _check_sizes(listed, path)
-    kinds = [Method.decode(m) for m in listed]
+    kinds = [_decoded(m, path) for m in listed]
     methods, shapes = {}, {}
     for site, entry in sites.items():
         if site:
@@ -197,6 +197,14 @@ def read_sites(own: Mapping[str, Any], path: str) -> tuple[dict[str, Method], di
     if not isinstance(order, list) or sorted(map(str, order)) != sorted(sites):
         raise ValueError(f"{path}: `order` has other sites than `sites`")
     return {site: methods[site] for site in order}, {site: shapes[site] for site in order}
+
+
+def _decoded(written: Any, path: str) -> Method:
+    try:
+        return Method.decode(written)
+    except (ValueError, LookupError) as error:
+        told = str(error.args[0]) if len(error.args) == 1 else str(error)
+        raise (ValueError if isinstance(error, ValueError) else LookupError)(f"{path}: {told}") from None
 
 
 def _check_sizes(listed: list[Any], path: str) -> None:
@@ -317,10 +325,16 @@ def _kernels(found: Any, shapes: Shapes, path: str) -> dict[str, tuple[int, ...]
     if not isinstance(found, dict):
         raise ValueError(f"{path}: `kernels` maps sites to sizes; found {found!r:.80}")
     for site, kernel in found.items():
-        sizes = isinstance(kernel, list) and len(kernel) in (0, 3) and all(type(n) is int and n > 0 for n in kernel)
-        if site not in shapes or not sizes or (kernel and math.prod(kernel) != shapes[site][1]):
+        sizes = isinstance(kernel, list) and len(kernel) in (0, 1, 3) and all(type(n) is int for n in kernel)
+        if site not in shapes or not sizes or not _fits(kernel, shapes[site][1]):
             raise ValueError(f"{path}: the kernel {kernel!r:.80} of {site!r:.100} does not fit its sites")
     return {site: tuple(kernel) for site, kernel in found.items()}
+
+
+def _fits(kernel: list[int], I: int) -> bool:
+    if len(kernel) == 3:
+        return min(kernel) > 0 and math.prod(kernel) == I
+    return all(0 <= row < I for row in kernel)
 
 
 def split(key: str) -> tuple[str | None, str]:

@@ -69,7 +69,10 @@ def lora_state(adapter: Adapter, base: str | None, task: str | None) -> tuple[di
         assert isinstance(method, LowRank)
         B_OR, A_RI = method.pair(f)
         ranks[site] = A_RI.shape[0]
-        leaves = _leaves(adapter.kernels.get(site), B_OR, A_RI)
+        kernel = adapter.kernels.get(site)
+        if kernel is not None and len(kernel) == 1:  # readers know of no row that stays: the update has nothing there
+            A_RI = A_RI.index_fill(1, torch.tensor(kernel, device=A_RI.device), 0.0)
+        leaves = _leaves(kernel, B_OR, A_RI)
         tensors |= {f"{site}.{leaf}": t.clone() for leaf, t in leaves}  # sites may share a factor
     _check_names(tensors, adapter)
     base = adapter.about.get("base_model_name_or_path") if base is None else base
@@ -95,7 +98,7 @@ def _leaves(kernel: tuple[int, ...] | None, B_OR: Tensor, A_RI: Tensor) -> list[
     """The pair under PEFT's names and in its shapes, which depend on the kind of layer (see `Adapter.kernels`)."""
     if kernel is None:
         return [("lora_A.weight", A_RI), ("lora_B.weight", B_OR)]
-    if not kernel:
+    if len(kernel) < 2:
         return [("lora_embedding_A", A_RI), ("lora_embedding_B", B_OR)]
     return [("lora_A.weight", A_RI.reshape(-1, *kernel)), ("lora_B.weight", B_OR[:, :, None, None])]
 
