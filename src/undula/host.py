@@ -221,6 +221,8 @@ def attach(
     float64 base); layers whose own parameters train go on computing in the base's type.  Raises LookupError for names
     that match nothing, ValueError for an adapter that does not fit the model; the model is then unchanged.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"an adapter is called by a text, found name={name!r}")
     host = host_of(model)
     with changing(host, "attach"):
         return _attach(model, host, what, where, name, overrides or {}, full, probe)

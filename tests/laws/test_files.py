@@ -274,9 +274,17 @@ def test_names_that_no_file_could_hold_are_refused_at_saving(tmp_path):
     for odd, export in (("x.undula_factors.y", False), ("x.lora_A.weight", True), ("x.base_layer.w", True)):
         with pytest.raises(ValueError, match="rename"):
             written(dataclasses.replace(adapter, full={odd: adapter.full["1.bias"]}), tmp_path / "x", export)
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        small(float("inf"), 1.0).save(tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("export", [False, True], ids=["own", "export"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_no_reader_takes_are_not_written_over_a_good_adapter(bad, export, tmp_path):
+    """A diverged adapter is refused at saving, and what is there stays."""
+    written(small(16.0, 1.0), tmp_path / "x", export)
+    with pytest.raises(ValueError, match=r"nothing is written to .*holds NaN or infinity"):
+        written(small(16.0, bad), tmp_path / "x", export)
+    assert float(next(undula.Adapter.load(tmp_path / "x").tensors())[2].flatten()[0]) == 1.0
 
 
 SAID = {"revision": "main", "auto_mapping": {"base_model_class": "Net", "parent_library": "here"}}

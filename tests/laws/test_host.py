@@ -519,3 +519,12 @@ def test_threads_with_rows_of_their_own_get_their_own_outputs():
     assert "another thread is inside `undula.rows`" in refused[0]
     torch.testing.assert_close(copy.deepcopy(model)(x), want[None])
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), want[None])
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_an_adapter_is_called_by_a_text(name):
+    """By None it would be attached and never selected: nothing would train."""
+    model = body()
+    with pytest.raises(TypeError, match="called by a text, found name="):
+        undula.attach(model, LoRA(r=2), name=name)
+    assert all(p.requires_grad for p in model.parameters())

@@ -49,6 +49,7 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     for name in config["target_modules"]:
         check_name(name, "site") if name else None
     held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    check_finite(held, f"the adapter (nothing is written to {path})")
     text = _marked(config, held)
     path.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, TENSORS):

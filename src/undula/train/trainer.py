@@ -71,8 +71,10 @@ class AdapterTrainer(Trainer):
         return (found[0] * share, *found[1:]) if return_outputs else found * share
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            selected(self.model).save(output_dir or str(self.args.output_dir))
+        adapter = selected(self.model)
+        # of a training that has diverged there is no checkpoint: `train` says so at its end
+        if self.args.should_save and all(torch.isfinite(t).all() for t in adapter.parameters()):
+            adapter.save(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = Adapter.load(resume_from_checkpoint)
