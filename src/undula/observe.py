@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .host import Host, Slot, host_of, select, selected
+from .masters import Cast
+from .masters import wide as master_type
 from .method import Factors, Layer, Method
 from .padding import watching
 
@@ -81,6 +83,7 @@ def wide(model: nn.Module) -> Iterator[Callable[[], bool]]:
     not where weights are quantised, sharded or elsewhere (meta).  Afterwards all tensors are the ones that they were;
     meanwhile both are in memory."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
+    casting: list[tuple[Cast, dict[str, torch.dtype]]] = []  # modules with masters: they compute with narrow casts
 
     def widen() -> bool:
         every = [*model.parameters(), *model.buffers()]
@@ -90,6 +93,10 @@ def wide(model: nn.Module) -> Iterator[Callable[[], bool]]:
             if _narrow(t):
                 kept[id(t)] = (t, t.data)
                 t.data = t.data.float()
+        for module in model.modules():
+            if isinstance(module, Cast):
+                casting.append((module, module.undula_types))
+                module.undula_types = {k: master_type(v) for k, v in module.undula_types.items()}
         return True
 
     try:
@@ -97,6 +104,8 @@ def wide(model: nn.Module) -> Iterator[Callable[[], bool]]:
     finally:
         for t, data in kept.values():
             t.data = data
+        for module, types in casting:
+            module.undula_types = types
 
 
 def batches(data: Iterable[Batch], what: str) -> Iterator[Batch]:

@@ -126,3 +126,16 @@ def test_a_wide_base_trains_in_its_own_type():
         adapter = undula.attach(model, undula.LoRA(r=2), ("body",), full=("head",))
         assert {t.dtype for t in adapter.full.values()} == {dtype}
         assert type(model.head) is nn.Linear
+
+
+@each
+@pytest.mark.parametrize("how", [("head",), ("*",), ("body.bias", "norm", "gain")], ids=["head", "all", "some"])
+def test_a_collapse_over_a_narrow_base_is_measured_in_float32(dtype, how):
+    """While a model is measured wide, its masters are used as they are; afterwards their casts are narrow again."""
+    model, _ = nets(dtype)
+    adapter = undula.attach(model, undula.LoRAN(r=2), ("body",), full=how)
+    trained(model, adapter, lr=1e-2, steps=3)
+    before = model(IDS)
+    found = undula.collapse(model, undula.Truncate(2), held_out=[{"ids": IDS}])
+    assert 0 <= found.error < 1
+    assert torch.equal(model(IDS), before)
