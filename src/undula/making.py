@@ -34,9 +34,11 @@ def fresh(
     probe: Probe | None = None,
 ) -> Adapter:
     """A new adapter for `model`, not attached."""
-    layers = choose(model, where)
+    layers, parameters = choose(model, where), chosen_parameters(model, full)
+    if where == "all-linear":  # a layer that trains in full needs no adapter beside
+        layers = {n: v for n, v in layers.items() if f"{n}.weight" not in parameters}
     evidence = None if probe is None else probe.on(model, layers)
-    in_full = {n: _thawed(p) for n, p in chosen_parameters(model, full).items()}
+    in_full = {n: _thawed(p) for n, p in parameters.items()}
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
 
 

@@ -528,3 +528,11 @@ def test_an_adapter_is_called_by_a_text(name):
     with pytest.raises(TypeError, match="called by a text, found name="):
         undula.attach(model, LoRA(r=2), name=name)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_that_trains_in_full_is_not_adapted_beside():
+    """ "all-linear" leaves it out, so that the adapter exports; where it is named as a site, it is both."""
+    model = body()
+    assert list(undula.attach(model, LoRA(r=2), full=["3"]).factors) == ["0", "1", "2"]
+    undula.detach(model)
+    assert list(undula.attach(model, LoRA(r=2), ["2", "3"], full=["3"]).factors) == ["2", "3"]
