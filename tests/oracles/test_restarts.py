@@ -358,7 +358,7 @@ def test_dropout_inside_spares_the_past():
 
 
 def test_restarted_refuses():
-    with pytest.raises(TypeError, match="on the rung LowRank that is not Restarted"):
+    with pytest.raises(ValueError, match="inner is a LowRank, an object such as LoRA"):
         Restarted(undula.LoRAN())
     with pytest.raises(TypeError, match="on the rung LowRank that is not Restarted"):
         Restarted(Restarted())

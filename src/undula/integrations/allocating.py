@@ -29,7 +29,9 @@ class Allocating(TrainerCallback):
     into every checkpoint, and come back where the Trainer resumes from one, on a model with the adapter attached anew;
     `checkpoint` says which one, where that is not in the Trainer's own output_dir.  With load_best_model_at_end the
     best checkpoint's adapter comes back whole, as it was measured.  `clip` clips the norm of the gradients after the
-    course has seen them; give the Trainer max_grad_norm=0 then.
+    course has seen them; give the Trainer max_grad_norm=0 then.  A Trainer that saves whole models
+    (`saves_whole_models`) writes its last checkpoint before the course finishes: transformers refuses to save tensors
+    that are shared then (DiffoRA).
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Allocating(TrainerCallback):
         *,
         clip: float | None = None,
         checkpoint: str | Path | None = None,
+        saves_whole_models: bool = True,
     ):
         if allocator.needs_quality and quality is None:
             raise ValueError(
@@ -47,6 +50,7 @@ class Allocating(TrainerCallback):
             )
         self.allocator, self.quality, self.clip = allocator, quality, clip
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.saves_whole_models = saves_whole_models
         self.course: Course | None = None
         self.run = ""
         self.hook: Any = None
@@ -93,7 +97,8 @@ class Allocating(TrainerCallback):
         self._course.after_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
+        at_end = state.global_step >= state.max_steps and not args.load_best_model_at_end
+        if at_end and not self.saves_whole_models:
             self._course.finish()  # before anything is measured or saved of the end
 
     def on_save(self, args: Any, state: Any, control: Any, **found: Any) -> None:

@@ -130,7 +130,7 @@ def _entries(paths: Sequence[Path]) -> list[Entry]:
     faults += [f"{p} is named {n} times" for p, n in Counter(p.resolve() for p in paths).items() if n > 1]
     if faults:
         raise ValueError(_told(faults))
-    varied = [name for name in SETTINGS if len({repr(run.encode()[name]) for _, run, _ in found}) > 1]
+    varied = [name for name in SETTINGS if len({repr(run.encode().get(name)) for _, run, _ in found}) > 1]
     return [Entry(path, run, _arm(path, run, varied, bool(report)), report) for path, run, report in found]
 
 
@@ -142,7 +142,7 @@ def _arm(path: Path, run: Run, varied: Sequence[str], trained: bool) -> str:
     """The method with its settings, and what else is not the same in all of the runs."""
     method = "head only" if run.method is None else brief(run.method)
     given = run.encode()
-    others = [f"{name}={_short(given[name])}" for name in varied if given[name] not in (None, (), [], {})]
+    others = [f"{name}={_short(given[name])}" for name in varied if given.get(name) not in (None, (), [], {})]
     return " ".join([method, *others, *([] if trained else [f"from {path.name}"])])
 
 

@@ -47,18 +47,20 @@ def _bare(name: str) -> str:
     return str(int(made)) if re.fullmatch(r"\d+", made) else made
 
 
-def with_head(auto: Any, path: str, names: Sequence[str], **options: Any) -> PreTrainedModel:
-    """`auto.from_pretrained` for the classes `names`.  A head that the base has for these classes stays, its outputs in
-    their order; one for other classes gives way to a new one, whatever its size."""
+def with_head(auto: Any, path: str, names: Sequence[str], **options: Any) -> Any:
+    """What `auto.from_pretrained` gives for the classes `names` (see `output_loading_info`).  A head that
+    the base has for these classes stays, its outputs in their order; one for other classes gives way to a new one,
+    whatever its size."""
     from transformers import AutoConfig
 
     own = own_names(AutoConfig.from_pretrained(path))
-    model: PreTrainedModel = auto.from_pretrained(path, ignore_mismatched_sizes=True, **options)
+    made = auto.from_pretrained(path, ignore_mismatched_sizes=True, **options)
+    model: PreTrainedModel = made[0] if isinstance(made, tuple) else made
     if own is None or len(own) != len(names):
-        return model  # from_pretrained has made a new one
+        return made  # from_pretrained has made a new one
     order = order_of(own, names)
     if order == list(range(len(own))):
-        return model
+        return made
     for name, dim in _outputs(model).items():
         module = model.get_submodule(name.rpartition(".")[0])
         if order is None:
@@ -67,7 +69,7 @@ def with_head(auto: Any, path: str, names: Sequence[str], **options: Any) -> Pre
             with torch.no_grad():
                 p = model.get_parameter(name)
                 p.copy_(p.index_select(dim, torch.tensor(order, device=p.device)))
-    return model
+    return made
 
 
 def _outputs(model: PreTrainedModel) -> dict[str, int]:

@@ -202,7 +202,7 @@ def trainer(
     """The Trainer of a run.  An allocator that scores by quality does so on `held`, which no result may come from."""
     if run.allocator is not None:
         quality = quality_of(model, held) if held is not None and run.allocator.needs_quality else None
-        callbacks = (Allocating(run.allocator, quality, clip=run.max_grad_norm), *callbacks)
+        callbacks = (Allocating(run.allocator, quality, clip=run.max_grad_norm, saves_whole_models=False), *callbacks)
     arguments = TrainingArguments(
         output_dir=str(run.out / CHECKPOINTS),
         learning_rate=run.lr,
