@@ -398,7 +398,8 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory):
-    rows = [{"text": f"the {a} was", "summary": w} for a in ("film", "food") for w in tiny.GOOD + tiny.BAD]
+    prompts = [f"the {a} {b} was" for a in ("film", "food") for b in ("day", "angry", "sad", "fine")]
+    rows = [{"text": p, "summary": w} for p in prompts for w in tiny.GOOD + tiny.BAD]
     return tiny.jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
