@@ -30,7 +30,7 @@ def state(model):
 RULES = [
     {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     {"target_modules": ["q_proj"], "layers_to_transform": 0},
-    {"target_modules": {"q_proj", "up_proj"}, "layers_to_transform": (0,)},
+    {"target_modules": {"up_proj"}, "layers_to_transform": (0,)},
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
     {"target_modules": ["q_proj"], "layers_to_transform": []},
