@@ -162,3 +162,10 @@ def test_dora_where_the_update_takes_the_weight_away(inner, left):
     m = float(f["m"].detach().norm())
     assert float(live.norm()) <= 8 * m * float(x.norm())
     assert float(merged.norm()) <= 8 * m * float(x.norm())
+
+
+@pytest.mark.parametrize("method", [undula.AuroRAStatic(), undula.LoRAN(r=2)], ids=repr)
+def test_outlines_have_an_update_too(method):
+    """The meta device has no autocast to turn off: shapes are counted there."""
+    f = method.init(undula.sites.outline("l", (6, 4)))
+    assert method.delta(f).shape == (6, 4)
