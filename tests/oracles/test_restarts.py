@@ -522,7 +522,8 @@ def test_noise_is_there_while_training_alone(module, x):
 
 def test_noise_wants_frozen_weights():
     model = Net(1)
-    optimizer = torch.optim.SGD(undula.attach(model, LoRA(r=2), full=["up.weight"]).parameters())
+    adapter = undula.attach(model, LoRA(r=2), where=["up", "down"], full=["up.weight"])
+    optimizer = torch.optim.SGD(adapter.parameters())
     with pytest.raises(ValueError, match=r"layers.0.up.weight trains in full: .*set noise=0"):
         LoRASC(noise=0.1).start(model, optimizer, steps=8)
 
