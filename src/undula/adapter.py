@@ -24,7 +24,8 @@ class Adapter:
     model's own trainable parameters.  kernels[site] is there for layers that are not linear, which other formats write
     differently: (C_in/groups, kh, kw) of a convolution, () of an embedding, (i,) of one whose row i is padding, which
     stays the base's whatever dW says.  `about` is what a directory says beside
-    (`base_model_name_or_path`, `task_type` ...): it comes with loading and goes with saving."""
+    (`base_model_name_or_path`, `task_type` ...): it comes with loading and goes with saving.  apart[site] says why no
+    plain LoRA of PEFT's computes W + dW at that layer, or that the factors are such a LoRA's (see `undula.apart`)."""
 
     methods: Mapping[str, Method]
     factors: Mapping[str, Factors]
@@ -32,6 +33,7 @@ class Adapter:
     full: Mapping[str, Tensor] = field(default_factory=dict)
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    apart: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not set(self.methods) == set(self.factors) == set(self.shapes):
@@ -178,6 +180,7 @@ def _sum(terms: list[tuple[float, Adapter]]) -> Adapter:
         methods[site] = Sum(tuple(m for _, m, _ in parts), tuple(w for w, _, _ in parts))  # type: ignore[abstract]
         factors[site] = {f"{i}_{k}": t for i, (_, _, f) in enumerate(parts) for k, t in f.items()}
     kernels = {site: kernel for _, a in terms for site, kernel in a.kernels.items()}
+    apart = {site: why for _, a in terms for site, why in a.apart.items()}
     first = terms[0][1].about
     agreed = {k: v for k, v in first.items() if all(k in a.about and a.about[k] == v for _, a in terms)}
-    return Adapter(methods, factors, shapes, kernels=kernels, about=agreed)
+    return Adapter(methods, factors, shapes, kernels=kernels, about=agreed, apart=apart)

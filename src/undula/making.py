@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .apart import apart, check_theirs
 from .choice import plain
 from .masters import wide
 from .method import Additive, Evidence, Factors, LowRank, Method, NoEvidence, Site
 from .methods.dora import DoRA
 from .methods.dropout import bare
 from .methods.lora import LoRA
-from .sites import LinearView, Where, choose, matches, outline, site, view
+from .sites import LinearView, Where, aliases, choose, matches, outline, site, views
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -38,7 +40,9 @@ def fresh(
     if where == "all-linear":  # a layer that trains in full needs no adapter beside
         layers = {n: v for n, v in layers.items() if f"{n}.weight" not in parameters}
     evidence = None if probe is None else probe.on(model, layers)
-    in_full = {n: _thawed(p) for n, p in parameters.items()}
+    _say_untied(model, parameters)
+    once = {id(p): _thawed(p) for p in parameters.values()}
+    in_full = {n: once[id(p)] for n, p in parameters.items()}
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
 
 
@@ -62,13 +66,17 @@ def check_what(what: Any, overrides: Mapping[str, Any]) -> None:
         raise TypeError(f"a method such as undula.LoRA(r=8), or an undula.Adapter, is attached; found {hint}")
 
 
-def assigned(sites: Iterable[str], method: Method, overrides: Mapping[str, Method]) -> dict[str, Method]:
+def assigned(layers: Mapping[str, LinearView], method: Method, overrides: Mapping[str, Method]) -> dict[str, Method]:
     """The method of each site: the first override whose pattern matches, else `method`.  Raises LookupError."""
-    names = list(sites)
+    names = {n: (n, *layer.also) for n, layer in layers.items()}
+
+    def meant(pattern: str, n: str) -> bool:
+        return any(matches(name, pattern) for name in names[n])
+
     for pattern in overrides:
-        if not any(matches(n, pattern) for n in names):
+        if not any(meant(pattern, n) for n in names):
             raise LookupError(f"the override {pattern!r} matches none of the chosen layers: {', '.join(names)}")
-    return {n: next((m for p, m in overrides.items() if matches(n, p)), method) for n in names}
+    return {n: next((m for p, m in overrides.items() if meant(p, n)), method) for n in names}
 
 
 def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method], evidence: Evidence | None = None) -> Adapter:
@@ -125,7 +133,7 @@ def _filled(
             k: once.setdefault(id(t), (t, nn.Parameter(t.detach().contiguous(), t.requires_grad)))[1]
             for k, t in new.items()
         }
-    return Adapter(dict(methods), factors, shapes, kernels=kernels(layers))
+    return Adapter(dict(methods), factors, shapes, kernels=kernels(layers), apart=apart(layers))
 
 
 def _blank_padding(f: Factors, layer: LinearView, shape: tuple[int, int]) -> Factors:
@@ -174,29 +182,54 @@ def _thawed(p: nn.Parameter) -> nn.Parameter:
 
 
 def chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters that these patterns name, or whose modules they name.  Raises LookupError."""
+    """The parameters that these patterns name, or whose modules they name, by any name that they have.  Of several
+    names of one parameter that a pattern matches the first counts; by two patterns it is there twice, as one matrix at
+    two places.  Raises LookupError."""
     patterns = [patterns] if isinstance(patterns, str) else patterns  # one name, not its letters
-    parameters = dict(model.named_parameters())
+    every = list(_parameters(model))
     chosen: dict[str, nn.Parameter] = {}
     for pattern in patterns:
         found = {
-            n: p
-            for n, p in parameters.items()
+            path: p
+            for n, path, p in every
             if matches(n, pattern) or any(matches(n[:i], pattern) for i, c in enumerate(n) if c == ".")
         }
         if not found:
-            tops = sorted({n.split(".")[0] for n in parameters})
+            tops = sorted({n.split(".")[0] for n, _, _ in every})
             raise LookupError(f"full={pattern!r} matches no parameter and no module; at the top are: {', '.join(tops)}")
-        chosen |= found
+        first = {id(p): path for path, p in reversed(found.items())}
+        chosen |= {path: p for path, p in found.items() if first[id(p)] == path}
     return chosen
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(name, name below the module's first name, parameter) of every parameter under all of its names."""
+    first = aliases(model)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        yield name, f"{first.get(owner, owner)}.{leaf}".lstrip("."), p
+
+
+def _say_untied(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Warns of parameters that the model uses at a second place, where the base's own stay."""
+    trained = {id(p): path for path, p in chosen.items()}
+    for _, path, p in _parameters(model):
+        if id(p) in trained and path not in chosen:
+            warnings.warn(
+                f"{trained[id(p)]} is tied to {path}: it trains apart from it, which stays as it is. Name both in "
+                "`full` to train them as one",
+                stacklevel=4,
+            )
 
 
 def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     """`adapter` as parameters that fit `model` (types and devices adjusted).  Raises ValueError where it does not."""
-    layers = {n: v for n, m in model.named_modules() if n in adapter.factors and (v := view(m)) is not None}
+    layers = {n: layer for n, layer in views(model).items() if n in adapter.factors}
     missing = [n for n in adapter.factors if n not in layers]
     if missing:
-        raise ValueError(f"the adapter has sites that this model has not: {', '.join(missing[:5])}")
+        first = aliases(model)
+        told = [f"{n} (known as {first[n]} here)" if n in first else n for n in missing[:5]]
+        raise ValueError(f"the adapter has sites that this model has not: {', '.join(told)}")
     # a parameter under each of its names: one that is tied to another (an output head) may be replaced alone
     parameters = dict(model.named_parameters(remove_duplicate=False))
     once: dict[int, nn.Parameter] = {}
@@ -209,29 +242,39 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
         return once[id(t)]
 
     factors: dict[str, Factors] = {}
+    odd = apart(layers)
     for path, f in adapter.factors.items():
         check_groups(path, layers[path], adapter.methods[path])
+        check_theirs(path, odd.get(path), adapter.apart.get(path))
         where = site(path, layers[path])
         if where.shape != adapter.shapes[path]:
             raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
         check_shapes(path, f, adapter.methods[path].init(where.outline()))
         adapter.methods[path].check(where, f)
-        _check_padding(path, layers[path], adapter.methods[path], f, adapter.kernels.get(path))
+        check_padding(path, layers[path], adapter.methods[path], f, adapter.kernels.get(path))
         dtypes = {k: where.dtype if t.is_floating_point() else t.dtype for k, t in f.items()}
         for k, t in f.items():
-            _check_range(f"{path}.{k}", t, dtypes[k])
+            check_range(f"{path}.{k}", t, dtypes[k])
         factors[path] = {k: live(t, where.device, dtypes[k]) for k, t in f.items()}
     for path, t in adapter.full.items():
         if path not in parameters or parameters[path].shape != t.shape:
             found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
             raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
-        _check_range(path, t, wide(parameters[path].dtype))
+        check_range(path, t, wide(parameters[path].dtype))
     full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in adapter.full.items()}
     methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
-    return replace(adapter, methods=methods, shapes=shapes, factors=factors, full=full, kernels=kernels(layers))
+    return replace(
+        adapter,
+        methods=methods,
+        shapes=shapes,
+        factors=factors,
+        full=full,
+        kernels=kernels(layers),
+        apart={**adapter.apart, **odd},
+    )
 
 
-def _check_padding(path: str, layer: LinearView, method: Method, f: Factors, kernel: tuple[int, ...] | None) -> None:
+def check_padding(path: str, layer: LinearView, method: Method, f: Factors, kernel: tuple[int, ...] | None) -> None:
     """Raises ValueError for a LoRA from where no row stays (PEFT's files; a base without padding) that moves what is
     padding here."""
     if kernel != () or layer.kernel == () or not isinstance(bare(method), LoRA | DoRA):
@@ -247,7 +290,7 @@ def _check_padding(path: str, layer: LinearView, method: Method, f: Factors, ker
         )
 
 
-def _check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:
+def check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:
     """Raises ValueError where numbers would be infinite in the model's type."""
     if not (t.is_floating_point() and dtype.is_floating_point and t.numel()) or t.is_meta:
         return

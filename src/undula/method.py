@@ -67,7 +67,8 @@ class Site:
     @property
     def looks_up(self) -> bool:
         """Whether the layer is an embedding: its input is a one-hot vector."""
-        return getattr(self.layer, "kernel", None) == ()
+        kernel = getattr(self.layer, "kernel", None)
+        return kernel is not None and len(kernel) < 2  # (i,): row i is padding
 
     @property
     def W(self) -> Tensor:

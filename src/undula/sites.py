@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ class LinearView:
 
     channel = -1
     kernel: tuple[int, ...] | None = None  # see `Adapter.kernels`
+    also: tuple[str, ...] = ()  # the other names of a module that stands at several places
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
@@ -104,9 +106,21 @@ class Conv1DView(LinearView):
 def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     """`module` with another weight and no bias, for its own forward: subclasses that pad a convolution or scale an
     embedding by themselves stay right."""
-    other = object.__new__(type(module))
-    other.__dict__.update(module.__dict__, _parameters={"weight": weight, "bias": None})
+    kind, own = type(module), {"weight": weight, "bias": None}
+    if any(name in module.__dict__ or isinstance(getattr(kind, name, None), property) for name in own):
+        other = object.__new__(_unhidden(kind))
+        other.__dict__.update(module.__dict__, **own)
+    else:
+        other = object.__new__(kind)
+        other.__dict__.update(module.__dict__, _parameters=own)
     return other
+
+
+@functools.cache
+def _unhidden(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class for a module whose weight is computed, or a plain attribute for a while (`weight_norm`, FSDP with
+    `use_orig_params`): a property or attribute of that name would be found before a parameter."""
+    return type(kind.__name__, (kind,), {"weight": None, "bias": None})
 
 
 def _generator() -> torch.Generator:
@@ -196,6 +210,21 @@ def view(module: nn.Module) -> LinearView | None:
     return None
 
 
+def aliases(model: nn.Module) -> dict[str, str]:
+    """{other name: the first} of the modules that stand at several places: it is the first that counts."""
+    first: dict[nn.Module, str] = {}
+    return {n: first[m] for n, m in model.named_modules(remove_duplicate=False) if first.setdefault(m, n) != n}
+
+
+def views(model: nn.Module) -> dict[str, LinearView]:
+    """Every module that is a matrix, by its first name."""
+    found = {n: v for n, m in model.named_modules() if (v := view(m)) is not None}
+    for other, n in aliases(model).items():
+        if n in found:
+            found[n].also += (other,)
+    return found
+
+
 STOCK = (nn.Linear.forward, nn.Embedding.forward, nn.Conv2d.forward)
 
 
@@ -262,15 +291,17 @@ def choose(model: nn.Module, where: Where) -> dict[str, LinearView]:
 
     `where` is `"all-linear"` (every linear layer of the model's body: not its output head), a glob over full names
     (`"*.q_proj"`), a compiled regular expression (full match), or a list of names, suffixes (`"q_proj"`) or globs.
-    Raises LookupError that lists what exists when a pattern matches nothing, TypeError when all that it matches is of
-    a kind that cannot be adapted; warns of such layers beside others.
+    A module that stands at several places is one layer, under its first name, and may be named by any.  Raises
+    LookupError that lists what exists when a pattern matches nothing, TypeError when all that it matches is of a kind
+    that cannot be adapted; warns of such layers beside others.
     """
     modules = dict(model.named_modules())
     barred = barriers(model)
-    layers = {n: v for n, m in modules.items() if n not in barred and (v := view(m)) is not None}
+    layers = {n: v for n, v in views(model).items() if n not in barred}
     candidates = [n for n in modules if n in layers or n in barred]
+    called = {n: n for n in candidates} | {other: n for other, n in aliases(model).items() if n in candidates}
     if isinstance(where, re.Pattern):
-        asked = {repr(where.pattern): {n for n in candidates if where.fullmatch(n)}}
+        asked = {repr(where.pattern): {n for name, n in called.items() if where.fullmatch(name)}}
     elif where == "all-linear":
         body, kinds = _body(model), (LinearView, Conv1DView)
         linear = {
@@ -279,7 +310,7 @@ def choose(model: nn.Module, where: Where) -> dict[str, LinearView]:
         asked = {repr(where): linear & body}
     else:
         patterns = [where] if isinstance(where, str) else list(where)
-        asked = {repr(p): {n for n in candidates if matches(n, p)} for p in patterns}
+        asked = {repr(p): {n for name, n in called.items() if matches(name, p)} for p in patterns}
     _say_left_out(asked, barred)
     return _checked({pattern: names - set(barred) for pattern, names in asked.items()}, layers)
 

@@ -101,6 +101,29 @@ def test_parameters_are_those_of_the_adapter(trained):
     assert found.summary.runs[0].losses
 
 
+def _cut(path):
+    (path / "adapter_model.safetensors").write_bytes(b"cut")
+
+
+DAMAGE = {
+    "tensors": (_cut, "bad.*adapter_model.safetensors"),
+    "config": (lambda path: (path / "adapter_config.json").write_text("{"), "bad.adapter_config.json"),
+    "report": (lambda path: (path / "report.json").write_text("["), "bad.report.json is no report"),
+    "run": (lambda path: (path / "run.json").write_text("{}"), "bad.run.json is not a run"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_is_told_before_what_differs(what, trained, tmp_path):
+    """The two directories are one arm with one seed besides: that is no use to know of a file that cannot be read."""
+    damage, message = DAMAGE[what]
+    shutil.copytree(trained["lora", 0], tmp_path / "bad")
+    damage(tmp_path / "bad")
+    with pytest.raises(ValueError, match=message) as refused:
+        compare([trained["lora", 0], tmp_path / "bad"])
+    assert "seed" not in str(refused.value)
+
+
 def test_single_runs_are_compared_row_by_row(trained):
     found = compare([trained["lora", 0], trained["dora", 1]])
     assert found.row_by_row == ()  # no seed that both have

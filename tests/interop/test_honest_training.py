@@ -70,6 +70,8 @@ def test_a_part_of_the_body_that_the_files_lack_trains_and_is_saved(usual, poole
     lacked = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     assert lacked <= set(adapter.full)
     assert report["trainable_parameters"] == adapter.num_parameters()
+    (note,) = [n for n in report["data"]["notes"] if "pooler" in n]
+    assert "lack bert.pooler.dense.weight, bert.pooler.dense.bias: they begin at random numbers, train in full" in note
     batch = AutoTokenizer.from_pretrained(poolerless)(["good film", "bad film"], return_tensors="pt")
     found = []
     for seed in (1, 2):
@@ -164,6 +166,7 @@ def test_doubts():
     assert doubts(held, {"loss": 0.7}, good, [[1, 0.7], [2, 0.6]]) == []
     same = {"loss": 0.7, "accuracy": 0.75, "macro_f1": 0.75 / 1.75, "mcc": 0.0}
     assert "of one class, number 1" in doubts(held, {"loss": 0.7}, same, [])[0]
+    assert "of one class, 'fine', though" in doubts(held, {"loss": 0.7}, same, [], ("poor", "fine"))[0]
     assert "7.2e+03; before the training it was 1.79" in doubts(held, {"loss": 1.79}, {"loss": 7195.0}, [])[0]
     assert "rose from 0.7 to 9" in doubts(held, {}, {}, [[1, 0.7], [2, 9.0]])[0]
 
@@ -174,7 +177,86 @@ def test_a_training_at_an_absurd_rate_is_doubted_in_the_report(usual):
     assert report["warnings"]
 
 
+# What the tokenizer does not know
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """Texts in a language of which the tokenizer has no word, and some with a share of them."""
+    folder, words = tmp_path_factory.mktemp("strange"), ["dobry", "zly"]
+
+    def rows(name, known):
+        texts = [f"film {words[i % 2]} {words[i % 2]}" if i < known else f"{words[i % 2]} tak" for i in range(40)]
+        labels = ["tak", "nie"]
+        made = [{"text": t, "prompt": t, "label": labels[i % 2]} for i, t in enumerate(texts)]
+        return tiny.jsonl(folder / name, [row | {"completion": row["label"]} for row in made])
+
+    return {"all": rows("all.jsonl", 0), "some": rows("some.jsonl", 20)}
+
+
+@pytest.mark.parametrize("task", [Classification(), CausalLM()], ids=lambda task: type(task).__name__)
+def test_a_tokenizer_that_knows_nothing_of_the_texts_is_refused(task, usual, strange, tmp_path):
+    """Every row would be the same to the model; before any step, with the counts."""
+    if isinstance(task, CausalLM):
+        usual = dataclasses.replace(usual, model=tiny.llama(tmp_path / "llama"), where=("q_proj",))
+    run = dataclasses.replace(usual, task=task, data=strange["all"])
+    with pytest.raises(
+        ValueError, match=r"knows nothing of the train rows: all \d+ tokens of \d+ rows are its unknown"
+    ):
+        undula.train(run)
+    assert not (run.out / "adapter_config.json").exists()
+
+
+def test_a_tokenizer_that_knows_little_is_told_of(usual, strange):
+    """With counts of tokens and rows; and one that knows all is not."""
+    report = undula.train(dataclasses.replace(usual, data=strange["some"], max_steps=1))
+    told = [n for n in report["data"]["notes"] if "unknown to the tokenizer" in n]
+    assert len(told) == 2
+    assert "rows hold no other" in told[0]
+
+
+def test_what_the_tokenizer_knows_is_not_told_of(usual):
+    report = undula.train(dataclasses.replace(usual, max_steps=1))
+    assert not any("unknown" in n for n in report["data"]["notes"])
+
+
 # Ends
+
+
+@pytest.mark.parametrize("when", ["opening", "measuring", "training"])
+def test_a_training_that_is_stopped_at_once_says_what_is_kept(when, usual, monkeypatch):
+    """Ctrl-C before the first step, and twice within one: in one line, with what to type."""
+    from typer.testing import CliRunner
+
+    from undula.cli import app
+    from undula.train import fit, trainer
+
+    seen = []
+
+    def stop(*given, **options):
+        seen.append(given)
+        if when != "training" or len(seen) == 4:
+            raise KeyboardInterrupt
+
+    place = {"opening": (fit, "open_model"), "measuring": (Classification, "score")}
+    monkeypatch.setattr(*place.get(when, (trainer, "still_statistics")), stop)
+    words = ["--task", "classification", "--where", "query", "--max-steps", 6, "--batch", 4, "--save-every", 2]
+    command = ["train", "--model", usual.model, "--data", usual.data, "--out", usual.out, *words]
+    done = CliRunner().invoke(app, [str(w) for w in command])
+    assert done.exit_code == 130
+    said = " ".join(done.stderr.split())
+    wanted = {
+        "opening": f"stopped before the training began: nothing is kept, nothing was written to {usual.out}",
+        "measuring": f"stopped before a checkpoint: nothing that was trained is kept; begin again with undula train "
+        f"--resume {usual.out}",
+        "training": f"stopped at once; step 2 of 6 is kept: go on with undula train --resume {usual.out}",
+    }
+    assert wanted[when] in said
+    monkeypatch.undo()
+    again = CliRunner().invoke(
+        app, [str(w) for w in (command if when == "opening" else ["train", "--resume", usual.out])]
+    )
+    assert again.exit_code == 0, again.stderr
 
 
 class Enough(TrainerCallback):

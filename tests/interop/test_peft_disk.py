@@ -167,6 +167,67 @@ def test_damage_is_refused(name, tmp_path):
         peft.PeftModel.from_pretrained(llama(), tmp_path)
 
 
+INDICES = {
+    "SHiRA": (undula.SHiRA(r=1, mask=undula.starts.masks.Magnitude()), "index", "lie in 0 .. 1023"),
+    "S2FT": (undula.S2FT(share=0.3, selection=undula.starts.channels.Weight()), "order", "is no order of its 32"),
+    "UniLoRA": (undula.UniLoRA(r=2, d=30), "index_A", "lie in 0 .. 29"),
+    "DyLoRA": (undula.DyLoRA(r=3), "b", "lie in 1 .. 3"),
+}
+WRAPPED = {"bare": lambda m: m, "Dropout": lambda m: undula.Dropout(m, 0.1), "DoRA": undula.DoRA}
+LOADS = {
+    "from_pretrained": lambda path: peft.PeftModel.from_pretrained(llama(), path),
+    "low_cpu_mem_usage": lambda path: peft.PeftModel.from_pretrained(llama(), path, low_cpu_mem_usage=True),
+    "load_adapter": lambda path: hosted(LoRA(r=2)).load_adapter(path, "second"),
+    "transformers": None,
+}
+
+
+def _by_transformers(path):
+    """Its loader asks nobody: the first forward finds it."""
+    model = llama()
+    model.load_adapter(path)
+    model(tokens())
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("name", INDICES)
+@pytest.mark.parametrize("value", [10**9, -1])
+def test_indices_outside_the_layer_are_refused(value, name, wrapper, load, tmp_path):
+    """When loaded, as in undula's own host: the forward would read elsewhere, or end a process on a GPU."""
+    undula.enable_peft()
+    method, factor, message = INDICES[name]
+    adapter = undula.attach(llama(), WRAPPED[wrapper](method), where=["q_proj"])
+    own = adapter.factors[SITE][factor].data
+    own.view(-1)[:1].fill_(value)
+    adapter.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    if load == "transformers" and config["undula"]["tied"]:
+        pytest.skip("refused before: all layers share a tensor")
+    with pytest.raises(ValueError, match=rf"adapter '\w+': {SITE}.{factor} .*{message}"):
+        (LOADS[load] or _by_transformers)(tmp_path)
+
+
+def test_nan_that_transformers_loads_is_found(tmp_path):
+    """Before a forward computes with it, not only where PEFT loads."""
+    undula.enable_peft()
+    undula.attach(llama(), LoRA(r=2), where=["q_proj"]).save(tmp_path)
+    edit(tmp_path, lambda t: t.update({KEY: torch.full((2, 32), float("nan"))}))
+    with pytest.raises(RuntimeError, match=rf"no numbers yet in A: .* NaN have been, for {SITE}"):
+        _by_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_beyond_the_factors_type_are_refused(dtype, tmp_path):
+    """They would be infinite there."""
+    adapter = undula.attach(llama(), LoRA(r=2), where=["q_proj"])
+    adapter.save(tmp_path)
+    beyond = torch.full((2, 32), 1e300, dtype=torch.float64) if dtype == torch.float32 else torch.full((2, 32), 1e30)
+    edit(tmp_path, lambda t: t.update({KEY: beyond}))
+    with pytest.raises(ValueError, match=r"q_proj.*A holds numbers beyond (float32.s|the) range"):
+        peft.PeftModel.from_pretrained(llama().to(dtype), tmp_path, autocast_adapter_dtype=False)
+
+
 def test_the_directory_says_how_to_load_it(tmp_path):
     model = hosted(LoRA(r=2))
     for _ in range(2):

@@ -5,6 +5,8 @@ No training: the adapters have random numbers, as after it.
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +65,14 @@ def left(path, bert, data, method, where=("query", "value")):
     run.save(None)
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def gated(bert, data, tmp_path_factory):
+    """A directory of an adapter that every verb takes."""
+    path = tmp_path_factory.mktemp("gated") / "run"
+    left(path, bert, data, undula.SoRA(r=2))
+    return path
 
 
 def foreign(path, base, cls, task, targets, **options):
@@ -271,6 +281,15 @@ def test_an_export_opens_with_peft_and_transformers_alone(lora, bert, tmp_path):
     assert room["config"].id2label == dict(enumerate(NAMES))
     assert room["config"].label2id == {n: i for i, n in enumerate(NAMES)}
     assert len(AutoTokenizer.from_pretrained(out)) == len(tiny.WORDS) + 4
+    from peft import AutoPeftModelForSequenceClassification
+
+    (line,) = re.findall(r"`(AutoPeft[^`]*)`", card)  # over a base without a head for these classes
+    model = eval(
+        line.replace('"plain"', repr(str(out))),
+        {"AutoPeftModelForSequenceClassification": AutoPeftModelForSequenceClassification},
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=IDS).logits, want)
     assert all(name in card for name in NAMES)
     assert "a folder of the machine" in card
     assert bert in card
@@ -300,8 +319,10 @@ def test_the_base_of_a_bundled_model_has_the_hubs_name(lora, bert, tmp_path, mon
     run = config_of(lora[0], "run.json")
     run["run"]["model"] = "bundled:minilm"
     path.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (path / name).write_bytes((lora[0] / name).read_bytes())
+    (path / "adapter_model.safetensors").write_bytes((lora[0] / "adapter_model.safetensors").read_bytes())
+    folder = "/home/somebody/.cache/undula/minilm-b9a0018dff09-1"  # what earlier versions wrote
+    told = config_of(lora[0]) | {"base_model_name_or_path": folder}
+    (path / "adapter_config.json").write_text(json.dumps(told))
     (path / "run.json").write_text(json.dumps(run))
     call("export", path, "--out", tmp_path / "o")
     assert config_of(tmp_path / "o")["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
@@ -310,6 +331,63 @@ def test_the_base_of_a_bundled_model_has_the_hubs_name(lora, bert, tmp_path, mon
     assert bert not in card
     call("merge", tmp_path / "o", "--out", tmp_path / "merged")
     assert config_of(tmp_path / "merged", "config.json")["id2label"] == {str(i): n for i, n in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize("verb", ["merge", "eval", "collapse", "export", "prune", "show", "exported"])
+@pytest.mark.parametrize("edited", ["adapter_config.json", "run.json"])
+def test_two_files_that_name_two_bases_are_refused(verb, edited, gated, tmp_path, monkeypatch):
+    """Nothing tells which of them was edited to what is meant.  A base that is named counts before both."""
+    from undula.bundled import registry
+
+    path = tmp_path / "run"
+    shutil.copytree(gated, path)
+    if verb == "exported":
+        if edited == "run.json":
+            pytest.skip("there is none")
+        monkeypatch.setattr(registry, "fetch", lambda name, *_: config_of(gated, "run.json")["run"]["model"])
+        told = config_of(path, "run.json")
+        told["run"]["model"] = "bundled:minilm"
+        (path / "run.json").write_text(json.dumps(told))
+        (path / "adapter_config.json").write_text(
+            json.dumps(config_of(path) | {"base_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2"})
+        )
+        path = tmp_path / "lora"
+        call("export", tmp_path / "run", "--out", path)
+    told = config_of(path, edited)
+    if edited == "run.json":
+        told["run"]["model"] = "another/base"
+    else:
+        told["base_model_name_or_path"] = "another/base"
+    (path / edited).write_text(json.dumps(told))
+    verb = "merge" if verb == "exported" else verb
+    words = {"eval": [], "show": ["--rows", 2]}.get(verb, ["--out", tmp_path / "out"])
+    said = call(verb, path, *words, code=2)[1]
+    other = "config.json" if path.name == "lora" else "run.json"
+    assert f"{other} says that the base is" in said
+    assert "adapter_config.json says" in said
+    assert "another/base" in said
+    assert not (tmp_path / "out").exists()
+    if verb in ("merge", "eval", "export"):
+        call(verb, path, "--model", config_of(gated, "run.json")["run"]["model"], *words)
+
+
+def test_two_files_that_name_two_tasks_are_refused(gated, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(gated, path)
+    (path / "adapter_config.json").write_text(json.dumps(config_of(path) | {"task_type": "CAUSAL_LM"}))
+    said = call("merge", path, "--out", tmp_path / "out", code=2)[1]
+    assert "run.json says Classification (task_type SEQ_CLS)" in said
+    assert "adapter_config.json says task_type CAUSAL_LM" in said
+
+
+def test_a_base_that_was_named_is_the_base_of_what_is_written(gated, bert, tmp_path):
+    """Both files say so: the directory opens on it."""
+    other = tmp_path / "other"
+    shutil.copytree(bert, other)
+    call("collapse", gated, "--model", other, "--out", tmp_path / "out")
+    assert config_of(tmp_path / "out", "run.json")["run"]["model"] == str(other)
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == str(other)
+    call("eval", tmp_path / "out")
 
 
 def test_an_export_whose_base_is_not_here_says_what_is_missing(elsewhere, tmp_path):
@@ -321,6 +399,19 @@ def test_an_export_whose_base_is_not_here_says_what_is_missing(elsewhere, tmp_pa
     said = call("export", path, "--out", tmp_path / "o")[1]
     assert "only the adapter's own files were written" in said
     assert config_of(tmp_path / "o")["base_model_name_or_path"] == "some/model"
+
+
+def test_show_says_whether_rows_were_run(gated, monkeypatch):
+    """Rows tell something of AuroRA alone: for others none is run, and only the option that was given is named."""
+    from undula.verbs import adapters
+
+    seen, real = [], adapters.diagnose
+    monkeypatch.setattr(adapters, "diagnose", lambda model, rows=None: seen.append(rows) or real(model, rows))
+    said = call("show", gated, "--rows", 2)[0]
+    assert "--rows: no row was run, since rows tell something of AuroRA alone" in said
+    assert "--data" not in said
+    assert seen == [None]
+    assert "no row was run" not in call("show", gated)[0]
 
 
 # Whole or not there

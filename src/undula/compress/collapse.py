@@ -99,7 +99,7 @@ def _assembled(adapter: Adapter, fits: dict[str, Fit], model: nn.Module | None) 
             assert isinstance(bias, Tensor)
             shifted = (bias.to(fit.shift_O.dtype) + fit.shift_O).to(bias.dtype)
             full[f"{site}.bias" if site else "bias"] = shifted.detach().requires_grad_()
-    return Adapter(methods, factors, dict(adapter.shapes), full, adapter.kernels, adapter.about)
+    return Adapter(methods, factors, dict(adapter.shapes), full, adapter.kernels, adapter.about, adapter.apart)
 
 
 def _relative(missed: float, whole: float) -> float:

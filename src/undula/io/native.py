@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..apart import check_theirs
 from ..kernels import frozen
 from ..making import check_shapes, rebuilt
 from ..method import Factors, Method
@@ -31,7 +32,7 @@ Load it with `undula.Adapter.load(path)`, or, after `import undula` and `undula.
 # What this module writes at the top of a configuration, and what PEFT does besides; the rest is `Adapter.about`.
 WRITTEN = {"peft_type", files.MARKED, "inference_mode", "target_modules", "modules_to_save", "undula"}
 WRITTEN |= {"method", "overrides", "exclude_modules", "layers_to_transform", "layers_pattern"}
-OWN = {"version", "methods", "sites", "order", "kernels", "tied", "rebuilt", "frozen"}
+OWN = {"version", "methods", "sites", "order", "kernels", "apart", "tied", "rebuilt", "frozen"}
 LARGEST_SIDE = 1 << 31  # rows or columns of a layer
 MOST_CHOICES, DEEPEST = 20_000, 100  # methods within methods, and what they are made of
 
@@ -94,6 +95,9 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
             "frozen": sorted(f"{s}.{n}" for s, n, t in adapter.tensors() if not t.requires_grad),
         },
     }
+    apart = {s: why for s, why in adapter.apart.items() if s in adapter.methods}
+    if apart:  # versions before this field read what has none
+        config["undula"]["apart"] = apart
     return config, tensors | {files.PREFIX + name: t for name, t in adapter.full.items()}
 
 
@@ -229,7 +233,7 @@ def _assemble(
     said: Mapping[str, Any],
     path: str,
 ) -> Adapter:
-    tied, checksums = (_texts(own, name, path) for name in ("tied", "rebuilt"))
+    tied, checksums = (texts(own, name, path) for name in ("tied", "rebuilt"))
     stored: dict[str, dict[str, Tensor]] = {s: {} for s in methods}
     full: dict[str, Tensor] = {}
     for key, t in untied(tensors, tied, path).items():
@@ -250,7 +254,8 @@ def _assemble(
     _mark_frozen(factors, own.get("frozen", []), path)
     for t in full.values():
         t.requires_grad_()
-    return Adapter(methods, factors, shapes, full, _kernels(own.get("kernels", {}), shapes, path), said)
+    kernels, apart = _kernels(own.get("kernels", {}), shapes, path), texts(own, "apart", path)
+    return Adapter(methods, factors, shapes, full, kernels, said, apart)
 
 
 def _checked(
@@ -287,7 +292,8 @@ def _checked(
     return dict(stored)
 
 
-def _texts(own: Mapping[str, Any], name: str, path: str) -> dict[str, str]:
+def texts(own: Mapping[str, Any], name: str, path: str) -> dict[str, str]:
+    """A mapping of texts to texts in the config's `undula` object; empty where there is none.  Raises ValueError."""
     found = own.get(name, {})
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise ValueError(f"{path}: `{name}` maps keys to texts; found {found!r:.80}")
@@ -306,9 +312,11 @@ def _mark_frozen(factors: Mapping[str, Factors], still: Any, path: str) -> None:
 
 def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> None:
     """Checks new factors against the shapes in a config, and gives them its ties and frozen marks."""
+    apart = texts(own, "apart", path)
     for site, shape in read_sites(own, path)[1].items():
         if adapter.shapes[site] != shape:
             raise ValueError(f"{site} is {adapter.shapes[site]} (O, I) in this model, {shape} in the adapter")
+        check_theirs(site, adapter.apart.get(site), apart.get(site))
     for site, factor, t in adapter.tensors():
         t.requires_grad_(t.is_floating_point() and f"{site}.{factor}" not in own.get("frozen", []))
     for _ in _rebuild(adapter.methods, adapter.shapes, own.get("rebuilt", {}), path):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
+from ..apart import THEIRS
 from ..making import check_shapes
 from ..method import LowRank, Method
 from ..methods.dora import DoRA
@@ -38,8 +39,9 @@ def export_lora(adapter: Adapter, path: str | Path, base: str | None = None, tas
 
     lora_alpha equals r at every site, so the stored factors are `pair(f)` to the bit.  Parameters trained in full
     leave as PEFT's modules_to_save.  Base and task default to what `adapter.about` says.  Raises TypeError below the
-    LowRank rung: another function is never written as a LoRA (`collapse` first); ValueError where a parameter in full
-    lies in an adapted layer, or a name could not be read back.
+    LowRank rung: another function is never written as a LoRA (`collapse` first); ValueError where PEFT's layer would
+    compute something else (`Adapter.apart`), a parameter in full lies in an adapted layer, or a name could not be read
+    back.
     """
     config, tensors = lora_state(adapter, base, task)
     named = {files.PREFIX + key: t for key, t in tensors.items()}
@@ -56,6 +58,7 @@ def lora_state(adapter: Adapter, base: str | None, task: str | None) -> tuple[di
             f"{method!r} at {site} ({len(below)} such sites) stands on the rung {method.rung()}: it is no LoRA. "
             "undula.collapse makes one and reports the error"
         )
+    _check_same(adapter)
     inside = [n for n in adapter.full if n.rpartition(".")[0] in adapter.factors]
     if inside:
         raise ValueError(
@@ -79,6 +82,18 @@ def lora_state(adapter: Adapter, base: str | None, task: str | None) -> tuple[di
     task = adapter.about.get("task_type") if task is None else task
     kept = {k: v for k, v in adapter.about.items() if k in lora_config.ABOUT}
     return kept | described(ranks, list(adapter.full), base, task), tensors | dict(adapter.full)
+
+
+def _check_same(adapter: Adapter) -> None:
+    """Raises ValueError for layers at which a LoRA of PEFT's would compute something else."""
+    other = {s: why for s, why in adapter.apart.items() if s in adapter.factors and why != THEIRS}
+    if other:
+        site, why = next(iter(other.items()))
+        raise ValueError(
+            f"{site} is {why}: PEFT's LoRA does not follow that and would compute something else there "
+            f"({len(other)} such layers). Merge the adapter (undula.merge), keep it in undula's own form "
+            "(Adapter.save), or train it without these layers"
+        )
 
 
 def _check_names(tensors: Mapping[str, Tensor], adapter: Adapter) -> None:
@@ -154,7 +169,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: st
             raise ValueError(f"{path}: {site} has the rank {f['A'].shape[0]}; its config says {ranks.of(site, r):g}")
         methods[site], shapes[site], factors[site] = _method(config, path, site, f, alphas.of(site, alpha))
     said = {k: config[k] for k in lora_config.ABOUT if k in config}
-    return Adapter(methods, factors, shapes, full, kernels, about(said, path))
+    return Adapter(methods, factors, shapes, full, kernels, about(said, path), dict.fromkeys(found, THEIRS))
 
 
 def _sorted(tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -48,6 +48,7 @@ def prune(adapter: Adapter) -> Adapter:
         factors={s: factors[s] for s in order},
         shapes={s: adapter.shapes[s] for s in order},
         kernels={s: k for s, k in adapter.kernels.items() if s in methods},
+        apart={s: why for s, why in adapter.apart.items() if s in methods},
     )
 
 

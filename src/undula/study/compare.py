@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter import Adapter
 from ..choice import Choice, plain
 from ..io import files
 from ..method import Method
@@ -124,7 +125,8 @@ def _entries(paths: Sequence[Path]) -> list[Entry]:
                 raise ValueError(
                     f"{path} holds no adapter: its training has not finished (undula train --resume {path})"
                 )
-            found.append((path, run, json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}))
+            Adapter.load(path)  # a damaged file is told before what else differs
+            found.append((path, run, _report(report)))
         except (OSError, ValueError, LookupError) as error:
             faults.append(str(error))
     faults += [f"{p} is named {n} times" for p, n in Counter(p.resolve() for p in paths).items() if n > 1]
@@ -132,6 +134,19 @@ def _entries(paths: Sequence[Path]) -> list[Entry]:
         raise ValueError(_told(faults))
     varied = [name for name in SETTINGS if len({repr(run.encode().get(name)) for _, run, _ in found}) > 1]
     return [Entry(path, run, _arm(path, run, varied, bool(report)), report) for path, run, report in found]
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """The report of a training; empty where there is none.  Raises ValueError for a damaged one."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no report of a training: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no report of a training: it holds no JSON object")
+    return found
 
 
 def _told(faults: Sequence[str]) -> str:

@@ -17,6 +17,8 @@ from .task import Processor, Task
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+    from ..bundled import Asset
+
 
 LACKING = "_undula_lacking"
 
@@ -29,6 +31,27 @@ def model_folder(source: str) -> str:
     if not source.startswith(BUNDLED):
         return source
     return str(model_path(source.removeprefix(BUNDLED)))
+
+
+def asset_of(source: str) -> Asset | None:
+    """The bundled model that `bundled:NAME` means; None for another source."""
+    from ..bundled import ASSETS
+
+    return ASSETS.get(source.removeprefix(BUNDLED)) if source.startswith(BUNDLED) else None
+
+
+def called_elsewhere(source: str) -> str:
+    """What a directory that may leave this machine calls its base: a bundled model by its name on the hub."""
+    asset = asset_of(source)
+    return source if asset is None else asset.hub or source
+
+
+def same_base(source: str, said: str) -> bool:
+    """Whether `said`, in a directory of an adapter, is the base `source`: by a name of it or as the same folder."""
+    asset = asset_of(source)
+    if said in (source, called_elsewhere(source)) or Path(said).resolve() == Path(source).resolve():
+        return True
+    return asset is not None and Path(said).name.startswith(f"{asset.name}-")  # a folder of some machine's cache
 
 
 def open_model(

@@ -15,9 +15,13 @@ MARGIN = 0.1
 
 
 def doubts(
-    held: Dataset, before: Mapping[str, float], after: Mapping[str, float], losses: Sequence[Sequence[float]]
+    held: Dataset,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    losses: Sequence[Sequence[float]],
+    names: Sequence[str] = (),
 ) -> list[str]:
-    """Plain sentences on a training that ended and yet may have failed."""
+    """Plain sentences on a training that ended and yet may have failed.  `names` are those of the classes."""
     found: list[str] = []
     values = [loss for _, loss in losses]
     part = max(1, len(values) // 10)
@@ -32,7 +36,8 @@ def doubts(
             )
     guessed = one_class(held, after)
     if guessed is not None:
-        found.append(f"every validation row is said to be of one class, number {guessed}, though they are of several")
+        called = f"{names[guessed]!r}" if guessed < len(names) else f"number {guessed}"
+        found.append(f"every validation row is said to be of one class, {called}, though they are of several")
     return found
 
 

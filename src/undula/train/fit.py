@@ -22,8 +22,9 @@ from ..making import chosen_parameters, fresh
 from ..methods.lora import LoRA
 from ..probe import Probe
 from ..ranks.gates import in_use
-from .base import lacking, model_folder, open_model
+from .base import called_elsewhere, lacking, model_folder, open_model
 from .doubts import doubts, finite
+from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
 from .rows import LOG, rows_of
 from .run import REPORT, RUN, Run, read_run, write_json
@@ -74,13 +75,13 @@ def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback
         ready, course = _fit(ready, resume, callbacks)
         after: dict[str, float] = {}
         if all(torch.isfinite(t).all() for t in ready.adapter.parameters()):  # no directory would take others back
-            ready.adapter.save(run.out, base=model_folder(run.model), task=run.task.peft)
+            ready.adapter.save(run.out, base=called_elsewhere(run.model), task=run.task.peft)
             after = ready.run.task.score(ready.model, ready.held, run.batch)
     lost = course["losses"][-1:] + [[0, v] for v in after.values()]
     diverged = not after or not all(math.isfinite(loss) for _, loss in lost)
     report = {
         "state": "diverged" if diverged else "stopped" if course["steps"] < course["steps_asked"] else "done",
-        "warnings": [] if diverged else doubts(ready.held.rows, before, after, course["losses"]),
+        "warnings": [] if diverged else _doubts(ready, before, after, course["losses"]),
         **_made(ready),
         "metric": run.task.headline,
         "before": before,
@@ -101,6 +102,11 @@ def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback
             f"no longer finite. Lower the rate (lr={run.lr:g}). The report is in {run.out / REPORT}"
         )
     return report
+
+
+def _doubts(ready: Prepared, before: Mapping[str, float], after: Mapping[str, float], losses: Any) -> list[str]:
+    task = ready.run.task
+    return doubts(ready.held.rows, before, after, losses, task.names if isinstance(task, Classes) else ())
 
 
 def _made(ready: Prepared) -> dict[str, Any]:
@@ -139,6 +145,20 @@ def claim(run: Run, resume: bool) -> None:
         raise FileExistsError(f"{run.out} holds a run already:{again} name another directory")
 
 
+def left_behind(out: Path) -> str:
+    """What a training that ended at once has left, in a line."""
+    from .trainer import last_checkpoint, progress
+
+    run = read_run(out)["run"] if (out / RUN).is_file() else None
+    checkpoint = None if run is None else last_checkpoint(out, run.get("allocator") is not None)
+    if checkpoint is not None:
+        done, asked, _ = progress(checkpoint)
+        return f"stopped at once; step {done} of {asked} is kept: go on with {resume_command(out)}"
+    if run is not None:
+        return f"stopped before a checkpoint: nothing that was trained is kept; begin again with {resume_command(out)}"
+    return f"stopped before the training began: nothing is kept, nothing was written to {out}"
+
+
 def resume_command(out: Path) -> str:
     """What to type to go on with a run."""
     return f"undula train --resume {shlex.quote(str(out))}"
@@ -162,7 +182,7 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
     full = (*run.task.head(model), *run.full)
     train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
-    notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"))
+    notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"), *_new(run, model))
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     _check_whole(run, model, full)
     if run.method is None:
@@ -171,6 +191,17 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
         probe = _probe(run, train_on)
         adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full, probe=probe)
     return Prepared(run, model, processor, adapter, train_on, held, notes)
+
+
+def _new(run: Run, model: PreTrainedModel) -> Iterator[str]:
+    """A note on what of the body the model's files lack, and what trains in full beside the head."""
+    body = f"{model.base_model_prefix}."
+    new = [n for n in lacking(model) if n.startswith(body) and n in run.task.head(model)]
+    if new:
+        yield (
+            f"the files of {run.model} lack {', '.join(new[:5])}: {'it begins' if len(new) == 1 else 'they begin'} at "
+            "random numbers, train in full and are saved with the adapter"
+        )
 
 
 def _check_whole(run: Run, model: nn.Module, full: Sequence[str]) -> None:

@@ -83,10 +83,15 @@ class Unmeasured(Task):
         raise NotImplementedError
 
 
+def own_name(path: Path) -> str | None:
+    """What undula itself calls the base of a LoRA that it has exported, where that is a bundled model."""
+    found = _json(path / CONFIG).get(BASE)
+    return found if isinstance(found, str) and found else None
+
+
 def base_of(path: Path, config: Mapping[str, Any], model: str | None) -> str:
     """The base of an adapter directory: the one that is named, else the one that it says.  Raises ValueError."""
-    own = _json(path / CONFIG).get(BASE)
-    base = model or own or config.get("base_model_name_or_path")
+    base = model or own_name(path) or config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path} does not say which model it is for: name it (model=..., or --model)")
     return base

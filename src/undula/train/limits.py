@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,47 @@ class Cuts:
     def told(self, rows: int, name: str) -> Iterator[str]:
         for what, (count, longest, kept) in self.found.items():
             yield f"{count} of {rows} {name} rows: {what} (the longest has {longest} tokens, {kept} are kept)"
+
+
+MANY = 0.1  # the share of a part's tokens that may be unknown before it is worth a word
+
+
+@dataclass
+class Unknown:
+    """How many tokens the tokenizer has no entry for, and how many rows have none but such.  `token` is its id for
+    those; None where it has none, or uses that id for something else too."""
+
+    token: int | None
+    special: frozenset[int]
+    tokens: int = 0
+    unknown: int = 0
+    rows: int = 0
+
+    @classmethod
+    def to(cls, tokenizer: Any) -> Unknown:
+        """None counted yet."""
+        token = getattr(tokenizer, "unk_token_id", None)
+        others = [getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "sep", "cls", "mask")]
+        return cls(None if token in others else token, frozenset(i for i in others if i is not None))
+
+    def add(self, ids: Iterable[int]) -> None:
+        text = [i for i in ids if i not in self.special]
+        strange = sum(i == self.token for i in text)
+        self.tokens, self.unknown = self.tokens + len(text), self.unknown + strange
+        self.rows += strange > 0 and strange == len(text)
+
+    def told(self, rows: int, name: str) -> Iterator[str]:
+        """Raises ValueError where nothing else is there."""
+        if self.unknown and self.unknown == self.tokens:
+            raise ValueError(
+                f"the tokenizer knows nothing of the {name} rows: all {self.tokens} tokens of {rows} rows are its "
+                f"unknown token (id {self.token}). Take the tokenizer that belongs to the model and to this language"
+            )
+        if self.unknown > MANY * self.tokens:
+            yield (
+                f"{self.unknown} of {self.tokens} tokens of the {name} rows are unknown to the tokenizer (id "
+                f"{self.token}), and {self.rows} of {rows} rows hold no other: is it the model's, of this language?"
+            )
 
 
 def table_of(model: nn.Module) -> int | None:
@@ -91,15 +132,17 @@ def fits(examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
     """Looks at every row as the model will get it.  Returns sentences on what is cut.
 
     Raises ValueError for rows that are longer than the model's table of positions, or that have ids beyond its
-    embedding, with both numbers.
+    embedding, with both numbers; and where the tokenizer knows nothing of any row.
     """
     cuts, table, size = Cuts(), table_of(model), vocabulary(model)
+    unknown = Unknown.to(examples.processor)
     longest, largest, over = 0, -1, 0
     for i in range(len(examples)):
         example, lost = examples.task.traced(examples.rows[i], examples.processor)
         ids = example["input_ids"]
         longest, largest = max(longest, len(ids)), max(largest, max(ids, default=-1))
         over += table is not None and len(ids) > table
+        unknown.add(ids)
         for what, (had, kept) in lost.items():
             cuts.add(what, had, kept)
     if table is not None and over:
@@ -113,7 +156,7 @@ def fits(examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
             f"{name} rows hold the token {token!r} with the id {largest}, but the model's embedding has {size} rows "
             f"(ids 0 to {size - 1}): take the tokenizer that belongs to the model, or resize the model's embedding"
         )
-    return list(cuts.told(len(examples), name))
+    return [*cuts.told(len(examples), name), *unknown.told(len(examples), name)]
 
 
 def _asked(task: Any) -> str:

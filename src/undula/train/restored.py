@@ -13,9 +13,10 @@ import torch
 from ..adapter import Adapter
 from ..extras import told
 from ..host import attach, detach
-from .base import config_of, lacking, model_folder, open_model
+from ..io import files
+from .base import config_of, lacking, model_folder, open_model, same_base
 from .data import load_data, sample, split_of, with_validation
-from .foreign import Unmeasured, base_of, named_as, task_of
+from .foreign import CONFIG, Unmeasured, base_of, named_as, own_name, task_of
 from .heads import HeadTask
 from .rows import LOG
 from .run import RUN, Run
@@ -112,13 +113,34 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
 
 def described(path: Path, adapter: Adapter, model: str | None = None) -> Run:
     """The run that left an adapter directory, or the one that could have where it has no run.json; `model` names
-    another base.  Raises ValueError where nothing says what the adapter is for, FileNotFoundError for an unknown base.
+    another base.  Raises ValueError where nothing says what the adapter is for or two files say two things,
+    FileNotFoundError for an unknown base.
     """
+    check_agreed(path, adapter, model)
     if (path / RUN).is_file():
-        return Run.load(path)
+        run = Run.load(path)
+        return run if model is None else replace(run, model=model)
     base = base_of(path, adapter.about, model)
     method = next(iter(adapter.methods.values()), None)
     return Run(model=base, data="", task=task_of(path, adapter.about, adapter, base), method=method, out=path)
+
+
+def check_agreed(path: Path, adapter: Adapter, model: str | None = None) -> None:
+    """Raises ValueError where two files of a directory say that the adapter is for different things: one of them has
+    been edited, and nothing tells which is meant.  A base that is named, `model`, counts before both."""
+    base, task = adapter.about.get("base_model_name_or_path"), adapter.about.get("task_type")
+    run = Run.load(path) if (path / RUN).is_file() else None
+    other, own = (path / CONFIG, own_name(path)) if run is None else (path / RUN, run.model)
+    if model is None and base is not None and own is not None and not same_base(own, base):
+        raise ValueError(
+            f"{other} says that the base is {own}, {path / files.CONFIG} says {base}: make them agree, or name the "
+            "base (model=..., or --model)"
+        )
+    if run is not None and task is not None and task != run.task.peft:
+        raise ValueError(
+            f"{path / RUN} says {type(run.task).__name__} (task_type {run.task.peft}), {path / files.CONFIG} says "
+            f"task_type {task}: make them agree"
+        )
 
 
 def dense(opened: Restored) -> Restored:

@@ -42,10 +42,14 @@ def show(
         found = diagnose(adapter)
     else:
         opened = restored(path, model)
-        named = rows is not None or data is not None
-        found = diagnose(opened.model, opened.batches(opened.examples(data, None, rows)) if named else None)
-        if named and not any(isinstance(bare(m), AuroRA) for m in adapter.methods.values()):
-            shell.note("--rows and --data changed nothing: of these methods the factors and the base tell it all")
+        asked = [option for option, given in (("--rows", rows), ("--data", data)) if given is not None]
+        tell = any(isinstance(bare(m), AuroRA) for m in adapter.methods.values())
+        found = diagnose(opened.model, opened.batches(opened.examples(data, None, rows)) if asked and tell else None)
+        if asked and not tell:
+            shell.note(
+                f"{' and '.join(asked)}: no row was run, since rows tell something of AuroRA alone. What is shown "
+                "comes from the factors and from the base, as with --model"
+            )
     shell.write(to, found)
     if plot is not None:
         draw(found, plot)

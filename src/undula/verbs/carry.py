@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
-from ..bundled import ASSETS, Asset
+from ..bundled import Asset
 from ..io import files
-from ..train.base import config_of, model_folder, quiet
+from ..train.base import asset_of, called_elsewhere, config_of, model_folder, quiet
 from ..train.data import BUNDLED
 from ..train.foreign import BASE, CLASSES, CONFIG, Unmeasured, named_as
 from ..train.heads import HeadTask
 from ..train.image_classification import ImageClassification
 from ..train.restored import described
-from ..train.run import RUN, Run
+from ..train.run import RUN
 from ..train.task import Task
 
 CARD = """# A LoRA adapter{of}
@@ -30,7 +30,12 @@ config = AutoConfig.from_pretrained("{here}", subfolder="base")
 base = {cls}.from_pretrained("{base}", config=config)
 model = PeftModel.from_pretrained(base, "{here}")
 ```
-{processor}{classes}{notes}"""
+{one}{processor}{classes}{notes}"""
+ONE = """
+In one line, without the names of its classes:
+`AutoPeftModelForSequenceClassification.from_pretrained("{here}", num_labels={count})`. Without `num_labels` PEFT opens
+the base with the head that its own files have.
+"""
 LOCAL = """
 **The base is a folder of the machine on which this was made**: `{base}`. Elsewhere, put the place of the same model
 there, in the lines above and as `base_model_name_or_path` in `adapter_config.json`.
@@ -45,12 +50,12 @@ ON_HUB = (
 )
 
 
-def carry(path: Path, adapter: Adapter, out: Path) -> None:
-    """The run that made the adapter in `path`, beside what has become of it: what it is for, not how to train it
-    again."""
+def carry(path: Path, adapter: Adapter, out: Path, model: str | None = None) -> None:
+    """The run that made the adapter in `path`, beside what has become of it: what it is for (`model`: another base),
+    not how to train it again."""
     if (path / RUN).is_file():
-        method = adapter.method if adapter.methods else None
-        dataclasses.replace(Run.load(path), out=out, method=method, allocator=None, overrides={}).save(None)
+        method, run = adapter.method if adapter.methods else None, described(path, adapter, model)
+        dataclasses.replace(run, out=out, method=method, allocator=None, overrides={}).save(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +96,10 @@ def companions(path: Path, adapter: Adapter, model: str | None) -> Companions | 
             setattr(config, name, value)
     if not (path / RUN).is_file():
         named_as(config, path, config_of(source))
-    asset = _asset(source)
+    asset = asset_of(source)
     setattr(config, BASE, source if asset else None)
-    base = (asset.hub or source) if asset else _resolved(source)
+    base = called_elsewhere(source) if asset else _resolved(source)
     return Companions(run.task, base, asset, config, processor)
-
-
-def _asset(source: str) -> Asset | None:
-    return ASSETS.get(source.removeprefix(BUNDLED)) if source.startswith(BUNDLED) else None
 
 
 def _resolved(source: str) -> str:
@@ -116,9 +117,10 @@ def _card(task: Task, config: Any, base: str, asset: Asset | None, here: str, pr
     kind = "AutoImageProcessor" if isinstance(task, ImageClassification) else "AutoTokenizer"
     inputs = "" if processor == "NoneType" else f'\nIts inputs are made by `{kind}.from_pretrained("{here}")`.\n'
     names = [str(config.id2label[i]) for i in sorted(config.id2label)] if isinstance(task, HeadTask) else []
+    one = ONE.format(here=here, count=len(config.id2label)) if cls == CLASSES["SEQ_CLS"] else ""
     classes = f"\nIts classes, in order: {', '.join(names)}.\n" if len(names) > 1 else ""
     of = f" for {base if asset is None or asset.hub else asset.title}"
-    return CARD.format(of=of, cls=cls, here=here, base=base, processor=inputs, classes=classes, notes=notes)
+    return CARD.format(of=of, cls=cls, here=here, base=base, one=one, processor=inputs, classes=classes, notes=notes)
 
 
 def opener(task: Task) -> str:

@@ -19,6 +19,8 @@ from ..io.whole import whole
 from ..method import Additive, LowRank, Method, Reweight
 from ..options import build
 from ..train import Restored, restored
+from ..train.base import called_elsewhere
+from ..train.restored import check_agreed
 from ..train.run import RUN
 from . import shell
 from .carry import Companions, carry, companions
@@ -116,7 +118,7 @@ def collapse(
     found = _squeezed(path, adapter, how, options, data, rows, model)
     with whole(out) as folder:
         found.made.adapter.save(folder, *_about(adapter.about, model, found.opened))
-        carry(path, found.made.adapter, folder)
+        carry(path, found.made.adapter, folder, model)
     _show(found.made, to)
     if str(to) != "-":
         shell.note(f"Saved in {out}: an adapter of undula's; `undula export {out} --out OTHER` writes it for PEFT")
@@ -158,6 +160,7 @@ def export(
             "text_encoder ..."
         )
     adapter = Adapter.load(path)
+    check_agreed(path, adapter, model)
     exact = issubclass(adapter.rung, LowRank) and how is None and not options
     if exact and (rows is not None or data is not None):
         raise ValueError(
@@ -193,8 +196,8 @@ def export(
 def _about(about: Mapping[str, Any], model: str | None, opened: Restored | None) -> tuple[str | None, str | None]:
     """The base and PEFT's task type that an adapter knows."""
     if opened is not None:
-        return opened.folder, opened.run.task.peft
-    return model or about.get("base_model_name_or_path"), about.get("task_type")
+        return called_elsewhere(opened.run.model), opened.run.task.peft
+    return (called_elsewhere(model) if model else None) or about.get("base_model_name_or_path"), about.get("task_type")
 
 
 def _squeezed(

@@ -13,6 +13,7 @@ from ..options import build, split_pair
 from ..ranks import Allocator
 from ..schedules import Schedule
 from ..train import Run, Task, restored
+from ..train.fit import left_behind
 from ..train.fit import train as fit
 from ..train.run import dtype_called
 from ..train.worries import diverged, worries
@@ -144,8 +145,12 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
     from ..train.bar import Bar
     from ..train.base import quiet
 
-    with quiet(), Bar(shell.err) as bar:
-        report = fit(run, resume=resume, callbacks=(bar,))
+    try:
+        with quiet(), Bar(shell.err) as bar:
+            report = fit(run, resume=resume, callbacks=(bar,))
+    except KeyboardInterrupt:
+        shell.say(left_behind(run.out), "yellow")
+        raise typer.Exit(130) from None
     shell.write(to, report)
     if str(to) != "-":
         before = report["before"]

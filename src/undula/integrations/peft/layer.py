@@ -15,18 +15,27 @@ from ...merging import check_mergeable
 from ...method import Additive, Factors, Method
 from ...methods.sum import Sum
 from ...routing import Rows
-from ...sites import Conv1DView, LinearView, view
+from ...sites import Conv1DView, LinearView, outline, view
 
 
 class Hosted(nn.Module):
     """One adapter at one layer.  Frozen factors are buffers: PEFT sets `requires_grad` on all parameters at once.
 
-    `record` is what `undula.io.native` writes about the whole adapter, one object for all of its layers.
+    `record` is what `undula.io.native` writes about the whole adapter, one object for all of its layers; `site` is
+    this one's name.  `unread`: transformers' own loader may put numbers here that nobody has looked at.
     """
 
-    def __init__(self, method: Method, factors: Factors, rebuilt: Iterable[str], record: Mapping[str, Any]):
+    def __init__(
+        self,
+        method: Method,
+        factors: Factors,
+        rebuilt: Iterable[str],
+        record: Mapping[str, Any],
+        site: str,
+        unread: bool,
+    ):
         super().__init__()
-        self.method, self.record = method, record
+        self.method, self.record, self.site, self.unread = method, record, site, unread
         self._non_persistent_buffers_set.update(rebuilt)  # no file holds what a seed rebuilds
         self._parameters.update({k: t for k, t in factors.items() if t.requires_grad})  # type: ignore[misc]
         self._buffers.update({k: t.detach() for k, t in factors.items() if not t.requires_grad})
@@ -41,16 +50,25 @@ class Hosted(nn.Module):
         return [k for k, t in there if t.is_meta or (t.is_floating_point() and bool(t.isnan().any()))]
 
     def check(self, name: str) -> None:
-        """Raises RuntimeError while factors hold no numbers.  Looks once: later NaN are training's own affair."""
-        if not self.pending:
+        """Raises RuntimeError while factors hold no numbers, ValueError for indices outside the layer.  Looks once:
+        later NaN are training's own affair."""
+        unread = self.unread and not torch.compiler.is_compiling()
+        if not self.pending and not unread:
             return
         if missing := self.missing():
             raise RuntimeError(
                 f"the adapter {name!r} ({self.method!r:.80}) has no numbers yet in {', '.join(missing)}: it was made "
                 "with low_cpu_mem_usage=True, or from a configuration whose start needs data, and no tensors have been "
-                "loaded. Load them (PeftModel.from_pretrained, load_adapter), or begin anew with "
-                "undula.peft_config(method, probe=undula.Probe(batches))"
+                f"loaded; or NaN have been, for {self.site}. Load them (PeftModel.from_pretrained, load_adapter), or "
+                "begin anew with undula.peft_config(method, probe=undula.Probe(batches))"
             )
+        if unread:
+            try:
+                _, O, I = self.record["sites"][self.site]
+                self.method.check(outline(self.site, (O, I)), self.factors())
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}: {error}") from None
+            self.unread = False
         self.pending = False
 
     def cast(self, change: Mapping[torch.dtype, torch.dtype], once: dict[Any, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from ... import bases
 from ...io import files, native
 from ...merging import check_mergeable
-from ...sites import EmbeddingView, LinearView, check_writable, view
+from ...sites import EmbeddingView, LinearView, aliases, check_writable, view
 from . import starting, storing
 from .config import UndulaConfig
 from .guards import check_called, keep_slow
@@ -104,7 +104,7 @@ class UndulaModel(tuners_utils.BaseTuner):
             rules = tuners_utils._maybe_include_all_linear_layers(rules, model)
             self.verdicts = {n: tuners_utils.check_target_module_exists(rules, n) for n in outer}
         if state_dict is None:
-            return {n: matrix(n, named[n]) for n in outer if self.verdicts[n]}
+            return _known({n: matrix(n, named[n]) for n in outer if self.verdicts[n]}, model)
         mark = f".{self.prefix}"
         wanted = {k.rsplit(mark, 1)[0].removeprefix("_orig_mod.") for k in state_dict if mark in k}
         there = {n.removeprefix("_orig_mod."): n for n in outer}
@@ -112,7 +112,7 @@ class UndulaModel(tuners_utils.BaseTuner):
         if unknown:
             what = "this model" if unknown[0] not in there else "the configuration's record of methods"
             raise ValueError(f"the state_dict has tensors for {', '.join(unknown[:5])}, which {what} does not know")
-        return {n: matrix(n, named[full]) for n, full in there.items() if n in wanted}
+        return _known({n: matrix(n, named[full]) for n, full in there.items() if n in wanted}, model)
 
     def _check_new(self, model: nn.Module, adapter_name: str, config: UndulaConfig) -> None:
         known = {adapter_name} if any(adapter_name in layer for layer in hosts(model).values()) else set()
@@ -164,7 +164,9 @@ class UndulaModel(tuners_utils.BaseTuner):
             self._replace_module(parent, target_name, target, base)
         new, rebuilt = self.new, self.record["rebuilt"]
         seeded = [k for k in new.factors[current_key] if native.key_of(current_key, k) in rebuilt]
-        hosted = Hosted(new.methods[current_key], new.factors[current_key], seeded, self.record)
+        hosted = Hosted(
+            new.methods[current_key], new.factors[current_key], seeded, self.record, current_key, self.alone
+        )
         target.undula_factors[adapter_name] = hosted.train(target.training)
 
     def _replace_module(self, parent, child_name, new_module, child):
@@ -252,6 +254,14 @@ class UndulaModel(tuners_utils.BaseTuner):
         state_dict = storing.checked(model, adapter_name, state_dict)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return storing.placed(model, adapter_name, renamed)
+
+
+def _known(layers: dict[str, LinearView], model: nn.Module) -> dict[str, LinearView]:
+    """The same layers with the other names that the model has for them."""
+    for other, n in aliases(model).items():
+        if n in layers:
+            layers[n].also += (other,)
+    return layers
 
 
 def _on_meta() -> bool:

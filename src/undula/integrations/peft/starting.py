@@ -59,6 +59,7 @@ def by_record(
     native.as_recorded(new, own, files.CONFIG)
     if live is not None and not meta:
         _take_frozen(new, live)
+    new = replace(new, apart={**own["apart"], **new.apart})
     return new, _record(new, seeded)
 
 
@@ -74,6 +75,7 @@ def _part(record: Mapping[str, Any], sites: Collection[str]) -> dict[str, Any]:
         "order": [s for s in record.get("order", record["sites"]) if s in sites],
         "tied": {k: v for k, v in mine(record.get("tied", {})).items() if native.split(v)[0] in sites},
         "rebuilt": mine(record.get("rebuilt", {})),
+        "apart": {s: why for s, why in native.texts(record, "apart", files.CONFIG).items() if s in sites},
     }
 
 

@@ -11,9 +11,10 @@ from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
 
 from ...io import files, native
-from ...making import check_shapes
+from ...making import check_range, check_shapes
+from ...sites import site
 from .config import UndulaConfig
-from .layer import UndulaLayer
+from .layer import UndulaLayer, hosts
 from .starting import factors_of, methods_of, record_of
 
 FSDP = "_fsdp_wrapped_module."  # in names of modules, not in those of a gathered state
@@ -65,17 +66,31 @@ def checked(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) ->
     state_dict = native.untied(state_dict, record["tied"], name)
     files.check_finite(state_dict, name)
     wanted = factors_of(model, adapter)
-    found: dict = {s: {} for s in wanted}
+    found: dict = {at: {} for at in wanted}
     for key, t in state_dict.items():
-        site, factor = native.split(key)
-        if site is not None:  # else it is of modules_to_save: PEFT looks after those
-            found.setdefault(site, {})[factor] = t
-    for site, factors in wanted.items():
-        rebuilt = {k: t for k, t in factors.items() if native.key_of(site, k) in record["rebuilt"]}
-        found[site] = {**rebuilt, **found[site]}
-    for site, tensors in found.items():
-        check_shapes(f"{name}: {site}", tensors, wanted.get(site, {}))
+        at, factor = native.split(key)
+        if at is not None:  # else it is of modules_to_save: PEFT looks after those
+            found.setdefault(at, {})[factor] = t
+    for at, factors in wanted.items():
+        rebuilt = {k: t for k, t in factors.items() if native.key_of(at, k) in record["rebuilt"]}
+        found[at] = {**rebuilt, **found[at]}
+    for at, tensors in found.items():
+        check_shapes(f"{name}: {at}", tensors, wanted.get(at, {}))
+    layers = hosts(model)
+    for at, tensors in found.items():
+        _check_numbers(at, layers[at], adapter, tensors)
     return state_dict
+
+
+def _check_numbers(at: str, layer: UndulaLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """What `undula.making.fitted` asks of the numbers of a given adapter.  Raises ValueError."""
+    hosted = layer.undula_factors[adapter]
+    try:
+        for k, t in tensors.items():
+            check_range(f"{at}.{k}", t, hosted.factors()[k].dtype)
+        hosted.method.check(site(at, layer.layer), tensors)
+    except ValueError as error:
+        raise ValueError(f"adapter {adapter!r}: {error}") from None
 
 
 def placed(model: nn.Module, adapter: str, renamed: Mapping[str, Tensor]) -> dict[str, Tensor]:
