@@ -34,6 +34,7 @@ ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_rank
 STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 SPARSE = "tests/oracles/test_sparse.py"
+LAYERS = "tests/interop/test_peft_layers.py"
 AGAIN, RULES = "tests/interop/test_peft_again.py", "tests/interop/test_peft_rules.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
@@ -81,7 +82,13 @@ MUTANTS = [
     ("io/lora_config.py", "or start not in STARTS", "", FILES),
     ("io/native.py", "if checksums and not _in_proportion(", "if False and _in_proportion(", FILES),
     ("making.py", "adapter.methods[path].check(where, f)", "pass", FILES),
-    ("making.py", "model.named_parameters(remove_duplicate=False)", "model.named_parameters()", FILES),
+    ("making.py", "dict(model.named_parameters(remove_duplicate=False))", "dict(model.named_parameters())", FILES),
+    ("making.py", "check_theirs(path, odd.get(path), adapter.apart.get(path))", "pass", LAYERS),
+    ("apart.py", "any(d != 1 and w for d, w in", "any(d > 2 and w for d, w in", LAYERS),
+    ("sites.py", "object.__new__(_unhidden(kind))", "object.__new__(kind)", "tests/laws/test_layer_options.py"),
+    ("integrations/peft/storing.py", "hosted.method.check(site(at, layer.layer), tensors)", "pass",
+     "tests/interop/test_peft_disk.py"),
+    ("train/restored.py", "and not same_base(own, base)", "and False", "tests/interop/test_verbs.py"),
     ("io/files.py", "if t.is_floating_point() and not torch.isfinite(t).all()", "if False", DISK),
     ("io/tensorfile.py", "if at != size:", "if False:", DISK),
     ("io/native.py", "raise ValueError(f\"{path} holds a tensor for", "continue\n            raise ValueError(f\"{path} holds a tensor for", DISK),

@@ -108,7 +108,7 @@ def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     embedding by themselves stay right."""
     kind, own = type(module), {"weight": weight, "bias": None}
     if any(name in module.__dict__ or isinstance(getattr(kind, name, None), property) for name in own):
-        other = object.__new__(_unhidden(kind))
+        other = object.__new__(_unhidden(kind))  # type: ignore[arg-type]
         other.__dict__.update(module.__dict__, **own)
     else:
         other = object.__new__(kind)
