@@ -2,21 +2,31 @@
 
     python tests/mutants.py            # every mutant; exit code 1 if one survives
     python tests/mutants.py 3 7        # some of them
+    python tests/mutants.py methods/   # those of the sources whose names begin so
 
-Each mutant is a small edit of one source file, run in a copy of the repository against the test files named beside it.
+Each mutant is a small edit of one source file, made in a copy of the sources; the tests named beside it must fail, and
+without the edit they must pass.  What all of them import is loaded once: every run is a fork of this process.
 """
 
+import contextlib
+import importlib
 import os
+import re
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
+WEIGHT = LAWS + "::test_forward_is_weight"
+FUSED, GRADIENTS = LAWS + "::test_fused_is_reference", LAWS + "::test_gradients"
+GROUPS = LAWS + "::test_rows_of_low_rank_adapters"
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
 STUDY = "tests/interop/test_study.py::test_runs_on_other_rows_are_not_mixed_in"
@@ -45,35 +55,35 @@ MUTANTS = [
     ("methods/loran.py", "and start.at_base", "and False", METHODS),
     ("methods/aurora.py", "and A_RI.dtype == wide(A_RI.dtype)", "", "tests/laws/test_widths.py"),
     ("routing.py", " or layer.training", "", "tests/laws/test_widths.py"),
-    ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", LAWS),
+    ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", WEIGHT + " -k DoRA"),
     ("methods/dora.py", "2 * (W_OI @ A_RI.T)", "W_OI @ A_RI.T", METHODS),
-    ("methods/dora.py", "V_OI.norm(dim=1).detach()", "V_OI.norm(dim=1)", METHODS),
+    ("methods/dora.py", "V_OI.detach().norm(dim=1)", "V_OI.norm(dim=1)", METHODS),
     ("methods/aurora.py", "bent = bent - self.sigma(A_RI.new_zeros(1, self.r), f)", "pass", METHODS),
-    ("methods/aurora.py", "torch.tanh(torch.nn.functional.linear(torch.tanh(z), f[\"H\"]))",
-     "torch.nn.functional.linear(torch.tanh(z), f[\"H\"])", METHODS),
+    ("methods/aurora.py", "torch.tanh(torch.nn.functional.linear(torch.tanh(u), H_RR))",
+     "torch.nn.functional.linear(torch.tanh(u), H_RR)", METHODS),
     ("methods/aurora.py", "b_TRK.sum(-2)", "b_TRK.mean(-2)", METHODS),
-    ("methods/centred.py", "torch.cat([B, -B0], 1)", "torch.cat([B, B0], 1)", LAWS),
-    ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS),
+    ("methods/centred.py", "torch.cat([B, -B0], 1)", "torch.cat([B, B0], 1)", LAWS + "::test_starts_at_the_base -k Centred"),
+    ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS + "::test_arithmetic -k RankStab"),
     ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(x)", METHODS),
     ("methods/dropout.py", "(256 / (256 - level))", "1.0", METHODS),
     ("activations.py", "torch.addcmul(sin, u, cos.cos_(), value=self.w, out=cos)", "sin", METHODS),
     ("activations.py", "torch.sigmoid(u) - 0.5", "torch.sigmoid(u)", METHODS),
-    ("kernels/bottleneck.py", ".addmm_(gz_TR, A_RI)", "", LAWS),
-    ("kernels/bottleneck.py", "dB = torch.mm(h_TR.t(), g_TO).t()", "dB = 2 * torch.mm(h_TR.t(), g_TO).t()", LAWS),
+    ("kernels/bottleneck.py", ".addmm_(gz_TR, A_RI)", "", FUSED + " -k RankStab"),
+    ("kernels/bottleneck.py", "dB = torch.mm(h_TR.t(), g_TO).t()", "dB = 2 * torch.mm(h_TR.t(), g_TO).t()", FUSED + " -k RankStab"),
     ("kernels/elementwise.py", "dA.addmm_(B_OR[rows].t(), dX)", "dA.addmm_(B_OR[rows].t(), G)", "tests/laws/test_kernels.py"),
     ("kernels/elementwise.py", "beta=0 if rows.start == 0 else 1", "beta=0", "tests/laws/test_kernels.py"),
-    ("kernels/elementwise.py", "alpha=scale, out=F)", "alpha=1, out=F)", LAWS),
+    ("kernels/elementwise.py", "alpha=scale, out=F)", "alpha=1, out=F)", GRADIENTS + " -k linear-LoRAN"),
     ("kernels/spline.py", "(-1) ** i * math.comb(k + 1, i)", "math.comb(k + 1, i)", METHODS),
-    ("kernels/spline.py", "cardinal(d + 0.5, ctx.k - 1)", "cardinal(d, ctx.k - 1)", LAWS),
-    ("kernels/grouped.py", "x_NTI.split(list(counts))", "x_NTI.split(list(reversed(counts)))", LAWS),
-    ("routing.py", "self.order = None if order == list(range(self.count)) else", "self.order = None if True else", LAWS),
-    ("routing.py", "self._kept = None\n            return", "return", LAWS),
-    ("sites.py", "return bases.dense(self.module).flatten(1)", "return bases.dense(self.module).transpose(0, 1).flatten(1)", LAWS),
+    ("kernels/spline.py", "cardinal(d + 0.5, ctx.k - 1)", "cardinal(d, ctx.k - 1)", GRADIENTS + " -k 'embedding-AuroRA'"),
+    ("kernels/grouped.py", "x_NTI.split(list(counts))", "x_NTI.split(list(reversed(counts)))", GROUPS),
+    ("routing.py", "self.order = None if order == list(range(self.count)) else", "self.order = None if True else", GROUPS),
+    ("routing.py", "self._kept = None\n            return", "return", LAWS + "::test_rows_follow_training"),
+    ("sites.py", "return bases.dense(self.module).flatten(1)", "return bases.dense(self.module).transpose(0, 1).flatten(1)", WEIGHT + " -k conv-LoRA"),
     ("sites.py", "inside = isinstance(inner, nn.Module)", "inside = False", "tests/laws/test_host.py"),
-    ("host.py", "model.requires_grad_(False)", "pass", LAWS),
+    ("host.py", "model.requires_grad_(False)", "pass", LAWS + "::test_only_the_declared_factors_train -k 'LoRA and not TensLoRA'"),
     ("host.py", "p.requires_grad_(True)", "pass", "tests/laws/test_host.py"),
     ("merging.py", "return float(lost / change)", "return 0.0", "tests/laws/test_host.py"),
-    ("adapter.py", "_sum([(1.0, self), (-1.0, other)])", "_sum([(1.0, self), (1.0, other)])", LAWS),
+    ("adapter.py", "_sum([(1.0, self), (-1.0, other)])", "_sum([(1.0, self), (1.0, other)])", LAWS + "::test_arithmetic -k RankStab"),
     ("io/files.py", "if own is not None and _mark(own) != _mark(config):", "if False:", FILES),
     ("io/files.py", "found.partition(MARK)[2] or None if", "MARK if", FILES),
     ("io/draft.py", "if _locked(handle, wait=False) and", "if True and", FILES),
@@ -89,7 +99,7 @@ MUTANTS = [
     ("integrations/peft/storing.py", "hosted.method.check(site(at, layer.layer), tensors)", "pass",
      "tests/interop/test_peft_disk.py"),
     ("train/restored.py", "and not same_base(own, base)", "and False", "tests/interop/test_verbs.py"),
-    ("io/files.py", "if t.is_floating_point() and not torch.isfinite(t).all()", "if False", DISK),
+    ("io/files.py", "if not torch.isfinite(t).all():", "if False:", DISK),
     ("io/tensorfile.py", "if at != size:", "if False:", DISK),
     ("io/native.py", "raise ValueError(f\"{path} holds a tensor for", "continue\n            raise ValueError(f\"{path} holds a tensor for", DISK),
     ("io/peft.py", "\"lora_alpha\": r,", "\"lora_alpha\": 2 * r,", LORA),
@@ -106,7 +116,7 @@ MUTANTS = [
     ("integrations/peft/layer.py", "self.pending = bool(self.missing())", "self.pending = False", AGAIN),
     ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
-    ("study/plan.py", "if other:", "if False:", STUDY),
+    ("study/plan.py", "digest != self.sources.digest(rows, self.study.split_seed)", "False", STUDY),
     ("study/splits.py", "made.update(json.dumps([part, column, values]).encode())", "pass", STUDY),
     ("study/statistics.py", "math.log2(2 * comparisons / alpha)", "math.log2(comparisons / alpha)", REPORT),
     ("study/power.py", "[seeds * n for n in pooled]", "[seeds for n in pooled]", REPORT),
@@ -126,7 +136,7 @@ MUTANTS = [
     ("study/sources.py", "made.update(file.read(BLOCK))", "pass", MODEL),
     ("study/statistics.py", "ranked.shape)), axis=2)", "ranked.shape)), axis=1)", STATISTICS),
     ("study/plan.py", "if not r.pruned or k in halved", "if True", HALVING),
-    ("study/compare.py", '"bits", "probe_batches"', '"probe_batches"', COMPARE),
+    ("study/compare.py", '"bits",\n', "", COMPARE),
     ("methods/gated.py", "self.r if self.open is None else self.open, self.alpha", "self.r, self.alpha", GATED),
     ("methods/dylora.py", "torch.where(last, B_OR, B_OR.detach())", "B_OR", GATED),
     ("methods/dylora.py", "return [slice(0, b - 1), slice(b, r)]", "return [slice(b, r)]", GATES),
@@ -181,41 +191,74 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def survives(number: int, copy: Path) -> bool:
-    """Whether the tests pass with this mutant in the copy."""
-    name, old, new, tests = MUTANTS[number]
-    path = copy / "src/undula" / name
+def applied(number: int, copy: Path) -> None:
+    """Makes the mutant in the copy."""
+    name, old, new, _ = MUTANTS[number]
+    path = copy / "undula" / name
     source = path.read_text(encoding="utf-8")
-    if old not in source:
-        sys.exit(f"mutant {number}: {name} no longer holds {old!r}; bring the mutant up to date")
-    path.write_text(source.replace(old, new, 1), encoding="utf-8")
-    try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
-        environment = {**os.environ, "PYTHONPATH": str(copy / "src")}
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode not in (0, 1):
-            sys.exit(f"mutant {number}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return done.returncode == 0
-    finally:
-        path.write_text(source, encoding="utf-8")
+    if source.count(old) != 1:
+        sys.exit(f"mutant {number}: {name} holds {old!r} {source.count(old)} times; bring the mutant up to date")
+    path.write_text(source.replace(old, new), encoding="utf-8")
+
+
+def failing(tests: str, copy: Path) -> str | None:
+    """The first of the tests that fails with the sources in the copy, in a fork of this process."""
+    log = copy / "log"
+    child = os.fork()
+    if child == 0:
+        with log.open("w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.path.insert(0, str(copy))
+        os.environ["PYTHONPATH"] = str(copy)  # of processes that tests start
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=300"]
+        with contextlib.suppress(BaseException):
+            os._exit(pytest.main([*options, *shlex.split(tests)]))
+        os._exit(70)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    said = log.read_text(encoding="utf-8")
+    if code not in (0, 1):
+        sys.exit(f"the tests {tests} did not run:\n{said[-4000:]}")
+    found = re.search(r"^(?:FAILED|ERROR) \S+?::(\w+)", said, re.MULTILINE)
+    return None if code == 0 else found[1] if found else "?"
+
+
+def chosen(words: list[str]) -> list[int]:
+    """The numbers of the mutants that the command line asks for."""
+    return [
+        i
+        for i, (name, *_) in enumerate(MUTANTS)
+        if not words or any(w == str(i) or not w.isdigit() and name.startswith(w) for w in words)
+    ]
 
 
 def main() -> None:
-    numbers = [int(a) for a in sys.argv[1:]] or range(len(MUTANTS))
+    os.chdir(ROOT)
+    sys.path[0] = str(ROOT)
+    for name in ("tests.conftest", "datasets", "peft", "transformers"):  # the first says with how many threads
+        importlib.import_module(name)
+    numbers = chosen(sys.argv[1:])
     alive = []
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "undula"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__"))
+        sound = Path(folder) / "sound"
+        shutil.copytree(ROOT / "src/undula", sound / "undula")
+        for tests in dict.fromkeys(MUTANTS[i][3] for i in numbers):
+            if found := failing(tests, sound):
+                sys.exit(f"without any mutant {found} fails:\n{(sound / 'log').read_text(encoding='utf-8')[-4000:]}")
+        sys.dont_write_bytecode = True  # of a mutant; what the sound sources were compiled to serves the rest
         for number in numbers:
-            start = time.time()
-            lives = survives(number, copy)
-            alive += [number] * lives
-            name, old, new, _ = MUTANTS[number]
-            verdict = "SURVIVED" if lives else "killed"
+            start, copy = time.time(), Path(folder) / str(number)
+            shutil.copytree(sound, copy)
+            applied(number, copy)
+            name, old, new, tests = MUTANTS[number]
+            by = failing(tests, copy)
+            alive += [number] * (by is None)
+            verdict = f"killed by {by}" if by else "SURVIVED"
             print(
-                f"{number:3} {verdict:8} {time.time() - start:5.0f} s  {name}: {old[:50]!r} -> {new[:40]!r}", flush=True
+                f"{number:3} {time.time() - start:4.0f} s  {name}: {old[:40]!r} -> {new[:30]!r}: {verdict}", flush=True
             )
-    print(f"{len(list(numbers)) - len(alive)} of {len(list(numbers))} mutants killed")
+            shutil.rmtree(copy)
+    print(f"{len(numbers) - len(alive)} of {len(numbers)} mutants killed")
     sys.exit(bool(alive))
 
 

@@ -59,6 +59,23 @@ def test_parameters_copied_by_name_make_the_same_policy(method):
     assert torch.equal(model(x).logits, want)
 
 
+def test_a_factor_that_was_frozen_by_hand_is_the_first_adapters(tmp_path):
+    """Its method would start it anew, and no copy of parameters would bring it."""
+    adapter, x = undula.attach(llama(), LoRA(r=2)), tokens()
+    for _, factor, t in adapter.tensors():
+        t.requires_grad_(factor != "A")
+    shake([t for _, _, t in adapter.tensors()])
+    adapter.save(tmp_path)
+    undula.enable_peft()
+    model = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
+    want = model(x).logits
+    model.add_adapter("ref", model.peft_config["default"])
+    copied(model, "default", "ref")
+    model.set_adapter("ref")
+    assert torch.equal(model(x).logits, want)
+    assert all(n.endswith(".B") for n in trained(model))
+
+
 def alive(model, x, name="default"):
     """Every trained tensor has a gradient after one step (a factor that meets a zero at the start has none before)."""
     mine = [p for n, p in trained(model).items() if f".{name}." in n]

@@ -3,19 +3,22 @@
 import contextlib
 import csv
 import json
+import multiprocessing
 import os
-import random
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
+import types
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import undula
+from undula.cli import app
 from undula.study import FINAL, SWEEP, Faults, Ray, parse, read
 from undula.study.drive import counted, estimate, report, run, warnings
 from undula.study.plan import Plan
@@ -54,6 +57,7 @@ method = "aurora"
 [[methods]]
 method = "none"
 """
+ONE = '[[methods]]\nmethod = "lora"\nset = { r = 2 }\n'
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +79,17 @@ def whole(text, tmp_path_factory):
     return out, run(parse(text), out)
 
 
-def table(found):
-    """Everything that is not a time or a memory."""
+@pytest.fixture(scope="module")
+def one(text):
+    """The same study of LoRA alone."""
+    return text.split("[[methods]]")[0] + ONE
+
+
+def table(found, arm=None):
+    """Everything that is not a time or a memory, of one arm or all."""
     kept = ("arm", "stage", "lr", "seed", "validation", "test", "parameters", "deployed", "error", "losses")
-    return sorted(json.dumps({k: o.encode()[k] for k in kept}, sort_keys=True) for o in found.outcomes)
+    of = [o for o in found.outcomes if arm in (None, o.arm)]
+    return sorted(json.dumps({k: o.encode()[k] for k in kept}, sort_keys=True) for o in of)
 
 
 def test_each_seed_sweeps_for_itself_and_the_chosen_run_alone_is_tested(whole):
@@ -150,9 +161,6 @@ def test_runs_on_other_rows_are_not_mixed_in(text, sources, tmp_path):
     found = report(study, tmp_path / "o")
     assert found.outcomes == first
     assert "were made on other rows than there are now" in (found.report.parent / "report.md").read_text()
-
-
-ONE = '[[methods]]\nmethod = "lora"\n'
 
 
 def test_runs_on_another_model_are_not_mixed_in(text, tmp_path):
@@ -234,25 +242,9 @@ def test_before_an_allocator_reaches_its_budget_nothing_is_chosen(text):
     assert found["ranks"] == 1 * len(watch.kept.methods)
 
 
-class Flat:
-    """A task whose figure never moves."""
-
-    more_is_better = True
-
-    def choose(self, *_):
-        return 0.5
-
-
 def test_of_equal_points_the_last_is_kept():
-    import types
-
-    kept = []
-    adapter = types.SimpleNamespace(parameters=list, copy=lambda: kept.append(0) or len(kept))
     watch = Watch()
-    watch.begin(types.SimpleNamespace(adapter=adapter, run=types.SimpleNamespace(task=Flat(), batch=1), model=None,
-                                      held=None), 3)  # fmt: skip
-    for step in (1, 2, 3):
-        watch.evaluate(step)
+    assert watched(watch, 0.5, steps=3, evaluations=3) == 3
     assert (watch.kept, watch.best, len(watch.curve)) == (3, 0.5, 3)
 
 
@@ -283,10 +275,6 @@ def test_what_halving_compares_with_does_not_depend_on_who_runs_beside(text):
     assert {t.run.seed for t in plan.due({})} == {1, 2}  # other seeds need not wait
 
 
-def command(path, out, *more):
-    return [sys.executable, "-m", "undula", "study", str(path), "--out", str(out), *more]
-
-
 def ended(out):
     try:
         with sqlite3.connect(f"file:{out / 'runs.sqlite'}?mode=ro", uri=True, timeout=10) as db:
@@ -295,84 +283,165 @@ def ended(out):
         return 0
 
 
-def test_ten_kills_give_the_same_table(whole, text, tmp_path):
-    """SIGKILL at a random moment, ten times, then to the end; every process lives for at least one more run."""
-    (tmp_path / "s.toml").write_text(text)
-    draw = random.Random(5)
-    killed = 0
-    for _ in range(10):
-        child = subprocess.Popen(command(tmp_path / "s.toml", tmp_path), stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-        enough = ended(tmp_path) + 1
-        while child.poll() is None and ended(tmp_path) < enough:
-            time.sleep(0.02)
-        time.sleep(draw.random() * 0.5)
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            killed += 1
-        child.wait()
-    assert killed == 10
-    assert table(run(parse(text), tmp_path)) == table(whole[1])
+@pytest.fixture(scope="module")
+def processes():
+    """Others than this one, forked from one that has imported what studies need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["undula.study.drive", "undula.study.report", "transformers.trainer", "datasets",
+                                    "transformers.models.bert.modeling_bert", "sklearn.metrics"])  # fmt: skip
+    return context
 
 
-def test_two_processes_share_a_study(whole, text, tmp_path):
-    (tmp_path / "s.toml").write_text(text)
-    children = [
-        subprocess.Popen(command(tmp_path / "s.toml", tmp_path), stderr=subprocess.PIPE, text=True) for _ in "ab"
-    ]
-    said = [child.communicate()[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
-    study = parse(text)
+MOMENTS = [  # (what is patched, at which call death comes, whether before it or after)
+    (Store, "claim", 2, False),
+    (Watch, "begin", 2, False),
+    (Watch, "evaluate", 3, False),  # of two in each run
+    (Store, "finish", 2, True),
+    (Store, "finish", 2, False),
+    (undula.study.report, "write_report", 1, True),
+]
+
+
+def killed(moment, text, out):
+    """Runs the study in `out`, and dies by SIGKILL at this moment."""
+    owner, name, last, before = MOMENTS[moment]
+    whole, calls = getattr(owner, name), []
+
+    def deadly(*given, **options):
+        calls.append(name)
+        found = None if before and len(calls) == last else whole(*given, **options)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(owner, name, deadly)
+    run(parse(text), out)
+
+
+def test_kills_at_every_moment_give_the_same_table(whole, one, processes, tmp_path):
+    """Within each stage of a run, one process after another; then to the end."""
+    for moment in range(len(MOMENTS)):
+        child = processes.Process(target=killed, args=(moment, one, tmp_path))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, MOMENTS[moment]
+    study = parse(one)
+    found = run(study, tmp_path)
+    records = Store(tmp_path / "runs.sqlite").records(Plan(study).trials())
+    assert Counter(r.attempts for r in records.values()) == {1: 2, 2: 4}  # four deaths came within a run
+    assert table(found) == table(whole[1], "LoRA")
+
+
+def sharing(both, text, out):
+    """Runs the study in `out`; the first run is recorded when the other process has one too."""
+    finish, first = Store.finish, [True]
+
+    def waiting(*given):
+        if first.pop():
+            both.wait(120)
+        first.append(False)
+        finish(*given)
+
+    Store.finish = waiting
+    run(parse(text), out)
+
+
+def test_two_processes_share_a_study(whole, one, processes, tmp_path):
+    both = processes.Barrier(2)
+    children = [processes.Process(target=sharing, args=(both, one, tmp_path)) for _ in "ab"]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    study = parse(one)
     records = Store(tmp_path / "runs.sqlite").records(Plan(study).trials())
     assert {r.attempts for r in records.values()} == {1}
     assert len({r.worker for r in records.values()}) == 2
-    assert table(run(study, tmp_path)) == table(whole[1])
+    assert table(run(study, tmp_path)) == table(whole[1], "LoRA")
 
 
 def test_a_failed_run_is_recorded_and_the_rest_goes_on(text, tmp_path):
-    study = parse(text.replace("rates = [3e-3, 1e-2]", "rates = [3e-3, 1e38]"))
+    study = parse(text.replace("rates = [3e-3, 1e-2]", "rates = [3e-3, 1e38]").replace("seeds = [1, 2]", "seeds = [1]"))
     found = run(study, tmp_path)
     failed = [o for o in found.outcomes if o.error]
     assert {o.lr for o in failed} == {1e38}
     assert all("Diverged" in o.error for o in failed if o.arm == "LoRA")
     assert {(c.arm, c.lr) for c in found.chosen} >= {("LoRA", 3e-3), ("AuroRA", 3e-3)}
-    assert Counter(o.stage for o in found.outcomes if not o.error and o.arm == "LoRA") == {SWEEP: 2, FINAL: 2}
+    assert Counter(o.stage for o in found.outcomes if not o.error and o.arm == "LoRA") == {SWEEP: 1, FINAL: 1}
 
 
-def test_ray_gives_the_same_table(whole, text, tmp_path):
+def test_ray_gives_the_same_table(whole, one, tmp_path):
     pytest.importorskip("ray")
-    assert table(run(parse(text), tmp_path, executor=Ray(slots=2))) == table(whole[1])
+    assert table(run(parse(one), tmp_path, executor=Ray(slots=2))) == table(whole[1], "LoRA")
 
 
-def test_successive_halving_prunes_the_hopeless(text, tmp_path):
+def test_successive_halving_prunes_the_hopeless(one, tmp_path, monkeypatch):
+    """And the training ends there.  The figures are given: what so few steps come to may hang on rounding."""
     curves = [[(1, 0.2), (2, 0.3), (3, 0.4)], [(1, 0.5), (2, 0.6), (3, 0.9)], [(1, 0.4), (2, 0.5), (3, 0.6)]]
     assert pruned([(1, 0.1)], curves, 2, True)
     assert not pruned([(1, 0.95)], curves, 2, True)
     assert pruned([(1, 0.95)], curves, 2, False)
-    swept = text.replace("rates = [3e-3, 1e-2]", "rates = [1e-8, 1e-2, 1e-1]\nhalving = 2")
-    found = run(parse(swept.split("[[methods]]")[0] + '[[methods]]\nmethod = "lora"\n'), tmp_path)
-    sweep = [o for o in found.outcomes if o.arm == "LoRA" and o.stage == SWEEP]
-    assert any(o.pruned and o.steps < 12 for o in sweep)
-    assert not any(o.pruned for o in found.outcomes if o.stage == FINAL)
+
+    def evaluate(watch, step):
+        watch.best = {1e-2: 0.9, 1e-1: 0.8}[watch.ready.run.lr]
+        watch.curve.append((step, watch.best))
+        watch.kept = watch.ready.adapter.copy()
+
+    monkeypatch.setattr(Watch, "_evaluate", evaluate)
+    swept = one.replace("rates = [3e-3, 1e-2]", "rates = [1e-2, 1e-1]\nhalving = 2").replace("[1, 2]", "[1]")
+    found = run(parse(swept), tmp_path)
+    runs = {(o.lr, o.stage): (o.pruned, o.steps, len(o.curve)) for o in found.outcomes}
+    assert runs == {(1e-2, SWEEP): (False, 12, 2), (1e-1, SWEEP): (True, 6, 1), (1e-2, FINAL): (False, 12, 2)}
 
 
-def test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off(text, tmp_path):
+class Given:
+    """A task whose figure is given."""
+
+    more_is_better = True
+
+    def __init__(self, figure):
+        self.figure = figure
+
+    def choose(self, *_):
+        return self.figure
+
+
+def watched(watch, figure, steps=12, evaluations=2):
+    """Leads a watch through a run whose figure is `figure` throughout, without a model; how many steps it came to."""
+    kept = []
+    adapter = types.SimpleNamespace(parameters=list, copy=lambda: kept.append(0) or len(kept))
+    run = types.SimpleNamespace(task=Given(figure), batch=1, allocator=None)
+    watch.begin(types.SimpleNamespace(adapter=adapter, run=run, model=None, held=None), evaluations)
+    control = types.SimpleNamespace(should_training_stop=False)
+    for step in range(1, steps + 1):
+        watch.on_step_end(None, types.SimpleNamespace(global_step=step, max_steps=steps), control)
+        if control.should_training_stop:
+            return step
+    return steps
+
+
+def test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off(one, tmp_path, monkeypatch):
     """By each seed apart every rate could lose once, and none would be left to choose."""
-    swept = text.split("[[methods]]")[0] + '[[methods]]\nmethod = "lora"\n'
-    swept = swept.replace("rates = [3e-3, 1e-2]\nextend = 0", "rates = [1e-8, 1e-2, 1e-1]\nextend = 0\nseeds = [2, 5]")
+    figures = {(2, 1e-3): 0.6, (2, 1e-2): 0.9, (2, 1e-1): 0.7, (5, 1e-2): 0.5, (5, 1e-3): 0.8, (5, 1e-1): 0.9}
+
+    def given(trial, watch, sources):
+        steps = watched(watch, figures.get((trial.run.seed, trial.run.lr), 0.5))
+        return {"validation": watch.best, "curve": watch.curve, "pruned": watch.pruned, "steps": steps,
+                "wall_seconds": 1.0, "rows_digest": sources.digest(trial.rows, trial.split_seed)}  # fmt: skip
+
+    monkeypatch.setattr("undula.study.executors.perform", given)
+    swept = one.replace("rates = [3e-3, 1e-2]\nextend = 0", "rates = [1e-3, 1e-2, 1e-1]\nextend = 0\nseeds = [2, 5]")
     swept = swept.replace("seeds = [1, 2]", "seeds = [3, 4]", 1)
     found = run(parse(swept.replace("extend = 0", "extend = 0\nhalving = 2")), tmp_path)
-    sweep = [o for o in found.outcomes if o.stage == SWEEP]
-    lost = {o.lr for o in sweep if o.pruned}
-    assert lost
-    assert {(o.lr, o.seed) for o in sweep} == {(lr, s) for lr in (1e-8, 1e-2, 1e-1) for s in (2, 5)
-                                               if s == 2 or lr not in lost}  # fmt: skip
-    assert {o.seed for o in sweep if o.pruned} == {2}
-    assert found.chosen[0].lr not in lost
+    sweep = {(o.lr, o.seed): o.pruned for o in found.outcomes if o.stage == SWEEP}
+    assert sweep == {(1e-2, 2): False, (1e-2, 5): False, (1e-3, 2): True, (1e-1, 2): True}
+    assert {o.lr for o in found.outcomes if o.stage == FINAL} == {found.chosen[0].lr} == {1e-2}
     assert counted(Plan(parse(swept)), tmp_path)["least"] > 0  # as a dry run tells it
-    whole = [o for o in run(parse(swept), tmp_path).outcomes if o.stage == SWEEP]
-    assert len(whole) == 6
-    assert all(o.steps == 12 and not o.pruned for o in whole)
+    again = run(parse(swept), tmp_path)
+    whole = {(o.lr, o.seed): o.validation for o in again.outcomes if o.stage == SWEEP}
+    assert whole == {(lr, seed): figure for (seed, lr), figure in figures.items()}
+    assert not any(o.pruned for o in again.outcomes)
 
 
 class Impatient:
@@ -391,14 +460,14 @@ class Impatient:
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_study_goes_on_in_the_same_process(whole, text, tmp_path):
+def test_an_interrupted_study_goes_on_in_the_same_process(whole, one, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(parse(text), tmp_path, view=Impatient())
+        run(parse(one), tmp_path, view=Impatient())
     assert ended(tmp_path) == 1
     assert not any(
-        r.state == "running" for r in Store(tmp_path / "runs.sqlite").records(Plan(parse(text)).trials()).values()
+        r.state == "running" for r in Store(tmp_path / "runs.sqlite").records(Plan(parse(one)).trials()).values()
     )
-    assert table(run(parse(text), tmp_path)) == table(whole[1])
+    assert table(run(parse(one), tmp_path)) == table(whole[1], "LoRA")
 
 
 def test_a_report_says_that_a_study_is_not_complete(whole, text):
@@ -434,18 +503,28 @@ def test_heads_have_a_rate_of_their_own_but_where_they_train_alone(text):
 
 def test_a_dry_run_tells_runs_and_time_and_runs_nothing(text, tmp_path):
     (tmp_path / "s.toml").write_text(text)
-    done = subprocess.run(command(tmp_path / "s.toml", tmp_path / "o", "--dry-run", "--json", "-"), capture_output=True,
-                          text=True, check=True)  # fmt: skip
-    plain = subprocess.run(command(tmp_path / "s.toml", tmp_path / "o", "--dry-run", "--no-pilot"), capture_output=True,
-                           text=True, check=True)  # fmt: skip
+    words = ["study", str(tmp_path / "s.toml"), "--out", str(tmp_path / "o"), "--dry-run"]
+    done, plain = (CliRunner().invoke(app, [*words, *more]) for more in (["--json", "-"], ["--no-pilot"]))
     told = json.loads(done.stdout)
     assert told["runs"] == {"ended": 0, "failed": 0, "least": 18, "most": 18}
     assert (told["sweeps"], told["shared"]) == (6, False)
     assert told["decidable"] == {"seeds": 2, "single": 2, "single_decidable": 0, "pooled": 0, "pooled_decidable": 0,
                                  "seeds_for_pooled": 0, "seeds_for_every": 7, "shared": False}  # fmt: skip
     assert 0 < told["hours"]["least"] <= told["hours"]["most"] < 1
-    assert "each of the 2 seeds has its own" in " ".join((plain.stdout + plain.stderr).split())
+    assert "each of the 2 seeds has its own" in " ".join(plain.output.split())
     assert not (tmp_path / "o").exists()
+
+
+def test_the_command_runs_what_is_left_and_writes_the_report(one, tmp_path):
+    """In a process of its own, as people start it."""
+    brief = one.replace("rates = [3e-3, 1e-2]", "rates = [3e-3]").replace("[1, 2]", "[1]")
+    (tmp_path / "s.toml").write_text(brief)
+    done = subprocess.run(
+        [sys.executable, "-m", "undula", "study", str(tmp_path / "s.toml"), "--out", str(tmp_path), "--json", "-"],
+        capture_output=True, text=True, check=True)  # fmt: skip
+    told = json.loads(done.stdout)
+    assert (told["runs"], told["failed"]) == (2, 0)
+    assert "LoRA" in Path(told["report"]).read_text()
 
 
 FAULTY = """

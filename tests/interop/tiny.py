@@ -7,6 +7,8 @@ import random
 import torch
 
 GOOD, BAD = ["good", "fine", "great", "nice", "happy"], ["bad", "poor", "awful", "sad", "angry"]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+         "initializer_range": 0.2}  # fmt: skip
 WORDS = [*GOOD, *BAD, "the", "a", "film", "food", "place", "day", "was", "is", "very", "and"]
 
 
@@ -43,12 +45,8 @@ def bert(path):
     torch.manual_seed(7)
     config = BertConfig(
         vocab_size=len(tokenizer(path)),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
+        **SMALL,
         max_position_embeddings=40,
-        initializer_range=0.2,
     )
     BertModel(config).save_pretrained(path)
     return str(path)
@@ -61,14 +59,10 @@ def roberta(path):
     torch.manual_seed(7)
     config = RobertaConfig(
         vocab_size=len(tokenizer(path)),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
+        **SMALL,
         max_position_embeddings=40,
         type_vocab_size=2,
         pad_token_id=0,
-        initializer_range=0.2,
     )
     RobertaModel(config).save_pretrained(path)
     return str(path)
@@ -81,11 +75,7 @@ def llama(path, chat=False, hidden=32, intermediate=48):
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=len(tokenizer(path, chat)),
-        hidden_size=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=intermediate,
-        initializer_range=0.2,
+        **SMALL | {"hidden_size": hidden, "intermediate_size": intermediate},
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,
@@ -159,13 +149,9 @@ def vit(path, side=16):
     torch.manual_seed(7)
     image_processor(path, side)
     config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
+        **SMALL,
         image_size=side,
         patch_size=8,
-        initializer_range=0.2,
     )
     ViTModel(config).save_pretrained(path)
     return str(path)

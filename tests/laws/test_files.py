@@ -388,6 +388,16 @@ def test_numbers_that_are_none_are_refused(export, text, tmp_path):
         undula.Adapter.load(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_number_is_refused_wherever_it_stands(text, tmp_path):
+    """Also in a key that nobody looks at: it would be written back, and no other reader of JSON takes it."""
+    written(small(16.0, 1.0), tmp_path, False)
+    file = tmp_path / CONFIG
+    file.write_text(file.read_text().replace("{", f'{{"note": {text},', 1))
+    with pytest.raises(ValueError, match=f"{text} is no number of JSON"):
+        undula.Adapter.load(tmp_path)
+
+
 TYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64]
 
 

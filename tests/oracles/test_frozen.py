@@ -380,6 +380,14 @@ def test_tera_starts_at_zero_with_one_gradient():
         TeRA(d=0.0)
 
 
+def test_teras_diagonals_start_where_d_says_but_the_first():
+    f = TeRA(r=2, modes=3, d=0.3).init(site("l", view(nn.Linear(I, O))))
+    starts = {name: t.unique().tolist() for name, t in f.items() if t.requires_grad}
+    assert starts.pop("d1") == [0.0]
+    assert starts.keys() == {"d2", "d3", "e1", "e2", "e3"}
+    assert all(len(found) == 1 and abs(found[0] - 0.3) < 1e-6 for found in starts.values())
+
+
 def test_tera_shares_its_frozen_factors():
     f = undula.attach(net(), TeRA(r=3), where="*").factors
     assert f["0"]["core"] is f["2"]["core"]

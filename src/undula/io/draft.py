@@ -94,10 +94,10 @@ def clean(path: Path) -> None:
                 os.close(handle)
 
 
-def sync(folder: Path) -> None:
-    """Flushes the names in a folder to the disk, where the system can do that."""
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk, where the system can do that."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

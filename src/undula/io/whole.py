@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .draft import sync
+
 UNFINISHED = ".unfinished-"
 NO_LOCKS = -1
 FORGOTTEN = 7 * 24 * 3600.0  # seconds after which a folder counts as left over where nothing can be locked
@@ -30,12 +32,12 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield folder
         for file in folder.rglob("*"):
-            _flush(file)
+            sync(file)
         refuse_full(place, path)
         if place.is_dir():
             place.rmdir()  # empty; os.replace does not take its place everywhere
         os.replace(folder, place)
-        _flush(place.parent)
+        sync(place.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -98,13 +100,3 @@ def _lock(folder: Path) -> int | None:
 def _unlock(lock: int) -> None:
     if lock != NO_LOCKS:
         os.close(lock)
-
-
-def _flush(path: Path) -> None:
-    """To the disk itself, where the system lets that be asked."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,15 +71,13 @@ class _Bent(Function):
         ctx.save_for_backward(x_TI, A_RI, B_OR, W_OI, *constants)
         c = dict(zip(names, constants, strict=True))
         O, I = B_OR.shape[0], A_RI.shape[1]
-        y_TO = x_TI.new_empty(x_TI.shape[0], O)
-        for rows in blocks(O, I):
-            X, spare = scratch(2, rows, A_RI)
-            M = folded(W_OI, rows, f.bend(torch.mm(B_OR[rows], A_RI, out=X), c, spare), scale)
-            if bias is None:
-                torch.mm(x_TI, M.t(), out=y_TO[:, rows])
-            else:
-                torch.addmm(bias[rows], x_TI, M.t(), out=y_TO[:, rows])
-        return y_TO
+
+        def parts():
+            for rows in blocks(O, I):
+                X, spare = scratch(2, rows, A_RI)
+                yield rows, folded(W_OI, rows, f.bend(torch.mm(B_OR[rows], A_RI, out=X), c, spare), scale)
+
+        return product(x_TI, parts(), O, bias)
 
     @staticmethod
     @exact_backward
@@ -101,6 +99,17 @@ class _Bent(Function):
         scaled = (ctx.scale * t for t in (dA, dB_RO.t(), *dc))  # s of G, applied where it is cheap
         dA, dB, *dc = scaled
         return dx, None, None, dA, dB, None, None, None, *dc
+
+
+def product(x_TI: Tensor, parts: Iterable[tuple[slice, Tensor]], O: int, bias: Tensor | None) -> Tensor:
+    """M x + b for a matrix (O, I) that comes in parts, (which rows, those rows of M)."""
+    y_TO = x_TI.new_empty(x_TI.shape[0], O)
+    for rows, M in parts:
+        if bias is None:
+            torch.mm(x_TI, M.t(), out=y_TO[:, rows])
+        else:
+            torch.addmm(bias[rows], x_TI, M.t(), out=y_TO[:, rows])
+    return y_TO
 
 
 def folded(W_OI: Tensor | None, rows: slice, F: Tensor, scale: float) -> Tensor:

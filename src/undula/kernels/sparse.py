@@ -28,7 +28,7 @@ from ..layer import Layer
 from . import reference
 from .autocast import exact_backward, hand_written
 from .bottleneck import fusible
-from .elementwise import blocks, scratch
+from .elementwise import blocks, product, scratch
 
 DENSE = 10  # at more than one entry in so many, all products cost less than the sampled ones
 
@@ -84,13 +84,7 @@ class _Entries(Function):
     @staticmethod
     def forward(ctx, x_TI, W_OI, bias, index_K, values_K):
         ctx.save_for_backward(x_TI, W_OI, index_K, values_K)
-        y_TO = x_TI.new_empty(x_TI.shape[0], W_OI.shape[0])
-        for rows, M in changed(W_OI, index_K, values_K):
-            if bias is None:
-                torch.mm(x_TI, M.t(), out=y_TO[:, rows])
-            else:
-                torch.addmm(bias[rows], x_TI, M.t(), out=y_TO[:, rows])
-        return y_TO
+        return product(x_TI, changed(W_OI, index_K, values_K), W_OI.shape[0], bias)
 
     @staticmethod
     @exact_backward
