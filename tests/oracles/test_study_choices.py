@@ -191,6 +191,7 @@ def test_a_run_that_was_given_to_another_is_not_overwritten(tmp_path):
     assert other.records([trial.key])[trial.key].state == "running"
     other.finish(trial, {"validation": 0.5})
     mine.fail(trial, "late")
+    assert not other.claim(trial)  # it has ended, whoever is gone since
     assert mine.records([trial.key])[trial.key].result == {"validation": 0.5}
 
 

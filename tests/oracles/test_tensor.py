@@ -305,6 +305,22 @@ def test_cp_is_tucker_with_the_identity_as_core(stacking):
         torch.testing.assert_close(tucker.delta({**f, "G": G}), cp.delta(f))
 
 
+@pytest.mark.parametrize(
+    ("stacking", "name", "alone", "other"),
+    [(tl.QKV(), "K", "layers.1.q", "layers.0.k"), (tl.Depth(), "L", "layers.0.k", "layers.1.q")],
+    ids=["kinds", "layers"],
+)
+def test_what_is_drawn_together_is_what_there_is(stacking, name, alone, other):
+    """Of a layer without some kinds, its own kinds; of a kind without some layers, its own layers: the columns of these
+    rows are orthonormal, and a lone row is a unit."""
+    layers = nn.ModuleList(nn.ModuleDict({kind: nn.Linear(D, D) for kind in kinds}) for kinds in ("qk", "q"))
+    m = TensLoRA(r=2, stacking=stacking, factorisation=tl.Tucker(r_kinds=1, r_depth=1))
+    f = undula.attach(nn.ModuleDict({"layers": layers}), m, where="*").factors
+    row = {site: float(f[site][name].detach().square().sum()) for site in f}
+    assert row[alone] == pytest.approx(1)
+    assert row["layers.0.q"] + row[other] == pytest.approx(1)
+
+
 def test_qkv_with_the_identity_is_independent_updates():
     """Three kinds, r_kinds = 3, K = 1: a Tucker-2 update of its own for each kind, in common bases."""
     m = TensLoRA(r=4, stacking=tl.QKV(), factorisation=tl.Tucker(r_outputs=5, r_kinds=3))
