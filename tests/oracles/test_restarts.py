@@ -16,6 +16,7 @@ import undula
 from undula import Centred, Dropout, LoRA, Restarted
 from undula.kernels import reference
 from undula.kernels.frozen_pair import beside_frozen
+from undula.methods.restarted import _Merged as Merged
 from undula.ranks import LoRASC, ReLoRA, SRLoRA, XGBLoRA
 from undula.ranks.relora import jagged
 from undula.ranks.restart import Cleared, Pruned, ends
@@ -309,6 +310,14 @@ def test_the_pair_that_leaves_is_the_whole_stack(tmp_path):
 
 
 # Restarted
+
+
+def test_a_layer_with_a_past_is_one_layer():
+    """To an inner method with a forward of its own: whether it calls the layer or computes with its weight."""
+    layer, x = view(nn.Linear(6, 4)), torch.randn(3, 6)
+    merged = Merged(layer, torch.randn(4, 2), torch.randn(2, 6))
+    torch.testing.assert_close(merged(x), nn.functional.linear(x, merged.weight, merged.bias))
+    assert not torch.allclose(merged(x), layer(x))
 
 
 def with_past(inner, layer):

@@ -88,8 +88,10 @@ def best(M, r):
 # The algebra of each
 
 
-def test_orthogonal():
-    B, A = Orthogonal()(where(), R)
+@pytest.mark.parametrize("s", [1.0, 2.5])
+def test_orthogonal(s):
+    """Whatever the method's scale: with B = 0 there is nothing to make up for."""
+    B, A = Orthogonal()(where(), R, s)
     torch.testing.assert_close(A @ A.T, torch.eye(R))
     assert not B.any()
     again = Orthogonal()(where(), R)[1]
