@@ -248,6 +248,20 @@ def test_entries_that_begin_again_step_as_a_new_optimiser_would(kind, dim):
             torch.testing.assert_close(whole.detach().index_select(dim, rows), part.detach())
 
 
+def test_where_the_optimiser_made_no_step_there_is_nothing_to_correct():
+    """It passes over a parameter without a gradient."""
+    p = nn.Parameter(torch.zeros(4, 3))
+    optimizer = torch.optim.Adam([p], lr=0.1)
+    for step in range(6):
+        if step == 4:
+            memory.forget(optimizer, p, torch.tensor([0]), 0)
+        p.grad = torch.ones_like(p) if step < 5 else None
+        before = p.detach().clone()
+        optimizer.step()
+        memory.correct_steps(optimizer)
+    assert torch.equal(p, before)
+
+
 def test_no_step_after_a_restart_is_longer_than_the_rate():
     """Of a constant gradient, whatever has begun again, ReLoRA's pruned entries included."""
     torch.set_default_dtype(torch.float64)
