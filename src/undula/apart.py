@@ -28,6 +28,8 @@ def unlike(layer: LinearView) -> str | None:
     theirs: Callable[[LinearView, Tensor], tuple[Tensor, Tensor]]
     if layer.also:
         return f"one layer at several places ({', '.join(layer.also)} too)"
+    if not layer.product:
+        return f"a {type(module).__name__}, which has a forward of its own"
     if isinstance(layer, Conv2dView):
         wide = [k > 1 for k in module.kernel_size]
         if any(d != 1 and w for d, w in zip(module.dilation, wide, strict=True)):

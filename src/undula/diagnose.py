@@ -38,7 +38,7 @@ from .methods.aurora import AuroRA, AuroRAStatic
 from .methods.loran import LoRAN
 from .observe import Batch, batches, listening, live, still
 from .padding import kept
-from .sites import view
+from .sites import inner, view
 
 SHOWN = 16  # singular values in a row
 STABLE = 0.5  # a w |u|
@@ -82,7 +82,7 @@ def diagnose(what: nn.Module | Adapter, data: Iterable[Batch] | None = None) -> 
     updates come from their factors; of others from dW, above 2048 x 2048 by their first 64 singular values and a flat
     tail of the right energy (effective_rank is then an upper estimate, by which no rank is called idle).
     """
-    model, adapter = (None, what) if isinstance(what, Adapter) else (what, live(what, "diagnosing"))
+    model, adapter = (None, what) if isinstance(what, Adapter) else (inner(what), live(what, "diagnosing"))
     if data is not None and model is None:
         raise TypeError("data go through the model: give the model with the adapter selected, not the adapter")
     seen = {} if data is None or model is None else _observed(model, adapter, data)

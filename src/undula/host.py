@@ -8,7 +8,9 @@ selected its class is a subclass of its own whose `forward` is the method's, and
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,10 +21,10 @@ from torch import Tensor, nn
 from . import bases, masters
 from .adapter import Adapter
 from .making import check_what, fitted, fresh
-from .method import Factors, Layer, Method
+from .method import Factors, Method
 from .routing import Rows
 from .saving import guard, unguard
-from .sites import LinearView, Where, view
+from .sites import LinearView, Where, adapted, inner, view
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -38,6 +40,7 @@ class Slot(nn.Module):
     def __init__(self, method: Method | Rows, layer: LinearView, factors: Factors):
         super().__init__()
         self.method, self.layer = method, layer
+        layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
         self._parameters.update(factors)  # type: ignore[arg-type]
         # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
         # calls its layers in evaluation too, and does not compute from their weights past the adapter.
@@ -54,9 +57,19 @@ class Adapted:
     undula: Slot
     original: type[nn.Module]
 
-    def forward(self, x: Tensor) -> Tensor:
-        slot = self.undula
-        return slot.layer.kept(x, slot.method.forward(x, slot.layer, slot._parameters))  # type: ignore[arg-type]
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        slot: Slot | None = self._modules.get("undula")  # type: ignore[attr-defined]
+        if "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "nn.DataParallel copies an adapted model wrongly (its copies have no parameters): use one device "
+                "(CUDA_VISIBLE_DEVICES=0), or DistributedDataParallel (torchrun)"
+            )
+        if slot is None:  # of a hook that was put over an adapted layer, which is none now
+            return type(self).forward(self, *args, **named)
+        layer = slot.layer
+        if layer.override is not None and threading.get_ident() in layer.inside:  # of such a hook, within `layer`
+            return layer.call(self, *args, **named)
+        return adapted(slot.method, layer, slot._parameters, args, named)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]
@@ -111,7 +124,7 @@ class Batch(Rows):
 
     owner = 0
 
-    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+    def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
         # a recomputation (gradient checkpointing) may run in a thread of autograd's
         if not torch.compiler.is_compiling() and threading.get_ident() != self.owner and _current_backward() == -1:
             raise RuntimeError(
@@ -129,6 +142,7 @@ class Host:
     selected: str | None = None
     slots: list[Slot] = field(default_factory=list)  # of the layers that are adapted now
     merged: dict[str, nn.Parameter] | None = None  # the base's own weights, while merged
+    untied: list[Any] = field(default_factory=list)  # configurations that said "tied", see `merging.untie`
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
     thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
     nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `_unnest`
@@ -138,7 +152,7 @@ class Host:
 
 def host_of(model: nn.Module) -> Host:
     """The adapters of `model`; where there are none an empty host, which the model does not keep."""
-    return model.__dict__.get("_undula") or Host()
+    return inner(model).__dict__.get("_undula") or Host()
 
 
 def find(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
@@ -146,7 +160,7 @@ def find(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
     where the model no longer computes with what the selected adapter trains."""
     host, adapter = _named(model, name)
     if name in (None, host.selected):
-        _check_live(model, host)
+        _check_live(inner(model), host)
     return host, adapter
 
 
@@ -206,6 +220,7 @@ def attach(
     what: Method | Adapter,
     where: Where | None = None,
     *,
+    exclude: Where = (),
     name: str = "default",
     overrides: Mapping[str, Method] | None = None,
     full: Sequence[str] = (),
@@ -214,7 +229,7 @@ def attach(
     """Puts a new adapter of the method `what` (or an existing Adapter) on `model` and selects it.
 
     Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `sites.choose`;
-    "all-linear" where nothing is said);
+    "all-linear" where nothing is said), `exclude` leaves some of them out;
     `overrides` gives other methods to the layers that match a pattern, the first match counts; `full` names parameters
     or modules to train in full beside them (a new classification head); `probe` tells gradients and activations to
     methods that start from them (see `undula.Probe`).  Factors and what trains in full are float32 (float64 over a
@@ -223,9 +238,26 @@ def attach(
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"an adapter is called by a text, found name={name!r}")
+    if _in_parallel(model):
+        warnings.warn(
+            "this model is in a DistributedDataParallel already, which knows no parameters that come later: the "
+            "processes would train this adapter apart. Attach first, wrap afterwards",
+            stacklevel=2,
+        )
+    model = inner(model)
     host = host_of(model)
     with changing(host, "attach"):
-        return _attach(model, host, what, where, name, overrides or {}, full, probe)
+        return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe)
+
+
+def _in_parallel(model: nn.Module) -> bool:
+    """Whether a DistributedDataParallel holds the model: it registers the parameters that it finds when it is made."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return True
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel)]
+    return any(inner(w) is inner(model) for w in wrappers)
 
 
 def _attach(
@@ -233,15 +265,16 @@ def _attach(
     host: Host,
     what: Method | Adapter,
     where: Where | None,
+    exclude: Where,
     name: str,
     overrides: Mapping[str, Method],
     full: Sequence[str],
     probe: Probe | None,
 ) -> Adapter:
     check_what(what, overrides)
-    if isinstance(what, Adapter) and (where is not None or overrides or full or probe is not None):
+    if isinstance(what, Adapter) and (where is not None or exclude or overrides or full or probe is not None):
         raise ValueError(
-            "an Adapter knows its own sites: `where`, `overrides`, `full` and `probe` go with a method alone"
+            "an Adapter knows its own sites: `where`, `exclude`, `overrides`, `full` and `probe` go with a method alone"
         )
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
@@ -256,7 +289,7 @@ def _attach(
         adapter = (
             fitted(model, what)
             if isinstance(what, Adapter)
-            else fresh(model, what, "all-linear" if where is None else where, overrides, full, probe)
+            else fresh(model, what, "all-linear" if where is None else where, overrides, full, probe, exclude)
         )
     except BaseException:
         select(model, before)
@@ -274,6 +307,7 @@ def _attach(
 
 def select(model: nn.Module, name: str | None) -> None:
     """Makes the attached adapter `name` the active one; None: the base alone, exactly as it was before."""
+    model = inner(model)
     host = host_of(model)
     with changing(host, "select"):
         _select(model, host, name)
@@ -309,6 +343,7 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
 def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
     """Another method and other factors at one site of the selected adapter, which stays the object that it is.  For
     allocators; trained factors that go on training are passed as the parameters that they are.  Raises LookupError."""
+    model = inner(model)
     host, adapter = _named(model, None)
     if site not in adapter.factors:
         raise LookupError(f"the adapter has no site {site!r}; it has: {', '.join(adapter.factors)}")
@@ -395,6 +430,7 @@ def parameter(model: nn.Module, path: str) -> Tensor | None:
 def detach(model: nn.Module, name: str | None = None) -> Adapter:
     """Removes an adapter (the selected one by default) and returns it.  When the last one goes, the model is as it was
     before the first came, its trainable parameters included."""
+    model = inner(model)
     host, adapter = _named(model, name)
     name = name if name is not None else host.selected
     with changing(host, "detach"):
@@ -428,7 +464,9 @@ def restore(model: nn.Module, host: Host) -> None:
     """The base's own weights in the place of merged ones."""
     for path, p in (host.merged or {}).items():
         exchange(model, f"{path}.weight" if path else "weight", p)
-    host.merged = None
+    for config in host.untied:
+        config.tie_word_embeddings = True
+    host.merged, host.untied = None, []
 
 
 @contextlib.contextmanager
@@ -443,6 +481,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     waits, its plain forward raises RuntimeError.  Raises LookupError for a name that is not attached, ValueError for
     parameters trained in full (one model has one head), RuntimeError for an adapter that is merged.
     """
+    model = inner(model)
     host = host_of(model)
     with host.lock.lock:
         if host.merged is not None:

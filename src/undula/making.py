@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from .adapter import Adapter
 from .apart import apart, check_theirs
 from .choice import plain
 from .masters import wide
-from .method import Additive, Evidence, Factors, LowRank, Method, NoEvidence, Site
+from .method import Additive, Evidence, Factors, LowRank, Method, NoEvidence, Reweight, Site
 from .methods.dora import DoRA
 from .methods.dropout import bare
 from .methods.lora import LoRA
@@ -34,14 +33,14 @@ def fresh(
     overrides: Mapping[str, Method],
     full: Sequence[str],
     probe: Probe | None = None,
+    exclude: Where = (),
 ) -> Adapter:
     """A new adapter for `model`, not attached."""
-    layers, parameters = choose(model, where), chosen_parameters(model, full)
+    layers, parameters = choose(model, where, exclude), chosen_parameters(model, full)
     if where == "all-linear":  # a layer that trains in full needs no adapter beside
         layers = {n: v for n, v in layers.items() if f"{n}.weight" not in parameters}
     evidence = None if probe is None else probe.on(model, layers)
-    _say_untied(model, parameters)
-    once = {id(p): _thawed(p) for p in parameters.values()}
+    once = {id(p): _thawed(p) for p in parameters.values()}  # what is tied trains as one
     in_full = {n: once[id(p)] for n, p in parameters.items()}
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
 
@@ -120,7 +119,7 @@ def _filled(
     layers: Mapping[str, LinearView], methods: Mapping[str, Method], make: Callable[[Method, Site], Factors]
 ) -> Adapter:
     for path, layer in layers.items():
-        check_groups(path, layer, methods[path])
+        check_layer(path, layer, methods[path])
     factors: dict[str, Factors] = {}
     shared: dict[Any, Any] = {}
     sites = {path: site(path, layer, shared) for path, layer in layers.items()}
@@ -182,9 +181,8 @@ def _thawed(p: nn.Parameter) -> nn.Parameter:
 
 
 def chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters that these patterns name, or whose modules they name, by any name that they have.  Of several
-    names of one parameter that a pattern matches the first counts; by two patterns it is there twice, as one matrix at
-    two places.  Raises LookupError."""
+    """The parameters that these patterns name, or whose modules they name, by any name that they have; one that is tied
+    to others at each of its places.  Raises LookupError."""
     patterns = [patterns] if isinstance(patterns, str) else patterns  # one name, not its letters
     every = list(_parameters(model))
     chosen: dict[str, nn.Parameter] = {}
@@ -197,9 +195,9 @@ def chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
         if not found:
             tops = sorted({n.split(".")[0] for n, _, _ in every})
             raise LookupError(f"full={pattern!r} matches no parameter and no module; at the top are: {', '.join(tops)}")
-        first = {id(p): path for path, p in reversed(found.items())}
-        chosen |= {path: p for path, p in found.items() if first[id(p)] == path}
-    return chosen
+        chosen |= found
+    taken = {id(p) for p in chosen.values()}
+    return {path: p for _, path, p in every if id(p) in taken}
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -208,18 +206,6 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     for name, p in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         yield name, f"{first.get(owner, owner)}.{leaf}".lstrip("."), p
-
-
-def _say_untied(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
-    """Warns of parameters that the model uses at a second place, where the base's own stay."""
-    trained = {id(p): path for path, p in chosen.items()}
-    for _, path, p in _parameters(model):
-        if id(p) in trained and path not in chosen:
-            warnings.warn(
-                f"{trained[id(p)]} is tied to {path}: it trains apart from it, which stays as it is. Name both in "
-                "`full` to train them as one",
-                stacklevel=4,
-            )
 
 
 def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -244,7 +230,7 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     factors: dict[str, Factors] = {}
     odd = apart(layers)
     for path, f in adapter.factors.items():
-        check_groups(path, layers[path], adapter.methods[path])
+        check_layer(path, layers[path], adapter.methods[path])
         check_theirs(path, odd.get(path), adapter.apart.get(path))
         where = site(path, layers[path])
         if where.shape != adapter.shapes[path]:
@@ -261,7 +247,9 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
             found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
             raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
         check_range(path, t, wide(parameters[path].dtype))
-    full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in adapter.full.items()}
+    full = {}
+    for n, t in _tied(adapter.full, parameters).items():
+        full[n] = live(t, parameters[n].device, wide(parameters[n].dtype))
     methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
     return replace(
         adapter,
@@ -272,6 +260,16 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
         kernels=kernels(layers),
         apart={**adapter.apart, **odd},
     )
+
+
+def _tied(full: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`full` with one tensor for equal ones that stand for one parameter of the model."""
+    firsts: dict[int, Tensor] = {}
+    tied = {}
+    for n, t in full.items():
+        first = firsts.setdefault(id(parameters[n]), t)
+        tied[n] = first if first is t or torch.equal(first, t) else t
+    return tied
 
 
 def check_padding(path: str, layer: LinearView, method: Method, f: Factors, kernel: tuple[int, ...] | None) -> None:
@@ -299,7 +297,54 @@ def check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"the adapter's {path} holds numbers beyond the range of {dtype}, this model's type")
 
 
-def check_groups(path: str, layer: LinearView, method: Method) -> None:
+def check_layer(path: str, layer: LinearView, method: Method) -> None:
+    """Raises an error where the method cannot act on what this layer computes."""
+    _check_there(path, layer)
+    _check_groups(path, layer, method)
+    _check_own_forward(path, layer, method)
+
+
+def _check_there(path: str, layer: LinearView) -> None:
+    """Raises ValueError for a layer whose weight is not here."""
+    if not layer.module.weight.is_meta:
+        return
+    if "_hf_hook" in layer.module.__dict__:
+        raise ValueError(
+            f"the weight of {path} is offloaded: between its calls it is nowhere. Load the model without offloading "
+            "(a device_map without 'cpu' and 'disk', more memory or fewer bits), or leave that layer out (`exclude`)"
+        )
+    raise ValueError(
+        f"the weight of {path} is on the meta device, without numbers: load the model's weights first, attach then"
+    )
+
+
+def _check_own_forward(path: str, layer: LinearView, method: Method) -> None:
+    """Raises TypeError where a method cannot go through the layer's own forward, see `adapted`."""
+    if layer.product:
+        return
+    what = f"{path}: {layer.call.__qualname__} is not W x + b"
+    if layer.override is not None:
+        raise TypeError(
+            f"{what} (`forward` was replaced on the object), and no other weight can be given to it. Put it back, or "
+            "leave that layer out (`exclude`)"
+        )
+    if layer.computes_weight:
+        raise TypeError(
+            f"{path}: {layer.cls.__name__} computes its weight: no other can be put in its place. Leave it out"
+        )
+    if not isinstance(method, Reweight):
+        raise TypeError(
+            f"{what}: only a method with an adapted weight can go through it, and {method!r} stands on the rung "
+            f"{method.rung()}. Give that layer another by `overrides`, or leave it out (`exclude`)"
+        )
+    if bare(method) is not method:
+        raise TypeError(
+            f"{what}, and dropout acts beside W x alone. Give that layer a method without dropout by `overrides`, or "
+            "leave it out (`exclude`)"
+        )
+
+
+def _check_groups(path: str, layer: LinearView, method: Method) -> None:
     """Raises ValueError for a method with a bottleneck A x on a convolution in groups: each group sees other inputs, so
     no x is common to them.  A full update dW acts on it as on any other."""
     groups = getattr(layer.module, "groups", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .adapter import Adapter
 from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
 from .method import Method, Reweight
 from .saving import unguard
-from .sites import LinearView, check_writable
+from .sites import LinearView, check_writable, inner
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
     Raises TypeError for a method on the bare Method rung, and for a layer whose own forward makes something else of its
     weight than W x, naming the sites; nothing is changed then.
     """
+    model = inner(model)
     with changing(host_of(model), "merge"):
         host, adapter = find(model, None)
         if host.merged is not None:
@@ -60,7 +62,26 @@ def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[s
             p.requires_grad_(True)
         settle(model, adapter.full, host.own)
         del model.__dict__["_undula"]
+    host.untied = untie(model)
     return errors
+
+
+def untie(model: nn.Module) -> list[Any]:
+    """Where the output head and the embedding of a transformers model are two matrices now, its configuration says so:
+    else whatever ties weights (`resize_token_embeddings`, loading what was saved) would take one for the other.
+    Returns the configurations that were changed."""
+    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    if any(end is None for end in ends) or ends[0].weight is ends[1].weight:
+        return []
+    config: Any = getattr(model, "config", None)
+    held = [m for m in model.modules() for p in m._parameters.values() if p is ends[0].weight or p is ends[1].weight]
+    if len(held) > 2:  # encoder and decoder too: what is not tied any more would be missing in the file
+        return []
+    text = getattr(config, "get_text_config", lambda: config)()
+    tied = [c for c in {id(c): c for c in (config, text)}.values() if getattr(c, "tie_word_embeddings", False)]
+    for c in tied:
+        c.tie_word_embeddings = False
+    return tied
 
 
 def settle(model: nn.Module, full: Mapping[str, Tensor], own: Mapping[str, nn.Parameter]) -> None:
@@ -98,6 +119,7 @@ def rounding(layer: LinearView, weight: nn.Parameter, exact_OI: Tensor, W_OI: Te
 
 def unmerge(model: nn.Module) -> None:
     """Undoes `merge`: the base's own weights are back, bit for bit, and the adapter is live again."""
+    model = inner(model)
     host = host_of(model)
     if host.merged is None:
         raise RuntimeError("nothing is merged into this model (or it was merged with keep=False)")

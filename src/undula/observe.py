@@ -16,6 +16,7 @@ from .masters import Cast
 from .masters import wide as master_type
 from .method import Factors, Layer, Method
 from .padding import watching
+from .sites import check_product, inner
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 Hear = Callable[[str, Layer, Tensor, Tensor, Tensor | None], None]  # (site, layer, x, u, flat mask of its positions)
@@ -122,7 +123,7 @@ def batches(data: Iterable[Batch], what: str) -> Iterator[Batch]:
 @contextlib.contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards modes and the selected adapter are as they were."""
-    host: Host | None = model.__dict__.get("_undula")
+    host: Host | None = inner(model).__dict__.get("_undula")
     before = None if host is None else host.selected
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -174,6 +175,8 @@ def listening(
     """Gives a function that runs the model on a batch; meanwhile `hear(site, layer, x, u, mask)` is called whenever one
     of `sites` computes.  `adapter` is the selected one."""
     slots = {site: _slot(model, site) for site in sites}
+    for site, slot in slots.items():
+        check_product(site, slot.layer)
     with watching(model) as watch:
 
         def go(batch: Batch) -> Tensor:
@@ -196,6 +199,6 @@ def listening(
 
 
 def _slot(model: nn.Module, site: str) -> Slot:
-    slot = model.get_submodule(site).undula
+    slot = inner(model).get_submodule(site).undula
     assert isinstance(slot, Slot)
     return slot

@@ -22,7 +22,7 @@ from . import bases
 from .kernels import reference
 from .observe import Batch, batches, moved, run
 from .padding import kept, watching
-from .sites import EmbeddingView, LinearView, site
+from .sites import EmbeddingView, LinearView, check_product, site
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Backward = Callable[[Tensor], None]  # is given dL/dy
@@ -268,6 +268,7 @@ def listening(
         model.requires_grad_(False)
         model.eval()
         for name, layer in group.items():
+            check_product(name, layer)
             hook = _hook(name, layer, hear, anchor)
             handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         with torch.enable_grad():

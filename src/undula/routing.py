@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .kernels import reference
 from .kernels.grouped import grouped, stacked
-from .method import Factors, Layer, LowRank, Method
+from .method import Factors, LowRank, Method
+from .sites import LinearView, adapted
 
 
 class Rows:
@@ -36,13 +37,14 @@ class Rows:
         self.order = None if order == list(range(self.count)) else torch.tensor(order, device=device)
         self._kept: tuple | None = None
 
-    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+    def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
         if x.shape[0] != self.count:
             raise ValueError(
                 f"rows() was given {self.count} names, this layer sees a batch of {x.shape[0]}: give one name per row "
                 "of the batch (generation with several beams or returned sequences multiplies the rows)"
             )
-        if layer.channel != -1 or not x.is_floating_point() or layer.training:
+        plain = layer.product and layer.more is None
+        if layer.channel != -1 or not x.is_floating_point() or layer.training or not plain:
             return self._one_by_one(x, layer)
         y = layer(x)
         if self.low:
@@ -51,13 +53,22 @@ class Rows:
             y = y.index_copy(0, index, method.forward(x[index], layer, own))
         return y
 
-    def _one_by_one(self, x: Tensor, layer: Layer) -> Tensor:
-        """Each adapter's own forward on its own rows: convolutions, embeddings, and training (dropout)."""
+    def _one_by_one(self, x: Tensor, layer: LinearView) -> Tensor:
+        """Each adapter's own forward on its own rows: convolutions, embeddings, forwards of a class's own, and training
+        (dropout)."""
         y = layer(x)
+        if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
+            raise TypeError(f"{layer.call.__qualname__} does not give a row for each row: not within `rows`")
         order = torch.arange(self.count, device=x.device) if self.order is None else self.order
         low = [(m, f, rows) for (m, f), rows in zip(self.low, order.split(self.counts), strict=True)]
         for method, own, index in low + self.other:
-            y = y.index_copy(0, index, method.forward(x[index], layer, own))
+            more, named = layer.more or ((), {})
+            of_rows = [t[index] if isinstance(t, Tensor) and t.shape[:1] == x.shape[:1] else t for t in more]
+            by_name = {
+                k: t[index] if isinstance(t, Tensor) and t.shape[:1] == x.shape[:1] else t for k, t in named.items()
+            }
+            plain = layer.with_more((), {})
+            y = y.index_copy(0, index, adapted(method, plain, own, (x[index], *of_rows), by_name))
         return y
 
     def _grouped(self, x: Tensor, y: Tensor) -> Tensor:
@@ -73,13 +84,15 @@ class Rows:
         return y.index_copy(0, self.order, reference.added(y[self.order], change))  # rounded once
 
     def _pairs(self) -> tuple:
-        """(pairs, their stacks); made once where no gradient is wanted, else anew for every graph."""
+        """(pairs, their stacks); kept where no gradient is wanted for as long as the factors stay, else made anew for
+        every graph."""
         if torch.is_grad_enabled():
             self._kept = None
             return self._make()
-        if self._kept is None:
-            self._kept = self._make()
-        return self._kept
+        now = [(t.data_ptr(), None if t.is_inference() else t._version) for _, f in self.low for t in f.values()]
+        if self._kept is None or self._kept[0] != now:
+            self._kept = now, self._make()
+        return self._kept[1]
 
     def _make(self) -> tuple:
         pairs = [method.pair(f) for method, f in self.low]

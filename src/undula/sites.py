@@ -10,18 +10,21 @@ import copy
 import difflib
 import fnmatch
 import functools
+import inspect
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import bases
-from .method import Outline, Site
+from . import bases, masters
+from .kernels import reference
+from .method import Factors, Outline, Reweight, Site
 
 Where = str | re.Pattern[str] | Iterable[str]
 
@@ -35,14 +38,46 @@ class LinearView:
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
-        self.call: Callable[[nn.Module, Tensor], Tensor] = type(module).forward
+        self.cls = type(module)
+        self.call: Callable[..., Tensor] = self.cls.forward
         # accelerate and others replace `forward` on the instance: keep what they put there
-        self.override = module.__dict__.get("forward")
+        self.override: Callable[..., Tensor] | None = module.__dict__.get("forward")
+        self.more: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what the module is called with beside x
+        self.inside: set[int] = set()  # threads that are in `override`, which may call the adapted layer itself
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.call(self.module, x) if self.override is None else self.override(x)
+        more, named = self.more or ((), {})
+        if self.override is None:
+            y = self.call(self.module, x, *more, **named)
+        else:
+            thread = threading.get_ident()
+            self.inside.add(thread)
+            try:
+                y = self.override(x, *more, **named)
+            finally:
+                self.inside.discard(thread)
         bases.check_gradient(self.module, x, y)
         return y
+
+    @functools.cached_property
+    def product(self) -> bool:
+        """Whether the module computes W x + b (a convolution, a look-up), as far as examples can tell: of stock layers
+        and quantised ones it is known.  An adapter goes through the own forward of any other, see `adapted`."""
+        weight = self.module.weight
+        if (self.override is None or "_hf_hook" in self.module.__dict__) and _is_stock(self):
+            return True
+        return not bases.is_plain(weight) or weight.is_meta or _multiplies(self)
+
+    @property
+    def computes_weight(self) -> bool:
+        """Whether the class has a property for a weight, which no other can be put in the place of."""
+        return isinstance(inspect.getattr_static(_without_computing(self.cls), "weight", None), property)
+
+    def with_more(self, more: tuple[Any, ...], named: dict[str, Any]) -> LinearView:
+        """The layer as it is called with something beside x, or with nothing."""
+        other = copy.copy(self)
+        other.more = (more, named) if more or named else None
+        return other
 
     @property
     def training(self) -> bool:
@@ -50,7 +85,8 @@ class LinearView:
 
     @property
     def plain(self) -> bool:
-        return self.override is None and self.call is nn.Linear.forward and bases.is_plain(self.module.weight)
+        stock = self.call is nn.Linear.forward and self.override is None and self.more is None
+        return stock and bases.is_plain(self.module.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -76,18 +112,22 @@ class LinearView:
         """The adapted W, but for what `kept` keeps."""
         return new_OI
 
+    def oriented(self, W_OI: Tensor) -> Tensor:
+        """W as the module stores it."""
+        return W_OI
+
     def put(self, W_OI: Tensor) -> nn.Parameter:
         """W as the parameter that the module would store."""
-        return bases.stored(self.module, W_OI)
+        return bases.stored(self.module, self.oriented(W_OI))
 
     def example(self) -> Tensor:
         """Some input of the module."""
-        weight = self.module.weight
-        return torch.randn(2, weight.shape[1], generator=_generator()).to(weight)
+        return torch.randn(2, self.weight.shape[1], generator=_generator()).to(self.weight)
 
-    def through(self, x: Tensor, M_OI: Tensor) -> Tensor:
-        """What the module's own forward makes of x with another matrix and no bias."""
-        return self.call(_with_weight(self.module, M_OI), x)
+    def through(self, x: Tensor, M_OI: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the module's own forward makes of x with another matrix, and no bias or another."""
+        more, named = self.more or ((), {})
+        return self.call(_with_weight(self.cls, self.module, self.oriented(M_OI), bias), x, *more, **named)
 
 
 class Conv1DView(LinearView):
@@ -99,28 +139,24 @@ class Conv1DView(LinearView):
     def weight(self) -> Tensor:
         return bases.dense(self.module).T
 
-    def put(self, W_OI: Tensor) -> nn.Parameter:
-        return bases.stored(self.module, W_OI.T.contiguous())
+    def oriented(self, W_OI: Tensor) -> Tensor:
+        return W_OI.T.contiguous()
 
 
-def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """`module` with another weight and no bias, for its own forward: subclasses that pad a convolution or scale an
-    embedding by themselves stay right."""
-    kind, own = type(module), {"weight": weight, "bias": None}
-    if any(name in module.__dict__ or isinstance(getattr(kind, name, None), property) for name in own):
-        other = object.__new__(_unhidden(kind))  # type: ignore[arg-type]
-        other.__dict__.update(module.__dict__, **own)
-    else:
-        other = object.__new__(kind)
-        other.__dict__.update(module.__dict__, _parameters=own)
+def _with_weight(cls: type[nn.Module], module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """`module` with another weight, and no bias or another, for its own forward: subclasses that pad a convolution or
+    scale an embedding by themselves stay right.  A weight that is computed is not computed here."""
+    other = object.__new__(_without_computing(cls))
+    other.__dict__.update(module.__dict__, _parameters={"weight": weight, "bias": bias})
+    for computed in ("weight", "bias"):
+        other.__dict__.pop(computed, None)  # a plain attribute, as torch.nn.utils.weight_norm leaves it
     return other
 
 
-@functools.cache
-def _unhidden(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class for a module whose weight is computed, or a plain attribute for a while (`weight_norm`, FSDP with
-    `use_orig_params`): a property or attribute of that name would be found before a parameter."""
-    return type(kind.__name__, (kind,), {"weight": None, "bias": None})
+def _without_computing(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class without what masters and torch.nn.utils.parametrize put above it."""
+    cls = masters.parts(cls)[0]
+    return cls.__mro__[1] if cls.__name__.startswith("Parametrized") and cls.__module__.startswith("torch.") else cls
 
 
 def _generator() -> torch.Generator:
@@ -157,14 +193,11 @@ class EmbeddingView(LinearView):
             return F.embedding(x, M_KI.T)
         return self.through(x, M_KI)
 
-    def put(self, W_OI: Tensor) -> nn.Parameter:
-        return bases.stored(self.module, W_OI.T.contiguous())
+    def oriented(self, W_OI: Tensor) -> Tensor:
+        return W_OI.T.contiguous()
 
     def example(self) -> Tensor:
         return torch.arange(min(2, self.module.weight.shape[0]), device=self.module.weight.device)
-
-    def through(self, x: Tensor, M_OI: Tensor) -> Tensor:
-        return self.call(_with_weight(self.module, M_OI.T), x)
 
 
 class Conv2dView(LinearView):
@@ -189,12 +222,8 @@ class Conv2dView(LinearView):
         sides = (d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
         return torch.randn(1, conv.in_channels, *sides, generator=_generator()).to(conv.weight)
 
-    def through(self, x: Tensor, M_OI: Tensor) -> Tensor:
-        conv = self.module
-        return self.call(_with_weight(conv, M_OI.reshape(M_OI.shape[0], *conv.weight.shape[1:])), x)
-
-    def put(self, W_OI: Tensor) -> nn.Parameter:
-        return bases.stored(self.module, W_OI.reshape(self.module.weight.shape))
+    def oriented(self, W_OI: Tensor) -> Tensor:
+        return W_OI.reshape(W_OI.shape[0], *self.module.weight.shape[1:])
 
 
 def view(module: nn.Module) -> LinearView | None:
@@ -228,10 +257,71 @@ def views(model: nn.Module) -> dict[str, LinearView]:
 STOCK = (nn.Linear.forward, nn.Embedding.forward, nn.Conv2d.forward)
 
 
+def _is_stock(layer: LinearView) -> bool:
+    """Whether the class computes as torch's or transformers' own does."""
+    padded = getattr(layer.cls, "_conv_forward", nn.Conv2d._conv_forward)
+    own = padded is not nn.Conv2d._conv_forward or layer.computes_weight
+    return not own and (layer.call in STOCK or layer.call.__module__ == "transformers.pytorch_utils")
+
+
 @torch.no_grad()
+def _multiplies(layer: LinearView) -> bool:
+    """Whether layer(x) is W x + b, and W + M gives M x more, for small and large examples."""
+    W_OI = layer.weight
+    eps = torch.finfo(W_OI.dtype).eps
+    allowed = 32 * eps if W_OI.dtype in bases.WIDE else 8 * eps
+    bias = 0 if layer.bias is None else reference.channels(layer.bias, layer)
+    w, m = torch.randn(2, W_OI.shape[0], 1, generator=_generator()).to(W_OI)
+    flat_OI, more_OI = w.expand(W_OI.shape), m.expand(W_OI.shape)  # matrices of no size
+    try:
+        for scale in (1, 1000):
+            x = layer.example()
+            x = scale * x if x.is_floating_point() else x
+            found, wanted = layer(x), reference.restore(layer.project(x, W_OI), layer) + bias
+            both, first = (layer.through(x, M, layer.bias) for M in (flat_OI + more_OI, flat_OI))
+            change, extra = both - first, reference.restore(layer.project(x, more_OI), layer)
+            if found.shape != wanted.shape or (found - wanted).norm() > allowed * wanted.norm():
+                return False
+            if (change - extra).norm() > allowed * both.norm().clamp(min=extra.norm()):
+                return False
+    except Exception:  # of a class that asks for something else, or gives something else
+        return False
+    return True
+
+
+class Acts(Protocol):
+    """A method, or what stands in the place of one: the rows of a mixed batch."""
+
+    def forward(self, x: Tensor, layer: Any, f: Factors) -> Tensor: ...
+
+
+def adapted(method: Acts, layer: LinearView, f: Factors, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """What an adapted layer computes of x, its first argument: the method's forward.  A layer that does something else
+    with its weight than W x + b, or is called with more than x, computes by its own forward with the adapted weight, as
+    if it were merged; for methods without a weight what it is called with goes to the base alone."""
+    if not args:
+        args = (named.pop(list(inspect.signature(layer.call).parameters)[1]),)
+    x, *more = args
+    if layer.product and not more and not named:
+        return layer.kept(x, method.forward(x, layer, f))
+    layer = layer.with_more(tuple(more), named)
+    if isinstance(method, Reweight):
+        W_OI = layer.weight
+        return layer.through(x, layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype), layer.bias)
+    return layer.kept(x, method.forward(x, layer, f))
+
+
+def check_product(name: str, layer: LinearView) -> None:
+    """Raises TypeError where a layer's inputs and outputs tell nothing of its weight."""
+    if not layer.product:
+        raise TypeError(
+            f"{name}: {layer.call.__qualname__} is not W x + b, so that what goes in and comes out tells nothing of W. "
+            "Leave that layer out (`exclude`), or take a start or a fit that needs no data (Truncate, PiSSA)"
+        )
+
+
 def check_writable(name: str, layer: LinearView) -> None:
-    """Raises TypeError where no weight written into the module gives the adapted layer: the module computes its weight
-    from something else, or uses it otherwise than as the matrix of a product."""
+    """Raises TypeError where the module computes its weight, so that none can be written into it."""
     module = layer.module
     if module._parameters.get("weight") is None:
         others = ", ".join(n for n, _ in module.named_parameters() if not n.startswith("undula") and n != "bias")
@@ -240,36 +330,6 @@ def check_writable(name: str, layer: LinearView) -> None:
             "written into it. Take the parametrisation off first (torch.nn.utils.parametrize.remove_parametrizations, "
             "torch.nn.utils.remove_weight_norm), leave that layer out of `where`, or keep the adapter apart"
         )
-    if (
-        layer.call in STOCK
-        or layer.call.__module__ == "transformers.pytorch_utils"
-        or not bases.is_plain(module.weight)
-    ):
-        return
-    if not _adds_up(layer):
-        raise TypeError(
-            f"{name}: {layer.call.__qualname__} does not add up over weights as W x does (it scales, normalises or "
-            "rounds W), so that no weight written into it gives the adapted layer. Leave that layer out of `where`, or "
-            "keep the adapter apart"
-        )
-
-
-def _adds_up(layer: LinearView) -> bool:
-    """Whether W + M gives what W gives plus `project(x, M)`; True where the module's forward refuses to be tried."""
-    O, I = layer.weight.shape
-    w, m = torch.randn(2, O, 1, generator=_generator()).to(layer.weight)
-    W_OI, M_OI = w.expand(O, I), m.expand(O, I)  # matrices of no size
-    try:
-        x = layer.example()
-        first, again = layer.through(x, W_OI), layer.through(x, W_OI)
-        both, more = layer.through(x, (w + m).expand(O, I)), layer.project(x, M_OI)
-    except Exception:  # of a class that asks for more than a layer's input
-        return True
-    if not torch.equal(first, again):  # noise of its own
-        return True
-    change = both.movedim(layer.channel, -1) - first.movedim(layer.channel, -1)
-    allowed = 1e-3 if layer.module.weight.dtype in bases.WIDE else 0.1
-    return bool((change - more).norm() <= allowed * both.norm())
 
 
 def site(name: str, layer: LinearView, shared: dict | None = None) -> Site:
@@ -286,34 +346,81 @@ def outline(name: str, shape: tuple[int, int]) -> Site:
     return Site(name, Outline(shape, torch.float32), shape, torch.float32, torch.device("meta"))
 
 
-def choose(model: nn.Module, where: Where) -> dict[str, LinearView]:
-    """The layers that `where` names, in the model's order.
+def inner(model: nn.Module) -> nn.Module:
+    """The model within wrappers that put a prefix before all names: `torch.compile`'s, those for several devices."""
+    while True:
+        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def choose(model: nn.Module, where: Where, exclude: Where = ()) -> dict[str, LinearView]:
+    """The layers that `where` names and `exclude` does not, in the model's order.
 
     `where` is `"all-linear"` (every linear layer of the model's body: not its output head), a glob over full names
-    (`"*.q_proj"`), a compiled regular expression (full match), or a list of names, suffixes (`"q_proj"`) or globs.
-    A module that stands at several places is one layer, under its first name, and may be named by any.  Raises
-    LookupError that lists what exists when a pattern matches nothing, TypeError when all that it matches is of a kind
-    that cannot be adapted; warns of such layers beside others.
+    (`"*.q_proj"`), a compiled regular expression (full match), or a list of names, suffixes (`"q_proj"`) or globs;
+    `exclude` is such a name, glob, expression or list.  A module that stands at several places is one layer, under its
+    first name, and may be named by any.  Raises LookupError that lists what exists when a pattern matches nothing,
+    TypeError when all that it matches is of a kind that cannot be adapted; warns of such layers beside others.
     """
-    modules = dict(model.named_modules())
     barred = barriers(model)
     layers = {n: v for n, v in views(model).items() if n not in barred}
-    candidates = [n for n in modules if n in layers or n in barred]
+    candidates = [n for n, _ in model.named_modules() if n in layers or n in barred]
     called = {n: n for n in candidates} | {other: n for other, n in aliases(model).items() if n in candidates}
-    if isinstance(where, re.Pattern):
-        asked = {repr(where.pattern): {n for name, n in called.items() if where.fullmatch(name)}}
-    elif where == "all-linear":
-        body, kinds = _body(model), (LinearView, Conv1DView)
-        linear = {
-            n for n in candidates if (type(layers[n]) in kinds if n in layers else isinstance(modules[n], nn.Linear))
-        }
-        asked = {repr(where): linear & body}
+    if where == "all-linear":
+        asked, odd = _all_linear(model, layers)
+        barred |= odd
     else:
-        patterns = [where] if isinstance(where, str) else list(where)
-        asked = {repr(p): {n for name, n in called.items() if matches(name, p)} for p in patterns}
+        asked = _asked(where, called)
+    if exclude:
+        asked = _without(asked, _asked(exclude, called), candidates)
     _say_left_out(asked, barred)
-    return _checked({pattern: names - set(barred) for pattern, names in asked.items()}, layers)
+    return _checked({pattern: names - set(barred) for pattern, names in asked.items()}, layers, model)
 
+
+def _all_linear(model: nn.Module, layers: Mapping[str, LinearView]) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """The linear layers of the body, and {name: why} of those among them that compute something else than W x + b."""
+    body = _body(model)
+    linear = {n for n, m in model.named_modules() if n in body and n not in layers and isinstance(m, nn.Linear)}
+    linear |= {n for n, m in model.named_modules() if n in body and _is_stack(m)}
+    own = {n for n, v in layers.items() if n in body and type(v) in (LinearView, Conv1DView)}
+    odd = {n: OWN.format(layers[n].call.__qualname__) for n in own if not layers[n].product}
+    return {"'all-linear'": linear | own}, odd
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether the module holds stacked matrices, as the experts of a mixture are in transformers 5."""
+    conv = isinstance(module, nn.modules.conv._ConvNd)
+    return not conv and any(
+        p is not None and p.ndim == 3 and p.numel() > p.shape[-1] for p in module._parameters.values()
+    )
+
+
+def _without(
+    asked: Mapping[str, set[str]], excluded: Mapping[str, set[str]], candidates: Iterable[str]
+) -> dict[str, set[str]]:
+    """What was asked for but for what is excluded.  Raises LookupError where that is nothing, on either side."""
+    for pattern, names in excluded.items():
+        if not names:
+            raise LookupError(_nothing(pattern, list(candidates), "exclude"))
+    left = {p: names.difference(*excluded.values()) for p, names in asked.items()}
+    if any(asked.values()) and not any(left.values()):
+        raise LookupError(f"exclude={', '.join(excluded)} leaves nothing of where={', '.join(asked)}")
+    return {p: names for p, names in left.items() if names or not asked[p]}
+
+
+def _asked(where: Where, called: Mapping[str, str]) -> dict[str, set[str]]:
+    """{pattern: the layers that it names}, of layers by all of their names."""
+    if isinstance(where, re.Pattern):
+        return {repr(where.pattern): {n for name, n in called.items() if where.fullmatch(name)}}
+    patterns = [where] if isinstance(where, str) else list(where)
+    return {repr(p): {n for name, n in called.items() if matches(name, p)} for p in patterns}
+
+
+OWN = "{} is not W x + b: an adapter goes through it where the layer is named in `where`"
 
 # What fused kernels, or the model itself, read as `self.<name>.weight` (transformers 5; PEFT's own list for LoRA has
 # out_proj and conv1d of five of these).
@@ -345,11 +452,18 @@ def barriers(model: nn.Module) -> dict[str, str]:
         parent = parents.get(name.rpartition(".")[0]) if name else None
         if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module and _reads_weights(parent):
             barred[name] = "nn.MultiheadAttention computes from its weight and never calls it"
+        elif name.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding) and _looked_up(module, parents):
+            barred[name] = "encoder and decoder look up in embeddings of their own, which are tied to it"
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             barred[name] = f"an embedding with max_norm={module.max_norm:g} rescales the rows that it looks up"
         elif view(module) is None and any(p.ndim > 1 for p in module._parameters.values() if p is not None):
             barred[name] = f"no adapter acts on a {type(module).__name__}"
     return barred
+
+
+def _looked_up(shared: nn.Embedding, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether other embeddings hold the weight of this one."""
+    return any(m is not shared and isinstance(m, nn.Embedding) and m.weight is shared.weight for m in modules.values())
 
 
 def _reads_weights(attention: nn.MultiheadAttention) -> bool:
@@ -382,21 +496,25 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
 
 
-def _checked(found: Mapping[str, set[str]], layers: Mapping[str, LinearView]) -> dict[str, LinearView]:
+def _checked(
+    found: Mapping[str, set[str]], layers: Mapping[str, LinearView], model: nn.Module
+) -> dict[str, LinearView]:
     empty = [pattern for pattern, names in found.items() if not names]
     if empty or not found:
-        raise LookupError(_nothing(", ".join(empty) or "[]", list(layers)))
+        named = [n for n, _ in model.named_parameters() for p in empty if matches(n, p.strip("'"))]
+        more = f" It names parameters ({named[0]}), which no adapter acts on: `full` trains them." if named else ""
+        raise LookupError(_nothing(", ".join(empty) or "[]", list(layers)) + more)
     chosen = set().union(*found.values())
     return {n: v for n, v in layers.items() if n in chosen}
 
 
-def _nothing(pattern: str, names: list[str]) -> str:
+def _nothing(pattern: str, names: list[str], option: str = "where") -> str:
     leaves = sorted({n.rpartition(".")[2] for n in names})
     close = difflib.get_close_matches(pattern.strip("'*"), leaves, 1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"where={pattern} matches none of the {len(names)} layers that can be adapted: {some} "
+        f"{option}={pattern} matches none of the {len(names)} layers that can be adapted: {some} "
         f"(last parts: {', '.join(leaves)}).{hint}"
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import bases
 from .adapter import Adapter
 from .method import Additive, Factors, Method
-from .sites import LinearView, check_writable, view
+from .sites import LinearView, check_writable, inner, view
 
 
 @runtime_checkable
@@ -46,6 +46,7 @@ class Switch:
     """
 
     def __init__(self, model: nn.Module):
+        model = inner(model)
         if "_undula" in model.__dict__:
             raise RuntimeError("adapters are attached to this model: detach them, Switch writes into a plain model")
         self.model = model

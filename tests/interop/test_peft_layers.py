@@ -4,7 +4,6 @@ other: PEFT's convolutions know neither dilation nor padding modes, its embeddin
 import dataclasses
 import json
 import re
-import warnings
 
 import pytest
 import torch
@@ -185,25 +184,14 @@ def test_a_layer_at_two_places_does_not_leave_as_a_lora(tmp_path):
         undula.attach(twice(), dataclasses.replace(adapter, **renamed))
 
 
-def test_an_output_that_is_tied_trains_apart_and_says_so():
-    """By its own name too; both named are two matrices."""
-
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
-            self.head.weight = self.embed.weight
-
-    for name, other in (("head", "embed"), ("embed", "head")):
-        with pytest.warns(UserWarning, match=rf"{name}.weight is tied to {other}.weight: it trains apart"):
-            adapter = undula.attach(Tied(), undula.LoRA(r=2), ["body"], full=[name])
-        assert list(adapter.full) == [f"{name}.weight"]
-    model = Tied()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adapter = undula.attach(model, undula.LoRA(r=2), ["body"], full=["embed", "head"])
-    assert model.embed.weight is model.head.weight
-    assert adapter.num_parameters() == 9 * 4 + 2 * (4 + 4)
+def test_a_layer_at_two_places_trains_in_full_once():
+    """By either name: it is one module, unlike two modules that share a matrix."""
+    for name in ("first", "second"):
+        model = twice()
+        adapter = undula.attach(model, undula.LoRA(r=2), ["between"], full=[name])
+        assert all(path.startswith("first.") for path in adapter.full)
+        undula.detach(model)
+        assert model.first is model.second
 
 
 @pytest.mark.parametrize("case", SAME)

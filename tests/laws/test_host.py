@@ -75,6 +75,28 @@ def test_choosing(where, found):
     assert list(choose(Model(), where)) == ["body." + n for n in found]
 
 
+@pytest.mark.parametrize(
+    ("where", "exclude", "found"),
+    [
+        ("all-linear", ["v_proj"], ["layers.0.q_proj", "layers.1.q_proj"]),
+        ("*", re.compile(r"body\.layers.*|head"), ["embed"]),
+        (["q_proj", "v_proj"], "*.0.*", ["layers.1.q_proj", "layers.1.v_proj"]),
+        (["layers.0.q_proj", "v_proj"], ["layers.0.q_proj"], ["layers.0.v_proj", "layers.1.v_proj"]),
+    ],
+)
+def test_leaving_out(where, exclude, found):
+    assert list(undula.attach(Model(), LoRA(r=2), where, exclude=exclude).factors) == ["body." + n for n in found]
+
+
+def test_leaving_out_nothing_or_everything_is_an_error():
+    model = Model()
+    with pytest.raises(LookupError, match=r"exclude='k_proj' matches none of the 6 layers"):
+        undula.attach(model, LoRA(r=2), exclude=["k_proj"])
+    with pytest.raises(LookupError, match=r"exclude='\*' leaves nothing of where='q_proj'"):
+        undula.attach(model, LoRA(r=2), "q_proj", exclude="*")
+    assert undula.adapters(model) == {}
+
+
 @pytest.mark.parametrize("where", ["*.k_proj", ["q_proj", "k_proj"], re.compile("k_proj"), []])
 def test_choosing_nothing_says_what_exists(where):
     model = Model()
@@ -230,11 +252,71 @@ def test_a_forward_that_someone_replaced_on_the_instance_still_runs():
     layer.forward = lambda x: calls.append(1) or inner(x)
     base = model(IDS)
     shake(undula.attach(model, LoRA(r=2), "*.0.q_proj"))
+    calls.clear()
     assert not torch.equal(model(IDS), base)
-    assert len(calls) == 2
+    assert len(calls) == 1
     undula.detach(model)
     assert torch.equal(model(IDS), base)
-    assert len(calls) == 3
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["accelerate", "closure"])
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.AuroRA(r=2)], ids=repr)
+def test_a_forward_replaced_before_or_after_an_adapter_survives_every_verb(method, how, when):
+    """Hooks stay on the layer through select, rows, a second attach, merge and detach."""
+    model, calls = Model(), []
+    layer = model.body.layers[0].q_proj
+
+    def hook():
+        if how == "closure":
+            inner = layer.forward
+            layer.forward = lambda *args, **named: calls.append(1) or inner(*args, **named)
+            return
+        hooks = pytest.importorskip("accelerate.hooks")
+
+        class Counting(hooks.ModelHook):
+            def pre_forward(self, module, *args, **named):
+                calls.append(1)
+                return args, named
+
+        hooks.add_hook_to_module(layer, Counting())
+
+    def called(times=1):
+        calls.clear()
+        y = model(IDS)
+        assert len(calls) == times
+        return y
+
+    base = model(IDS)
+    if when == "before":
+        hook()
+    shake(undula.attach(model, method, "*.0.q_proj", name="a"))
+    if when == "after":
+        hook()
+    a = called()
+    assert not torch.equal(a, base)
+    undula.select(model, None)
+    assert torch.equal(called(), base)
+    shake(undula.attach(model, method, ["layers.0.q_proj"], name="b"))
+    b = called()
+    assert not torch.equal(a, b)
+    undula.select(model, "a")
+    assert torch.equal(called(), a)
+    with undula.rows(model, ["b", None]):
+        mixed = called(times=2)  # for all rows, and for those of an adapter that is trained
+    torch.testing.assert_close(mixed[0], b[0])
+    torch.testing.assert_close(mixed[1], base[1])
+    assert torch.equal(called(), a)
+    if isinstance(method, undula.Reweight):
+        undula.merge(model)
+        torch.testing.assert_close(called(), a)
+        undula.unmerge(model)
+        assert torch.equal(called(), a)
+    undula.detach(model, "a")
+    undula.detach(model, "b")
+    assert torch.equal(called(), base)
+    assert type(layer) is nn.Linear
 
 
 def test_state_dict_keys_of_the_base_do_not_change():

@@ -160,33 +160,271 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
 
 
+class Halved(nn.Linear):
+    def forward(self, x, scale=0.5):
+        return super().forward(x) * scale
+
+
+class Clamped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+class Whitened(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
+
+
+class Squared(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+class Conv(nn.Conv2d):
+    """Its own `_conv_forward` alone."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight.tanh(), bias)
+
+
 FORWARDS = [
-    (Normed(6, 6), torch.randn(3, 6), False),
-    (Doubled(6, 6), torch.randn(3, 6), False),
-    (Shown(6, 6), torch.randn(3, 6), True),
-    (Scaled(6, 6), torch.arange(6), True),
-    (Padded(6, 6, 3, dilation=2, padding=1), torch.randn(2, 6, 7, 7), True),
-    (Standardised(6, 6, 3), torch.randn(2, 6, 7, 7), False),
+    (Normed(6, 6), torch.randn(3, 6)),
+    (Doubled(6, 6), torch.randn(3, 6)),
+    (Halved(6, 4), torch.randn(2, 3, 6)),
+    (Clamped(6, 6), torch.randn(3, 6)),
+    (Whitened(6, 4, bias=False), torch.randn(3, 6)),
+    (Shown(6, 6), torch.randn(3, 6)),
+    (Scaled(6, 6), torch.arange(6)),
+    (Squared(6, 4), torch.arange(6)),
+    (Padded(6, 6, 3, dilation=2, padding=1), torch.randn(2, 6, 7, 7)),
+    (Standardised(6, 6, 3), torch.randn(2, 6, 7, 7)),
+    (Conv(6, 4, 3), torch.randn(2, 6, 7, 7)),
 ]
+STOCK = [
+    (nn.Linear(6, 6), torch.randn(3, 6)),
+    (nn.Conv2d(6, 4, 3), torch.randn(2, 6, 7, 7)),
+    (nn.Embedding(6, 4), torch.arange(6)),
+]
+METHODS = [LoRA(r=2), undula.DoRA(LoRA(r=2)), undula.LoRAN(r=2), undula.SHiRA(r=1)]
 
 
-@pytest.mark.parametrize("method", [LoRA(r=2), undula.DoRA(LoRA(r=2)), undula.LoRAN(r=2)], ids=repr)
-@pytest.mark.parametrize(("layer", "x", "adds_up"), FORWARDS, ids=lambda part: type(part).__name__)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_merge_into_a_forward_of_its_own_is_right_or_refused(layer, x, adds_up, method, dtype):
-    """A class that scales or normalises its weight gives no W' x: the merge says so, and changes nothing."""
-    model = copy.deepcopy(nn.Sequential(layer)).to(dtype)
-    x = x.to(dtype) if x.is_floating_point() else x
-    shake(undula.attach(model, method, "*"))
-    live = model(x).detach()
-    if adds_up:
-        undula.merge(model)
-        near = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
-        assert float((model(x).detach() - live).double().norm() / live.double().norm()) < near
+def in_float64(*parts):
+    """Copies of what is made when this file is read."""
+    return [copy.deepcopy(p).double() if isinstance(p, nn.Module) or p.is_floating_point() else p for p in parts]
+
+
+def with_weight(layer, W):
+    other = copy.deepcopy(layer)
+    other.weight = nn.Parameter(W.reshape(other.weight.shape) if W.shape[0] == other.weight.shape[0] else W)
+    return other
+
+
+def stored(layer):
+    return layer
+
+
+def old_weight_norm(layer):
+    return nn.utils.weight_norm(layer, dim=None)
+
+
+COMPUTED = [nn.utils.parametrizations.weight_norm, old_weight_norm, nn.utils.parametrizations.spectral_norm]
+LAYERS = [(layer, x, stored) for layer, x in FORWARDS] + [(*layer, how) for layer in STOCK for how in COMPUTED]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("host", ["attach", "peft"])
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize(("layer", "x", "computed"), LAYERS, ids=lambda p: getattr(p, "__name__", type(p).__name__))
+def test_live_is_the_class_s_own_forward_with_the_adapted_weight(layer, x, computed, method, host):
+    """Whatever a class does with its weight, stored or computed, an adapted layer does with the adapted one; and so
+    does a merged one."""
+    layer, x = in_float64(layer, x)
+    model = nn.Sequential(OrderedDict(layer=computed(copy.deepcopy(layer)))).eval()
+    W = model.layer.weight.detach().clone()
+    base = model(x).detach()
+    if host == "attach":
+        adapter = undula.attach(model, method, ["layer"])
+        torch.testing.assert_close(model(x), base)
+        shake(adapter)
+        f = adapter.factors["layer"]
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, undula.peft_config(method, ["layer"])).eval()
+        f = model.base_model.model.layer.undula_factors["default"].factors()
+        for t in f.values():
+            if t.is_floating_point() and t.requires_grad:
+                t.data += 0.1 * torch.randn_like(t)
+    live = model(x)
+    W_OI = W.T if isinstance(layer, nn.Embedding) else W.flatten(1)
+    new_OI = method.weight(W_OI, f).detach()
+    wanted = with_weight(layer, new_OI.T if isinstance(layer, nn.Embedding) else new_OI)(x)
+    torch.testing.assert_close(live, wanted)
+    assert not torch.allclose(live, base)
+    if computed is stored:
+        undula.merge(model) if host == "attach" else model.merge_adapter()
+        torch.testing.assert_close(model(x), live)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("layer", [Halved(6, 4), Shown(6, 4), Whitened(6, 4)], ids=lambda part: type(part).__name__)
+def test_rows_go_through_the_class_s_own_forward(layer, method):
+    """Each row as its own adapter computes it alone."""
+    model, x = nn.Sequential(*in_float64(layer)), torch.randn(3, 6)
+    alone = {}
+    for name in "ab":
+        shake(undula.attach(model, method, "*", name=name))
+        alone[name] = model(x)
+    with undula.rows(model, ["b", None, "a"]):
+        mixed = model(x)
+    undula.select(model, None)
+    for i, wanted in enumerate((alone["b"], model(x), alone["a"])):
+        torch.testing.assert_close(mixed[i], wanted[i])
+
+
+class Called(nn.Module):
+    """A layer that is called with more than x, by position or by name."""
+
+    def __init__(self, layer, by_name):
+        super().__init__()
+        self.layer, self.by_name = layer, by_name
+
+    def forward(self, x, scale):
+        return self.layer(input=x, scale=scale) if self.by_name else self.layer(x, scale)
+
+
+class Turned(nn.Linear):
+    def forward(self, input, scale=1.0):
+        return super().forward(input) * scale
+
+
+class TurnedConv(nn.Conv2d):
+    def forward(self, input, scale=1.0):
+        return super().forward(input) * scale
+
+
+class TurnedEmbedding(nn.Embedding):
+    def forward(self, input, scale=1.0):
+        return super().forward(input) * scale
+
+
+@pytest.mark.parametrize("host", ["attach", "peft"])
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (Turned(6, 4), torch.randn(3, 6)),
+        (TurnedConv(6, 4, 3), torch.randn(3, 6, 5, 5)),
+        (TurnedEmbedding(6, 4), torch.arange(3)),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+@pytest.mark.parametrize("method", [*METHODS, undula.AuroRA(r=2)], ids=repr)
+def test_layers_that_are_called_with_more_than_x(method, layer, x, by_name, host):
+    """Live is merged, also where what is given changes what W does; a batch in `rows` gets its own part of it."""
+    layer, x = in_float64(layer, x)
+    model = Called(layer, by_name)
+    scale = 0.5 + torch.rand(3, *(1,) * (layer(x).ndim - 1))
+    base = model(x, scale)
+    if host == "peft":
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(model, undula.peft_config(method, ["layer"]))
+        torch.testing.assert_close(wrapped(x, scale), base)
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.data += 0.1 * torch.randn_like(p)
+        live = wrapped(x, scale)
+        assert not torch.allclose(live, base)
+        if isinstance(method, Reweight):
+            wrapped.merge_adapter()
+            torch.testing.assert_close(wrapped(x, scale), live)
         return
-    with pytest.raises(TypeError, match=rf"0: {type(layer).__name__}.forward does not add up over weights"):
+    adapter = undula.attach(model, method, ["layer"])
+    torch.testing.assert_close(model(x, scale), base)
+    shake(adapter)
+    live = model(x, scale)
+    assert not torch.allclose(live, base)
+    with undula.rows(model, ["default", None, "default"]):
+        mixed = model(x, scale)
+    torch.testing.assert_close(mixed[::2], live[::2])
+    torch.testing.assert_close(mixed[1], base[1])
+    if isinstance(adapter.method, Reweight):
         undula.merge(model)
-    assert torch.equal(model(x), live)
+        torch.testing.assert_close(model(x, scale), live)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x.shape
+
+
+class Blocks(nn.Linear):
+    """A block-diagonal product: its inputs are not of size I."""
+
+    def forward(self, x):
+        return nn.functional.linear(x.unflatten(-1, (2, -1)), self.weight).flatten(-2)
+
+
+class Routed(nn.Module):
+    def __init__(self, router):
+        super().__init__()
+        self.router, self.out = router, nn.Linear(12, 4)
+
+    def forward(self, x):
+        y = self.router(x)
+        return self.out(y[0] if isinstance(y, tuple) else y)
+
+
+@pytest.mark.parametrize("router", [Router(12, 12), Blocks(6, 6), Normed(12, 12)], ids=lambda part: type(part).__name__)
+def test_all_linear_leaves_out_what_is_no_product_and_says_so(router):
+    """Named, such a layer is adapted through its own forward."""
+    model, x = Routed(*in_float64(router)), torch.randn(3, 12)
+    base = model(x)
+    with pytest.warns(UserWarning, match=r"left out of where='all-linear': router .*forward is not W x \+ b"):
+        assert list(undula.attach(model, LoRA(r=2)).factors) == ["out"]
+    undula.detach(model)
+    shake(undula.attach(model, LoRA(r=2), ["router"]))
+    live = model(x)
+    assert not torch.allclose(live, base)
+    undula.merge(model)
+    torch.testing.assert_close(model(x), live)
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (undula.AuroRA(r=2), "stands on the rung Method"),
+        (undula.Dropout(LoRA(r=2), 0.1), "dropout acts beside W x alone"),
+    ],
+)
+def test_a_method_that_cannot_go_through_a_forward_is_refused(method, why):
+    model = Routed(Normed(12, 12))
+    with pytest.raises(TypeError, match=rf"router: Normed.forward is not W x \+ b.*{why}"):
+        undula.attach(model, method, ["router"])
+    assert undula.adapters(model) == {}
+
+
+def test_a_forward_on_the_object_that_is_no_product_is_refused():
+    model = Routed(nn.Linear(12, 12))
+    inner = model.router.forward
+    model.router.forward = lambda x: 0.5 * inner(x)
+    with pytest.raises(TypeError, match=r"router: .* is not W x \+ b \(`forward` was replaced on the object\)"):
+        undula.attach(model, LoRA(r=2), ["router"])
+
+
+class Computing(nn.Conv2d):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("kernel", self._parameters.pop("weight").detach())
+
+    @property
+    def weight(self):
+        return self.kernel.tanh()
+
+
+def test_a_class_that_computes_its_weight_is_refused():
+    """No other weight can be put in the place of a property."""
+    with pytest.raises(TypeError, match=r"0: .* computes its weight"):
+        undula.attach(nn.Sequential(Computing(3, 4, 3)), LoRA(r=2), "*")
 
 
 def _as_fsdp(layer):

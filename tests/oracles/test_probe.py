@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -509,3 +510,19 @@ def test_memory_is_what_hold_says():
     assert runs[0][0] < 8
     assert 56 < runs[1 << 28][0] < 72
     assert runs[0][1:] == runs[1 << 28][1:]
+
+
+class Normed(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+def test_what_learns_from_inputs_and_outputs_refuses_a_layer_that_is_no_product():
+    """There u(x) = forward(x) - layer(x) is no dW x, and dL/dW no g x'."""
+    model, data = nn.Sequential(OrderedDict(router=Normed(12, 12))), [torch.randn(3, 12)]
+    probe = undula.Probe(data, loss=lambda model, batch: model(batch).square().sum())
+    with pytest.raises(TypeError, match=r"router: Normed.forward is not W x \+ b, so that"):
+        undula.attach(model, undula.Centred(undula.LoRA(r=2), undula.starts.LoRAGA()), ["router"], probe=probe)
+    undula.attach(model, undula.LoRA(r=2), ["router"])
+    with pytest.raises(TypeError, match=r"router: Normed.forward is not W x \+ b, so that"):
+        undula.collapse(model, undula.LeastSquares(2, data))

@@ -18,6 +18,7 @@ from ..method import Factors, Layer, Method
 from ..methods.lora import LoRA
 from ..observe import Batch, batches, listening, live, run, still, wide, widened
 from ..padding import kept, of_outputs
+from ..sites import inner
 from .approximation import Approximation, Fit
 
 ROOM = "undula.collapse."  # names of adapters that are attached while measuring
@@ -54,7 +55,7 @@ def collapse(
     model and its adapter are left as they were: `attach` the result to use it.  Raises ValueError where nothing is
     there to measure the error by, TypeError or ValueError, naming the site, where `how` cannot serve a site.
     """
-    model, adapter = (None, what) if isinstance(what, Adapter) else (what, live(what, "collapsing"))
+    model, adapter = (None, what) if isinstance(what, Adapter) else (inner(what), live(what, "collapsing"))
     if model is None and (held_out is not None or evaluate is not None):
         raise TypeError("held_out and evaluate need a model: give the model with the adapter selected, not the adapter")
     if model is not None:

@@ -35,6 +35,7 @@ from ..choice import Choice
 from ..host import selected
 from ..method import Factors, Method
 from ..schedules import Schedule
+from ..sites import inner
 from .memory import correct_steps, finite_gradients
 
 Quality = Callable[[], float]  # of the model as it is, on fixed data, in evaluation mode: higher is better
@@ -104,7 +105,7 @@ class Course:
     finished = False
 
     def __init__(self, allocator: Allocator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
-        self.model, self.optimizer, self.steps = model, optimizer, steps
+        self.model, self.optimizer, self.steps = inner(model), optimizer, steps
         self.step = 0  # updates done
         odd = {s: m for s, m in selected(model).methods.items() if not allocator.serves(m)}
         if odd:

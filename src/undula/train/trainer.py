@@ -225,6 +225,8 @@ def trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # nn.DataParallel cannot copy an adapted model: several devices take several processes
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # so the Trainer asks whether adapters stand on a quantised model
     made = AdapterTrainer(

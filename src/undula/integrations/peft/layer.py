@@ -15,7 +15,7 @@ from ...merging import check_mergeable
 from ...method import Additive, Factors, Method
 from ...methods.sum import Sum
 from ...routing import Rows
-from ...sites import Conv1DView, LinearView, outline, view
+from ...sites import Conv1DView, LinearView, adapted, outline, view
 
 
 class Hosted(nn.Module):
@@ -92,6 +92,7 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
+        self.product = matrix("base_layer", base_layer).product  # see `LinearView.product`
         self.undula_factors: Any = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.kept: Any = ()  # the base's own weight, while merged: in a tuple, so that it is no parameter of this
@@ -115,6 +116,7 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
     def layer(self) -> Any:
         """The base layer as a matrix.  Never kept: offloading replaces its `forward` while the adapter lives."""
         base, layer = self.base_layer, matrix("base_layer", self.base_layer)
+        layer.product = self.product
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             layer.override = base.__call__
         return layer
@@ -147,16 +149,16 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self.check_together([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().set_adapter(adapter_names, inference_mode)
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+    def forward(self, *args: Any, rows: Rows | None = None, **named: Any) -> Tensor:
         if rows is not None:
-            return self.layer.kept(x, rows.forward(x, self.layer, {}))
+            return adapted(rows, self.layer, {}, args, named)
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [n for n in self.active_adapters if n in self]
         if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x)
+            return self.base_layer(*args, **named)
         method, factors = self.law(active)
-        return self.layer.kept(x, method.forward(x, self.layer, factors))
+        return adapted(method, self.layer, factors, args, named)
 
     def rows(self, names: Sequence[str]) -> Rows:
         """The law of a mixed batch: row i through the adapter names[i]."""
