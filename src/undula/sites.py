@@ -315,8 +315,8 @@ def check_product(name: str, layer: LinearView) -> None:
     """Raises TypeError where a layer's inputs and outputs tell nothing of its weight."""
     if not layer.product:
         raise TypeError(
-            f"{name}: {layer.call.__qualname__} is not W x + b, so that what goes in and comes out tells nothing of W. "
-            "Leave that layer out (`exclude`), or take a start or a fit that needs no data (Truncate, PiSSA)"
+            f"{name}: {layer.call.__qualname__} is not W x + b, which is needed here. Leave it out (`exclude`), "
+            "or take what works on weights alone (Truncate, the start PiSSA, LoRASC with noise=0)"
         )
 
 

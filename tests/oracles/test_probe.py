@@ -521,8 +521,8 @@ def test_what_learns_from_inputs_and_outputs_refuses_a_layer_that_is_no_product(
     """There u(x) = forward(x) - layer(x) is no dW x, and dL/dW no g x'."""
     model, data = nn.Sequential(OrderedDict(router=Normed(12, 12))), [torch.randn(3, 12)]
     probe = undula.Probe(data, loss=lambda model, batch: model(batch).square().sum())
-    with pytest.raises(TypeError, match=r"router: Normed.forward is not W x \+ b, so that"):
+    with pytest.raises(TypeError, match=r"router: Normed.forward is not W x \+ b, which is needed here"):
         undula.attach(model, undula.Centred(undula.LoRA(r=2), undula.starts.LoRAGA()), ["router"], probe=probe)
     undula.attach(model, undula.LoRA(r=2), ["router"])
-    with pytest.raises(TypeError, match=r"router: Normed.forward is not W x \+ b, so that"):
+    with pytest.raises(TypeError, match=r"router: Normed.forward is not W x \+ b, which is needed here"):
         undula.collapse(model, undula.LeastSquares(2, data))

@@ -21,7 +21,7 @@ from ..adapter import Adapter
 from ..host import host_of
 from ..kernels import frozen, reference
 from ..method import LowRank
-from ..sites import LinearView
+from ..sites import LinearView, check_product
 from .allocator import Allocator, Course, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 from .surgery import live_layers
@@ -70,6 +70,9 @@ class _LoRASC(Cycles):
         ]
         if allocator.noise and trained:
             raise ValueError(f"{trained[0]} trains in full: noise stands on copies of frozen weights; set noise=0")
+        if allocator.noise:
+            for path, layer in live_layers(self.model).items():
+                check_product(path, layer)
         self._noisy: dict[str, Tensor] = {}
         self._noisy_in = -1  # the cycle that they belong to
 
@@ -110,28 +113,18 @@ class _Noisy:
     """A layer with another matrix in the place of its own."""
 
     def __init__(self, clean: LinearView, W_OI: Tensor):
-        self.clean, self.module, self.override = clean, clean.module, clean.override
-        self.channel, self.plain, self.weight = clean.channel, clean.plain, W_OI
-
-    @property
-    def training(self) -> bool:
-        return self.clean.training
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.clean.bias
+        self.clean, self.plain, self.weight = clean, clean.plain, W_OI
 
     def __call__(self, x: Tensor) -> Tensor:
         return reference.reweighted(x, self.clean, self.weight)
 
-    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
-        return self.clean.project(x, M_KI)
+    def with_more(self, more: Any, named: Any) -> LinearView:
+        raise TypeError(f"{self.clean.call.__qualname__} is called with more than x: set noise=0 in LoRASC")
 
-    def kept(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.clean.kept(x, y)
-
-    def stays(self, W_OI: Tensor, new_OI: Tensor) -> Tensor:
-        return self.clean.stays(W_OI, new_OI)
+    def __getattr__(self, name: str) -> Any:
+        if name == "clean":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.clean, name)
 
 
 def normal(seed: int, key: tuple[frozen.Key, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
