@@ -242,8 +242,16 @@ def test_before_an_allocator_reaches_its_budget_nothing_is_chosen(text):
 
 def test_of_equal_points_the_last_is_kept():
     watch = Watch()
-    assert watched(watch, 0.5, steps=3, evaluations=3) == 3
+    assert watched(watch, [0.5] * 3, steps=3, evaluations=3) == 3
     assert (watch.kept, watch.best, len(watch.curve)) == (3, 0.5, 3)
+
+
+def test_points_before_the_budget_is_reached_are_not_chosen():
+    watch = Watch()
+    allocator = types.SimpleNamespace(counts_from=lambda steps, adapter: 7)
+    watched(watch, [0.9, 0.8, 0.9, 0.4, 0.6, 0.5], evaluations=6, allocator=allocator)
+    assert [step for step, _ in watch.curve] == [2, 4, 6, 8, 10, 12]
+    assert (watch.best, watch.kept) == (0.6, 2)
 
 
 def test_what_halving_compares_with_does_not_depend_on_who_runs_beside(text):
@@ -394,22 +402,23 @@ def test_successive_halving_prunes_the_hopeless(one, tmp_path, monkeypatch):
 
 
 class Given:
-    """A task whose figure is given."""
+    """A task whose figures are given."""
 
     more_is_better = True
 
-    def __init__(self, figure):
-        self.figure = figure
+    def __init__(self, figures):
+        self.figures = iter(figures)
 
     def choose(self, *_):
-        return self.figure
+        return next(self.figures)
 
 
-def watched(watch, figure, steps=12, evaluations=2):
-    """Leads a watch through a run whose figure is `figure` throughout, without a model; how many steps it came to."""
+def watched(watch, figures, steps=12, evaluations=2, allocator=None):
+    """Leads a watch through a run that comes to these figures, without a model; how many steps it came to.  What
+    is kept is how many points were."""
     kept = []
     adapter = types.SimpleNamespace(parameters=list, copy=lambda: kept.append(0) or len(kept))
-    run = types.SimpleNamespace(task=Given(figure), batch=1, allocator=None)
+    run = types.SimpleNamespace(task=Given(figures), batch=1, allocator=allocator)
     watch.begin(types.SimpleNamespace(adapter=adapter, run=run, model=None, held=None), evaluations)
     control = types.SimpleNamespace(should_training_stop=False)
     for step in range(1, steps + 1):
@@ -424,7 +433,7 @@ def test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off(one, tm
     figures = {(2, 1e-3): 0.6, (2, 1e-2): 0.9, (2, 1e-1): 0.7, (5, 1e-2): 0.5, (5, 1e-3): 0.8, (5, 1e-1): 0.9}
 
     def given(trial, watch, sources):
-        steps = watched(watch, figures.get((trial.run.seed, trial.run.lr), 0.5))
+        steps = watched(watch, [figures.get((trial.run.seed, trial.run.lr), 0.5)] * 2)
         return {"validation": watch.best, "curve": watch.curve, "pruned": watch.pruned, "steps": steps,
                 "wall_seconds": 1.0, "rows_digest": sources.digest(trial.rows, trial.split_seed)}  # fmt: skip
 
