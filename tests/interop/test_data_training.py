@@ -28,7 +28,7 @@ from undula.train.base import open_model
 from undula.train.conversation import tokens
 from undula.train.data import read_file, with_validation
 from undula.train.fit import prepare
-from undula.train.limits import positions, table_of
+from undula.train.limits import Cuts, positions, table_of
 from undula.train.outputs import order_of, with_head
 from undula.train.rows import rows_of
 
@@ -371,6 +371,16 @@ def test_tables_of_positions_are_what_the_model_can_take(name):
     model(input_ids=ids)
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         model(input_ids=torch.cat([ids, ids[:, :1]], 1))
+
+
+def test_of_cuts_the_longest_row_is_told():
+    """What is kept of a prompt depends on its completion, so the longest may keep less than others."""
+    cuts = Cuts()
+    for had, kept in ((30, 20), (50, 12), (40, 25)):
+        cuts.add("the prompt is cut", had, kept)
+    assert list(cuts.told(9, "train")) == [
+        "3 of 9 train rows: the prompt is cut (the longest has 50 tokens, 12 are kept)"
+    ]
 
 
 LONG = [{"text": f"good {'film ' * n}", "label": "ab"[n % 2]} for n in range(40)]

@@ -26,6 +26,7 @@ from undula.study.trial import Diverged, perform
 from undula.study.watch import Watch
 from undula.train import CausalLM, Classification, Run, restored
 from undula.train.doubts import doubts
+from undula.train.worries import diverged
 
 from ..support.courses import COURSES
 from . import tiny
@@ -151,6 +152,15 @@ def test_a_study_records_a_run_that_is_no_longer_finite_as_failed(usual):
     """Its first evaluation was finite, and would else be its result."""
     with pytest.raises(Diverged, match="not finite"):
         perform(study(usual, 1e-3), Poison())
+
+
+def test_losses_that_ran_away():
+    """Far above where they began, or above what guessing between two costs, whatever came before."""
+    far = {"before": {"loss": 0.8}, "after": {"loss": 3.0}}
+    assert "the loss went from 0.8 to 3" in diverged(far)
+    assert "the loss went from 1 to 2.5" in diverged({"losses": [[1, 1.0], [2, 0.5], [3, 2.5]]})
+    for first, last in ((0.8, 1.5), (0.01, 1.3), (3.0, 0.8)):
+        assert diverged({"before": {"loss": first}, "after": {"loss": last}}) is None
 
 
 def test_doubts():

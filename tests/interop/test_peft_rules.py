@@ -281,6 +281,11 @@ def test_groups_for_loraplus():
         assert {p.shape for p in fast["params"]} == {(32, 2)}
         assert len(slow["params"]) + len(fast["params"]) == len(trained(model))
         torch.optim.AdamW([slow, fast])
+    model = llama()
+    undula.attach(model, LoRA(r=2), ["q_proj"])
+    model.B = torch.nn.Parameter(torch.zeros(3))  # the model's own, and no factor
+    slow, fast = undula.loraplus_groups(model, lr=1e-3)
+    assert any(p is model.B for p in slow["params"])
     with pytest.raises(ValueError, match="nothing that trains in this model is one"):
         undula.loraplus_groups(hosted(undula.SHiRA(r=1), target_modules=["q_proj"]), lr=1e-3)
 

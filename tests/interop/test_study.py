@@ -451,6 +451,18 @@ def test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off(one, tm
     assert not any(o.pruned for o in again.outcomes)
 
 
+def test_a_rate_at_which_one_of_the_runs_failed_is_not_chosen(one):
+    """However good the others were: their mean would be that of the lucky seeds."""
+    shared = one.replace("extend = 0", "extend = 0\nseeds = [3, 4]")
+    (search,) = Plan(parse(shared)).searches
+    low, high = search.sweep(3e-3), search.sweep(1e-2)
+    done = {t.key: Record("done", 1, "w", 0.0, {"validation": v, "pruned": False}, None)
+            for t, v in ((low[0], 0.4), (low[1], 0.6), (high[0], 0.9))}  # fmt: skip
+    known = done | {high[1].key: Record("failed", 1, "w", 0.0, None, "Diverged")}
+    assert search.scores(known) == {3e-3: 0.5, 1e-2: None}
+    assert search.decision(known).chosen == 3e-3
+
+
 class Impatient:
     """Presses Ctrl-C at the second run."""
 

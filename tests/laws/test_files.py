@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import undula
-from undula.io import draft, files, native
+from undula.io import draft, files, native, tensorfile
 from undula.io.lora_config import STARTS, patterns
 
 from .test_laws import net, shake
@@ -411,6 +411,17 @@ def test_tensors_of_other_types_are_refused(which, export, dtype, tmp_path):
     save_file({**tensors, key: tensors[key].to(dtype)}, tmp_path / TENSORS)
     with pytest.raises(ValueError, match=r"torch\.|of the type 'C64'"):
         undula.Adapter.load(tmp_path)
+
+
+def test_a_bool_is_one_of_two_whatever_its_byte_says(tmp_path):
+    """Other bytes than 0 and 1 would make a True that is unlike itself."""
+    save_file({"mask": torch.tensor([True, False, True])}, tmp_path / "a.safetensors")
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(raw[:-3] + bytes([2, 0, 255]))
+    with open(tmp_path / "a.safetensors", "rb") as file:
+        found, _ = tensorfile.entries(file, "a")
+        mask = tensorfile.read(file, found, "a")["mask"]
+    assert mask.view(torch.uint8).tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("export", [False, True], ids=["own", "export"])

@@ -23,8 +23,8 @@ class Cuts:
     found: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def add(self, what: str, had: int, kept: int) -> None:
-        count, longest, least = self.found.get(what, (0, 0, kept))
-        self.found[what] = (count + 1, max(longest, had), max(least, kept))
+        count, longest, remained = self.found.get(what, (0, 0, 0))
+        self.found[what] = (count + 1, *max((longest, remained), (had, kept)))
 
     def told(self, rows: int, name: str) -> Iterator[str]:
         for what, (count, longest, kept) in self.found.items():
