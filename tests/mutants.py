@@ -45,6 +45,7 @@ ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_rank
 STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 SPARSE = "tests/oracles/test_sparse.py"
+OPTIONS, SETTINGS = "tests/laws/test_layer_options.py", "tests/laws/test_settings.py"
 LAYERS = "tests/interop/test_peft_layers.py"
 AGAIN, RULES = "tests/interop/test_peft_again.py", "tests/interop/test_peft_rules.py"
 
@@ -88,7 +89,16 @@ MUTANTS = [
     ("making.py", "dict(model.named_parameters(remove_duplicate=False))", "dict(model.named_parameters())", FILES + "::test_a_parameter_that_is_tied_may_be_held_in_full"),
     ("making.py", "check_theirs(path, odd.get(path), adapter.apart.get(path))", "pass", LAYERS),
     ("apart.py", "any(d != 1 and w for d, w in", "any(d > 2 and w for d, w in", LAYERS),
-    ("sites.py", "object.__new__(_unhidden(kind))", "object.__new__(kind)", "tests/laws/test_layer_options.py"),
+    ("sites.py", "return cls.__mro__[1] if", "return cls if", OPTIONS),
+    ("sites.py", "if layer.product and not more and not named:", "if not more and not named:", OPTIONS),
+    ("sites.py", "layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype), layer.bias)",
+     "layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype))", OPTIONS),
+    ("sites.py", "for scale in (1, 1000):", "for scale in (1e-6,):", OPTIONS),
+    ("routing.py", "self._kept is None or self._kept[0] != now", "self._kept is None", SETTINGS),
+    ("making.py", "first if first is t or torch.equal(first, t) else t", "t", SETTINGS),
+    ("merging.py", "if len(held) > 2:", "if False:", SETTINGS),
+    ("merging.py", "c.tie_word_embeddings = False", "pass", SETTINGS),
+    ("host.py", "layer.override is not None and threading.get_ident() in layer.inside", "False", "tests/laws/test_host.py"),
     ("integrations/peft/storing.py", "hosted.method.check(site(at, layer.layer), tensors)", "pass",
      "tests/interop/test_peft_disk.py"),
     ("train/restored.py", "and not same_base(own, base)", "and False", "tests/interop/test_verbs.py"),
