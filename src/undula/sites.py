@@ -520,10 +520,11 @@ def _nothing(pattern: str, names: list[str], option: str = "where") -> str:
 
 
 def _body(model: nn.Module) -> set[str]:
-    """Names of modules in the body: Hugging Face models name their body, what stands outside is a head."""
+    """Names of modules in the body: Hugging Face models name their body, what stands outside is a head; others have
+    what they return as their output embeddings or, as timm's models, as their classifier."""
     prefix = getattr(model, "base_model_prefix", "")
-    inner = getattr(model, prefix, None) if prefix else None
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = output()
-    inside = isinstance(inner, nn.Module)
-    return {n for n, m in model.named_modules() if m is not head and (not inside or n.startswith(prefix + "."))}
+    body = getattr(model, prefix, None) if prefix else None
+    inside = isinstance(body, nn.Module)
+    heads = [getattr(model, f"get_{what}", lambda: None)() for what in ("output_embeddings", "classifier")]
+    heads = [h for head in heads for h in (head if isinstance(head, tuple | list) else [head])]
+    return {n for n, m in model.named_modules() if m not in heads and (not inside or n.startswith(prefix + "."))}

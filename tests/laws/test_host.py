@@ -88,6 +88,23 @@ def test_leaving_out(where, exclude, found):
     assert list(undula.attach(Model(), LoRA(r=2), where, exclude=exclude).factors) == ["body." + n for n in found]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_classifier_is_no_part_of_the_body(several):
+    """Models of timm tell theirs, or theirs: one with a body of convolutions has no linear layer beside."""
+
+    class Backbone(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body, self.head = body, nn.Linear(8, 5)
+
+        def get_classifier(self):
+            return (self.head, nn.Identity()) if several else self.head
+
+    assert list(undula.attach(Backbone(nn.Linear(8, 8)), LoRA(r=2)).factors) == ["body"]
+    with pytest.raises(LookupError, match="where='all-linear' matches none of the 2 layers"):
+        undula.attach(Backbone(nn.Conv2d(3, 8, 3)), LoRA(r=2))
+
+
 def test_leaving_out_nothing_or_everything_is_an_error():
     model = Model()
     with pytest.raises(LookupError, match=r"exclude='k_proj' matches none of the 6 layers"):
