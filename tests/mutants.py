@@ -81,7 +81,7 @@ MUTANTS = [
     ("routing.py", "self.order = None if order == list(range(self.count)) else", "self.order = None if True else", GROUPS),
     ("routing.py", "self._kept = None\n            return", "return", LAWS + "::test_rows_follow_training"),
     ("sites.py", "return bases.dense(self.module).flatten(1)", "return bases.dense(self.module).transpose(0, 1).flatten(1)", WEIGHT + " -k conv-LoRA"),
-    ("sites.py", "inside = isinstance(inner, nn.Module)", "inside = False", "tests/laws/test_host.py"),
+    ("where.py", "inside = isinstance(body, nn.Module)", "inside = False", "tests/laws/test_host.py"),
     ("host.py", "model.requires_grad_(False)", "pass", LAWS + "::test_only_the_declared_factors_train -k 'LoRA and not TensLoRA'"),
     ("host.py", "p.requires_grad_(True)", "pass", "tests/laws/test_host.py"),
     ("merging.py", "return float(lost / change)", "return 0.0", "tests/laws/test_host.py"),

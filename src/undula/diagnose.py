@@ -38,7 +38,8 @@ from .methods.aurora import AuroRA, AuroRAStatic
 from .methods.loran import LoRAN
 from .observe import Batch, batches, listening, live, still
 from .padding import kept
-from .sites import inner, view
+from .sites import view
+from .where import inner
 
 SHOWN = 16  # singular values in a row
 STABLE = 0.5  # a w |u|

@@ -24,7 +24,8 @@ from .making import check_what, fitted, fresh
 from .method import Factors, Method
 from .routing import Rows
 from .saving import guard, unguard
-from .sites import LinearView, Where, adapted, inner, view
+from .sites import LinearView, adapted, view
+from .where import Where, inner
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -228,7 +229,7 @@ def attach(
 ) -> Adapter:
     """Puts a new adapter of the method `what` (or an existing Adapter) on `model` and selects it.
 
-    Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `sites.choose`;
+    Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `where.choose`;
     "all-linear" where nothing is said), `exclude` leaves some of them out;
     `overrides` gives other methods to the layers that match a pattern, the first match counts; `full` names parameters
     or modules to train in full beside them (a new classification head); `probe` tells gradients and activations to

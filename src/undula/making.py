@@ -18,7 +18,8 @@ from .method import Additive, Evidence, Factors, LowRank, Method, NoEvidence, Re
 from .methods.dora import DoRA
 from .methods.dropout import bare
 from .methods.lora import LoRA
-from .sites import LinearView, Where, aliases, choose, matches, outline, site, views
+from .sites import LinearView, outline, site
+from .where import Where, aliases, choose, matches, views
 
 if TYPE_CHECKING:
     from .probe import Probe

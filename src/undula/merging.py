@@ -13,7 +13,8 @@ from .adapter import Adapter
 from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
 from .method import Method, Reweight
 from .saving import unguard
-from .sites import LinearView, check_writable, inner
+from .sites import LinearView, check_writable
+from .where import inner
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from .masters import Cast
 from .masters import wide as master_type
 from .method import Factors, Layer, Method
 from .padding import watching
-from .sites import check_product, inner
+from .sites import check_product
+from .where import inner
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 Hear = Callable[[str, Layer, Tensor, Tensor, Tensor | None], None]  # (site, layer, x, u, flat mask of its positions)

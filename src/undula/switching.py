@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from . import bases
 from .adapter import Adapter
 from .method import Additive, Factors, Method
-from .sites import LinearView, check_writable, inner, view
+from .sites import LinearView, check_writable, view
+from .where import inner
 
 
 @runtime_checkable

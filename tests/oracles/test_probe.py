@@ -18,8 +18,9 @@ import undula
 from tests.interop.test_quantised import BASES
 from undula import Centred, LoRA, Probe, bases
 from undula.probe import weight_gradient
-from undula.sites import choose, site
+from undula.sites import site
 from undula.starts import EVA, LoRAGA, Start
+from undula.where import choose
 
 
 @pytest.fixture(autouse=True)
@@ -484,7 +485,7 @@ PEAK = """
 import resource, sys, torch
 from torch import nn
 import undula
-from undula.sites import choose
+from undula.where import choose
 
 def peak():
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM")) / 1024

@@ -12,7 +12,7 @@ from torch import nn
 import undula
 from undula.method import Method
 from undula.options import build_from
-from undula.sites import choose, site
+from undula.sites import site
 from undula.study import Faults, read, spec
 from undula.study.alive import LOOK, SILENCE, Owner, Watchman, birth
 from undula.study.executors import Ray
@@ -24,6 +24,7 @@ from undula.study.spec import Rows
 from undula.study.store import Store
 from undula.study.trial import Trial
 from undula.train.task import Task
+from undula.where import choose
 
 GRID = (1e-3, 1e-2)
 

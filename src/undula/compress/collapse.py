@@ -18,7 +18,7 @@ from ..method import Factors, Layer, Method
 from ..methods.lora import LoRA
 from ..observe import Batch, batches, listening, live, run, still, wide, widened
 from ..padding import kept, of_outputs
-from ..sites import inner
+from ..where import inner
 from .approximation import Approximation, Fit
 
 ROOM = "undula.collapse."  # names of adapters that are attached while measuring

@@ -35,7 +35,7 @@ from ..choice import Choice
 from ..host import selected
 from ..method import Factors, Method
 from ..schedules import Schedule
-from ..sites import inner
+from ..where import inner
 from .memory import correct_steps, finite_gradients
 
 Quality = Callable[[], float]  # of the model as it is, on fixed data, in evaluation mode: higher is better

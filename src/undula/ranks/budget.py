@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..methods.gated import GatedLoRA
-from ..sites import matches
+from ..where import matches
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, spread
 

@@ -7,10 +7,11 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..sites import choose, site
+from ..sites import site
 from ..train.base import model_folder, open_model, quiet
 from ..train.run import dtype_called
 from ..train.task import Task
+from ..where import choose
 from . import splits
 from .sizes import Shapes
 from .spec import Base, Rows, Study

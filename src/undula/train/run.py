@@ -42,7 +42,7 @@ class Run:
     task: Task
     method: Method | None
     out: Path
-    where: str | tuple[str, ...] = "all-linear"  # see sites.choose
+    where: str | tuple[str, ...] = "all-linear"  # see where.choose
     overrides: Mapping[str, Method] = field(default_factory=dict)  # other methods by pattern, see attach
     allocator: Allocator | None = None  # who gets how much rank, when
     full: tuple[str, ...] = ()  # parameters to train in full besides the task's head

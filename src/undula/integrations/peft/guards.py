@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ...host import never_called
-from ...sites import READ, barriers
+from ...where import READ, barriers
 
 
 def check_called(model: nn.Module, sites: Iterable[str]) -> None:

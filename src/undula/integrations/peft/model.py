@@ -19,7 +19,8 @@ from torch import nn
 from ... import bases
 from ...io import files, native
 from ...merging import check_mergeable
-from ...sites import EmbeddingView, LinearView, aliases, check_writable, view
+from ...sites import EmbeddingView, LinearView, check_writable, view
+from ...where import aliases
 from . import starting, storing
 from .config import UndulaConfig
 from .guards import check_called, keep_slow
