@@ -36,6 +36,7 @@ class Adapter:
     apart: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "full", dict(self.full))  # of its own: a live one's is read in the model
         if not set(self.methods) == set(self.factors) == set(self.shapes):
             odd = sorted(set(self.methods) ^ set(self.factors) | set(self.methods) ^ set(self.shapes))
             raise ValueError(f"methods, factors and shapes name different sites: {', '.join(odd[:5])}")
@@ -132,10 +133,13 @@ class Adapter:
 
     def save(self, path: str | Path, base: str | None = None, task: str | None = None) -> None:
         """Writes a PEFT adapter directory (see `undula.io.native.save`); `base` and `task` are for its readers, and
-        default to what `about` says."""
+        default to what `about` says.  Shards (FSDP2) are gathered: all processes call this, the first writes."""
         from .io.native import save
+        from .sharded import gathered, writes
 
-        save(self, path, base, task)
+        whole = gathered(self)
+        if writes(self):
+            save(whole, path, base, task)
 
     @staticmethod
     def load(path: str | Path) -> Adapter:

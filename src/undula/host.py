@@ -11,7 +11,7 @@ import contextlib
 import gc
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from .making import check_what, fitted, fresh
 from .method import Factors, Method
 from .routing import Rows
 from .saving import guard, unguard
+from .sharded import is_fsdp
 from .sites import LinearView, adapted, view
 from .where import Where, inner
 
@@ -42,7 +43,7 @@ class Slot(nn.Module):
         super().__init__()
         self.method, self.layer = method, layer
         layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
-        self._parameters.update(factors)  # type: ignore[arg-type]
+        self._parameters = factors  # type: ignore[assignment]  # the adapter's own: what replaces parameters here (FSDP2) replaces them there
         # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
         # calls its layers in evaluation too, and does not compute from their weights past the adapter.
         self.register_forward_hook(never_called)
@@ -145,6 +146,7 @@ class Host:
     merged: dict[str, nn.Parameter] | None = None  # the base's own weights, while merged
     untied: list[Any] = field(default_factory=list)  # configurations that said "tied", see `merging.untie`
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
+    placed: dict[str, Tensor] = field(default_factory=dict)  # what was put in their places
     thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
     nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `_unnest`
     names: tuple[str | None, ...] | None = None  # of the rows, within `rows`
@@ -182,15 +184,13 @@ def _check_live(model: nn.Module, host: Host) -> None:
         return
     adapter = host.adapters[host.selected]
     modules = dict(model.named_modules(remove_duplicate=False))
-    for slot, (path, f) in zip(host.slots, adapter.factors.items(), strict=True):
+    for slot, path in zip(host.slots, adapter.factors, strict=True):
         module, layer = modules.get(path), slot.layer
         if module is not layer.module or module._modules.get("undula") is not slot:
             raise RuntimeError(_replaced(path, "the layer is another one now"))
-        if any(slot._parameters.get(k) is not t for k, t in f.items()):
-            raise RuntimeError(_replaced(path, "its factors are others now"))
         _check_shape(path, layer, adapter)
-    for path, p in adapter.full.items():
-        if parameter(model, path) is not p:
+    for path, put in () if is_fsdp(model) else host.placed.items():
+        if parameter(model, path) is not put:
             raise RuntimeError(_replaced(path, "the parameter is another one now"))
 
 
@@ -319,6 +319,11 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
         adapter = _named(model, name)[1]
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before selecting")
+    if is_fsdp(model):
+        raise RuntimeError(
+            "this model is sharded (fully_shard): which adapter is live cannot change any more. Attach and select "
+            "before fully_shard; adapter.save gathers what was trained"
+        )
     if name is not None and host.slots:
         _check_live(model, host)
     _clear(model, host)
@@ -330,7 +335,8 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
         _check_shape(path, layer, adapter)
     host.selected = name
     for path, p in adapter.full.items():
-        host.own[path] = stand_in(model, path, p)
+        host.own[path], host.placed[path] = stand_in(model, path, p), p
+    object.__setattr__(adapter, "full", InPlace(model, adapter.full))
     for path, f in adapter.factors.items():
         layer = layers[path]
         for t in f.values():
@@ -349,11 +355,32 @@ def change(model: nn.Module, site: str, method: Method, factors: Factors) -> Non
     if site not in adapter.factors:
         raise LookupError(f"the adapter has no site {site!r}; it has: {', '.join(adapter.factors)}")
     slot = next(s for s, path in zip(host.slots, adapter.factors, strict=True) if path == site)
-    live = {k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()}
+    live: dict[str, Any] = {
+        k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()
+    }
     adapter.methods[site], adapter.factors[site] = method, live  # type: ignore[index]
-    slot.method = method
-    slot._parameters.clear()
-    slot._parameters.update(live)
+    slot.method, slot._parameters = method, live
+
+
+class InPlace(Mapping[str, Tensor]):
+    """What trains in full, read where it stands in the model: whatever replaces parameters (FSDP2) replaces these."""
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]):
+        parts = {path: path.rpartition(".") for path in paths}
+        self.owners = {path: (model.get_submodule(parent), leaf) for path, (parent, _, leaf) in parts.items()}
+
+    def __getitem__(self, path: str) -> Tensor:
+        owner, leaf = self.owners[path]
+        return owner._parameters[leaf]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.owners)
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
 
 
 def _layer(model: nn.Module, path: str) -> LinearView:
@@ -393,14 +420,15 @@ def _clear(model: nn.Module, host: Host) -> None:
     unguard(model)
     for slot in host.slots:
         take(slot)
-    full: Mapping[str, Tensor] = host.adapters[host.selected].full if host.selected in host.adapters else {}
     for path, p in host.own.items():
         parent, _, leaf = path.rpartition(".")
-        if parameter(model, path) is full.get(path):  # a parameter that was put there since then stays
+        if parameter(model, path) is host.placed[path]:  # a parameter that was put there since then stays
             masters.narrow(model.get_submodule(parent), leaf)
             exchange(model, path, p)
+    if host.selected in host.adapters:
+        object.__setattr__(host.adapters[host.selected], "full", dict(host.placed))
     nest(host)
-    host.slots, host.own = [], {}
+    host.slots, host.own, host.placed = [], {}, {}
 
 
 def nest(host: Host) -> None:

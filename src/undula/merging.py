@@ -13,6 +13,7 @@ from .adapter import Adapter
 from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
 from .method import Method, Reweight
 from .saving import unguard
+from .sharded import check_whole
 from .sites import LinearView, check_writable
 from .where import inner
 
@@ -38,6 +39,7 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
 
 def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[str, float]:
     check_mergeable(adapter.methods)
+    check_whole((*(t for _, _, t in adapter.tensors()), *(s.layer.module.weight for s in host.slots)), "merging")
     for slot, path in zip(host.slots, adapter.factors, strict=True):
         check_writable(path, slot.layer)
     errors: dict[str, float] = {}
@@ -61,6 +63,7 @@ def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[s
         thawed = {id(p) for p in host.thawed}
         for p in (*host.thawed, *(weights[path] for path, p in own.items() if id(p) in thawed)):
             p.requires_grad_(True)
+        object.__setattr__(adapter, "full", dict(adapter.full))  # its own again
         settle(model, adapter.full, host.own)
         del model.__dict__["_undula"]
     host.untied = untie(model)

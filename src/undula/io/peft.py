@@ -17,6 +17,7 @@ from ..making import check_shapes
 from ..method import LowRank, Method
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA, RankStabilised
+from ..sharded import check_whole
 from ..sites import outline
 from . import files, lora_config
 from .lora_config import about
@@ -58,6 +59,7 @@ def lora_state(adapter: Adapter, base: str | None, task: str | None) -> tuple[di
             f"{method!r} at {site} ({len(below)} such sites) stands on the rung {method.rung()}: it is no LoRA. "
             "undula.collapse makes one and reports the error"
         )
+    check_whole(adapter.parameters(), "exporting")
     _check_same(adapter)
     inside = [n for n in adapter.full if n.rpartition(".")[0] in adapter.factors]
     if inside:

@@ -35,6 +35,7 @@ from ..choice import Choice
 from ..host import selected
 from ..method import Factors, Method
 from ..schedules import Schedule
+from ..sharded import check_whole
 from ..where import inner
 from .memory import correct_steps, finite_gradients
 
@@ -107,6 +108,7 @@ class Course:
     def __init__(self, allocator: Allocator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         self.model, self.optimizer, self.steps = inner(model), optimizer, steps
         self.step = 0  # updates done
+        check_whole(selected(model).parameters(), type(allocator).__name__)
         odd = {s: m for s, m in selected(model).methods.items() if not allocator.serves(m)}
         if odd:
             site, method = next(iter(odd.items()))
