@@ -80,6 +80,25 @@ def test_a_file_of_two_parts_needs_a_name(tmp_path):
     assert set(undula.io.load_diffusers(tmp_path, "unet").factors) == set(adapter.factors)
 
 
+def test_each_part_of_a_file_has_its_own_configuration(tmp_path):
+    """The numbers of a file and the scales of its metadata, part by part."""
+    other = undula.attach(network(), undula.LoRA(r=2, alpha=9.0), ["to_q"])
+    shaken = {"unet": adapted()[1], "text_encoder": other}
+    nn.init.normal_(other.factors["down_blocks.to_q"]["B"])
+    tensors, told = {}, {}
+    for part, adapter in shaken.items():
+        undula.io.export_diffusers(adapter, tmp_path / part, part)
+        tensors |= load_file(tmp_path / part / WEIGHTS)
+        with safe_open(tmp_path / part / WEIGHTS, "pt") as file:
+            told |= json.loads(file.metadata()[METADATA])
+    save_file(tensors, tmp_path / WEIGHTS, {METADATA: json.dumps(told)})
+    for part, adapter in shaken.items():
+        found = undula.io.load_diffusers(tmp_path, part)
+        assert set(found.factors) == set(adapter.factors)
+        for site in adapter.factors:
+            torch.testing.assert_close(found.delta(site), adapter.delta(site))
+
+
 @pytest.mark.parametrize("key", ["lora_unet_down_blocks.lora_down.weight", "unet.a.processor.to_q_lora.down.weight"])
 def test_older_forms_are_refused_with_the_way_out(key, tmp_path):
     save_file({key: torch.ones(2, 2)}, tmp_path / WEIGHTS)

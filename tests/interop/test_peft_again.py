@@ -189,6 +189,17 @@ def test_factors_on_the_meta_device_are_told_of(method, tmp_path):
     assert {p.device.type for n, p in injected.named_parameters() if ".default." in n} == {"meta"}
 
 
+def test_tensors_of_a_narrow_file_train_wide(tmp_path):
+    """Put in the place of those on the meta device they become what these would have been."""
+    model = made(LoRA(r=2))
+    shake(trained(model).values())
+    model.save_pretrained(tmp_path)
+    narrow = {k: t.bfloat16() for k, t in peft.utils.save_and_load.load_peft_weights(str(tmp_path), "cpu").items()}
+    empty = peft.get_peft_model(llama(), undula.peft_config(LoRA(r=2), TARGETS), low_cpu_mem_usage=True)
+    peft.set_peft_model_state_dict(empty, narrow, low_cpu_mem_usage=True)
+    assert {p.dtype for p in trained(empty).values()} == {torch.float32}
+
+
 def test_a_cell_that_runs_twice():
     """`get_peft_model` on the model that it has changed: PEFT warns and goes on, with a new adapter."""
     base, x = llama(), tokens()
