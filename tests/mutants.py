@@ -48,6 +48,15 @@ SPARSE = "tests/oracles/test_sparse.py"
 OPTIONS, SETTINGS = "tests/laws/test_layer_options.py", "tests/laws/test_settings.py"
 LAYERS = "tests/interop/test_peft_layers.py"
 AGAIN, RULES = "tests/interop/test_peft_again.py", "tests/interop/test_peft_rules.py"
+FROZEN = "tests/oracles/test_frozen.py"
+TENSOR = "tests/oracles/test_tensor.py"
+RESTARTS = "tests/oracles/test_restarts.py"
+COURSES = "tests/oracles/test_courses.py"
+PADDING = "tests/oracles/test_padding.py"
+DATA = "tests/interop/test_data_training.py"
+MASTERS = "tests/laws/test_masters.py"
+DIFFUSERS = "tests/interop/test_diffusers.py"
+HONEST = "tests/interop/test_honest_training.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -199,6 +208,48 @@ MUTANTS = [
     ("kernels/svd.py", "k = r + max(r, oversample)", "k = r + oversample", COLLAPSE),
     ("probe.py", "if n == name or has_directions(layer)", "if True", PROBE),
     ("probe.py", "p.requires_grad_(True)", "pass", PROBE),
+    ("methods/unilora.py", "first = site.once((*self._of_all(site), \"starts\"), starts)[site.name]", "first = 0 * site.once((*self._of_all(site), \"starts\"), starts)[site.name]", FROZEN + "::test_unilora_is_an_isometry"),
+    ("methods/unilora.py", "index.split([r * I, r * O])\n        return {\"scale\": scale_d, \"index_A\": index_A.view(r, I).clone(), \"index_B\": index_B.view(O, r)", "index.split([r * I, r * O])\n        return {\"scale\": scale_d, \"index_A\": index_A.view(r, I).clone(), \"index_B\": index_B.view(r, O).T", FROZEN + "::test_unilora_is_pefts"),
+    ("methods/tera.py", "start = 0.0 if name == \"d1\" else self.d", "start = 0.0 if name == \"d1\" else 1.0", FROZEN + "::test_teras_diagonals_start_where_d_says_but_the_first"),
+    ("methods/tera.py", "bound=math.sqrt(3 / columns)", "bound=math.sqrt(1 / columns)", FROZEN + "::test_tera_shares_its_frozen_factors"),
+    ("methods/lorta.py", "of=(\"K\", here.kind)", "of=(\"K\",)", TENSOR + "::test_lorta_counts"),
+    ("methods/lorta.py", "return split_ER, A_DR.T", "return split_ER.flip(0), A_DR.T", TENSOR + "::test_lorta_turned_round"),
+    ("methods/blocklora.py", "alpha=self.width * self.scaling(self.r, self.alpha)", "alpha=self.alpha", TENSOR + "::test_merged_up_is_the_same_update"),
+    ("methods/nola.py", "/ math.sqrt(self.l)", "/ math.sqrt(self.k)", FROZEN + "::test_nola_mixes_the_materialised_bases"),
+    ("methods/vera.py", "once(\"B\", O, (O, r), r)", "once(\"B\", O, (O, r), O)", FROZEN + "::test_vera_shares_one_basis_per_size"),
+    ("methods/loraxs.py", "(V_IR * s_R).T", "V_IR.T", FROZEN + "::test_lora_xs_trains_between_singular_vectors"),
+    ("methods/tenslora.py", "if stacked.depth or p.layer == here.layer", "if True", TENSOR + "::test_what_is_drawn_together_is_what_there_is"),
+    ("methods/_stacks.py", "\".\".join([*parts[:i], \"*\", *parts[i + 1 :]])", "\".\".join(parts[i + 1 :])", TENSOR + "::test_places"),
+    ("methods/restarted.py", "return self._layer.weight + B_OK @ A_KI", "return self._layer.weight", RESTARTS + "::test_a_layer_with_a_past_is_one_layer"),
+    ("starts/orthogonal.py", "return site.zeros(O, r), Q_IR.T.contiguous()", "return site.zeros(O, r), Q_IR.T.contiguous() / s", STARTS + "::test_orthogonal"),
+    ("starts/pissa.py", "svd.halves(U_OR, s_R / s, V_IR)", "svd.halves(U_OR, s_R, V_IR)", STARTS + "::test_pissa_is_the_best_approximation_of_w"),
+    ("ranks/memory.py", "if BEGAN in state and p.grad is not None:", "if BEGAN in state:", COURSES + "::test_where_the_optimiser_made_no_step_there_is_nothing_to_correct"),
+    ("ranks/memory.py", "state.get(\"max_exp_avg_sq\", state[\"exp_avg_sq\"])", "state[\"exp_avg_sq\"]", COURSES + "::test_entries_that_begin_again_step_as_a_new_optimiser_would"),
+    ("masters.py", "return dtype if dtype == torch.float64 else torch.float32", "return torch.float32", MASTERS),
+    ("masters.py", "self.undula_types = {leaf: fn(torch.empty(0, dtype=t)).dtype for leaf, t in self.undula_types.items()}", "pass", MASTERS),
+    ("padding.py", "return mask.T.reshape(-1) if positions == mask.T.shape else None", "return mask.reshape(-1) if positions == mask.T.shape else None", PADDING),
+    ("padding.py", "target = labels != IGNORED", "target = labels >= IGNORED", PADDING),
+    ("groups.py", "parts[-1].rpartition(\"_\")[2] == \"B\" and any(mark in parts for mark in MARKS)", "parts[-1] == \"B\" and any(mark in parts for mark in MARKS)", RULES + "::test_groups_for_loraplus"),
+    ("groups.py", "and any(mark in parts for mark in MARKS)", "and True", RULES + "::test_groups_for_loraplus"),
+    ("io/diffusers.py", "\"rank_pattern\": ranks, \"alpha_pattern\": ranks,", "\"rank_pattern\": ranks,", DIFFUSERS + "::test_what_is_written_is_read"),
+    ("io/diffusers.py", "for k, v in told.items() if k.startswith(prefix)", "for k, v in told.items()", DIFFUSERS + "::test_each_part_of_a_file_has_its_own_configuration"),
+    ("io/tensorfile.py", "return torch.frombuffer(raw, dtype=torch.uint8).view(entry.shape).ne(0)", "return torch.frombuffer(raw, dtype=torch.bool).view(entry.shape)", FILES + "::test_a_bool_is_one_of_two_whatever_its_byte_says"),
+    ("io/draft.py", "os.chmod(self.name, stat.S_IMODE(os.stat(path).st_mode))", "pass", FILES + "::test_modes_follow_the_umask_and_the_user"),
+    ("io/whole.py", "if lock is None or (lock == NO_LOCKS", "if (lock == NO_LOCKS", "tests/interop/test_verbs.py::test_folders_of_living_processes_are_left_alone"),
+    ("observe.py", "module.training = training", "pass", COLLAPSE + " -k 'training or mode or left or eval'"),
+    ("observe.py", "known = _Known(layer, y.to(wide))", "known = _Known(layer, layer(x))", COLLAPSE + " -k 'bf16 or narrow or half'"),
+    ("switching.py", "if len(owners) > 1:", "if False:", SPARSE + " -k 'switch or share'"),
+    ("train/limits.py", "(0 if module.padding_idx is None else module.padding_idx + 1)", "0", DATA + "::test_tables_of_positions_are_what_the_model_can_take"),
+    ("train/limits.py", "*max((longest, remained), (had, kept))", "had, kept", DATA + "::test_of_cuts_the_longest_row_is_told"),
+    ("train/conversation.py", "learned += [own and at < kept for at in range(len(made))]", "learned += [own for at in range(len(made))]", DATA + "::test_what_a_template_puts_behind_a_turns_end_is_not_learned"),
+    ("train/outputs.py", "p.copy_(p.index_select(dim, torch.tensor(order, device=p.device)))", "pass", DATA + "::test_outputs_are_found_whatever_else_stands_outside_the_body"),
+    ("train/rows.py", "labels = [order[i] for i in rows[\"label\"][:]]", "labels = [order.index(i) for i in rows[\"label\"][:]]", DATA + " -k 'keeps_its_classes and five'"),
+    ("train/doubts.py", "last > RISEN * first + MARGIN", "last < RISEN * first - MARGIN", HONEST + "::test_doubts"),
+    ("train/worries.py", "last > RAN_AWAY * max(first, math.log(2))", "last > RAN_AWAY * max(first, 1000)", HONEST + "::test_losses_that_ran_away"),
+    ("study/rates.py", "(sign * alive[lr], -lr)", "(sign * alive[lr], lr)", CHOICES + "::test_of_equal_scores_the_lower_rate_wins"),
+    ("study/cell.py", "scores[lr] = fmean(values) if len(values) == len(records) else None", "scores[lr] = fmean(values) if values else None", "tests/interop/test_study.py::test_a_rate_at_which_one_of_the_runs_failed_is_not_chosen"),
+    ("integrations/peft/storing.py", "nn.Parameter(t.to(p.dtype, copy=True), p.requires_grad)", "nn.Parameter(t.to(copy=True), p.requires_grad)", AGAIN + "::test_tensors_of_a_narrow_file_train_wide"),
+    ("integrations/peft/starting.py", "if c is given or (given.origin is not None and c.origin == given.origin):", "if c is given:", AGAIN + "::test_a_configuration_used_again_starts_an_adapter -k copy-LoRA"),
 ]  # fmt: skip
 
 

@@ -517,6 +517,17 @@ def test_the_last_turn_ends_where_the_template_does_not_say(tmp_path):
     assert tokenizer.decode([i for i, mine in zip(ids, own, strict=True) if mine]).split() == ["bad", "and", "[SEP]"]
 
 
+def test_what_a_template_puts_behind_a_turns_end_is_not_learned(tmp_path):
+    """A line's end, as many have it: a model that has ended its turn is not asked for more."""
+    tokenizer = tiny.tokenizer(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} [SEP] and {% endfor %}"
+    turns = [("user", "good"), ("assistant", "bad"), ("user", "fine"), ("assistant", "sad")]
+    ids, own = tokens([{"role": who, "content": said} for who, said in turns], tokenizer)
+    assert " ".join(tokenizer.decode(ids).split()) == "good [SEP] and bad [SEP] and fine [SEP] and sad [SEP]"
+    learned = [i for i, mine in zip(ids, own, strict=True) if mine]
+    assert " ".join(tokenizer.decode(learned).split()) == "bad [SEP] sad [SEP]"
+
+
 BAD_CHATS = {
     "role": ([{"role": "wizard", "content": "a"}], r"line 1 \(message 1 has the role 'wizard'"),
     "content": ([{"role": "user", "content": ["a"]}], r"message 1 has the content \['a'\]"),
