@@ -42,6 +42,22 @@ def run_of(model, data, out, task=None, **changes):
     return Run(model=str(model), data=str(data), task=task or Classification(), out=out, **(usual | changes))
 
 
+def test_a_tokenizer_beside_an_adapter_agrees_with_the_base(tmp_path):
+    """The one that somebody's trainer saved with the adapter pads and cuts as the base takes it, as the base's does."""
+    base, out = tiny.llama(tmp_path / "base"), tmp_path / "theirs"
+    model = LlamaForCausalLM.from_pretrained(base)
+    undula.attach(model, undula.LoRA(r=1), "q_proj").save(out, base=base, task="CAUSAL_LM")
+    theirs = tiny.tokenizer(out)
+    theirs.pad_token = None
+    theirs.save_pretrained(out)
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n{"text": "the film was good"}\n')
+    opened = undula.train.restored(out)
+    pad = opened.processor.pad_token_id
+    assert pad == opened.processor.eos_token_id == opened.model.config.pad_token_id
+    assert opened.processor.model_max_length == opened.model.config.max_position_embeddings
+    assert opened.score(str(tmp_path / "rows.jsonl"))["loss"] > 0
+
+
 # The base's own classes
 
 

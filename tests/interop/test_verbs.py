@@ -299,6 +299,44 @@ def test_an_export_opens_with_peft_and_transformers_alone(lora, bert, tmp_path):
         torch.testing.assert_close(by_transformers.eval()(input_ids=IDS).logits, want)
 
 
+@pytest.mark.parametrize("pad", ["[UNK]", None])
+def test_an_export_pads_as_the_training_did(pad, data, tmp_path):
+    """A decoder's head reads the last token that is no padding: the base's configuration says another, or none."""
+    from transformers import AutoTokenizer
+
+    base, path, out = tiny.llama(tmp_path / "base"), tmp_path / "run", tmp_path / "plain"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(base)
+    config = config_of(tmp_path / "base", "config.json") | ({} if pad else {"pad_token_id": None})
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    left(path, base, data, undula.LoRA(r=2), ("q_proj", "v_proj"))
+    call("export", path, "--out", out)
+    lines = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    room = {}
+    exec(lines.replace('"plain"', repr(str(out))), room)
+    texts = ["the film was very good", "bad"]
+    batch = AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    opened = undula.train.restored(path)
+    with torch.no_grad():
+        got = room["model"].eval()(**batch).logits
+        ids = [opened.processor(text, return_tensors="pt")["input_ids"] for text in texts]
+        want = torch.cat([opened.model.eval()(input_ids=i).logits for i in ids])  # each alone: nothing is padded
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_keeps_the_tokenizer_that_came_with_the_adapter(elsewhere, tmp_path):
+    """As `eval` and `merge` do: the adapter was trained with that one."""
+    from transformers import AutoTokenizer
+
+    path = shutil.copytree(elsewhere[0], tmp_path / "theirs")
+    own = tiny.tokenizer(tmp_path / "own")
+    own.add_tokens(["newly"])
+    own.save_pretrained(path)
+    call("export", path, "--out", tmp_path / "o")
+    assert "newly" in AutoTokenizer.from_pretrained(tmp_path / "o").get_vocab()
+
+
 def test_an_export_of_a_language_model_opens_by_one_line(elsewhere, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM

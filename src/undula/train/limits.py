@@ -100,17 +100,27 @@ def vocabulary(model: nn.Module) -> int | None:
     return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
-def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Sees to it that tokenizer and model agree on what pads (the tokenizer decides; one that has nothing for it takes
-    its end token), and on how many tokens a row may have.
+def settle_pad(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> None:
+    """Has configurations say what the tokenizer pads with; one that has nothing for it takes its end token.
 
-    Raises ValueError for a tokenizer without any token to pad with, or with one that the model has no row for.
+    Raises ValueError for a tokenizer without any token to pad with.
     """
     if tokenizer.pad_token is None:
         spare = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
         if spare is None:
             raise ValueError("the tokenizer has no token to pad with, nor an end token in its place: set pad_token")
         tokenizer.pad_token = spare
+    for config in configs:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Sees to it that tokenizer and model agree on what pads (the tokenizer decides; one that has nothing for it takes
+    its end token), and on how many tokens a row may have.
+
+    Raises ValueError for a tokenizer without any token to pad with, or with one that the model has no row for.
+    """
+    settle_pad(tokenizer)
     pad, size = tokenizer.pad_token_id, vocabulary(model)
     if size is not None and pad >= size:
         raise ValueError(
@@ -118,9 +128,7 @@ def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
             f"(ids 0 to {size - 1}): choose another pad_token, or resize the model's embedding and save it"
         )
     configs = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
-    for config in configs:
-        if config is not None:
-            config.pad_token_id = pad
+    settle_pad(tokenizer, *(config for config in configs if config is not None))
     limit = positions(model)
     if limit is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)

@@ -101,6 +101,7 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
             named_as(base.config, path, config_of(run.model))
         if (path / "tokenizer_config.json").is_file():
             processor = run.task.processor(str(path))  # the one that it was trained with: its tokens may be more
+            run.task.agree(processor, base)
     missing = [n for n in lacking(base) if n not in adapter.full]
     if missing:
         warnings.warn(

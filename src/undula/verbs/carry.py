@@ -14,6 +14,7 @@ from ..train.data import BUNDLED
 from ..train.foreign import BASE, CLASSES, CONFIG, Unmeasured, named_as
 from ..train.heads import HeadTask
 from ..train.image_classification import ImageClassification
+from ..train.limits import settle_pad
 from ..train.restored import described
 from ..train.run import RUN
 from ..train.task import Task
@@ -88,7 +89,10 @@ def companions(path: Path, adapter: Adapter, model: str | None) -> Companions | 
             run = described(path, adapter, model)
             source = model or run.model
             config = config_of(source)
-            processor = run.task.processor(model_folder(source))
+            own = not (path / RUN).is_file() and (path / "tokenizer_config.json").is_file()
+            processor = run.task.processor(str(path) if own else model_folder(source))
+            if not isinstance(run.task, Unmeasured) and hasattr(processor, "pad_token"):
+                settle_pad(processor, config, config.get_text_config())  # as in training: a head reads before the pads
     except (ImportError, OSError, ValueError, LookupError) as error:
         return str(error).strip().split("\n")[0]
     if isinstance(run.task, HeadTask):
