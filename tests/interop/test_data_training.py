@@ -6,8 +6,10 @@ import json
 import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -16,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -493,6 +496,32 @@ def test_pairs_of_all_names(row, whole, tmp_path):
 def test_plain_text_is_learned_whole(tmp_path):
     seen, kept = learned(CausalLM(), {"text": "the film was good", "id": 3}, tiny.tokenizer(tmp_path))
     assert seen == kept == ["the", "film", "was", "good", "[SEP]"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "unknown", "begin"),
+    [
+        ("<s> $A", "[UNK]", ["<s>"]),
+        ("<s> $A </s>", None, ["<s>"]),
+        ("[X] <s> $A </s>", "[UNK]", ["[X]", "<s>"]),
+        ("$A", "[UNK]", []),
+        ("$A </s>", "[UNK]", []),
+    ],
+)
+def test_a_text_begins_as_the_tokenizer_begins_it(ends, unknown, begin, tmp_path):
+    """Llama 3's tokenizer, and most that people make, put their beginning token there without `add_bos_token`."""
+    words = {w: i for i, w in enumerate(["[UNK]", "<s>", "</s>", "[X]", "the", "film", "nice"])}
+    made = Tokenizer(models.WordLevel(words, unk_token=unknown))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(w, words[w]) for w in ("<s>", "</s>", "[X]")]
+    made.post_processor = processors.TemplateProcessing(single=ends, special_tokens=special)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": unknown, "additional_special_tokens": ["[X]"]}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    seen, kept = learned(CausalLM(), {"text": "the film nice"}, tokenizer)
+    assert (seen, kept) == ([*begin, "the", "film", "nice", "</s>"], ["the", "film", "nice", "</s>"])
+    seen, kept = learned(CausalLM(format=Plain()), {"prompt": "the film", "completion": "nice"}, tokenizer)
+    assert (seen, kept) == ([*begin, "the", "film", "nice", "</s>"], ["nice", "</s>"])
 
 
 CHAT = (

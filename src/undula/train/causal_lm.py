@@ -52,14 +52,14 @@ class Chat(Format):
 @Format.register
 @dataclass(frozen=True)
 class Plain(Format):
-    """instruction + text + between, after the tokenizer's own beginning token if it has one."""
+    """instruction + text + between, after what the tokenizer itself puts before a text (a beginning token)."""
 
     instruction: str = ""
     between: str = "\n"
 
     def __call__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        begin = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
-        return f"{begin or ''}{self.instruction}{text}{self.between}"
+        begin = "".join(tokenizer.convert_ids_to_tokens(_begin(tokenizer)))
+        return f"{begin}{self.instruction}{text}{self.between}"
 
 
 @Task.register
@@ -188,7 +188,7 @@ class CausalLM(Task):
             ids, learned = tokens(row["messages"], tokenizer)
             what = "the conversation is cut"
         else:
-            begin = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+            begin = _begin(tokenizer)
             ids = begin + _ids(row["text"], tokenizer) + _end(tokenizer)
             learned, what = [at >= len(begin) for at in range(len(ids))], "the text is cut"
         limit, had, lost = self.max_length or room(tokenizer), len(ids), {}
@@ -322,6 +322,18 @@ def _example(ids: list[int], learned: list[bool]) -> Example:
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text, but for an encoder's [CLS].  It is seen, not asked: `add_bos_token`
+    is False of tokenizers whose post-processor puts a beginning token there (Llama 3's, most that people make)."""
+    found = list(tokenizer("", verbose=False)["input_ids"])
+    begin, end, cls = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id
+    if found and found[-1] in (end, tokenizer.sep_token_id):
+        both = found[-1] == begin  # one token for both: what stands alone is what the tokenizer says
+        if not both or len(found) > 1 or (begin == end and not getattr(tokenizer, "add_bos_token", False)):
+            found.pop()
+    return [] if found == [cls] != [begin] else found
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
