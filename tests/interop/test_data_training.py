@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import datasets
+import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -43,6 +46,38 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "nu
 def run_of(model, data, out, task=None, **changes):
     usual = {"method": undula.LoRA(r=1), "max_steps": 1, "batch": 4, "lr": 1e-8}
     return Run(model=str(model), data=str(data), task=task or Classification(), out=out, **(usual | changes))
+
+
+def test_a_run_takes_values_as_people_write_them(tmp_path):
+    """A path where a text stands, a text where a path stands, lists, a name of a type, numbers of numpy."""
+    usual = {"model": "m", "data": "d.csv", "out": tmp_path, "where": ("q", "v"), "full": ("norm",), "batch": 4}
+    want = run_of(
+        usual["model"], usual["data"], usual["out"], lr=0.5, **{k: usual[k] for k in ("where", "full", "batch")}
+    )
+    given = {"model": Path("m"), "data": Path("d.csv"), "out": str(tmp_path), "where": ["q", "v"], "full": "norm"}
+    numbers = {"batch": numpy.int64(4), "lr": numpy.float32(0.5), "max_steps": 1.0, "dtype": "float32"}
+    made = dataclasses.replace(want, **given, **numbers)
+    assert made == want
+    assert json.dumps(made.encode()) == json.dumps(want.encode())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"task": Classification}, "task is a Task such as"),
+        ({"task": "classification"}, "task is a Task such as"),
+        ({"method": "lora"}, "method is a Method such as"),
+        ({"method": undula.LoRA}, "method is a Method such as"),
+        ({"data": [{"text": "good"}]}, "data is a text or a path, found"),
+        ({"lr": "1e-3"}, "lr is a number, found '1e-3'"),
+        ({"batch": 2.5}, "batch is a whole number, found 2.5"),
+        ({"max_steps": float("inf")}, "max_steps is a whole number, found inf"),
+        ({"seed": True}, "seed is a whole number, found True"),
+    ],
+)
+def test_a_run_says_what_a_value_should_be(given, told, tmp_path):
+    with pytest.raises(TypeError, match=re.escape(told)):
+        dataclasses.replace(run_of("m", "d.csv", tmp_path), **given)
 
 
 def test_a_tokenizer_beside_an_adapter_agrees_with_the_base(tmp_path):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from .task import Task
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
 VERSION = 2  # 1: a validation part was made by chance alone, without regard to classes and equal inputs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+NUMBERS = ("lr", "head_lr", "epochs", "warmup", "weight_decay", "max_grad_norm")
+WHOLE = ("max_steps", "batch", "accumulate", "seed", "train_rows", "eval_rows", "save_every", "bits", "probe_batches")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Run:
     probe_batches: int | None = None  # that a method which starts from data looks at; None: 8
 
     def __post_init__(self) -> None:
+        self._as_meant()
         positive = (
             "lr",
             "head_lr",
@@ -93,6 +98,30 @@ class Run:
                 f"warmup is a share of the steps in [0, 1) and weight_decay at least 0; found warmup={self.warmup}, "
                 f"weight_decay={self.weight_decay}"
             )
+
+    def _as_meant(self) -> None:
+        """Paths, lists and whole numbers in the types of the fields.  Raises TypeError for what is no value of one."""
+        for name, kind, such in (("task", Task, "Classification()"), ("method", Method, "LoRA(r=8)")):
+            if not isinstance(value := getattr(self, name), kind) and (value is not None or name == "task"):
+                raise TypeError(f"{name} is a {kind.__name__} such as {such}, found {value!r:.80}")
+        made: dict[str, Any] = {}
+        for name in ("model", "data", "out"):
+            if not isinstance(value := getattr(self, name), str | os.PathLike):
+                raise TypeError(f"{name} is a text or a path, found {value!r:.80}")
+            made[name] = Path(value) if name == "out" else os.fspath(value)
+        made["full"] = (self.full,) if isinstance(self.full, str) else tuple(self.full)
+        made["where"] = tuple(self.where) if isinstance(self.where, list) else self.where
+        made["dtype"] = dtype_called(self.dtype) if isinstance(self.dtype, str) else self.dtype
+        for name in NUMBERS + WHOLE:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            whole, number = name in WHOLE, isinstance(value, Real) and not isinstance(value, bool)
+            if not number or (whole and value != value // 1):
+                raise TypeError(f"{name} is a {'whole ' if whole else ''}number, found {value!r:.80}")
+            made[name] = value if isinstance(value, int) else int(value) if whole else float(value)
+        for name, value in made.items():
+            object.__setattr__(self, name, value)  # which a frozen dataclass allows while it is made
 
     def encode(self) -> dict[str, Any]:
         """This run as JSON values, without `out`; paths that exist here are made absolute."""
