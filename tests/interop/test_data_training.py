@@ -29,11 +29,12 @@ from transformers import (
 )
 
 import undula
+from undula.starts import LoRAGA
 from undula.train import CausalLM, Classification, Examples, Plain, Regression, Run, evaluate
 from undula.train.base import open_model
 from undula.train.conversation import tokens
 from undula.train.data import read_file, with_validation
-from undula.train.fit import prepare
+from undula.train.fit import claim, prepare
 from undula.train.limits import Cuts, positions, table_of
 from undula.train.outputs import order_of, with_head
 from undula.train.rows import rows_of
@@ -46,6 +47,24 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "nu
 def run_of(model, data, out, task=None, **changes):
     usual = {"method": undula.LoRA(r=1), "max_steps": 1, "batch": 4, "lr": 1e-8}
     return Run(model=str(model), data=str(data), task=task or Classification(), out=out, **(usual | changes))
+
+
+def test_options_that_do_nothing_are_told(tmp_path):
+    """They were taken without a word, and the numbers were those of other options."""
+    rows = tiny.jsonl(tmp_path / "d.jsonl", tiny.reviews(20))
+    run = run_of(tiny.bert(tmp_path / "bert"), rows, tmp_path / "o")
+    idle = {"head_lr": 0.5, "probe_batches": 2, "epochs": 5.0}
+
+    def told(**changes):
+        return [note.split(" ")[0] for note in prepare(dataclasses.replace(run, **changes)).notes if "nothing" in note]
+
+    assert told() == told(head_lr=0.5) == told(max_steps=None, epochs=5.0) == []
+    assert told(**idle) == ["epochs=5", "probe_batches=2"]
+    assert told(**idle, method=undula.Centred(undula.LoRA(r=1), LoRAGA()), max_steps=None) == []
+    assert told(**idle, method=None, max_steps=None) == ["head_lr=0.5", "probe_batches=2"]
+    assert told(head_lr=0.5, method=None, full=("LayerNorm",)) == []
+    causal = {"model": tiny.llama(tmp_path / "llama"), "task": CausalLM(prompt="text", completion="label")}
+    assert told(**causal, head_lr=0.5) == ["head_lr=0.5"]
 
 
 def test_a_run_takes_values_as_people_write_them(tmp_path):
@@ -78,6 +97,17 @@ def test_a_run_takes_values_as_people_write_them(tmp_path):
 def test_a_run_says_what_a_value_should_be(given, told, tmp_path):
     with pytest.raises(TypeError, match=re.escape(told)):
         dataclasses.replace(run_of("m", "d.csv", tmp_path), **given)
+
+
+@pytest.mark.parametrize("name", ["report.json", "checkpoints", "adapter_model.safetensors"])
+def test_a_run_overwrites_nobody_elses_files(name, tmp_path):
+    """`--out .` wrote over a report.json of the user's own; a run that was interrupted there counted as finished."""
+    (tmp_path / "README.md").write_text("mine")
+    run = run_of("base", "data", tmp_path)
+    claim(run, False)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"holds {name} of something else"):
+        claim(run, False)
 
 
 def test_a_tokenizer_beside_an_adapter_agrees_with_the_base(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import random
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..extras import told
 from ..host import attach
+from ..io.files import TENSORS
 from ..making import chosen_parameters, fresh
 from ..methods.lora import LoRA
 from ..probe import Probe
@@ -27,7 +29,7 @@ from .doubts import doubts, finite
 from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
 from .rows import LOG, rows_of
-from .run import REPORT, RUN, Run, read_run, write_json
+from .run import CHECKPOINTS, REPORT, RUN, Run, read_run, write_json
 from .task import Examples, Processor
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
 
 
 def claim(run: Run, resume: bool) -> None:
-    """Refuses a directory that holds a run already, or with `resume` one that holds none."""
+    """Refuses a directory that holds a run already or files that a run would overwrite, or with `resume` no run."""
     if resume:
         read_run(run.out)
         if (run.out / REPORT).is_file():
@@ -143,6 +145,10 @@ def claim(run: Run, resume: bool) -> None:
     elif (run.out / RUN).is_file() or (run.out / "adapter_config.json").is_file():
         again = "" if (run.out / REPORT).is_file() else f" resume it ({resume_command(run.out)}), or"
         raise FileExistsError(f"{run.out} holds a run already:{again} name another directory")
+    elif foreign := [name for name in (REPORT, CHECKPOINTS, TENSORS) if (run.out / name).exists()]:
+        raise FileExistsError(
+            f"{run.out} holds {', '.join(foreign)} of something else, which this run would overwrite: name another"
+        )
 
 
 def left_behind(out: Path) -> str:
@@ -185,12 +191,25 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"), *_new(run, model))
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     _check_whole(run, model, full)
+    batches = _probed(run, train_on)
     if run.method is None:
         adapter = attach(model, _head_only(model, run, full))
     else:
-        probe = _probe(run, train_on)
-        adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full, probe=probe)
-    return Prepared(run, model, processor, adapter, train_on, held, notes)
+        adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full, probe=Probe(batches))
+    looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
+    return Prepared(run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked)))
+
+
+def _idle(run: Run, model: PreTrainedModel, looked: bool) -> Iterator[str]:
+    """Notes on options that were given and do nothing in this run."""
+    if run.max_steps is not None and run.epochs != Run.epochs:
+        yield f"epochs={run.epochs:g} does nothing beside max_steps={run.max_steps}"
+    if run.head_lr is not None and not run.task.head(model):
+        yield f"head_lr={run.head_lr:g} does nothing: this task has no head of its own; all that trains does so at lr"
+    elif run.head_lr is not None and run.method is None and not run.full:
+        yield f"head_lr={run.head_lr:g} does nothing: the head alone trains, and it does so at lr={run.lr:g}"
+    if run.probe_batches is not None and not looked:
+        yield f"probe_batches={run.probe_batches} does nothing: no method here looks at data before the training"
 
 
 def _new(run: Run, model: PreTrainedModel) -> Iterator[str]:
@@ -219,18 +238,14 @@ def _check_whole(run: Run, model: nn.Module, full: Sequence[str]) -> None:
 PROBE_BATCHES = 8  # where a run does not say
 
 
-def _probe(run: Run, examples: Examples) -> Probe:
+def _probed(run: Run, examples: Examples) -> Generator[Any, None, None]:
     """A few batches of the training data, for methods that start from gradients or activations.  They are made when
     such a method asks for them."""
-
-    def batches() -> Iterator[Any]:
-        collate, order = examples.task.collator(examples.processor), random.Random(run.seed)
-        most = (run.probe_batches or PROBE_BATCHES) * run.batch
-        numbers = order.sample(range(len(examples)), min(len(examples), most))
-        for start in range(0, len(numbers), run.batch):
-            yield collate([examples[i] for i in numbers[start : start + run.batch]])
-
-    return Probe(batches())
+    collate, order = examples.task.collator(examples.processor), random.Random(run.seed)
+    most = (run.probe_batches or PROBE_BATCHES) * run.batch
+    numbers = order.sample(range(len(examples)), min(len(examples), most))
+    for start in range(0, len(numbers), run.batch):
+        yield collate([examples[i] for i in numbers[start : start + run.batch]])
 
 
 def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:
