@@ -255,3 +255,32 @@ def test_columns_are_checked_by_line(tmp_path):
     for told in ("'text' is empty: line 4", "'n' holds what is no number: line 4 has '1_0', line 5 has '3,5', line 6",
                  "'n' is empty: line 7", "'label' is empty: line 4, line 7"):  # fmt: skip
         assert told in str(error.value)
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path):
+    """`eval.csv` beside `train.csv` is no split, and a part of train was measured in its place without a word."""
+    for name in ("train.csv", "test.csv"):
+        tiny.table(tmp_path / name, tiny.reviews(4))
+    assert source_of(load_data(str(tmp_path))["train"]).notes == ()
+    tiny.table(tmp_path / "eval.csv", tiny.reviews(4))
+    data = load_data(str(tmp_path))
+    (told,) = source_of(data["train"]).notes
+    assert list(data) == ["test", "train"]
+    assert "not read: eval.csv; splits are called train, validation, test" in told
+    assert source_of(data["train"]).place(0) == "line 2"
+
+
+def test_files_of_a_class_that_are_no_images_are_told(tmp_path):
+    """Photographs of a telephone (HEIC), and images that lie beside the classes, were left out without a word."""
+    for name in ("train/a/1.png", "train/b/2.JPG", "train/b/Thumbs.db", "train/b/.DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    rows = load_data(str(tmp_path))["train"]
+    assert (len(rows), source_of(rows).notes) == (2, ())
+    for name in ("train/a/3.HEIC", "train/a/4.heic", "train/b/notes", "train/5.png"):
+        (tmp_path / name).write_bytes(b"")
+    rows = load_data(str(tmp_path))["train"]
+    unread, loose = source_of(rows).notes
+    assert len(rows) == 2
+    assert unread.startswith("files that are not read: 2 .heic, 1 notes; images are .bmp")
+    assert loose == "images that are in no class's folder are not read: 5.png (1 in all)"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .images import class_folders
 from .readers import READERS, read_file, readable
+from .source import described, source_of
 from .splitting import sample, with_validation
 
 if TYPE_CHECKING:
@@ -58,7 +60,15 @@ def _folder(path: Path) -> DatasetDict:
         return _saved(path)
     files = [p for p in sorted(path.iterdir()) if p.is_file() and readable(p)]
     folders = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    splits = {split: read_file(p) for split, p in _by_split(files).items()} if "train" in _by_split(files) else {}
+    named = _by_split(files)
+    splits = {split: read_file(p) for split, p in named.items()} if "train" in named else {}
+    unread = [p.name for p in files if p not in named.values()]
+    if splits and unread:
+        told = f"beside it, and not read: {', '.join(unread)[:200]}; splits are called {', '.join(SPLITS)}"
+        source = source_of(splits["train"])
+        described(
+            splits["train"], replace(source, name=source.name or str(named["train"]), notes=(*source.notes, told))
+        )
     splits = splits or {split: class_folders(p) for split, p in _by_split(folders).items()}
     if "train" not in splits:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"

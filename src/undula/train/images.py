@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .columns import spot
 from .faults import Faults
-from .source import source_of
+from .source import Source, described, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,4 +118,20 @@ def class_folders(path: Path) -> Dataset:
             raise ValueError(f"{folder} holds no images ({', '.join(sorted(KINDS))}); it has: {there}")
         rows += [{"image": {"path": str(p), "bytes": None}, "label": number} for p in found]
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=[p.name for p in classes])})
-    return Dataset.from_list(rows, features=features)
+    return described(Dataset.from_list(rows, features=features), Source(str(path), notes=tuple(_unread(path, classes))))
+
+
+LITTER = {"thumbs.db", "desktop.ini"}  # what a file manager leaves, beside names with a dot before
+
+
+def _unread(path: Path, classes: Sequence[Path]) -> Iterator[str]:
+    """What of such a folder is no row, though its owner may think so."""
+    every = (p for folder in classes for p in folder.rglob("*") if p.suffix.lower() not in KINDS and p.is_file())
+    others = [p for p in every if not p.name.startswith(".") and p.name.lower() not in LITTER]
+    counted = Counter(p.suffix.lower() or p.name for p in others)
+    kinds = [f"{count} {kind}" for kind, count in sorted(counted.items())]
+    if kinds:
+        yield f"files that are not read: {', '.join(kinds)[:200]}; images are {', '.join(sorted(KINDS))}"
+    loose = sorted(p.name for p in path.iterdir() if p.suffix.lower() in KINDS and p.is_file())
+    if loose:
+        yield f"images that are in no class's folder are not read: {', '.join(loose)[:200]} ({len(loose)} in all)"
