@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .choice import Choice
+from .ranges import Finite, NotZero
 
 Constants = Mapping[str, "float | Tensor"]
 
@@ -68,8 +69,8 @@ class Sinter(Activation):
 
     formula = "u + a u sin(w u)"
     trainable = ("a", "w")
-    a: float = 5e-5
-    w: float = 1e4
+    a: Finite = 5e-5
+    w: Finite = 1e4
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         a, wave = c["a"], torch.sin(c["w"] * u)
@@ -96,7 +97,7 @@ class Sine(Activation):
 
     formula = "sin(w u)"
     trainable = ("w",)
-    w: float = 200.0
+    w: NotZero = 200.0
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         return torch.sin(c["w"] * u)
@@ -161,7 +162,7 @@ class LeakyReLU(Activation):
     """max(u, 0) + slope min(u, 0)."""
 
     formula = "max(u, 0) + slope min(u, 0)"
-    slope: float = 0.01
+    slope: Finite = 0.01
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         return torch.nn.functional.leaky_relu(u, self.slope)
@@ -184,7 +185,7 @@ class Swish(Activation):
     """u / (1 + exp(-beta u)), beta = 25 in the ablation."""
 
     formula = "u/(1+exp(-beta u))"
-    beta: float = 25.0
+    beta: Finite = 25.0
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         return u * torch.sigmoid(self.beta * u)
@@ -197,7 +198,7 @@ class Cos(Activation):
 
     formula = "u cos(w u) + u"
     trainable = ("w",)
-    w: float = 1e4
+    w: Finite = 1e4
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         return u * torch.cos(c["w"] * u) + u

@@ -7,7 +7,6 @@ only what exists, and decoding never imports or runs anything that a file asks f
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
 import types
@@ -15,7 +14,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from .given import Checked, no_option
+from . import given
+from .given import Checked, hints, no_option, within
+from .ranges import Range
 
 JSON_VALUES = (bool, int, float, str)
 
@@ -63,11 +64,11 @@ class Choice(metaclass=Checked):
     def _built(cls, name: str, options: Mapping[str, Any], text: bool) -> Self:
         """`text`: whether numbers may be written as texts, as on a command line."""
         member = cls.named(name)
-        hints, fields = _hints(member), {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]
+        kinds, fields = hints(member), {f.name: f for f in dataclasses.fields(member)}  # type: ignore[arg-type]
         unknown = sorted(set(options) - set(fields))
         if unknown:
             raise LookupError(no_option(member.__name__, unknown, fields))
-        values = {k: _value(v, hints[k], f"{member.__name__}.{k}", text) for k, v in options.items()}
+        values = {k: _value(v, kinds[k], f"{member.__name__}.{k}", text) for k, v in options.items()}
         missing = [
             f.name
             for f in fields.values()
@@ -105,11 +106,6 @@ class Choice(metaclass=Checked):
         return cls
 
 
-@functools.cache  # a file may name one class thousands of times
-def _hints(member: type) -> dict[str, Any]:
-    return typing.get_type_hints(member)
-
-
 def _json(value: Any) -> Any:
     if isinstance(value, Choice):
         return value.encode()
@@ -117,7 +113,9 @@ def _json(value: Any) -> Any:
 
 
 def _value(value: Any, hint: Any, where: str, text: bool) -> Any:
-    """`value` as the type `hint`; where `text` may stand for numbers it is parsed."""
+    """`value` as the type `hint`; where `text` may stand for numbers it is parsed.  What a number may be is checked
+    where the choice is made."""
+    hint, numbers = within(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or (text and isinstance(value, str) and value.strip() == "none"):
@@ -132,7 +130,7 @@ def _value(value: Any, hint: Any, where: str, text: bool) -> Any:
         if not isinstance(items, list | tuple):
             raise ValueError(f"{where} is a list, found {value!r:.80}")
         return tuple(_value(v, arguments[0], where, text) for v in items)
-    return _plain(value, hint, where, text)
+    return _plain(value, hint, where, text, numbers)
 
 
 def _member(value: Any, hint: type[Choice], where: str, text: bool) -> Choice:
@@ -146,7 +144,7 @@ def _member(value: Any, hint: type[Choice], where: str, text: bool) -> Choice:
     return found
 
 
-def _plain(value: Any, hint: Any, where: str, text: bool) -> Any:
+def _plain(value: Any, hint: Any, where: str, text: bool, numbers: Range) -> Any:
     assert hint in JSON_VALUES, f"{where}: fields are numbers, strings, choices, tuples of these, or None; not {hint}"
     if text and hint is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
@@ -156,15 +154,8 @@ def _plain(value: Any, hint: Any, where: str, text: bool) -> Any:
             made = hint(value)
         except (ValueError, OverflowError):
             made = math.nan
-        if hint is str or _sound(made, hint):
+        if hint is not float and hint is not int or given.number(made, hint) is not None:
             return made
-    large = type(value) is int and hint is int
-    kind = {int: f"an integer{' of at most 64 bits' if large else ''}", float: "a finite number"}.get(
-        hint, hint.__name__
-    )
-    raise ValueError(f"{where} is {kind}, found {value!r:.80}")
-
-
-def _sound(number: Any, hint: Any) -> bool:
-    """Whether a number is finite and within what tensors can count to."""
-    return math.isfinite(number) if hint is not int else type(number) is int and -(1 << 63) <= number < 1 << 63
+    if hint in (int, float):
+        raise ValueError(f"{where} is {given.called(hint, numbers, value)}, found {given.shown(value)}")
+    raise ValueError(f"{where} is {hint.__name__}, found {value!r:.80}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
-import numbers
 import operator
 import types
 import typing
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
+
+from .ranges import INT64, Range
 
 # What people look for under other names: the words of PEFT, of papers, of other methods here
 HINTS = {
@@ -28,14 +31,10 @@ HINTS = {
     "target_modules": "layers are chosen when it is attached: attach(model, method, where=[...])",
 }
 
-# Fields that mean the same in every choice that has them
-POSITIVE = {"alpha", "kappa", "max_length", "max_completion", "total", "target"}
-NOT_NEGATIVE = {"std", "seed", "oversample", "iterations", "warmup", "settle", "search", "between", "generate"}
-SHARES = {"beta1", "beta2"}
-
 
 class Checked(abc.ABCMeta):
-    """The class of choices: checks what a member is made from before the member sees it."""
+    """The class of choices: checks what a member is made from before the member sees it.  Whatever makes a choice, be
+    it Python, a file or a command line, comes through here."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         if not dataclasses.is_dataclass(cls):
@@ -48,23 +47,14 @@ class Checked(abc.ABCMeta):
         twice = set(names[: len(args)]) & set(options)
         if twice:
             raise TypeError(f"{cls.__name__}: {', '.join(sorted(twice))} is given twice")
-        hints = _hints(cls)
         given = {**dict(zip(names, args, strict=False)), **options}
-        where = cls.__name__.lstrip("_")
-        values = {k: value(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
-        for name, found in values.items():
-            if isinstance(found, int | float):
-                _check_range(name, found, where)
-        return super().__call__(**values)
+        return super().__call__(**{name: checked(cls, name, found) for name, found in given.items()})
 
 
-def _check_range(name: str, found: float, where: str) -> None:
-    if name in POSITIVE and not found > 0:
-        raise ValueError(f"{where}.{name} is greater than 0, found {found}")
-    if name in NOT_NEGATIVE and found < 0:
-        raise ValueError(f"{where}.{name} is not negative, found {found}")
-    if name in SHARES and not 0 <= found < 1:
-        raise ValueError(f"{where}.{name} is at least 0 and below 1, found {found}")
+def checked(cls: type, name: str, found: Any) -> Any:
+    """`found` as the field `name` of a choice takes it.  Raises ValueError that names the class and the field, the
+    range and what was found."""
+    return value(found, hints(cls).get(name, Any), f"{cls.__name__.lstrip('_')}.{name}")
 
 
 def no_option(name: str, unknown: Iterable[str], known: Iterable[str]) -> str:
@@ -74,17 +64,35 @@ def no_option(name: str, unknown: Iterable[str], known: Iterable[str]) -> str:
     return f"{name} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}{told}"
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+@functools.cache  # a file may name one class thousands of times
+def hints(cls: type) -> dict[str, Any]:
+    """The types of the fields of a choice, ranges and all.  One whose name is there for type checkers alone is left
+    out."""
     try:
-        return typing.get_type_hints(cls)
-    except NameError:  # names that only type checkers import
-        return {}
+        return typing.get_type_hints(cls, include_extras=True)
+    except NameError:
+        found: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+            alone = type(f.name, (), {"__annotations__": {f.name: f.type}, "__module__": cls.__module__})
+            with contextlib.suppress(NameError):
+                found |= typing.get_type_hints(alone, include_extras=True)
+        return found
+
+
+def within(hint: Any) -> tuple[Any, Range]:
+    """(the type itself, the range that is declared with it)."""
+    if typing.get_origin(hint) is not typing.Annotated:
+        return hint, Range()
+    bare, *declared = typing.get_args(hint)
+    numbers = next((each for each in declared if isinstance(each, Range)), Range())
+    notes = [each for each in declared if isinstance(each, str)]
+    return bare, dataclasses.replace(numbers, note=notes[-1]) if notes else numbers
 
 
 def value(found: Any, hint: Any, where: str) -> Any:
     """`found` as the type that a field asks for; whole numbers and floats of numpy become Python's, lists tuples.
     Raises ValueError that names the field."""
+    hint, numbers = within(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         kinds = [a for a in arguments if a is not type(None)]
@@ -93,41 +101,55 @@ def value(found: Any, hint: Any, where: str) -> Any:
         return value(found, kinds[0], where) if len(kinds) == 1 else found
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         if isinstance(found, str) or not isinstance(found, list | tuple):
-            raise ValueError(f"{where} is a tuple such as ({_example(arguments[0])},), found {_shown(found)}")
+            raise ValueError(f"{where} is a tuple such as ({_example(arguments[0])},), found {shown(found)}")
         return tuple(value(each, arguments[0], where) for each in found)
     if hint in (bool, str) and not isinstance(found, hint):
-        raise ValueError(f"{where} is a {'text' if hint is str else 'bool'}, found {_shown(found)}")
-    if hint is int:
-        return _whole(found, where)
-    if hint is float:
-        return _finite(found, where)
+        raise ValueError(f"{where} is a {'text' if hint is str else 'bool'}, found {shown(found)}")
+    if hint in (int, float):
+        return _number(found, hint, numbers, where)
     if isinstance(hint, Checked) and not isinstance(found, hint):
         raise ValueError(_no_member(found, hint, where))
     return found
 
 
-def _whole(found: Any, where: str) -> int:
+def _number(found: Any, kind: type, numbers: Range, where: str) -> Any:
+    made = number(found, kind)
+    if made is None:
+        raise ValueError(f"{where} is {called(kind, numbers, found)}, found {shown(found)}")
+    if made not in numbers:
+        raise ValueError(f"{where} is {numbers.told(made)}, found {shown(made)}")
+    return made
+
+
+def number(found: Any, kind: type) -> Any:
+    """`found` as an integer of 64 bits or as a finite number, numpy's as Python's; None where it is none."""
+    if isinstance(found, bool):
+        return None
+    if kind is int:
+        try:
+            made = operator.index(found)
+        except TypeError:
+            return None
+        return made if -INT64 <= made <= INT64 else None
     try:
-        if not isinstance(found, bool):
-            return operator.index(found)
-    except TypeError:
-        pass
-    raise ValueError(f"{where} is an integer, found {_shown(found)}")
+        finite = isinstance(found, Real) and math.isfinite(float(found))
+    except OverflowError:  # a whole number beyond all floats
+        return None
+    return (found if isinstance(found, int | float) else float(found)) if finite else None
 
 
-def _finite(found: Any, where: str) -> Any:
-    if isinstance(found, bool) or not isinstance(found, numbers.Real):
-        raise ValueError(f"{where} is a float, found {_shown(found)}")
-    if not math.isfinite(found):
-        raise ValueError(f"{where} is a finite number, found {found}")
-    return found if isinstance(found, int | float) else float(found)
+def called(kind: type, numbers: Range, found: Any) -> str:
+    """What a field of numbers takes instead of `found`, in words."""
+    whole = type(found) is int
+    name = f"an integer{' of at most 64 bits' if whole else ''}" if kind is int else "a finite number"
+    return f"{name} {numbers.told(found if whole else math.nan)}".rstrip()
 
 
 def _no_member(found: Any, hint: type, where: str) -> str:
     family = hint.__name__
     if inspect.isclass(found):
         return f"{where} is a {family}, found the class {found.__name__}: make one, {found.__name__}(...)"
-    return f"{where} is a {family}, an object such as {_example(hint)}; found {_shown(found)}"
+    return f"{where} is a {family}, an object such as {_example(hint)}; found {shown(found)}"
 
 
 def _example(hint: Any) -> str:
@@ -137,5 +159,7 @@ def _example(hint: Any) -> str:
     return '"name"' if hint is str else "1"
 
 
-def _shown(found: Any) -> str:
+def shown(found: Any) -> str:
+    if isinstance(found, int) and abs(found) > INT64:  # Python refuses to write numbers of thousands of digits
+        return f"a number of {found.bit_length()} bits"
     return f"the class {found.__name__}" if inspect.isclass(found) else f"{found!r:.80}"

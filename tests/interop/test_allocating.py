@@ -430,7 +430,7 @@ def test_the_probe_is_asked_by_those_alone_who_need_it(usual, monkeypatch, tmp_p
     asked.clear()
     prepare(data_driven)
     assert len(asked) == 32
-    with pytest.raises(ValueError, match="greater than 0: probe_batches=0"):
+    with pytest.raises(ValueError, match="probe_batches is at least 1, found 0"):
         dataclasses.replace(usual, probe_batches=0)
 
 

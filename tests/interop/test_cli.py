@@ -189,7 +189,7 @@ MISTAKES = {
     "dtype": (("--dtype", "int3"), "no dtype is called 'int3'; there are: float32"),
     "data": (("--data", "./no.jsonl"), "data=no.jsonl does not exist"),
     "model": (("--model", "nowhere"), "model='nowhere' is no folder here"),
-    "rate": (("--lr", "-1"), "these are greater than 0: lr=-1.0"),
+    "rate": (("--lr", "-1"), "Run.lr is greater than 0, found -1.0"),
 }
 
 

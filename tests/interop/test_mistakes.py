@@ -342,7 +342,7 @@ def test_numbers_of_numpy_and_lists_are_taken():
         (lambda m: undula.LoRA(1, 2.0, undula.RankStabilised(), 4), TypeError, "has 3 options"),
         (lambda m: undula.LoRA(alpha=-1), ValueError, "greater than 0"),
         (lambda m: undula.LoRA(alpha=0), ValueError, "greater than 0"),
-        (lambda m: undula.VeRA(seed=-1), ValueError, "not negative"),
+        (lambda m: undula.VeRA(seed=-1), ValueError, "at least 0"),
         (lambda m: undula.Method.build("lora", {"start": "pissa"}), LookupError, "an option of Centred"),
         (lambda m: [undula.attach(m, undula.LoRA()) for _ in "12"], ValueError, r"undula\.detach\(model\).*name="),
     ],

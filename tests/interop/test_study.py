@@ -581,7 +581,7 @@ def test_every_fault_of_a_file_is_listed_with_its_line(sources, tmp_path):
         read(path)
     found = dict(caught.value.found)
     wanted = {2: "none of them may be a seed of it", 3: "there is no 'colour' here", 5: "did you mean steps?",
-              6: "batch is greater than 0", 8: "rates greater than 0", 14: "no task is called 'clasification'",
+              6: "batch is at least 1, found 0", 8: "rates greater than 0", 14: "no task is called 'clasification'",
               18: "a budget is", 22: "no method is called 'lorra'", 25: "LoRA has no option rank"}  # fmt: skip
     for line, part in wanted.items():
         assert part in found[line], (line, found)
@@ -600,12 +600,12 @@ def test_numbers_that_no_run_could_have_are_faults_with_their_lines(text):
     lines = bad.splitlines()
     told = {(lines[line - 1] if line else None, fault) for line, fault in caught.value.found}
     for line, part in (
-        ("warmup = 1.5", "0 or more and below 1"),
-        ("weight_decay = -1.0", "0 or more"),
+        ("warmup = 1.5", "warmup is at least 0 and below 1, found 1.5"),
+        ("weight_decay = -1.0", "weight_decay is at least 0, found -1.0"),
         ('where = ["q", 1]', "a list of names and globs"),
         ("head_lr = nan", "head_lr is a number"),
         ("rates = [nan, inf]", "rates greater than 0"),
-        ("seeds = [-1, 2]", "from 0 to 2^32 - 1"),
+        ("seeds = [-1, 2]", "seeds is at least 0, found -1"),
         ('splits = { tset = "test" }', "splits gives names to train, validation, test"),
         ("[[budgets]]", "two of the budgets are called 'r=4'"),
         ("[[methods]]", "two of the methods are called 'LoRA'"),

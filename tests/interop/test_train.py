@@ -453,7 +453,7 @@ def test_bad_models(reviews, tmp_path):
 
 
 def test_bad_runs(bert, reviews, tmp_path):
-    with pytest.raises(ValueError, match="greater than 0: lr=-1"):
+    with pytest.raises(ValueError, match=r"Run\.lr is greater than 0, found -1"):
         classify(bert, reviews, tmp_path, lr=-1)
     with pytest.raises(LookupError, match=r"where='\*_proj' matches none"):
         undula.train(classify(bert, reviews, tmp_path / "a", where="*_proj"))

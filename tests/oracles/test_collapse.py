@@ -433,7 +433,7 @@ def test_refusals_say_what_is_needed():
         collapse(model, LeastSquares(2, [x[0][:5]], ridge=0.0))
     with pytest.raises(ValueError, match="at least 1"):
         Truncate(0)
-    with pytest.raises(ValueError, match="ridge=-1"):
+    with pytest.raises(ValueError, match="ridge is at least 0"):
         LeastSquares(2, x, ridge=-1.0)
     with pytest.raises(LookupError, match="no adapter is selected"):
         collapse(net(), Truncate(2))

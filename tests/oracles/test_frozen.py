@@ -543,7 +543,9 @@ def test_lora_sb_needs_a_probe_and_a_step():
     with pytest.raises(RuntimeError, match="this method starts from gradients"):
         undula.attach(net(), LoRASB(), where="*")
     for wrong in ({"eta": 0.0}, {"alpha": 0.0}, {"r": 0}):
-        with pytest.raises(ValueError, match=r"greater than 0, found 0|eta > 0 and alpha > 0|at least 1"):
+        with pytest.raises(
+            ValueError, match=r"is greater than 0, found 0|is at least 1 and at most 1,048,576, found 0"
+        ):
             LoRASB(**wrong)
 
 

@@ -54,7 +54,7 @@ def test_starts():
     assert not f["E"].any()
     assert float(f["A"].detach().std()) == pytest.approx(0.02, rel=0.05)
     assert float(f["B"].detach().std()) == pytest.approx(0.02, rel=0.05)
-    with pytest.raises(ValueError, match="1 to r=4 ranks can be open at the start, found open=5"):
+    with pytest.raises(ValueError, match="open is at most r=4, found 5"):
         undula.GatedLoRA(r=4, open=5)
 
 

@@ -131,7 +131,7 @@ def test_lorta_counts():
 def test_heads_that_do_not_divide():
     _, adapter = made(LoRTA(r=2, heads=7))
     assert adapter.factors["layers.0.q"]["H"].shape == (4, 2)  # 16 = 4 x 4: neither 7, 6 nor 5 divides it
-    with pytest.raises(ValueError, match="at least one head, found heads=0"):
+    with pytest.raises(ValueError, match=r"LoRTA\.heads is at least 1, found 0"):
         LoRTA(heads=0)
 
 

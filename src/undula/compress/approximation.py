@@ -15,7 +15,7 @@ from ..kernels.solver import Randomised, Solver
 from ..method import Additive, Factors, LowRank, Method, Reweight
 from ..methods.aurora import AuroRA
 from ..methods.dropout import Dropout
-from ..methods.lora import check_rank
+from ..ranges import Rank
 from ..sites import view
 
 
@@ -52,11 +52,8 @@ class Truncate(Approximation):
 
     known = "the Frobenius norm of dW"
 
-    r: int = 8
+    r: Rank = 8
     solver: Solver = Randomised()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
 
     def fit(self, adapter: Adapter, model: nn.Module | None) -> dict[str, Fit]:
         for site, m in adapter.methods.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from ..adapter import Adapter
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
 from ..method import Layer
-from ..methods.lora import check_rank
 from ..observe import Batch, batches, listening, still
 from ..padding import kept
+from ..ranges import INT64, NotNegative, Range, Rank
 from ..sites import EmbeddingView, LinearView, view
 from .approximation import Approximation, Fit
 
@@ -122,17 +123,12 @@ class LeastSquares(Approximation):
 
     known = "the calibration data, in sample: too low where there is little of it"
 
-    r: int
+    r: Rank
     calibration: Iterable[Batch] = field(repr=False)
-    ridge: float = 1e-3
+    ridge: NotNegative = 1e-3
     bias: bool = False
     solver: Solver = Randomised()
-    memory: int = 4 << 30
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.ridge < 0:
-            raise ValueError(f"a ridge is not negative, found ridge={self.ridge}")
+    memory: Annotated[int, Range(least=1, most=INT64)] = 4 << 30
 
     def fit(self, adapter: Adapter, model: nn.Module | None) -> dict[str, Fit]:
         if model is None:

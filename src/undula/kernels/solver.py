@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from ..choice import Choice
+from ..ranges import Extra, Range, Seed
 from . import svd
 
 
@@ -35,9 +37,9 @@ class Randomised(Solver):
     hardest case (600 x 600 to 600 x 3000, r from 4 to 100), and times 1.0003 or less where s_i falls as i^-0.3.  On
     small matrices it is `Exact`."""
 
-    oversample: int = 16
-    iterations: int = 4
-    seed: int = 0
+    oversample: Extra = 16
+    iterations: Annotated[int, Range(least=0, most=1000)] = 4
+    seed: Seed = 0
 
     def __call__(self, M_OI: Tensor, r: int) -> svd.Triple:
         return svd.randomised(M_OI, r, self.oversample, self.iterations, self.seed)

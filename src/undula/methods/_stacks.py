@@ -44,12 +44,6 @@ def divisor(size: int, heads: int) -> int:
     return max(h for h in (*small, *(size // h for h in small)) if h <= heads)
 
 
-def check_heads(heads: int) -> None:
-    """Raises ValueError."""
-    if heads < 1:
-        raise ValueError(f"there is at least one head, found heads={heads}; take the model's number of attention heads")
-
-
 def by_head(H_hR: Tensor, B_ER: Tensor) -> Tensor:
     """(h E, R): row E q + j is H[q] * B[j] (the Khatri-Rao product), the E rows of a head next to each other."""
     return (H_hR[:, None] * B_ER).flatten(0, 1)

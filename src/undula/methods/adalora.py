@@ -18,6 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..method import Site
+from ..ranges import Positive, Rank
 from .gated import _Gated
 from .lora import Classic, Scaling
 
@@ -31,8 +32,8 @@ class AdaLoRA(_Gated):
     source = "Zhang et al. 2023, arXiv:2303.10512"
     gate: ClassVar[str] = "E"
 
-    r: int = 12
-    alpha: float = 16.0
+    r: Rank = 12
+    alpha: Positive = 16.0
     scaling: Scaling = Classic()
 
     def init(self, site: Site) -> dict[str, Tensor]:

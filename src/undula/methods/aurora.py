@@ -18,6 +18,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from ..kernels.autocast import exact, wide
 from ..kernels.bottleneck import bottleneck, fusible
 from ..kernels.spline import basis
 from ..method import Factors, Layer, LowRank, Method, Site
+from ..ranges import Finite, Positive, Range, Rank
 from ..starts import Kaiming, Start
-from .lora import Classic, Scaling, check_rank
+from .lora import Classic, Scaling
 
 
 class Spline(Choice):
@@ -57,23 +59,23 @@ class PerChannel(Spline):
         return (b_TRK * S_RK).sum(-1)
 
 
+Intervals = Annotated[int, Range(least=1, most=1024)]
+Order = Annotated[int, Range(least=1, most=64)]
+
+
 class _Bend:
     """The fields, factors and function that the two methods share.  Annotated by each dataclass."""
 
-    intervals: int
-    order: int
-    low: float
-    high: float
-    r: int
+    intervals: Intervals
+    order: Order
+    low: Finite
+    high: Finite
+    r: Rank
     spline: Spline
 
     def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.intervals < 1 or self.order < 1 or self.low >= self.high:
-            raise ValueError(
-                f"a spline needs intervals >= 1, order >= 1, low < high; found intervals={self.intervals}, "
-                f"order={self.order}, low={self.low}, high={self.high}"
-            )
+        if self.low >= self.high:
+            raise ValueError(f"a spline needs low < high; found low={self.low}, high={self.high}")
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
         B_OR, A_RI = start(site, self.r)
@@ -100,12 +102,12 @@ class AuroRA(_Bend, Method):
     source = "Dong et al. 2025, arXiv:2505.18738"
     grade = "interpretation"
 
-    r: int = 2
-    alpha: float = 4.0
-    intervals: int = 5
-    order: int = 3
-    low: float = -1.0
-    high: float = 1.0
+    r: Rank = 2
+    alpha: Positive = 4.0
+    intervals: Intervals = 5
+    order: Order = 3
+    low: Finite = -1.0
+    high: Finite = 1.0
     spline: Spline = SharedSum()
     scaling: Scaling = Classic()
 
@@ -138,14 +140,14 @@ class AuroRAStatic(_Bend, LowRank):
     source = "after Dong et al. 2025, arXiv:2505.18738"
     grade = "interpretation"
 
-    r: int = 2
-    alpha: float = 4.0
-    intervals: int = 5
-    order: int = 3
-    low: float = -1.0
-    high: float = 1.0
+    r: Rank = 2
+    alpha: Positive = 4.0
+    intervals: Intervals = 5
+    order: Order = 3
+    low: Finite = -1.0
+    high: Finite = 1.0
     spline: Spline = SharedSum()
-    kappa: float | None = None
+    kappa: Positive | None = None
     centred: bool = True
     scaling: Scaling = Classic()
 

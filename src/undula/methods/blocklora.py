@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..method import Factors, LowRank, Site
+from ..ranges import Positive, Rank
 from ..starts import Kaiming
-from .lora import Classic, LoRA, Scaling, check_rank
+from .lora import Classic, LoRA, Scaling
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,10 @@ class BlockLoRA(LowRank):
     source = "after Zhou et al. 2025, arXiv:2501.16720"
     grade = "interpretation"
 
-    r: int = 16
-    blocks: int = 8
-    alpha: float = 16.0
+    r: Rank = 16
+    blocks: Rank = 8
+    alpha: Positive = 16.0
     scaling: Scaling = Classic()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.blocks < 1:
-            raise ValueError(f"there is at least one block, found blocks={self.blocks}; blocks=1 is LoRA")
 
     @property
     def width(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..method import Additive, Factors, Layer, LowRank, Method, Reweight, Site, Wrapper, on_rung
+from ..ranges import PartShare
 
 
 def drop(x: Tensor, p: float) -> Tensor:
@@ -60,7 +61,7 @@ class Dropout(Wrapper):
     source = "Srivastava et al. 2014; Hu et al. 2021, arXiv:2106.09685"
 
     inner: Method
-    p: float = 0.05
+    p: PartShare = 0.05
 
     def __new__(cls, inner: Method, p: float = 0.05) -> Self:
         return object.__new__(on_rung(Dropout, inner))  # type: ignore[return-value]

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..choice import Choice
 from ..method import Factors, LowRank, Site, check_within
+from ..ranges import Positive, Rank
 from ..starts import Kaiming, Start
-from .lora import Classic, Fixed, LoRA, Scaling, check_rank
+from .lora import Classic, Fixed, LoRA, Scaling
 
 
 class Nesting(Choice):
@@ -69,13 +70,12 @@ class DyLoRA(LowRank):
     parameters = "r*(O + I)"
     source = "Valipour et al. 2022, arXiv:2210.07558"
 
-    r: int = 8
-    alpha: float = 16.0
+    r: Rank = 8
+    alpha: Positive = 16.0
     scaling: Scaling = Classic()
     nesting: Nesting = Full()
 
     def __post_init__(self) -> None:
-        check_rank(self.r)
         if not isinstance(self.scaling, Classic | Fixed):
             raise ValueError(f"DyLoRA scales by Classic() (alpha / b) or Fixed(s), found {self.scaling!r}")
 

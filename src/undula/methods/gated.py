@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..method import Factors, LowRank, Site
+from ..ranges import Positive, Rank
 from ..starts import Kaiming, Start
-from .lora import Classic, Scaling, check_rank
+from .lora import Classic, Scaling
 
 
 class _Gated(LowRank):
@@ -28,12 +29,9 @@ class _Gated(LowRank):
 
     gate: ClassVar[str] = "g"
 
-    r: int
-    alpha: float
+    r: Rank
+    alpha: Positive
     scaling: Scaling
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
 
     @property
     def scale(self) -> float:
@@ -53,15 +51,14 @@ class GatedLoRA(_Gated):
     source = "Liu et al. 2024, arXiv:2403.16187"
     beside = ("alpha", "open")
 
-    r: int = 8
-    open: int | None = None  # how many ranks are open at the start; None: all r
-    alpha: float = 16.0
+    r: Rank = 8
+    open: Rank | None = None  # how many ranks are open at the start; None: all r
+    alpha: Positive = 16.0
     scaling: Scaling = Classic()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.open is not None and not 1 <= self.open <= self.r:
-            raise ValueError(f"1 to r={self.r} ranks can be open at the start, found open={self.open}")
+        if self.open is not None and self.open > self.r:
+            raise ValueError(f"GatedLoRA.open is at most r={self.r}, found {self.open}")
 
     @property
     def scale(self) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..choice import Choice
 from ..method import Factors, LowRank, Site
+from ..ranges import NotZero, Positive, Rank
 from ..starts import Kaiming, Start
 
 
@@ -46,16 +47,10 @@ class RankStabilised(Scaling):
 class Fixed(Scaling):
     """s itself: what rank and alpha gave when the adapter was made.  A change of rank does not rescale what stays."""
 
-    s: float
+    s: NotZero
 
     def __call__(self, r: int, alpha: float) -> float:
         return self.s
-
-
-def check_rank(r: int) -> None:
-    """Ranks are positive.  Raises ValueError."""
-    if r < 1:
-        raise ValueError(f"a rank is at least 1, found r={r}")
 
 
 @dataclass(frozen=True)
@@ -66,12 +61,9 @@ class LoRA(LowRank):
     parameters = "r*(O + I)"
     source = "Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732"
 
-    r: int = 8
-    alpha: float = 16.0
+    r: Rank = 8
+    alpha: Positive = 16.0
     scaling: Scaling = Classic()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
         if site.looks_up and start == Kaiming():

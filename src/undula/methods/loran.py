@@ -20,8 +20,9 @@ from ..kernels.autocast import exact, hand_written, wide
 from ..kernels.bottleneck import fusible
 from ..kernels.elementwise import bent, elementwise
 from ..method import Additive, Factors, Layer, Method, Site
+from ..ranges import Positive, Rank
 from ..starts import Kaiming, Start
-from .lora import Classic, Scaling, check_rank
+from .lora import Classic, Scaling
 
 
 def learnable_start(activation: Activation, start: Start) -> None:
@@ -41,14 +42,13 @@ class LoRAN(Additive):
     parameters = "r*(O + I) + len(learn)"
     source = "Li, Song, Hou 2024 (EMNLP Findings); Deng et al. 2025, arXiv:2509.21870"
 
-    r: int = 8
-    alpha: float = 16.0
+    r: Rank = 8
+    alpha: Positive = 16.0
     activation: Activation = Sinter()
     learn: tuple[str, ...] = ()
     scaling: Scaling = Classic()
 
     def __post_init__(self) -> None:
-        check_rank(self.r)
         unknown = set(self.learn) - set(self.activation.trainable)
         if unknown:
             has = ", ".join(self.activation.trainable) or "none"
@@ -118,13 +118,10 @@ class LoRANActivation(Method):
     source = "the reading of He et al. 2026, arXiv:2601.22708"
     grade = "interpretation"
 
-    r: int = 8
-    alpha: float = 16.0
+    r: Rank = 8
+    alpha: Positive = 16.0
     activation: Activation = Sinter()
     scaling: Scaling = Classic()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:
         learnable_start(self.activation, start)

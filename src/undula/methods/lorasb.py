@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..method import Site
+from ..ranges import Positive, Rank
 from ..starts.first_step import first_step
-from .lora import check_rank
 from .loraxs import _Between
 
 
@@ -30,14 +30,9 @@ class LoRASB(_Between):
     source = "Ponkshe et al. 2024, arXiv:2411.19557"
     starts_at_base = False
 
-    r: int = 32
-    alpha: float | None = None  # s = alpha / r; None: alpha = r, s = 1
-    eta: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.eta <= 0 or (self.alpha is not None and self.alpha <= 0):
-            raise ValueError(f"LoRA-SB needs eta > 0 and alpha > 0, found eta={self.eta}, alpha={self.alpha}")
+    r: Rank = 32
+    alpha: Positive | None = None  # s = alpha / r; None: alpha = r, s = 1
+    eta: Positive = 1e-5
 
     def init(self, site: Site) -> dict[str, Tensor]:
         U_OR, s_R, V_IR = first_step(site, self.r, self.eta)

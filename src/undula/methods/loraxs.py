@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..kernels.bottleneck import bottleneck
 from ..method import Factors, Layer, LowRank, Site
+from ..ranges import NotNegative, Positive, Rank
 from ..starts.first_step import leading
-from .lora import Classic, Scaling, check_rank
+from .lora import Classic, Scaling
 
 
 class _Between(LowRank):
@@ -45,13 +46,10 @@ class LoRAXS(_Between):
     source = "Bałazy et al. 2024, arXiv:2405.17604"
     starts_at_base = False
 
-    r: int = 32
-    alpha: float = 64.0
-    std: float = 1e-5  # of R at the start; 0 starts at the base, and learns
+    r: Rank = 32
+    alpha: Positive = 64.0
+    std: NotNegative = 1e-5  # of R at the start; 0 starts at the base, and learns
     scaling: Scaling = Classic()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
 
     def init(self, site: Site) -> dict[str, Tensor]:
         U_OR, s_R, V_IR = leading(site, site.W, self.r)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..choice import Choice
 from ..method import Factors, LowRank, Site
-from ._stacks import by_head, check_heads, divisor, place
-from .lora import Classic, Scaling, check_rank
+from ..ranges import Count, Positive, Rank
+from ._stacks import by_head, divisor, place
+from .lora import Classic, Scaling
 
 
 class Orientation(Choice):
@@ -73,15 +74,11 @@ class LoRTA(LowRank):
     parameters = "r*(sum(orientation.dims(O, I, heads)) + 2)"
     source = "Hounie et al. 2024, arXiv:2410.04060"
 
-    r: int = 8
-    alpha: float = 8.0
-    heads: int = 12  # attention heads of the model
+    r: Rank = 8
+    alpha: Positive = 8.0
+    heads: Count = 12  # attention heads of the model
     orientation: Orientation = HeadsInInputs()
     scaling: Scaling = Classic()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        check_heads(self.heads)
 
     def init(self, site: Site) -> dict[str, Tensor]:
         D, E, h = self.orientation.dims(*site.shape, self.heads)

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..kernels import frozen
 from ..kernels.mixture import mixture
 from ..method import Factors, LowRank, Site
-from .lora import Classic, Scaling, check_rank
+from ..ranges import Count, Positive, Rank, Seed
+from .lora import Classic, Scaling
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,12 @@ class NOLA(LowRank):
     source = "Koohpayegani et al. 2023, arXiv:2310.02556"
     size, beside = "k", ("l",)
 
-    r: int = 8
-    k: int = 256  # matrices that A is mixed from
-    l: int = 256  # and B
-    c: float = 8.0  # numerator of the scale
-    seed: int = 0
+    r: Rank = 8
+    k: Count = 256  # matrices that A is mixed from
+    l: Count = 256  # and B
+    c: Positive = 8.0  # numerator of the scale
+    seed: Seed = 0
     scaling: Scaling = Classic()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.k < 1 or self.l < 1:
-            raise ValueError(f"A and B are mixed from at least one matrix each, found k={self.k}, l={self.l}")
 
     def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         return max(self.r * I for _, I in shapes.values())  # so many matrices A_i span all of A

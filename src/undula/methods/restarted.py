@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels.bottleneck import bottleneck
 from ..kernels.frozen_pair import beside_frozen
 from ..method import Factors, Layer, LowRank, Site
+from ..ranges import Extra
 from .dropout import bare
 from .lora import LoRA
 
@@ -52,13 +53,11 @@ class Restarted(LowRank):
     source = "after Lialin et al. 2023, arXiv:2307.05695"
 
     inner: LowRank = LoRA()
-    past: int = 0
+    past: Extra = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, LowRank) or isinstance(bare(self.inner), Restarted):
             raise TypeError(f"Restarted takes a method on the rung LowRank that is not Restarted; found {self.inner!r}")
-        if self.past < 0:
-            raise ValueError(f"past is a rank, 0 or more; found past={self.past}")
 
     def init(self, site: Site) -> dict[str, Tensor]:
         O, I = site.shape

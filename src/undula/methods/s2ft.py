@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..kernels import sparse
 from ..method import Factors, Layer, LowRank, Site
+from ..ranges import Count, SomeShare
 from ..starts.channels import ByName, Random, Selection, Side
 
 
@@ -39,16 +40,10 @@ class S2FT(LowRank):
     )
     source = "Yang et al. 2024, arXiv:2412.06289"
 
-    share: float = 0.03
-    unit: int = 1  # channels
+    share: SomeShare = 0.03
+    unit: Count = 1  # channels
     side: Side = ByName()
     selection: Selection = Random()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.unit < 1:
-            raise ValueError(
-                f"a share lies in (0, 1] and a unit is at least 1 channel; found share={self.share}, unit={self.unit}"
-            )
 
     def init(self, site: Site) -> dict[str, Tensor]:
         O, I = site.shape

@@ -15,12 +15,12 @@ sites' gradients: lower their learning rate accordingly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from ..method import Factors, LowRank, Site
-from .lora import check_rank
+from ..ranges import Positive, Rank
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,8 @@ class S2LoRA(LowRank):
     grade = "interpretation"
     gate: ClassVar[str] = "e"  # the factor whose zeros switch ranks off
 
-    r: int = 8
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.std <= 0:
-            raise ValueError(f"A and B start with a standard deviation above 0, found std={self.std}: e never learns")
+    r: Rank = 8
+    std: Annotated[Positive, "else e never learns"] = 0.02
 
     def init(self, site: Site) -> dict[str, Tensor]:
         O, I = site.shape

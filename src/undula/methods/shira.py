@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..kernels import sparse
 from ..method import Additive, Factors, Layer, Site, check_within
+from ..ranges import NotZero, Rank
 from ..starts.masks import Mask, Rand
-from .lora import check_rank
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -35,12 +35,9 @@ class SHiRA(Additive):
     parameters = "min(r*(O + I), O*I)"
     source = "Bhardwaj et al. 2024, arXiv:2406.13175"
 
-    r: int = 8  # the rank of the LoRA that has as many parameters
-    s: float = 1.0
+    r: Rank = 8  # the rank of the LoRA that has as many parameters
+    s: NotZero = 1.0
     mask: Mask = Rand()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
 
     def init(self, site: Site) -> dict[str, Tensor]:
         index_K = self.index(site)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..method import Site
+from ..ranges import Positive, Rank
 from ..starts import Kaiming, Start
 from .gated import _Gated
 from .lora import Classic, Scaling
@@ -27,8 +28,8 @@ class SoRA(_Gated):
     parameters = "r*(O + I + 1)"
     source = "Ding et al. 2023, arXiv:2311.11696"
 
-    r: int = 8
-    alpha: float = 16.0
+    r: Rank = 8
+    alpha: Positive = 16.0
     scaling: Scaling = Classic()
 
     def init(self, site: Site, start: Start = Kaiming()) -> dict[str, Tensor]:

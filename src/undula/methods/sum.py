@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..method import RUNGS, Additive, Factors, LowRank, Method, Site, Wrapper, on_rung
+from ..ranges import Finite
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,7 +26,7 @@ class Sum(Wrapper):
     parameters = "sum(parts)"
 
     parts: tuple[Method, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Finite, ...]
 
     def __new__(cls, parts: tuple[Method, ...], weights: tuple[float, ...]) -> Self:
         if not parts or len(parts) != len(weights):

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ..choice import Choice
 from ..method import Factors, LowRank, Site
-from ._stacks import by_head, check_heads, divisor, place, places
-from .lora import check_rank
+from ..ranges import Count, NotZero, Rank
+from ._stacks import by_head, divisor, place, places
 
 Modes = Mapping[str, int]  # of a factor: its length at one site, or its rank
 
@@ -138,14 +138,10 @@ class Tucker(Factorisation):
     """A rank for each mode and a core.  That of the inputs is the method's r; that of the outputs too, where
     `r_outputs` is None.  Ranks above a mode's length are allowed and gain nothing."""
 
-    r_outputs: int | None = None
-    r_heads: int = 4
-    r_kinds: int = 3
-    r_depth: int = 4
-
-    def __post_init__(self) -> None:
-        if min(r for r in (self.r_outputs, self.r_heads, self.r_kinds, self.r_depth) if r is not None) < 1:
-            raise ValueError(f"the rank of a mode is at least 1, found {self!r}")
+    r_outputs: Rank | None = None
+    r_heads: Rank = 4
+    r_kinds: Rank = 3
+    r_depth: Rank = 4
 
     def ranks(self, r: int, modes: Modes) -> dict[str, int]:
         every = {"A": r, "B": self.r_outputs or r, "H": self.r_heads, "K": self.r_kinds, "L": self.r_depth}
@@ -201,15 +197,11 @@ class TensLoRA(LowRank):
     parameters = "factorisation.numbers(r, stacking.modes(O, I, heads))"
     source = "Marmoret et al. 2025, arXiv:2509.19391"
 
-    r: int = 8
-    scale: float = 1.0
-    heads: int = 12  # attention heads of the model
+    r: Rank = 8
+    scale: NotZero = 1.0
+    heads: Count = 12  # attention heads of the model
     stacking: Stacking = QKVDepth()
     factorisation: Factorisation = Tucker()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        check_heads(self.heads)
 
     def init(self, site: Site) -> dict[str, Tensor]:
         stacked, here, peers = self.stacking, place(site.name), places(site)

@@ -5,6 +5,7 @@
 The abstract gives: dW as a tensor, a Tucker-like network, large random factors that are frozen and shared by all
 layers, and trained diagonals of each layer.  Settled here: O and I split into N modes of about equal sizes (of 7 rows
 the first of 3 x 3); U_n, V_n (size x r) and the core C (r^N x r^N) uniform with the variances 1/r and 1/r^N, rebuilt
+from ..ranges import Rank, Seed, NotZero, Range
 from the seed; the diagonals D_n, E_n (r) train; D_1 starts at 0 and the others at 1/2, so that their product is near
 VeRA's 0.1.  The rank of dW reaches min(r^N, O, I) with 2 N r trained numbers.
 
@@ -17,13 +18,16 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..kernels import reference
 from ..method import Factors, Layer, LowRank, Site
-from .lora import check_rank
+from ..ranges import NotZero, Range, Rank, Seed
+
+DEAD = "at d = 0, with D_1 = 0 at the start, nothing has a gradient: it could never learn; the default is d=0.5"
 
 
 def split(n: int, modes: int) -> tuple[int, ...]:
@@ -58,17 +62,16 @@ class TeRA(LowRank):
     source = "after arXiv:2509.03234"
     grade = "interpretation"
 
-    r: int = 16  # of each mode
-    modes: int = 2  # N, on each side
-    d: float = 0.5  # where the diagonals start, but the first
-    seed: int = 0
+    r: Rank = 16  # of each mode
+    modes: Annotated[int, Range(least=1, most=9)] = 2  # N, on each side
+    d: Annotated[NotZero, DEAD] = 0.5  # where the diagonals start, but the first
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_rank(self.r)
-        if not 1 <= self.modes <= 9:
-            raise ValueError(f"each side has 1 to 9 modes, found modes={self.modes}")
-        if self.d == 0:
-            raise ValueError("d=0 with D_1 = 0 has no gradient at all: TeRA could never learn. The default is d=0.5")
+        if self.r**self.modes > 1 << 16:
+            raise ValueError(
+                f"the core has r**modes = {self.r**self.modes:,} rows, at most {1 << 16:,}; found {self!r}"
+            )
 
     def init(self, site: Site) -> dict[str, Tensor]:
         f = self.rebuilt(site)

@@ -16,6 +16,7 @@ import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from torch import Tensor
 from ..choice import Choice
 from ..kernels import frozen
 from ..method import Factors, LowRank, Site, check_within
-from .lora import check_rank
+from ..ranges import Count, Positive, Rank, Seed
+
+DEAD = "theta = 0 has no gradient, so it could never learn"
 
 
 class Assignment(Choice):
@@ -61,18 +64,11 @@ class UniLoRA(LowRank):
     starts_at_base = False
     size = "d"
 
-    r: int = 4
-    d: int = 256
-    bound: float = 0.02  # of theta at the start
-    seed: int = 0
+    r: Rank = 4
+    d: Count = 256
+    bound: Annotated[Positive, DEAD] = 0.02  # of theta at the start
+    seed: Seed = 0
     assignment: Assignment = Balanced()
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.d < 1:
-            raise ValueError(f"theta has at least one number, found d={self.d}")
-        if self.bound <= 0:
-            raise ValueError(f"theta = 0 has no gradient, so it could never learn: bound > 0, found {self.bound}")
 
     def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         return sum(self.r * (O + I) for O, I in shapes.values())  # the entries of all A and B

@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..kernels.bottleneck import bottleneck
 from ..method import Factors, Layer, LowRank, Site
-from .lora import check_rank
+from ..ranges import NotZero, Rank, Seed
+
+DEAD = "at d = 0, with b = 0 at the start, nothing has a gradient: it could never learn; the paper has d=0.1"
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,9 @@ class VeRA(LowRank):
     parameters = "O + r"
     source = "Kopiczko et al. 2023, arXiv:2310.11454"
 
-    r: int = 256
-    d: float = 0.1  # where the vector d starts
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_rank(self.r)
-        if self.d == 0:
-            raise ValueError("d=0 with b = 0 has no gradient at all: VeRA could never learn. The paper has d=0.1")
+    r: Rank = 256
+    d: Annotated[NotZero, DEAD] = 0.1  # where the vector d starts
+    seed: Seed = 0
 
     def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         return 2 * max(max(shape) for shape in shapes.values())  # the paper goes to 4/3 of it

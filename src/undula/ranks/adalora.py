@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..choice import Choice
 from ..methods import adalora as law
+from ..ranges import Count, NotNegative, PartShare, Positive
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse
 
@@ -79,18 +80,14 @@ class AdaLoRA(GateAllocator):
     works_on = (law.AdaLoRA,)
     source = "Zhang et al. 2023, arXiv:2303.10512"
 
-    target: float = 8.0  # ranks per site at the end, on average
-    warmup: float = 0.1  # t_i as a share of the updates
-    settle: float = 0.3  # t_f as a share of the updates
-    every: int = 10  # updates between two maskings
-    beta1: float = 0.85
-    beta2: float = 0.85
-    weight: float = 0.1  # of the penalty
+    target: Positive = 8.0  # ranks per site at the end, on average
+    warmup: PartShare = 0.1  # t_i as a share of the updates
+    settle: PartShare = 0.3  # t_f as a share of the updates
+    every: Count = 10  # updates between two maskings
+    beta1: PartShare = 0.85
+    beta2: PartShare = 0.85
+    weight: NotNegative = 0.1  # of the penalty
     orthogonality: Orthogonality = MeanNorm()
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.target <= 0 or self.weight < 0:
-            raise ValueError(f"every >= 1, target > 0 and weight >= 0 are needed, found {self!r}")
 
     def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
         return steps - round(self.settle * steps)

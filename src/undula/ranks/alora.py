@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..kernels import frozen
 from ..methods.gated import GatedLoRA
+from ..ranges import Count, Few, PartShare, Seed
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, agreed, spread
 from .memory import forget
@@ -37,15 +38,11 @@ class ALoRA(GateAllocator):
     source = "Liu et al. 2024, arXiv:2403.16187"
     needs_quality = True
 
-    rounds: int = 8
-    count: int | None = None  # ranks that move per round; None: as many as there are sites
-    first: float = 0.1  # K1, share of the updates before the first round
-    between: float = 0.025  # K2, share of the updates between two rounds
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1 or (self.count is not None and self.count < 1):
-            raise ValueError(f"at least one round and one rank per round are needed, found {self!r}")
+    rounds: Few = 8
+    count: Count | None = None  # ranks that move per round; None: as many as there are sites
+    first: PartShare = 0.1  # K1, share of the updates before the first round
+    between: PartShare = 0.025  # K2, share of the updates between two rounds
+    seed: Seed = 0
 
     def moments(self, steps: int) -> list[int]:
         """After how many updates ranks move.  Before the first update every B is zero and all are worth the same."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..methods.gated import GatedLoRA
+from ..ranges import Count
 from ..where import matches
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, spread
@@ -25,7 +26,7 @@ class Budget(GateAllocator):
     works_on = (GatedLoRA,)
 
     ranks: tuple[str, ...] = ()
-    total: int | None = None
+    total: Count | None = None
 
     def __post_init__(self) -> None:
         if bool(self.ranks) == (self.total is not None):

@@ -26,6 +26,7 @@ from ..adapter import Adapter
 from ..choice import Choice
 from ..host import change
 from ..methods.gated import GatedLoRA
+from ..ranges import Inside, PartShare, Positive, SomeShare
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse
 
@@ -69,15 +70,11 @@ class DiffoRA(GateAllocator):
     source = "after Jiang et al. 2025, arXiv:2502.08905"
     grade = "interpretation"
 
-    rho: float = 0.5
-    warmup: float = 0.05  # share of the updates before theta moves: while B = 0 it has no gradient
-    search: float = 0.3  # share of the updates after which the choice is made
-    lr: float = 0.1  # of theta
+    rho: SomeShare = 0.5
+    warmup: PartShare = 0.05  # share of the updates before theta moves: while B = 0 it has no gradient
+    search: Inside = 0.3  # share of the updates after which the choice is made
+    lr: Positive = 0.1  # of theta
     rest: Rest = Dropped()  # what the other sites get
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rho <= 1 or self.lr <= 0:
-            raise ValueError(f"0 < rho <= 1 and lr > 0 are needed, found {self!r}")
 
     def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
         return 0 if self.rho == 1 else min(steps, round(self.search * steps) + 1)

@@ -19,6 +19,7 @@ from ..choice import Choice
 from ..kernels import frozen
 from ..methods import dylora as law
 from ..methods.dropout import bare
+from ..ranges import Inside, Rank, Seed
 from .allocator import Allocator, Course, Quality
 from .gates import GateAllocator
 from .memory import moments, stand_still
@@ -46,11 +47,7 @@ class Uniform(Distribution):
 class Geometric(Distribution):
     """P(b) in proportion to (1 - p)^b: small ranks more often."""
 
-    p: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 < self.p < 1:
-            raise ValueError(f"p lies between 0 and 1, found {self.p}")
+    p: Inside = 0.25
 
     def __call__(self, u: float, n: int) -> int:
         stay = 1 - self.p
@@ -65,9 +62,9 @@ class DyLoRA(GateAllocator):
     works_on = (law.DyLoRA,)
     source = "Valipour et al. 2022, arXiv:2210.07558"
 
-    low: int = 1
+    low: Rank = 1
     distribution: Distribution = Uniform()
-    seed: int = 0
+    seed: Seed = 0
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None

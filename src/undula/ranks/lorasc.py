@@ -21,6 +21,7 @@ from ..adapter import Adapter
 from ..host import host_of
 from ..kernels import frozen, reference
 from ..method import LowRank
+from ..ranges import Count, Few, NotNegative, Seed, Share
 from ..sites import LinearView, check_product
 from .allocator import Allocator, Course, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
@@ -37,17 +38,15 @@ class LoRASC(Allocator):
     source = "after arXiv:2407.01491"
     grade = "interpretation"
 
-    cycles: int | None = None
-    every: int | None = None
-    merge: float = 1.0  # the portion of a trained pair that stays
-    noise: float = 0.01  # in standard deviations of W
+    cycles: Few | None = None
+    every: Count | None = None
+    merge: Share = 1.0  # the portion of a trained pair that stays
+    noise: NotNegative = 0.01  # in standard deviations of W
     moments: Moments = Cleared()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_cycles(self.cycles, self.every)
-        if not 0 <= self.merge <= 1 or self.noise < 0:
-            raise ValueError(f"0 <= merge <= 1 and noise >= 0; found merge={self.merge}, noise={self.noise}")
 
     def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
         return steps if self.merge != 1 else last_begins(steps, self.cycles, self.every)  # a portion of the last pair

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..method import LowRank
+from ..ranges import Count, Few, Seed, Share
 from ..schedules import Schedule
 from .allocator import Allocator, Course, Quality
 from .restart import Cycles, Moments, Pruned, check_cycles, ends, last_begins
@@ -32,10 +33,10 @@ class ReLoRA(Allocator):
     works_on = (LowRank,)
     source = "Lialin et al. 2023, arXiv:2307.05695"
 
-    cycles: int | None = None
-    every: int | None = None
+    cycles: Few | None = None
+    every: Count | None = None
     moments: Moments = Pruned(0.99)
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_cycles(self.cycles, self.every)
@@ -84,14 +85,12 @@ class Jagged(Schedule):
     """ReLoRA's (see `jagged`): a cosine to `floor`, ramped up anew over the share of each cycle that the warm-up is of
     all updates."""
 
-    cycles: int | None = None
-    every: int | None = None
-    floor: float = 0.0
+    cycles: Few | None = None
+    every: Count | None = None
+    floor: Share = 0.0
 
     def __post_init__(self) -> None:
         check_cycles(self.cycles, self.every)
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is a share of the rate, from 0 to 1; found {self.floor}")
 
     def multiplier(self, steps: int, warmup: int) -> Callable[[int], float]:
         each = math.ceil(warmup / len(ends(steps, self.cycles, self.every)))

@@ -20,6 +20,7 @@ from ..kernels import frozen, svd
 from ..making import peers_of
 from ..method import Factors, LowRank
 from ..methods.restarted import Restarted
+from ..ranges import Share
 from ..sites import site
 from .allocator import Allocator, Course, Place
 from .memory import begin_again, moments
@@ -52,11 +53,7 @@ class Pruned(Moments):
     the gradients of A do not fill these up, being zero themselves while B = 0: the step is m / eps.
     """
 
-    share: float = 0.99
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"the pruned share of the moments lies in [0, 1]; found share={self.share}")
+    share: Share = 0.99
 
     def __call__(self, optimizer: torch.optim.Optimizer, p: Tensor) -> None:
         found = list(moments(optimizer, p).values())
@@ -68,12 +65,9 @@ class Pruned(Moments):
 
 
 def check_cycles(cycles: int | None, every: int | None) -> None:
-    """Raises ValueError for a division of the steps that is given twice or is none."""
+    """Raises ValueError for a division of the steps that is given twice."""
     if cycles is not None and every is not None:
         raise ValueError(f"give the number of cycles or their length, not both; found {cycles} and every={every}")
-    given = cycles if every is None else every
-    if given is not None and given < 1:
-        raise ValueError(f"there is at least one cycle, of at least one update; found {given}")
 
 
 def ends(steps: int, cycles: int | None, every: int | None) -> list[int]:

@@ -25,6 +25,7 @@ from ..adapter import Adapter
 from ..choice import Choice
 from ..method import Method
 from ..methods import sora as law
+from ..ranges import Few, NotNegative, Positive, Share
 from ..sites import outline
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, gate_of
@@ -42,7 +43,7 @@ class Levels(Choice):
 class Constant(Levels):
     """One value."""
 
-    value: float = 0.01
+    value: NotNegative = 0.01
 
     def values(self) -> tuple[float, ...]:
         return (self.value,)
@@ -53,9 +54,9 @@ class Constant(Levels):
 class Linear(Levels):
     """`count` values from `first` to `last` in equal steps."""
 
-    first: float = 0.0
-    last: float = 0.1
-    count: int = 5
+    first: NotNegative = 0.0
+    last: NotNegative = 0.1
+    count: Few = 5
 
     def values(self) -> tuple[float, ...]:
         step = (self.last - self.first) / max(1, self.count - 1)
@@ -67,9 +68,9 @@ class Linear(Levels):
 class Geometric(Levels):
     """`count` values from `first` to `last` in equal ratios."""
 
-    first: float = 0.001
-    last: float = 0.1
-    count: int = 5
+    first: Positive = 0.001
+    last: Positive = 0.1
+    count: Few = 5
 
     def values(self) -> tuple[float, ...]:
         ratio = (self.last / self.first) ** (1 / max(1, self.count - 1))
@@ -81,7 +82,7 @@ class Geometric(Levels):
 class Listed(Levels):
     """These values."""
 
-    lambdas: tuple[float, ...]
+    lambdas: tuple[NotNegative, ...]
 
     def values(self) -> tuple[float, ...]:
         return self.lambdas
@@ -110,13 +111,13 @@ class SoRA(GateAllocator):
     works_on = (law.SoRA,)
     source = "Ding et al. 2023, arXiv:2311.11696"
 
-    lr: float = 0.1  # eta, of the gates alone
-    warmup: float = 0.06  # share of the updates over which eta rises
+    lr: Positive = 0.1  # eta, of the gates alone
+    warmup: Share = 0.06  # share of the updates over which eta rises
     levels: Levels = Constant()
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or not self.levels.values() or min(self.levels.values()) < 0:
-            raise ValueError(f"lr > 0 and lambdas >= 0 are needed, found {self!r} with {self.levels.values()}")
+        if not self.levels.values():
+            raise ValueError(f"SoRA needs at least one lambda, found {self.levels!r}")
 
     def serves(self, method: Method) -> bool:
         gate = gate_of(method)

@@ -23,6 +23,7 @@ from ..adapter import Adapter
 from ..kernels import svd
 from ..methods.lora import LoRA
 from ..methods.restarted import Restarted
+from ..ranges import PartShare, Rank, SomeShare
 from ..sites import site
 from .allocator import Allocator, Course, Place, Quality, places_of
 from .memory import forget
@@ -39,14 +40,10 @@ class SRLoRA(Allocator):
     source = "after arXiv:2505.12433"
     grade = "interpretation"
 
-    target: int = 16  # directions used in all
-    share: float = 0.5  # of the slots, begun again at each switch
-    beta1: float = 0.85
-    beta2: float = 0.85
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
-            raise ValueError(f"0 < share <= 1 and 0 <= beta1, beta2 < 1; found {self}")
+    target: Rank = 16  # directions used in all
+    share: SomeShare = 0.5  # of the slots, begun again at each switch
+    beta1: PartShare = 0.85
+    beta2: PartShare = 0.85
 
     def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
         found = range(1, self.target) if adapter is None else {inner_of(p).r for p in places_of(adapter)}  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from torch import nn
 from ..adapter import Adapter
 from ..kernels import frozen
 from ..method import LowRank
+from ..ranges import Count, Few, NotNegative, Seed
 from .allocator import Allocator, Course, Place, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 
@@ -32,17 +33,15 @@ class XGBLoRA(Allocator):
     source = "after arXiv:2410.19694"
     grade = "interpretation"
 
-    boosters: int | None = None
-    every: int | None = None
-    layers: int | None = None  # None: all of them
-    penalty: float = 0.0
+    boosters: Few | None = None
+    every: Count | None = None
+    layers: Count | None = None  # None: all of them
+    penalty: NotNegative = 0.0
     moments: Moments = Cleared()
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_cycles(self.boosters, self.every)
-        if (self.layers is not None and self.layers < 1) or self.penalty < 0:
-            raise ValueError(f"layers >= 1 and penalty >= 0; found layers={self.layers}, penalty={self.penalty}")
 
     def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
         return last_begins(steps, self.boosters, self.every)

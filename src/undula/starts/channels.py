@@ -13,6 +13,7 @@ from torch import Tensor
 from ..choice import Choice
 from ..kernels import frozen
 from ..method import Site
+from ..ranges import Seed
 
 # The last parts of the names of layers that read what heads or channels made.
 READERS = (
@@ -120,7 +121,7 @@ class Random(Selection):
     """A random order (S2FT-R), the same for all layers of a block that have as many units."""
 
     seeded = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __call__(self, site: Site, rows: bool, unit: int) -> Tensor:
         units = site.shape[0 if rows else 1] // unit

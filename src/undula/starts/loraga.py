@@ -21,6 +21,7 @@ from ..choice import Choice
 from ..kernels import frozen
 from ..kernels.solver import Randomised, Solver
 from ..method import Site
+from ..ranges import Positive, Seed
 from .start import Start, check_fits
 
 Indices = list[int]
@@ -66,7 +67,7 @@ class ArBr(Directions):
 class Shuffled(Directions):
     """A random half each; `random` in the authors' code.  The seed and the site's name determine it."""
 
-    seed: int = 0
+    seed: Seed = 0
 
     def __call__(self, r: int, name: str) -> tuple[Indices, Indices]:
         order: Indices = frozen.permutation(self.seed, ("LoRAGA", name), 2 * r).tolist()
@@ -85,11 +86,7 @@ class Magnitude(Choice):
 class Stable(Magnitude):
     """z = O^(1/4) / sqrt(gamma)."""
 
-    gamma: float = 16.0
-
-    def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise ValueError(f"gamma is positive, found {self.gamma}")
+    gamma: Positive = 16.0
 
     def __call__(self, site: Site, r: int, s: float) -> float | Tensor:
         return site.shape[0] ** 0.25 / self.gamma**0.5

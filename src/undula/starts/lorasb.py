@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels import svd
 from ..method import Site
+from ..ranges import Positive
 from .first_step import first_step
 from .start import Start, check_alive, check_fits
 
@@ -24,11 +25,7 @@ from .start import Start, check_alive, check_fits
 class LoRASB(Start):
     """The first Adam step at the learning rate `eta`, at rank r, split evenly; asks the probe for the gradient."""
 
-    eta: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if self.eta <= 0:
-            raise ValueError(f"a learning rate is positive, found eta={self.eta}")
+    eta: Positive = 1e-4
 
     def __call__(self, site: Site, r: int, s: float = 1.0) -> tuple[Tensor, Tensor]:
         check_fits(self, site, r, needs=r, has=min(site.shape))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..choice import Choice
 from ..kernels import frozen
 from ..method import Site
+from ..ranges import Natural, Seed
 
 
 class Mask(Choice):
@@ -30,7 +31,7 @@ class Rand(Mask):
     """Uniform over all sets of k entries; each layer has its own."""
 
     seeded = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __call__(self, site: Site, k: int) -> Tensor:
         if site.device.type == "meta":
@@ -48,7 +49,7 @@ class Struct(Mask):
     """
 
     seeded = True
-    shift: int = 0
+    shift: Natural = 0
 
     def __call__(self, site: Site, k: int) -> Tensor:
         O, I = site.shape

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..choice import Choice
 from ..method import Site
+from ..ranges import Positive
 
 
 class Start(Choice):
@@ -62,7 +63,7 @@ class Kaiming(Start):
 class Gaussian(Start):
     """A with standard deviation 1/sqrt(I), B with `std`: nothing starts at zero, so every activation can learn."""
 
-    std: float = 0.01
+    std: Annotated[Positive, "0 is Kaiming()"] = 0.01
 
     def __call__(self, site: Site, r: int, s: float = 1.0) -> tuple[Tensor, Tensor]:
         O, I = site.shape

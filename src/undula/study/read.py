@@ -12,7 +12,6 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -103,6 +102,7 @@ def _study(reader: Reader, top: dict[str, Any], replace: Mapping[str, str]) -> S
     rest: dict[str, Any] = {k: top[k] for k in ("title", "split_seed", "baseline") if k in top}
     if "seeds" in top:
         rest["seeds"] = reader.numbers(("seeds",), top["seeds"], int)
+    rest = reader.within((), Study, rest)
     train = _train(reader, top.get("train", {}))
     for i, table in many["data"]:
         if "epochs" in table and train.steps is not None:
@@ -164,8 +164,7 @@ def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None)
 
 
 def _base(reader: Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Base | None:
-    if t.get("bits") not in (None, 4, 8):
-        reader.fault(("models", i, "bits"), f"bits is 4 or 8, found {t['bits']}")
+    if len(reader.within(("models", i), Base, t)) < len(t):
         return None
     if "dtype" in t and reader.attempt(("models", i, "dtype"), lambda: dtype_called(t["dtype"])) is None:
         return None
@@ -175,9 +174,9 @@ def _base(reader: Reader, i: int, t: dict[str, Any], replace: Mapping[str, str])
 def _data(reader: Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Rows | None:
     place = ("data", i, "set" if t.get("set") else "task")
     task = reader.attempt(place, lambda: build_from(Task, t["task"], t.pop("set", {})))
-    wrong = [k for k in ("train", "validation", "test", "epochs", "batch") if t.get(k, 1) <= 0]
-    for key in wrong:
-        reader.fault(("data", i, key), f"{key} is greater than 0, found {t[key]}")
+    counts = {k: v for k, v in t.items() if k != "task"}
+    kept = reader.within(("data", i), Rows, counts)
+    wrong = [k for k in counts if k not in kept]
     if (fault := _renamed(t.get("splits", {}))) is not None:
         reader.fault(("data", i, "splits"), fault)
         wrong.append("splits")
@@ -202,9 +201,7 @@ def _budget(reader: Reader, i: int, t: dict[str, Any]) -> Budget | None:
     place = ("budgets", i)
     if "parameters" in t and len(t) > 1 or not t:
         reader.fault(place, "a budget is `rank`, or `parameters`, or `parameters_of` (with a `rank`)")
-    elif any(t.get(k, 1) < 1 for k in ("rank", "parameters")):
-        reader.fault(place, "rank and parameters are 1 or more")
-    else:
+    elif len(reader.within(place, Budget, t)) == len(t):
         return Budget(**t)
     return None
 
@@ -214,24 +211,16 @@ def _sweep(reader: Reader, data: dict[str, Any]) -> Sweep:
     for key, kind in (("rates", NUMBER), ("seeds", int)):
         if key in t:
             t[key] = reader.numbers(("sweep", key), t[key], kind)
-    limits = {"factor": 1.01, "extend": 0, "halving": 2}
-    for key in [k for k, least in limits.items() if k in t and t[k] < least]:
-        reader.fault(("sweep", key), f"{key} is at least {limits[key]}, found {t.pop(key)}")
-    return Sweep(**t)
+    return Sweep(**reader.within(("sweep",), Sweep, t))
 
 
 def _train(reader: Reader, data: dict[str, Any]) -> Training:
     t = reader.table(("train",), data, TABLES["train"])
-    for key in [k for k in t if k not in ("where", "warmup", "weight_decay") and t[k] <= 0]:
-        reader.fault(("train", key), f"{key} is greater than 0, found {t.pop(key)}")
-    for key, most in (("warmup", 1.0), ("weight_decay", math.inf)):
-        if not 0 <= t.get(key, 0) < most:
-            reader.fault(("train", key), f"{key} is 0 or more{' and below 1' if most == 1 else ''}, found {t.pop(key)}")
     if isinstance(t.get("where"), list):
         t["where"] = where = tuple(t["where"])
         if not where or not all(isinstance(name, str) for name in where):
             reader.fault(("train", "where"), f"where is a list of names and globs, found {list(where)!r:.60}")
-    return Training(**t)
+    return Training(**reader.within(("train",), Training, t))
 
 
 def _opened(reader: Reader, study: Study) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..given import hints, value
 from .lines import Path as Place
 from .lines import line_of, lines
 from .sources import Sources
@@ -50,15 +51,15 @@ class Reader:
             self.fault(place, f"{place[-1] if place else 'a study'} is a table, found {data!r:.60}")
             return {}
         kept = {}
-        for key, value in data.items():
+        for key, found in data.items():
             if key not in kinds:
                 close = difflib.get_close_matches(key, kinds, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 self.fault((*place, key), f"there is no {key!r} here; there are: {', '.join(kinds)}{hint}")
-            elif not isinstance(value, kinds[key]) or isinstance(value, bool) or _endless(value):
-                self.fault((*place, key), f"{key} is {_called(kinds[key])}, found {value!r:.60}")
+            elif not isinstance(found, kinds[key]) or isinstance(found, bool) or _endless(found):
+                self.fault((*place, key), f"{key} is {_called(kinds[key])}, found {found!r:.60}")
             else:
-                kept[key] = value
+                kept[key] = found
         for key in needed:
             if key not in data:
                 self.fault(place, f"{key} is missing")
@@ -73,6 +74,16 @@ class Reader:
             self.fault(place, f"{place[-1]} is a list of different {what}, found {values!r:.60}")
             return ()
         return tuple(float(v) if kind is NUMBER else v for v in values)
+
+    def within(self, place: Place, kind: type, t: dict[str, Any]) -> dict[str, Any]:
+        """The entries that `kind` can have, as it declares its fields (see `undula.ranges`)."""
+        kept = {}
+        for key, found in t.items():
+            try:
+                kept[key] = value(found, hints(kind).get(key, Any), key)
+            except ValueError as error:
+                self.fault((*place, key), str(error))
+        return kept
 
 
 def _endless(value: Any) -> bool:

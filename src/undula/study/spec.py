@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from ..given import Checked
 from ..method import Method
+from ..ranges import Bits, Count, Natural, NotNegative, PartShare, Positive, Range, Rank, Seed32
 from ..ranks import Allocator
 from ..train.task import Task
 
+Halving = Annotated[int, Range(least=2, most=1 << 16)]
+
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(metaclass=Checked):
     """One row of the table: a method with its settings, or one of the two yardsticks (method None): the head alone, or
     every parameter of the model."""
 
     name: str
     method: Method | None
     full: bool = False  # with method None: train everything
-    rates: tuple[float, ...] = ()  # its own grid to begin with; empty: the sweep's
+    rates: tuple[Positive, ...] = ()  # its own grid to begin with; empty: the sweep's
     allocator: Allocator | None = None
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(metaclass=Checked):
     """A pretrained model."""
 
     source: str
-    bits: int | None = None  # 4 or 8: quantised when it is opened
+    bits: Bits | None = None  # 4 or 8: quantised when it is opened
     dtype: str = "float32"
 
     @property
@@ -39,30 +43,30 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(metaclass=Checked):
     """A data set, its task, and how many of its rows are used (None: all)."""
 
     source: str
     task: Task
-    train: int | None = None
-    validation: int | None = 1000
-    test: int | None = 2000
+    train: Count | None = None
+    validation: Count | None = 1000
+    test: Count | None = 2000
     splits: Mapping[str, str] = field(default_factory=dict)  # other names: {"test": "validation"}
     label: str = ""
-    epochs: float | None = None  # of this data set, in the place of the study's
-    batch: int | None = None
+    epochs: Positive | None = None  # of this data set, in the place of the study's
+    batch: Count | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.source)
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(metaclass=Checked):
     """What the methods have in common: a rank, or the number of trained parameters (heads apart).  Neither: every
     method as it was written."""
 
-    rank: int | None = None
-    parameters: int | None = None
+    rank: Rank | None = None
+    parameters: Count | None = None
     parameters_of: str | None = None  # as many as this arm has at `rank`
 
     @property
@@ -75,33 +79,33 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(metaclass=Checked):
     """How the learning rate of each arm is chosen, on validation rows."""
 
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    seeds: tuple[int, ...] = ()  # none: each final seed has a sweep of its own; else one choice that all seeds share
-    factor: float = 10**0.5  # between a rate and the next, where the grid grows
-    extend: int = 3  # how often it may grow at either end
-    halving: int | None = None  # successive halving that keeps one run in so many
+    rates: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3)
+    seeds: tuple[Seed32, ...] = ()  # none: each final seed has a sweep of its own; else one choice that all seeds share
+    factor: Annotated[float, Range(least=1.01, most=1e6)] = 10**0.5  # between a rate and the next, where the grid grows
+    extend: Natural = 3  # how often it may grow at either end
+    halving: Halving | None = None  # successive halving that keeps one run in so many
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(metaclass=Checked):
     """What is the same for all runs; see `undula.Run`."""
 
-    steps: int | None = None
-    epochs: float = 3.0
-    batch: int = 16
-    accumulate: int = 1
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    head_lr: float | None = None  # of heads where other parameters train too; None: the swept rate
+    steps: Count | None = None
+    epochs: Positive = 3.0
+    batch: Count = 16
+    accumulate: Count = 1
+    warmup: PartShare = 0.05
+    weight_decay: NotNegative = 0.0
+    head_lr: Positive | None = None  # of heads where other parameters train too; None: the swept rate
     where: str | tuple[str, ...] = "all-linear"
-    evaluations: int = 6  # on validation rows in a run, evenly; the best point is kept
+    evaluations: Count = 6  # on validation rows in a run, evenly; the best point is kept
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(metaclass=Checked):
     """Everything that is compared, and how.  `baseline` names the arm that differences are taken to."""
 
     title: str
@@ -110,10 +114,10 @@ class Study:
     data: tuple[Rows, ...]
     budgets: tuple[Budget, ...] = (Budget(),)
     baseline: str = "LoRA"
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[Seed32, ...] = (1, 2, 3)
     sweep: Sweep = Sweep()
     train: Training = Training()
-    split_seed: int = 0  # of splits that the data do not bring, and of samples of rows
+    split_seed: Seed32 = 0  # of splits that the data do not bring, and of samples of rows
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""
@@ -143,9 +147,8 @@ def faults(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
             why = f"no method is called {budget.parameters_of!r}; there are: {', '.join(counted)}"
             yield ("budgets", i, "parameters_of"), why
     for place, seeds, needed in ((("seeds",), study.seeds, True), (("sweep", "seeds"), study.sweep.seeds, False)):
-        wrong = [s for s, n in Counter(seeds).items() if n > 1 or not 0 <= s < 2**32]
-        if wrong or (needed and not seeds):
-            yield place, f"seeds are different whole numbers from 0 to 2^32 - 1, found {list(seeds)!r:.60}"
+        if len(set(seeds)) < len(seeds) or (needed and not seeds):
+            yield place, f"seeds are different whole numbers, found {list(seeds)!r:.60}"
     if set(study.seeds) & set(study.sweep.seeds):
         yield (
             ("seeds",),

@@ -14,6 +14,9 @@ from functools import cache
 import numpy as np
 from scipy import stats
 
+from ..given import Checked
+from ..ranges import Count, Inside, Seed32
+
 EXACT = 20  # signs of so many differences are flipped in every combination; of more, at random
 WIN, LOSS = "win", "loss"
 NOT_SHOWN, UNDECIDED = "not shown", "undecided"  # it could have been shown; no outcome of so few pairs could show it
@@ -21,18 +24,14 @@ SHARED = "shared rate"  # not called: the luck of one choice of a rate is in all
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(metaclass=Checked):
     """What decides, and how sure the intervals are."""
 
-    alpha: float = 0.05  # the chance, at most, that a report without true differences calls any a win or a loss, where
+    alpha: Inside = 0.05  # the chance, at most, that a report without true differences calls any a win or a loss, where
     #                      the figures of different seeds share no luck: each seed swept for itself, or the rate given
-    confidence: float = 0.95  # of each interval by itself
-    resamples: int = 10_000  # of the sign flips, where there are too many for all
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1 or not 0 < self.confidence < 1 or self.resamples < 1:
-            raise ValueError(f"alpha and confidence lie between 0 and 1, resamples is at least 1; found {self}")
+    confidence: Inside = 0.95  # of each interval by itself
+    resamples: Count = 10_000  # of the sign flips, where there are too many for all
+    seed: Seed32 = 0
 
 
 @dataclass(frozen=True)

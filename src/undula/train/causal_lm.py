@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..choice import Choice
+from ..ranges import Count, Natural
 from .columns import named_columns, texts
 from .conversation import conversations, rendered, tokens
 from .faults import Faults
@@ -101,9 +102,9 @@ class CausalLM(Task):
     prompt: str | None = None
     completion: str | None = None
     format: Format | None = None
-    max_length: int | None = None
-    max_completion: int | None = None
-    generate: int = 32
+    max_length: Count | None = None
+    max_completion: Count | None = None
+    generate: Natural = 32
     context: str | None = None
     messages: str | None = None
     text: str | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..ranges import Count
 from .columns import numbers, texts
 from .faults import Faults
 from .heads import Classes, HeadTask
@@ -33,7 +34,7 @@ class TextTask(HeadTask):
     }
     optional = ("pair",)
     peft = "SEQ_CLS"
-    max_length: int | None
+    max_length: Count | None
 
     def check(self, split: Dataset, faults: Faults) -> None:
         for role, column in self.columns(split.column_names, faults).items():
@@ -84,7 +85,7 @@ class Classification(Classes, TextTask):
     text: str | None = None
     pair: str | None = None
     label: str | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
     names: tuple[str, ...] = ()
 
 
@@ -97,7 +98,7 @@ class Regression(TextTask):
     text: str | None = None
     pair: str | None = None
     label: str | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
 
     def labels(self, split: Dataset, column: str, faults: Faults) -> list[float]:
         return numbers(split, column, faults)

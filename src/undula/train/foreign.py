@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..adapter import Adapter
+from ..ranges import Count
 from .base import config_of
 from .causal_lm import CausalLM
 from .classification import Classification, Regression
@@ -45,7 +46,7 @@ class Unmeasured(Task):
 
     peft: str | None  # type: ignore[misc]
     model_class: str
-    labels: int | None = None
+    labels: Count | None = None
 
     def rows(self, split: Dataset) -> Dataset:
         raise ValueError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 
+from ..ranges import Range
 from .faults import Faults
 from .heads import Classes
 from .images import frames, images, opened
@@ -33,12 +34,8 @@ class ImageClassification(Classes):
 
     image: str | None = None
     label: str | None = None
-    size: int | None = None
+    size: Annotated[int, Range(least=1, most=1 << 16)] | None = None
     names: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size is a number of pixels, 1 or more; found size={self.size}")
 
     def check(self, split: Dataset, faults: Faults) -> None:
         columns = self.columns(split.column_names, faults)

@@ -8,7 +8,6 @@ OUT/adapter_*.{json,safetensors}, OUT/report.json   the end
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -18,8 +17,10 @@ from typing import Any
 
 import torch
 
+from ..given import Checked
 from ..io import files
 from ..method import Method
+from ..ranges import Bits, Count, NotNegative, PartShare, Positive, Seed32
 from ..ranks import Allocator
 from ..schedules import Linear, Schedule
 from .task import Task
@@ -32,7 +33,7 @@ WHOLE = ("max_steps", "batch", "accumulate", "seed", "train_rows", "eval_rows", 
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(metaclass=Checked):
     """What is trained on what, how, and where the result goes.
 
     model: a folder, a name on the model hub, or `bundled:NAME`; data: a JSONL, CSV, TSV or Parquet file, a folder of
@@ -50,54 +51,30 @@ class Run:
     overrides: Mapping[str, Method] = field(default_factory=dict)  # other methods by pattern, see attach
     allocator: Allocator | None = None  # who gets how much rank, when
     full: tuple[str, ...] = ()  # parameters to train in full besides the task's head
-    lr: float = 1e-3  # at the top of the schedule
+    lr: Positive = 1e-3  # at the top of the schedule
     schedule: Schedule | None = None  # after a linear warm-up; None: the allocator's own (ReLoRA's), else linearly to 0
-    head_lr: float | None = None  # of the task's head where other parameters train too; None: lr
-    epochs: float = 3.0
-    max_steps: int | None = None  # optimiser steps; instead of epochs
-    batch: int = 16  # rows in a step and on a device
-    accumulate: int = 1  # batches in an optimiser step: as one batch of all their rows
-    warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.0  # of all that trains but biases and norms: factors too
-    max_grad_norm: float | None = 1.0  # gradients of a larger norm are scaled down to it; None or 0: never
-    seed: int = 0  # of the factors, a new head, the order of rows, dropout, and the validation split
-    train_rows: int | None = None  # a random sample of so many rows; None: all
-    eval_rows: int | None = 1000  # rows for the metric before and after
-    save_every: int | None = None  # steps between checkpoints; None: ten in a run
+    head_lr: Positive | None = None  # of the task's head where other parameters train too; None: lr
+    epochs: Positive = 3.0
+    max_steps: Count | None = None  # optimiser steps; instead of epochs
+    batch: Count = 16  # rows in a step and on a device
+    accumulate: Count = 1  # batches in an optimiser step: as one batch of all their rows
+    warmup: PartShare = 0.05  # share of the steps
+    weight_decay: NotNegative = 0.0  # of all that trains but biases and norms: factors too
+    max_grad_norm: NotNegative | None = 1.0  # gradients of a larger norm are scaled down to it; None or 0: never
+    seed: Seed32 = 0  # of the factors, a new head, the order of rows, dropout, and the validation split
+    train_rows: Count | None = None  # a random sample of so many rows; None: all
+    eval_rows: Count | None = 1000  # rows for the metric before and after
+    save_every: Count | None = None  # steps between checkpoints; None: ten in a run
     dtype: torch.dtype = torch.float32  # of the frozen model; what trains is float32
-    bits: int | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
+    bits: Bits | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
     by_chance: bool | None = None  # how a validation part is made, see `with_validation`: True for runs of version 1
-    probe_batches: int | None = None  # that a method which starts from data looks at; None: 8
+    probe_batches: Count | None = None  # that a method which starts from data looks at; None: 8
 
     def __post_init__(self) -> None:
         self._as_meant()
-        positive = (
-            "lr",
-            "head_lr",
-            "epochs",
-            "max_steps",
-            "batch",
-            "accumulate",
-            "train_rows",
-            "eval_rows",
-            "save_every",
-            "probe_batches",
-        )
-        wrong = [f"{n}={v}" for n in positive if (v := getattr(self, n)) is not None and v <= 0]
-        if wrong:
-            raise ValueError(f"these are greater than 0: {', '.join(wrong)}")
         for method in (self.method, *self.overrides.values()):
             if self.allocator is not None and (method is None or not self.allocator.serves(method)):
                 raise ValueError(self.allocator.refusal(method))
-        if self.max_grad_norm is not None and not 0 <= self.max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm is at least 0, or None for no clipping; found {self.max_grad_norm}")
-        if self.bits not in (None, 4, 8):
-            raise ValueError(f"bits is 4 or 8, or None for a model as it is; found {self.bits!r}")
-        if not 0 <= self.warmup < 1 or self.weight_decay < 0:
-            raise ValueError(
-                f"warmup is a share of the steps in [0, 1) and weight_decay at least 0; found warmup={self.warmup}, "
-                f"weight_decay={self.weight_decay}"
-            )
 
     def _as_meant(self) -> None:
         """Paths, lists and whole numbers in the types of the fields.  Raises TypeError for what is no value of one."""

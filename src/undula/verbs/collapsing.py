@@ -18,6 +18,7 @@ from ..io import export_diffusers, export_lora
 from ..io.whole import whole
 from ..method import Additive, LowRank, Method, Reweight
 from ..options import build
+from ..ranges import NotNegative, Rank
 from ..train import Restored, restored
 from ..train.base import called_elsewhere
 from ..train.restored import check_agreed
@@ -54,7 +55,7 @@ class Recipe(Choice):
 class Truncate(Recipe):
     """See `undula.Truncate`."""
 
-    r: int = 8
+    r: Rank = 8
 
     def approximation(self, opened: Restored | None, data: str | None, rows: int) -> compress.Approximation:
         return compress.Truncate(self.r)
@@ -83,8 +84,8 @@ class Substitute(Recipe):
 class LeastSquares(Recipe):
     """See `undula.LeastSquares`."""
 
-    r: int = 8
-    ridge: float = 1e-3
+    r: Rank = 8
+    ridge: NotNegative = 1e-3
     bias: bool = False
 
     def approximation(self, opened: Restored | None, data: str | None, rows: int) -> compress.Approximation:
