@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
+DORA = "tests/oracles/test_dora.py"
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
 DAMAGE = DISK + "::test_damage_is_refused"
 WEIGHT = LAWS + "::test_forward_is_weight"
@@ -67,6 +68,8 @@ MUTANTS = [
     ("methods/aurora.py", "and A_RI.dtype == wide(A_RI.dtype)", "", "tests/laws/test_widths.py"),
     ("routing.py", " or layer.training", "", "tests/laws/test_widths.py"),
     ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", WEIGHT + " -k DoRA"),
+    ("methods/dora.py", "LOST = 16", "LOST = 0", DORA),
+    ("methods/dora.py", "return y if cancelled is None else", "return y if True else", DORA),
     ("methods/dora.py", "2 * (W_OI @ A_RI.T)", "W_OI @ A_RI.T", METHODS),
     ("methods/dora.py", "V_OI.detach().norm(dim=1)", "V_OI.norm(dim=1)", METHODS),
     ("methods/aurora.py", "bent = bent - self.sigma(A_RI.new_zeros(1, self.r), f)", "pass", METHODS),

@@ -4,7 +4,11 @@
 
 As in the paper (section 4.3) ||V|| counts as a constant in the backward pass.  For a LowRank inner method the norms
 come from the factors: ||V||^2 = ||W||^2 + 2 <W A', B> + <B A A', B> row by row, and no (O x I) matrix is formed, but
-for rows whose three terms cancel (||V|| below 3 % of what they sum to).
+for rows whose three terms cancel (||V|| below 3 % of what they sum to): W x + dW x cancels there too, and m / ||V||
+would blow up its rounding, so that these rows of y come from the rows of W' themselves.
+
+A row that dW takes away, W = -dW, has no direction.  Its row of W' is 0 (m / ||V|| counts as 0) as long as ||V|| is no
+more than what rounding leaves of W, live and merged alike.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from torch import Tensor
 from ..kernels import reference
 from ..kernels.autocast import exact, hand_written, wide
 from ..method import Additive, Factors, Layer, LowRank, Method, Reweight, Site
+from .dropout import Dropout
 from .lora import LoRA
 
 CANCELLED = 1e-3  # of ||W||^2 + ||dW||^2: below it ||V||^2 has lost three of float32's seven digits
+LOST = 16  # times the rounding unit, of ||W||: V is rounding and has no direction
 
 
 @dataclass(frozen=True)
@@ -56,37 +62,73 @@ class DoRA(Reweight):
 
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         V_OI = self._inner.weight(W_OI, f)
-        norms = floored(V_OI.detach().norm(dim=1), W_OI.detach().to(V_OI.dtype).norm(dim=1))
-        return (f["m"] / norms)[:, None] * V_OI
+        inverse = inverted(V_OI.detach().norm(dim=1), W_OI.detach().to(V_OI.dtype).norm(dim=1))
+        return (f["m"] * inverse)[:, None] * V_OI
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
-        gain = f["m"] / self.norms(layer.weight, f)
+        inverse, cancelled = self.inverse_norms(layer.weight, f)
+        gain = f["m"] * inverse
         y = self.inner.forward(x, layer, f)
         if layer.bias is None:
-            return (y * reference.channels(gain, layer)).to(y.dtype)
-        # the bias is not scaled: gain (y - b) + b
-        shift = (1 - gain) * layer.bias
-        return torch.addcmul(reference.channels(shift, layer), y, reference.channels(gain, layer)).to(y.dtype)
+            y = (y * reference.channels(gain, layer)).to(y.dtype)
+        else:  # the bias is not scaled: gain (y - b) + b
+            shift = (1 - gain) * layer.bias
+            shifted = torch.addcmul(reference.channels(shift, layer), y, reference.channels(gain, layer))
+            y = shifted.to(y.dtype)
+        return y if cancelled is None else self._formed(x, y, layer, f, inverse, cancelled)
+
+    def _formed(self, x: Tensor, y: Tensor, layer: Layer, f: Factors, inverse: Tensor, rows_K: Tensor) -> Tensor:
+        """y with its channels `rows_K` as layer(x) + (W' - W) x: nothing there is scaled up."""
+        if layer.training and drops(self.inner):  # what is dropped is part of the law, and cancels nothing
+            return y
+        W_OI = layer.weight
+        V_KI = self._rows(W_OI[rows_K], f, rows_K)
+        change_KI = (f["m"] * inverse)[rows_K, None] * V_KI - W_OI[rows_K]
+        change_OI = change_KI.new_zeros(W_OI.shape).index_copy(0, rows_K, change_KI)
+        right = reference.additive(x, layer, change_OI).index_select(layer.channel, rows_K)
+        return y.index_copy(layer.channel, rows_K, right)
+
+    def _rows(self, W_KI: Tensor, f: Factors, rows_K: Tensor) -> Tensor:
+        """Those rows of V."""
+        if isinstance(self.inner, LowRank):
+            B_OR, A_RI = (t.to(wide(t.dtype)) for t in self.inner.pair(f))
+            return torch.addmm(W_KI.to(A_RI.dtype), B_OR[rows_K], A_RI)
+        return W_KI + self._inner.delta(f)[rows_K]
 
     @torch.no_grad()
-    def norms(self, W_OI: Tensor, f: Factors) -> Tensor:
-        """||W + dW|| by rows (O), detached."""
+    def inverse_norms(self, W_OI: Tensor, f: Factors) -> tuple[Tensor, Tensor | None]:
+        """(1 / ||W + dW|| by rows (O), the rows whose terms cancel or None), detached."""
         with exact(W_OI.device):
-            if not isinstance(self.inner, LowRank) or not hand_written():  # no branch on numbers in a trace
+            if not hand_written():  # no branch on numbers in a trace
                 V_OI = self._inner.weight(W_OI, f)
-                return floored(V_OI.norm(dim=1), W_OI.to(V_OI.dtype).norm(dim=1))
-            B_OR, A_RI = (t.to(wide(t.dtype)) for t in self.inner.pair(f))
-            W_OI = W_OI.to(A_RI.dtype)
-            own, update = torch.linalg.vecdot(W_OI, W_OI), B_OR @ (A_RI @ A_RI.T)
-            squared = own + ((2 * (W_OI @ A_RI.T) + update) * B_OR).sum(1)
-            cancelled = squared < CANCELLED * (own + (update * B_OR).sum(1))
-            if cancelled.any():  # the sums cancel: these rows are formed
-                V_KI = torch.addmm(W_OI[cancelled], B_OR[cancelled], A_RI)
-                squared[cancelled] = torch.linalg.vecdot(V_KI, V_KI)
-            return floored(squared.sqrt(), own.sqrt())
+                return inverted(V_OI.norm(dim=1), W_OI.to(V_OI.dtype).norm(dim=1)), None
+            norms, own, cancelled = self._norms(W_OI, f)
+            return inverted(norms, own), cancelled.nonzero()[:, 0] if cancelled.any() else None
+
+    def _norms(self, W_OI: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
+        """||W + dW|| and ||W|| by rows, and which rows cancel (O)."""
+        if not isinstance(self.inner, LowRank):
+            V_OI = self._inner.weight(W_OI, f)
+            norms, own = V_OI.norm(dim=1), W_OI.to(V_OI.dtype).norm(dim=1)
+            return norms, own, norms < CANCELLED**0.5 * own
+        B_OR, A_RI = (t.to(wide(t.dtype)) for t in self.inner.pair(f))
+        W_OI = W_OI.to(A_RI.dtype)
+        own, update = torch.linalg.vecdot(W_OI, W_OI), B_OR @ (A_RI @ A_RI.T)
+        squared = own + ((2 * (W_OI @ A_RI.T) + update) * B_OR).sum(1)
+        cancelled = squared < CANCELLED * (own + (update * B_OR).sum(1))
+        if cancelled.any():  # the sums cancel: these rows are formed
+            V_KI = torch.addmm(W_OI[cancelled], B_OR[cancelled], A_RI)
+            squared[cancelled] = torch.linalg.vecdot(V_KI, V_KI)
+        return squared.sqrt(), own.sqrt(), cancelled
 
 
-def floored(norm_O: Tensor, base_O: Tensor) -> Tensor:
-    """Norms of V's rows, at least what rounding leaves of W's: a row that the update takes away has no direction, and
-    stays (next to) zero instead of being blown up to m."""
-    return norm_O.maximum(torch.finfo(norm_O.dtype).eps * base_O).clamp_min(torch.finfo(norm_O.dtype).tiny)
+def drops(method: Method | None) -> bool:
+    """Whether there is dropout inside."""
+    inside = (getattr(method, "inner", None), *getattr(method, "parts", ()))
+    return isinstance(method, Dropout) or any(map(drops, filter(None, inside)))
+
+
+def inverted(norm_O: Tensor, base_O: Tensor) -> Tensor:
+    """1 / ||V||, or 0 where V is no more than what rounding leaves of W."""
+    lost = norm_O <= (LOST * torch.finfo(norm_O.dtype).eps * base_O).clamp_min(torch.finfo(norm_O.dtype).tiny)
+    return torch.where(lost, 0, 1 / norm_O.clamp_min(torch.finfo(norm_O.dtype).tiny))
