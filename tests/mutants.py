@@ -79,7 +79,7 @@ MUTANTS = [
     ("methods/centred.py", "torch.cat([B, -B0], 1)", "torch.cat([B, B0], 1)", LAWS + "::test_starts_at_the_base -k Centred"),
     ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS + "::test_arithmetic -k RankStab"),
     ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(x)", METHODS),
-    ("methods/dropout.py", "(256 / (256 - level))", "1.0", METHODS),
+    ("methods/dropout.py", "(LEVELS / (LEVELS - level))", "1.0", METHODS),
     ("activations.py", "torch.addcmul(sin, u, cos.cos_(), value=self.w, out=cos)", "sin", METHODS),
     ("activations.py", "torch.sigmoid(u) - 0.5", "torch.sigmoid(u)", METHODS),
     ("kernels/bottleneck.py", ".addmm_(gz_TR, A_RI)", "", FUSED + " -k RankStab"),

@@ -221,6 +221,16 @@ def test_starts():
     assert float(A.std()) == pytest.approx(1 / math.sqrt(2000), rel=0.05)
 
 
+@pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.5, 0.99])
+def test_dropout_drops_as_much_as_was_asked(p):
+    """In bytes, 0.01 was 3/256."""
+    torch.manual_seed(0)
+    z = undula.methods.dropout.drop(torch.ones(1000, 1001), p)
+    sigma = (p * (1 - p) / z.numel()) ** 0.5
+    assert abs(float((z == 0).double().mean()) - p) < 5 * sigma + 1 / (1 << 17)
+    assert float(z.max()) == pytest.approx(1 / (1 - p), rel=1e-3)
+
+
 def test_dropout_rate_scale_and_base():
     m, layer = undula.Dropout(undula.LoRA(r=3), 0.25), view(nn.Linear(I, O))
     f, x = shaken(m), torch.randn(4000, I)

@@ -82,10 +82,11 @@ def test_a_row_of_zeros_under_dora():
     torch.testing.assert_close(model(x), y)
 
 
-@pytest.mark.parametrize("p", [1.0, 0.999, -0.1])
+@pytest.mark.parametrize("p", [1.0, 0.999999, 1e-6, -0.1])
 def test_a_dropout_rate_that_leaves_nothing(p):
-    """0.999 is 256/256 in the steps that the rate has: it ended in a ZeroDivisionError while training."""
-    with pytest.raises(ValueError, match="in steps of 1/256"):
+    """0.999999 is 65536/65536 in the steps that the rate has: it ended in a ZeroDivisionError while training; 1e-6 was
+    no dropout at all, without a word."""
+    with pytest.raises(ValueError, match=r"in steps of 1/65536|Dropout\.p is at least 0 and below 1"):
         undula.Dropout(undula.LoRA(), p)
 
 
