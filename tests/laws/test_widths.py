@@ -250,7 +250,7 @@ def test_no_rows_give_no_rows(m):
 
 
 @pytest.mark.parametrize("m", [undula.LoRA(r=2), undula.LoRAN(r=2), undula.AuroRA(), undula.DoRA(undula.LoRA(r=2)),
-                               undula.SHiRA(r=1), undula.VeRA(r=4)], ids=repr)  # fmt: skip
+                               undula.SHiRA(r=1), undula.VeRA(r=4), undula.NOLA(r=2, k=8, l=8)], ids=repr)  # fmt: skip
 def test_exporters_and_transforms_follow_the_laws(m):
     """torch.export, torch.jit.trace, torch.func.grad and vmap of a live adapter, at the eager model's numbers."""
     torch.set_default_dtype(torch.float64)
@@ -264,6 +264,9 @@ def test_exporters_and_transforms_follow_the_laws(m):
     grads = torch.func.grad(loss)(own, x)
     for got, wanted in zip(grads.values(), torch.autograd.grad(want.square().sum(), list(own.values())), strict=True):
         torch.testing.assert_close(got, wanted)
+    forwards = torch.func.jvp(lambda p: loss(p, x), (own,), (grads,))[1]
+    if not isinstance(m, undula.DoRA):  # whose gradient holds its norms constant, and is no derivative
+        torch.testing.assert_close(forwards, sum(g.square().sum() for g in grads.values()))
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(own, x)
     for name, g in each.items():
         torch.testing.assert_close(g.sum(0), grads[name])

@@ -1,7 +1,9 @@
 """SHiRA and S2FT against full gradients, brute force, PEFT, and the permutations that S2FT's paper makes."""
 
 import copy
+import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -591,3 +593,16 @@ def test_blocks_select_together():
         widths = (16, 4, 4, 16)
         assert len({frozenset(c // w for c in g) for g, w in zip(groups, widths, strict=True)}) == 1
         assert [len(g) for g in groups] == list(widths)
+
+
+def test_s2ft_warns_where_its_share_is_very_many_numbers():
+    """A share of O I: 194 M at the defaults on a model of 7 B, where a LoRA has 10 M."""
+    here = site("l", view(nn.Linear(8, 8)))
+    large = dataclasses.replace(here, peers={f"{i}": (4096, 11008) for i in range(80)} | {"l": (8, 8)}, shared={})
+    with pytest.warns(UserWarning, match=r"108,\d+,\d+ numbers over 81 layers, 11 times .* share=0.0027"):
+        undula.S2FT().init(large)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        undula.S2FT().init(large)  # once an attach
+        undula.S2FT().init(here)
+        undula.S2FT(share=0.002).init(dataclasses.replace(large, shared={}))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .autocast import exact
 from .frozen import floats, numbers
 
 BLOCK = 1 << 16  # numbers drawn at a time: 256 KiB, so that the passes of the hash stay in the cache
@@ -61,4 +62,8 @@ _mixed.register_autograd(_backward, setup_context=_keep)
 
 def mixture(c_K: Tensor, words_2: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The sum over i of c_i M_i, matrices M_i of this shape from the stream with these words."""
+    if torch._C._are_functorch_transforms_active():  # `torch.func` cannot follow an operator: all M_i are held
+        with exact(c_K.device):
+            pieces = [c_K[which] @ M for which, M in _blocks(words_2, len(c_K), math.prod(shape), c_K.dtype)]
+        return torch.stack(pieces).sum(0).view(shape)
     return _mixed(c_K, words_2, math.prod(shape)).view(shape)

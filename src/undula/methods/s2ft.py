@@ -15,6 +15,7 @@ the others.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ from ..kernels import sparse
 from ..method import Factors, Layer, LowRank, Site
 from ..ranges import Count, SomeShare
 from ..starts.channels import ByName, Random, Selection, Side
+
+MANY = 100_000_000  # trained numbers: with AdamW's moments 1.6 GB
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,27 @@ class S2FT(LowRank):
 
     def init(self, site: Site) -> dict[str, Tensor]:
         O, I = site.shape
+        self.tell(site)
         order = self.order(site)
         k = self.channels(len(order))
         block = {"rows": site.zeros(k, I)} if self.side.rows(site.name) else {"columns": site.zeros(O, k)}
         return {**{name: S.requires_grad_() for name, S in block.items()}, "order": order}
+
+    def tell(self, site: Site) -> None:
+        """Warns, once an attach, of very many trained numbers: a share grows as O I, a LoRA as O + I."""
+        if site.device.type == "meta" or (self, "told") in site.shared:
+            return
+        site.once((self, "told"), lambda: site.zeros(0))
+        sides = ((self.side.rows(name), *shape) for name, shape in site.peers.items())
+        total = sum(self.channels(O if rows else I) * (I if rows else O) for rows, O, I in sides)
+        if total >= MANY:
+            r = 8
+            lora = r * sum(sum(shape) for shape in site.peers.values())
+            warnings.warn(
+                f"{self!r} trains {total:,} numbers over {len(site.peers)} layers, {total / lora:.0f} times as many as "
+                f"LoRA(r={r}): as many would be share={self.share * lora / total:.2g}",
+                stacklevel=2,
+            )
 
     def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
         """The same selection: it may come from data."""
