@@ -12,6 +12,7 @@ from typing import Annotated
 
 FLOAT32 = 3.4028234663852886e38  # the largest: what is larger is infinite in a float32 tensor
 INT64 = (1 << 63) - 1
+NATURAL = (FLOAT32, INT64, (1 << 31) - 1, (1 << 32) - 1)  # ends of what can be counted to: named where they are passed
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Range:
         return inside and number not in self.without
 
     def told(self, number: float) -> str:
-        """What a number is instead of `number`: the ends of what can be counted to are named where they are passed."""
+        """What a number is instead of `number`, in words."""
         ends = [f"greater than {self.above:g}"] if self.above > -math.inf else []
         if self.least > -FLOAT32 or number < self.least:
             ends += [f"at least {_end(self.least)}"] if self.least > -math.inf else []
         ends += [f"below {self.below:g}"] if self.below < math.inf else []
-        if self.most < FLOAT32 and self.most != INT64 or number > self.most:
-            ends += [f"at most {_end(self.most)}"] if self.most < math.inf else []
+        if self.most < math.inf and (self.most not in NATURAL or number > self.most):
+            ends += [f"at most {_end(self.most)}"]
         ends += [f"not {' or '.join(f'{each:g}' for each in self.without)}"] if self.without else []
         return " and ".join(ends) + (f" ({self.note})" if self.note else "")
 

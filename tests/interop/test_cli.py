@@ -1,11 +1,13 @@
 """The command line: every verb on tiny models, one clear line for every mistake, and a method from another package."""
 
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ import undula
 from undula.cli import app
 from undula.options import build
 from undula.train import Classification, Task
+from undula.train.worries import worries
+from undula.verbs import shell
 
 from . import tiny
 
@@ -72,6 +76,7 @@ def test_help_is_light():
     heavy = ("transformers", "peft", "datasets", "accelerate", "sklearn", "matplotlib", "trl", "scipy", "pyarrow")
     script = f"""
 import sys
+import warnings
 from undula.cli import app
 try:
     app(["--help"])
@@ -174,7 +179,7 @@ def test_head_alone(usual, tmp_path):
 MISTAKES = {
     "method": (("--method", "lorra"), "no method is called 'lorra'; there are: AdaLoRA, AuroRA"),
     "option": (("--set", "depth=3"), "LoRA has no option depth; it has: r, alpha, scaling"),
-    "value": (("--set", "r=two"), "LoRA.r is an integer, found 'two'"),
+    "value": (("--set", "r=two"), "LoRA.r is an integer at least 1 and at most 1,048,576, found 'two'"),
     "no value": (("--set", "r"), "an option is written NAME=VALUE, found 'r'"),
     "nothing nested": (("--set", "r.x=1"), "LoRA.r is one value and has no option x"),
     "bare wrapper": (("--method", "dropout"), "Dropout needs inner"),
@@ -362,6 +367,7 @@ def installed(tmp_path):
 
 STORY = """
 import sys
+import warnings
 from undula.cli import app
 *words, out = sys.argv[1:]
 def call(*words):
@@ -430,3 +436,27 @@ def test_a_directory_without_an_adapter_says_what_it_is(tmp_path):
     assert "has not ended: `undula train --resume" in fails("show", tmp_path)
     (tmp_path / "run.json").rename(tmp_path / "config.json")
     assert "is the folder of a model" in fails("show", tmp_path)
+
+
+def test_warnings_are_notes_of_one_style_once_each(capsys):
+    """Ours with the advice of the command line, another package's by its name in one line; its advice to programmers is
+    left out, unless --debug asks for it."""
+    torch_like = "/x/site-packages/torch/nn/modules.py"
+    for debug in (False, True):
+        with shell.notes(debug):
+            for _ in range(2):
+                warnings.warn_explicit("look at undula.merge again", UserWarning, shell.OURS + "/a.py", 1)
+                logging.getLogger("undula.train").warning("24 texts are cut")
+                warnings.warn_explicit("strange numbers\n  at a line", UserWarning, torch_like, 7)
+                warnings.warn_explicit("gone in 3.0", FutureWarning, torch_like, 8)
+        said = capsys.readouterr().err.splitlines()
+        wanted = ["Note: look at `undula merge` again", "Note: 24 texts are cut", "Note: (torch) strange numbers"]
+        assert said == wanted + ["Note: (torch) gone in 3.0"] * debug
+
+
+def test_a_training_that_diverged_says_so_once():
+    """The loss that rose is what the divergence is told by."""
+    rose = ["the training loss rose from 1 to 9: lower the rate", "every validation row is said to be of one class"]
+    report = {"warnings": rose, "before": {"loss": 1.0}, "after": {"loss": 9.0}, "losses": []}
+    assert worries(report) == [rose[1], "the training diverged: the loss went from 1 to 9; lower the learning rate"]
+    assert worries({"warnings": rose * 2}) == rose

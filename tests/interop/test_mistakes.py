@@ -242,7 +242,7 @@ def test_a_merge_that_loses_the_update_warns_and_names_the_way_out(adapter, tmp_
             t.mul_(1e-3 if name == "B" else 1.0)
     made.save(path)
     _, _, said = run("merge", path, "--out", tmp_path / "o")
-    assert "warning: rounding takes" in said
+    assert "Note: rounding takes" in said
     assert "Merge with --dense" in said
     _, shown, said = run("merge", path, "--dense", "--out", tmp_path / "dense")
     assert "rounding takes" not in said

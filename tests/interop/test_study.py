@@ -203,13 +203,14 @@ def test_runs_that_were_made_with_other_things_are_told(text, tmp_path):
     assert told in (report(study, tmp_path).report.parent / "report.md").read_text().replace("\\_", "_")
 
 
-def test_what_an_older_version_found_is_read_as_what_it_was(text, tmp_path):
+@pytest.mark.parametrize("version", [0, 1])
+def test_what_an_older_version_found_is_read_as_what_it_was(text, tmp_path, version):
     """One rate for all seeds: such a store opens with [sweep] seeds, no win is called, and without that line it is
     said what the runs are, and what would bring them back."""
     own = text.split("[[methods]]")[0] + ONE
     shared = own.replace("extend = 0", "extend = 0\nseeds = [0]")
     found = run(parse(shared), tmp_path)
-    former = {t.key: t.former for t in Plan(parse(shared)).trials().values()}
+    former = {t.key: t.formers[version] for t in Plan(parse(shared)).trials().values()}
 
     def older(key, trial, result):
         return former[key], {k: v for k, v in result.items() if k not in ("made", "cpu_seconds")}
@@ -223,6 +224,18 @@ def test_what_an_older_version_found_is_read_as_what_it_was(text, tmp_path):
     (told,) = [w for w in warnings(parse(own), tmp_path) if "chose one rate" in w]
     assert "2 runs in" in told
     assert "write [sweep] seeds = [0]" in told
+
+
+def test_runs_of_a_version_that_trained_otherwise_are_told_and_made_again(text, tmp_path):
+    study = parse(text.split("[[methods]]")[0] + ONE)
+    run(study, tmp_path)
+    former = {t.key: t.formers[0] for t in Plan(study).trials().values()}
+    count = len(Plan(study).known(Store(tmp_path / "runs.sqlite")))
+    changed(tmp_path, lambda key, trial, result: (former[key], result))
+    (told,) = [w for w in warnings(study, tmp_path) if "earlier version" in w]
+    assert told.startswith(f"{count} runs in {tmp_path}")
+    assert "made anew" in told
+    assert not Plan(study).known(Store(tmp_path / "runs.sqlite"))
 
 
 def test_before_an_allocator_reaches_its_budget_nothing_is_chosen(text):

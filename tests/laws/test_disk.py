@@ -107,7 +107,7 @@ DAMAGE = {
     "wrong type": (
         edit_config,
         lambda c: put(c, "undula", "methods", 0, "r", value="two"),
-        "LoRA.r is an integer, found 'two'",
+        "LoRA.r is an integer at least 1 and at most 1,048,576, found 'two'",
     ),
     "bad rank": (edit_config, lambda c: put(c, "undula", "methods", 0, "r", value=0), "at least 1"),
     "other version": (edit_config, lambda c: put(c, "undula", "version", value=99), "format version 99"),
@@ -123,7 +123,7 @@ DAMAGE = {
         lambda c: put(c, "undula", "sites", "0", value=[0, 10**12, 12]),
         r"site '0' is \[method of 1, O, I\]; found \[0, 1000000000000, 12\]",
     ),
-    "absurd rank": (edit_config, lambda c: put(c, "undula", "methods", 0, "r", value=10**12), r"\(1000000000000, 12\)"),
+    "absurd rank": (edit_config, lambda c: put(c, "undula", "methods", 0, "r", value=10**6), r"\(1000000, 12\)"),
     "missing tensor": (edit_tensors, lambda t: t.pop(KEY), "the adapter has \\['B'\\]"),
     "surplus tensor": (edit_tensors, lambda t: t.update({KEY[:-1] + "C": torch.ones(2)}), "'C'"),
     "surplus site": (edit_tensors, lambda t: t.update({KEY.replace("0", "9"): torch.ones(2)}), "does not name"),

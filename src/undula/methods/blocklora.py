@@ -14,6 +14,7 @@ is a LoRA of rank r / n whose B has n times the learning rate; with Adam its B t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +35,7 @@ class BlockLoRA(LowRank):
     grade = "interpretation"
 
     r: Rank = 16
-    blocks: Rank = 8
+    blocks: Annotated[Rank, "blocks=1 is LoRA"] = 8
     alpha: Positive = 16.0
     scaling: Scaling = Classic()
 

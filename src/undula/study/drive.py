@@ -88,7 +88,7 @@ def _free(plan: Plan, store: Store, retry_failed: bool) -> None:
     known = plan.known(store)
     store.forget({k: r for k, r in store.records(plan.trials()).items() if k not in known})
     if retry_failed:
-        keys = [k for key, t in plan.trials().items() for k in (key, t.former)]
+        keys = [k for key, t in plan.trials().items() for k in (key, *t.formers)]
         store.forget({k: r for k, r in store.records(keys).items() if r.error is not None})
 
 
@@ -183,6 +183,11 @@ def _doubts(plan: Plan, store: Store | None, known: Mapping[str, Record]) -> Ite
         yield from (f"{rows.label}: {text}" for text in splits.leaks(parts))
     yield from plan.strangers(known)
     yield from plan.mixtures(known)
+    if store is not None and (old := plan.outdated(store)):
+        yield (
+            f"{old} runs in {store.path} are an earlier version's, which trained otherwise: they are left out and "
+            "made anew"
+        )
     if store is not None and (other := plan.former(store)):
         yield (
             f"{other} runs in {store.path} chose one rate for all seeds, which this study does not: each of its seeds "

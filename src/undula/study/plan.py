@@ -51,9 +51,9 @@ class Plan:
         studies are read for what they once showed.
         """
         trials, shared = self.trials(), bool(self.study.sweep.seeds)
-        former = {t.former: key for key, t in trials.items()} if shared else {}
-        held = store.records([*trials, *former])
-        found = {former[k]: r for k, r in held.items() if k in former} | {k: r for k, r in held.items() if k in trials}
+        keys = {key: (key, *(t.formers if shared else ())) for key, t in trials.items()}
+        held = store.records(k for each in keys.values() for k in each)
+        found = {key: next(held[k] for k in each if k in held) for key, each in keys.items() if held.keys() & set(each)}
         halved = {t.key for search in self.searches for t in search.halved()}
         return {k: r for k, r in found.items() if not r.pruned or k in halved}
 
@@ -101,8 +101,14 @@ class Plan:
             return 0
         swept = [cell.trial(lr, 0, False) for cell in self.cells for lr in cell.rates if cell.searches[0].seeds]
         mine = {t.key for t in self.trials().values()}
-        keys = {t.former for t in swept} | {t.key for t in swept if t.key not in mine}
+        keys = {k for t in swept for k in t.formers} | {t.key for t in swept if t.key not in mine}
         return len(store.records(keys))
+
+    def outdated(self, store: Store) -> int:
+        """How many runs of this study the store holds from versions that trained otherwise: none of them counts."""
+        if self.study.sweep.seeds:
+            return 0
+        return len(store.records(k for t in self.trials().values() for k in t.formers))
 
     def counts(self, known: Mapping[str, Record]) -> dict[str, int]:
         """Runs: ended, failed, at least still to come, at most still to come (if every grid grows to its bound)."""

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from .watch import Watch
 
-PROTOCOL = 2  # raise it when the same configuration would give other figures
-FORMER = 1  # of equal validation points the first was kept, and those before an allocator's budget was reached counted
+PROTOCOL = 3  # raise it when the same configuration would give other figures
+# 2: dropout in steps of 1/256, gradients clipped before allocators saw them, heads over narrow bases without masters;
+# 1: of equal validation points the first was kept, and those before an allocator's budget was reached counted
+FORMER = (2, 1)
 
 
 class Diverged(RuntimeError):
@@ -60,9 +62,9 @@ class Trial:
         return self._hash(PROTOCOL)
 
     @functools.cached_property
-    def former(self) -> str:
-        """The key that the protocol before this one gave it."""
-        return self._hash(FORMER)
+    def formers(self) -> tuple[str, ...]:
+        """The keys that protocols before this one gave it, the newest first."""
+        return tuple(map(self._hash, FORMER))
 
     def _hash(self, protocol: int) -> str:
         told = self.encode() | {"protocol": protocol}

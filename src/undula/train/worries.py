@@ -11,6 +11,7 @@ from typing import Any
 from .run import REPORT
 
 RAN_AWAY = 2.0  # times the loss at the beginning
+OF_THE_LOSS = ("the training loss rose", "on the validation rows the loss")  # see `doubts`
 ANSWERS = "the model answers no better than with one class for all"
 
 
@@ -33,9 +34,10 @@ def diverged(report: Mapping[str, Any]) -> str | None:
 
 def worries(report: Mapping[str, Any]) -> list[str]:
     """All that should worry, each "headline: detail", what the report itself lists included."""
-    found = [str(text) for text in report.get("warnings", [])]
+    found = list(dict.fromkeys(str(text) for text in report.get("warnings", [])))
     failed = diverged(report)
-    if failed:
+    if failed:  # which says of the loss all that there is to say
+        found = [text for text in found if not text.startswith(OF_THE_LOSS)]
         found.append(f"the training diverged: {failed}")
     if "warnings" not in report and (report.get("after") or {}).get("mcc") == 0:  # a report of an earlier version
         found.append(f"one class: Matthews' correlation is 0, {ANSWERS}")

@@ -62,7 +62,7 @@ def show(
     shell.out.print(shell.table(shown, f"below {below[:-1]}" if below else None))
     shell.note(f"{whole['method']}: {whole['parameters']:,} parameters, rung {whole['rung']}")
     for warning in [*whole["warnings"], *worries(reported(path))]:
-        shell.say(warning, "yellow")
+        shell.remark(warning)
 
 
 def _shared(names: list[str]) -> str:
@@ -106,11 +106,10 @@ def merge(
     shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
     lost = [site for site, error in errors.items() if not error < LOST]
     if lost:
-        shell.say(
-            f"warning: rounding takes {_share(max(errors.values()))} of what the adapter does at {lost[0]}, and over "
+        shell.remark(
+            f"rounding takes {_share(max(errors.values()))} of what the adapter does at {lost[0]}, and over "
             f"{LOST:.0%} at {len(lost)} of {len(errors)} layers: the merged model is not what was trained. "
-            + ("Merge with --dense" if rounded else "Keep the adapter beside the base"),
-            "yellow",
+            + ("Merge with --dense" if rounded else "Keep the adapter beside the base")
         )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +25,7 @@ OURS = str(Path(__file__).parents[1])
 # typer's own complaints; the package that they come from depends on its version
 USAGE: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 MEANT = (LookupError, ValueError, TypeError, OSError, RuntimeError)  # what the library raises of itself
+FOR_PROGRAMMERS = (DeprecationWarning, FutureWarning, PendingDeprecationWarning, ResourceWarning)
 # Advice of the library, which speaks Python, and what to type instead
 PYTHON = (
     (r"[\w.]+\([^()]*\), or (?=--)", ""),  # Classification(text=...), or --column text=...
@@ -41,7 +46,8 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with notes(bool(ctx.params.get("debug"))):
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # RuntimeErrors that are none
             raise
         except USAGE:  # a verb or an option that does not exist: typer says it
@@ -50,6 +56,39 @@ class Verbs(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             raise typer.Exit(explain(error)) from None
+
+
+@contextlib.contextmanager
+def notes(every: bool) -> Iterator[None]:
+    """Within, warnings and log messages of the library are lines "Note: ...", once each; another package's are named
+    after it, in one line, and those for its programmers left out unless `every` is asked for."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+        ours = filename.startswith(OURS)
+        if not ours and issubclass(category, FOR_PROGRAMMERS) and not every:
+            return
+        text = spoken(str(message)) if ours else f"({_package(filename)}) {str(message).strip().splitlines()[0]}"
+        if text not in said:
+            said.add(text)
+            remark(text)
+
+    heard, logger = logging.Handler(logging.WARNING), logging.getLogger("undula")
+    heard.emit = lambda record: show(record.getMessage(), UserWarning, OURS)  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        logger.addHandler(heard)
+        try:
+            yield
+        finally:
+            logger.removeHandler(heard)
+
+
+def _package(filename: str) -> str:
+    """The package that a file belongs to."""
+    parts = Path(filename).parts
+    at = next((i for i, part in enumerate(parts) if part in ("site-packages", "dist-packages")), None)
+    return Path(filename).stem if at is None or at + 1 == len(parts) else Path(parts[at + 1]).stem
 
 
 def explain(error: Exception) -> int:
@@ -85,6 +124,11 @@ def called(kind: type) -> str:
 def say(text: str, colour: str) -> None:
     """A line of the program's own, on the error stream, not folded."""
     err.print(f"[{colour}]{escape(text)}[/]", soft_wrap=True, highlight=False)
+
+
+def remark(text: str) -> None:
+    """What should make the user look twice."""
+    say(f"Note: {text}", "yellow")
 
 
 def note(text: str) -> None:

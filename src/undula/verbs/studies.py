@@ -125,7 +125,7 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         return
     shell.out.print(shell.table(rows, made.title))
     for text in warnings:
-        shell.say(f"warning: {text}", "yellow")
+        shell.remark(text)
     shell.note(
         f"{len(rows)} cells; {counts['ended']} runs have ended, {counts['least']} are to come, "
         f"at most {counts['most']} if every grid of rates grows to its bound"

@@ -157,7 +157,7 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
         shell.show([{"metric": k, "before": before.get(k), "after": v} for k, v in report["after"].items()])
         shell.note(_summary(report))
     for text in worries(report):
-        shell.say(f"warning: {text}", "yellow")
+        shell.remark(text)
     if diverged(report):
         raise typer.Exit(1)
 
