@@ -594,7 +594,7 @@ def test_every_fault_of_a_file_is_listed_with_its_line(sources, tmp_path):
         read(path)
     found = dict(caught.value.found)
     wanted = {2: "none of them may be a seed of it", 3: "there is no 'colour' here", 5: "did you mean steps?",
-              6: "batch is at least 1, found 0", 8: "rates greater than 0", 14: "no task is called 'clasification'",
+              6: "batch is at least 1, found -1", 8: "rates greater than 0", 14: "no task is called 'clasification'",
               18: "a budget is", 22: "no method is called 'lorra'", 25: "LoRA has no option rank"}  # fmt: skip
     for line, part in wanted.items():
         assert part in found[line], (line, found)

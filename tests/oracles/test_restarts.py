@@ -371,7 +371,7 @@ def test_restarted_refuses():
         Restarted(undula.LoRAN())
     with pytest.raises(TypeError, match="on the rung LowRank that is not Restarted"):
         Restarted(Restarted())
-    with pytest.raises(ValueError, match="0 or more; found past=-1"):
+    with pytest.raises(ValueError, match=r"Restarted\.past is at least 0 and at most 1,048,576, found -1"):
         Restarted(past=-1)
 
 

@@ -65,9 +65,12 @@ class Pruned(Moments):
 
 
 def check_cycles(cycles: int | None, every: int | None) -> None:
-    """Raises ValueError for a division of the steps that is given twice."""
+    """Raises ValueError for a division of the steps that is given twice or is none."""
     if cycles is not None and every is not None:
         raise ValueError(f"give the number of cycles or their length, not both; found {cycles} and every={every}")
+    given = cycles if every is None else every
+    if given is not None and given < 1:
+        raise ValueError(f"there is at least one cycle, of at least one update; found {given}")
 
 
 def ends(steps: int, cycles: int | None, every: int | None) -> list[int]:
