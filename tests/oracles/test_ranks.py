@@ -205,7 +205,9 @@ def test_bad_values_are_refused():
         lambda: ranks.Budget(ranks=("two",)),
         lambda: ranks.dylora.Geometric(p=1.0),
     ):
-        with pytest.raises(ValueError, match=r"needed|needs at least one lambda|written| is (at least|greater than) \d"):
+        with pytest.raises(
+            ValueError, match=r"needed|needs at least one lambda|written| is (at least|greater than) \d"
+        ):
             wrong()
     model = net()
     opt = optimiser(undula.attach(model, undula.GatedLoRA()))
