@@ -48,6 +48,8 @@ class Checked(abc.ABCMeta):
         if twice:
             raise TypeError(f"{cls.__name__}: {', '.join(sorted(twice))} is given twice")
         given = {**dict(zip(names, args, strict=False)), **options}
+        if as_meant := getattr(cls, "as_meant", None):  # what people write for a field and means a value of it
+            given = {name: as_meant(name, found) for name, found in given.items()}
         return super().__call__(**{name: checked(cls, name, found) for name, found in given.items()})
 
 

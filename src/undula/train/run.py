@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ from .task import Task
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
 VERSION = 2  # 1: a validation part was made by chance alone, without regard to classes and equal inputs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-NUMBERS = ("lr", "head_lr", "epochs", "warmup", "weight_decay", "max_grad_norm")
-WHOLE = ("max_steps", "batch", "accumulate", "seed", "train_rows", "eval_rows", "save_every", "bits", "probe_batches")
 
 
 @dataclass(frozen=True)
@@ -71,34 +68,29 @@ class Run(metaclass=Checked):
     probe_batches: Count | None = None  # that a method which starts from data looks at; None: 8
 
     def __post_init__(self) -> None:
-        self._as_meant()
         for method in (self.method, *self.overrides.values()):
             if self.allocator is not None and (method is None or not self.allocator.serves(method)):
                 raise ValueError(self.allocator.refusal(method))
 
-    def _as_meant(self) -> None:
-        """Paths, lists and whole numbers in the types of the fields.  Raises TypeError for what is no value of one."""
-        for name, kind, such in (("task", Task, "Classification()"), ("method", Method, "LoRA(r=8)")):
-            if not isinstance(value := getattr(self, name), kind) and (value is not None or name == "task"):
-                raise TypeError(f"{name} is a {kind.__name__} such as {such}, found {value!r:.80}")
-        made: dict[str, Any] = {}
-        for name in ("model", "data", "out"):
-            if not isinstance(value := getattr(self, name), str | os.PathLike):
+    @staticmethod
+    def as_meant(name: str, value: Any) -> Any:
+        """A path for a text, a list for a tuple and the like, in the type of the field; see `given.Checked`.  Raises
+        TypeError for what is no value of one."""
+        kinds = {"task": (Task, "Classification()"), "method": (Method, "LoRA(r=8)")}
+        if name in kinds and not isinstance(value, kinds[name][0]) and (value is not None or name == "task"):
+            kind, such = kinds[name]
+            raise TypeError(f"{name} is a {kind.__name__} such as {such}, found {value!r:.80}")
+        if name in ("model", "data", "out"):
+            if not isinstance(value, str | os.PathLike):
                 raise TypeError(f"{name} is a text or a path, found {value!r:.80}")
-            made[name] = Path(value) if name == "out" else os.fspath(value)
-        made["full"] = (self.full,) if isinstance(self.full, str) else tuple(self.full)
-        made["where"] = tuple(self.where) if isinstance(self.where, list) else self.where
-        made["dtype"] = dtype_called(self.dtype) if isinstance(self.dtype, str) else self.dtype
-        for name in NUMBERS + WHOLE:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            whole, number = name in WHOLE, isinstance(value, Real) and not isinstance(value, bool)
-            if not number or (whole and value != value // 1):
-                raise TypeError(f"{name} is a {'whole ' if whole else ''}number, found {value!r:.80}")
-            made[name] = value if isinstance(value, int) else int(value) if whole else float(value)
-        for name, value in made.items():
-            object.__setattr__(self, name, value)  # which a frozen dataclass allows while it is made
+            return Path(value) if name == "out" else os.fspath(value)
+        if name == "full":
+            return (value,) if isinstance(value, str) else tuple(value)
+        if name == "where":
+            return tuple(value) if isinstance(value, list) else value
+        if name == "dtype":
+            return dtype_called(value) if isinstance(value, str) else value
+        return int(value) if isinstance(value, float) and name == "max_steps" and value == value // 1 else value
 
     def encode(self) -> dict[str, Any]:
         """This run as JSON values, without `out`; paths that exist here are made absolute."""
