@@ -105,7 +105,7 @@ MUTANTS = [
     ("sites.py", "if layer.product and not more and not named:", "if not more and not named:", OPTIONS),
     ("sites.py", "layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype), layer.bias)",
      "layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype))", OPTIONS),
-    ("sites.py", "for scale in (1, 1000):", "for scale in (1e-6,):", OPTIONS),
+    ("sites.py", "in ((1, False), (1000, False), (1, True))", "in ((1e-6, False),)", OPTIONS),
     ("routing.py", "self._kept is None or self._kept[0] != now", "self._kept is None", SETTINGS),
     ("making.py", "first if first is t or torch.equal(first, t) else t", "t", SETTINGS),
     ("merging.py", "if len(held) > 2:", "if False:", SETTINGS),

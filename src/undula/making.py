@@ -306,7 +306,14 @@ def check_layer(path: str, layer: LinearView, method: Method) -> None:
 
 
 def _check_there(path: str, layer: LinearView) -> None:
-    """Raises ValueError for a layer whose weight is not here."""
+    """Raises ValueError for a layer whose weight is not here, or not real."""
+    if nn.parameter.is_lazy(layer.module.weight):
+        raise ValueError(
+            f"{path} is a {type(layer.module).__name__} that has not seen an input: its weight has no shape yet. Call "
+            "the model once, then attach"
+        )
+    if layer.module.weight.is_complex():
+        raise ValueError(f"{path} has a complex weight, factors are real: leave that layer out (`exclude`)")
     if not layer.module.weight.is_meta:
         return
     if "_hf_hook" in layer.module.__dict__:

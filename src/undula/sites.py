@@ -6,11 +6,12 @@ Embedding (W = table', the input a one-hot vector).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -121,7 +122,13 @@ class LinearView:
     def through(self, x: Tensor, M_OI: Tensor, bias: Tensor | None = None) -> Tensor:
         """What the module's own forward makes of x with another matrix, and no bias or another."""
         more, named = self.more or ((), {})
-        return self.call(_with_weight(self.cls, self.module, self.oriented(M_OI), bias), x, *more, **named)
+        other = _with_weight(self.cls, self.module, self.oriented(M_OI), bias)
+        before = None if torch.compiler.is_compiling() else dict(other.__dict__)
+        y = self.call(other, x, *more, **named)
+        if before is not None:  # what the forward writes on itself (a loss, a count) is the module's
+            written = {k: v for k, v in other.__dict__.items() if k not in before or before[k] is not v}
+            self.module.__dict__.update({k: v for k, v in written.items() if k not in ("weight", "bias")})
+        return y
 
 
 class Conv1DView(LinearView):
@@ -141,7 +148,8 @@ def _with_weight(cls: type[nn.Module], module: nn.Module, weight: Tensor, bias: 
     """`module` with another weight, and no bias or another, for its own forward: subclasses that pad a convolution or
     scale an embedding by themselves stay right.  A weight that is computed is not computed here."""
     other = object.__new__(_without_computing(cls))
-    other.__dict__.update(module.__dict__, _parameters={"weight": weight, "bias": bias})
+    own = {**module._parameters, "weight": weight, "bias": bias}  # a gain that a class has beside them stays
+    other.__dict__.update(module.__dict__, _parameters=own)
     for computed in ("weight", "bias"):
         other.__dict__.pop(computed, None)  # a plain attribute, as torch.nn.utils.weight_norm leaves it
     return other
@@ -243,25 +251,74 @@ def _is_stock(layer: LinearView) -> bool:
     return not own and (layer.call in STOCK or layer.call.__module__ == "transformers.pytorch_utils")
 
 
+@contextlib.contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Examples leave no trace: what a forward writes (an observer's range, running means) is put back, and the draws of
+    random numbers are."""
+    below = [
+        (m, dict(m.__dict__), [(held, dict(held)) for held in (m._buffers, m._parameters)]) for m in module.modules()
+    ]
+    held = [
+        t
+        for m, own, _ in below
+        for t in (*m._buffers.values(), *own.values())
+        if isinstance(t, Tensor) and not t.is_meta
+    ]
+    before = [(t, t.detach().clone()) for t in held]
+    device = next((t.device for t in module.parameters()), torch.device("cpu"))
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for m, own, dicts in below:
+            for found, was in ((m.__dict__, own), *dicts):
+                found.clear()
+                found.update(was)
+        for t, was in before:
+            if not torch.equal(t, was):
+                t.detach().copy_(was)
+
+
 @torch.no_grad()
 def _multiplies(layer: LinearView) -> bool:
-    """Whether layer(x) is W x + b, and W + M gives M x more, for small and large examples."""
+    """Whether layer(x) is W x + b, and W + M gives M x more, for small and large examples, in training too."""
+    with _untouched(layer.module):
+        return _looks_up_padding(layer) and _agrees(layer)
+
+
+def _looks_up_padding(layer: LinearView) -> bool:
+    """Whether an embedding with padding looks up row x for x, so that inputs tell where the padding is."""
+    if not isinstance(layer, EmbeddingView) or layer.module.padding_idx is None:
+        return True
+    x = layer.example()
+    M_KI = torch.zeros(1, layer.module.weight.shape[0]).to(layer.module.weight)
+    M_KI[0, 0] = 1
+    try:
+        return torch.equal(layer.through(x, M_KI)[:, 0] != 0, x == 0)
+    except Exception:  # of a class that looks up something else
+        return False
+
+
+def _agrees(layer: LinearView) -> bool:
     W_OI = layer.weight
     eps = torch.finfo(W_OI.dtype).eps
     allowed = 32 * eps if W_OI.dtype in bases.WIDE else 8 * eps
     bias = 0 if layer.bias is None else reference.channels(layer.bias, layer)
     w, m = torch.randn(2, W_OI.shape[0], 1, generator=_generator()).to(W_OI)
     flat_OI, more_OI = w.expand(W_OI.shape), m.expand(W_OI.shape)  # matrices of no size
+    ones_KI = m.new_ones(1, 1).expand(W_OI.shape[0] + 1, W_OI.shape[1])  # a gain for each output does not fit K rows
     try:
-        for scale in (1, 1000):
+        for scale, training in ((1, False), (1000, False), (1, True)):
+            for below in layer.module.modules():
+                below.training = training
             x = layer.example()
             x = scale * x if x.is_floating_point() else x
             found, wanted = layer(x), reference.restore(layer.project(x, W_OI), layer) + bias
             both, first = (layer.through(x, M, layer.bias) for M in (flat_OI + more_OI, flat_OI))
-            change, extra = both - first, reference.restore(layer.project(x, more_OI), layer)
-            if found.shape != wanted.shape or (found - wanted).norm() > allowed * wanted.norm():
-                return False
-            if (change - extra).norm() > allowed * both.norm().clamp(min=extra.norm()):
+            change, extra = both - first, reference.restore(layer.project(x, ones_KI)[..., :1] * m.T, layer)
+            same = found.shape == wanted.shape and (found - wanted).norm() <= allowed * wanted.norm()
+            adds = (change - extra).norm() <= allowed * both.norm().clamp(min=extra.norm())
+            if not (same and adds):  # nor where one is NaN
                 return False
     except Exception:  # of a class that asks for something else, or gives something else
         return False
@@ -287,7 +344,8 @@ def adapted(method: Acts, layer: LinearView, f: Factors, args: tuple[Any, ...], 
     if isinstance(method, Reweight):
         W_OI = layer.weight
         return layer.through(x, layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype), layer.bias)
-    return layer.kept(x, method.forward(x, layer, f))
+    y = method.forward(x, layer, f)
+    return layer.kept(x, y) if layer.product else y  # else x does not tell which row is looked up
 
 
 def check_product(name: str, layer: LinearView) -> None:

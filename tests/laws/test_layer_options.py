@@ -500,3 +500,116 @@ def test_a_merge_into_a_computed_weight_is_refused(normed, parts):
     with pytest.raises(TypeError, match=f"odd: its weight is no parameter but computed \\({parts}"):
         wrapped.merge_adapter()
     assert not wrapped.base_model.model.plain.merged
+
+
+class Gained(nn.Linear):
+    """A class with a parameter beside the weight."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.full((sizes[1],), 1.7))
+
+    def forward(self, x):
+        return self.gain * nn.functional.linear(x, self.weight) + self.bias
+
+
+class GainedConv(nn.Conv2d):
+    """One gain for each output: no gain for the rows of a bottleneck."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=False)
+        self.gain = nn.Parameter(torch.linspace(1, 2, sizes[1])[:, None, None])
+
+    def forward(self, x):
+        return self.gain * super().forward(x)
+
+
+class Dropping(nn.Linear):
+    """W x + b in evaluation alone."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+class Shifted(nn.Embedding):
+    """Row x + 1 for x: its padding's row is another one than the padding's index."""
+
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
+OWN_STATE = {
+    "a gain": (lambda: Gained(6, 4), lambda: torch.randn(3, 6)),
+    "a gain on a convolution": (lambda: GainedConv(2, 4, 3), lambda: torch.randn(3, 2, 5, 5)),
+    "a gain for as many outputs as the rank": (lambda: GainedConv(2, 2, 3), lambda: torch.randn(3, 2, 5, 5)),
+    "dropout of its own": (lambda: Dropping(6, 4), lambda: torch.randn(3, 6)),
+    "shifted": (lambda: Shifted(9, 4, padding_idx=0), lambda: torch.arange(8)),
+    "shifted, padding within": (lambda: Shifted(9, 4, padding_idx=3), lambda: torch.arange(8)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.LoRAN(r=2), undula.DoRA(LoRA(r=2))], ids=repr)
+@pytest.mark.parametrize("layer", OWN_STATE)
+def test_live_is_merged_whatever_else_a_class_holds_and_in_training(layer, method, training):
+    make, inputs = OWN_STATE[layer]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()), inputs()
+    adapter = undula.attach(model, method, ["0"])
+    shake(adapter)
+    model.train(training)
+    torch.manual_seed(1)
+    live = model(x)
+    if not training:
+        with undula.rows(model, ["default"] * len(x)):
+            torch.testing.assert_close(model(x), live)
+    undula.merge(model)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), live)
+
+
+class Observing(nn.Linear):
+    """What quantisation-aware training and auxiliary losses do: the forward keeps what it saw."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("most", torch.zeros(()))
+        self.calls, self.loss = 0, None
+
+    def forward(self, x):
+        self.most.copy_(torch.maximum(self.most, x.detach().abs().max()))
+        self.calls += 1
+        x = nn.functional.dropout(nn.functional.normalize(x, dim=-1), 0.5, self.training)
+        y = super().forward(x)
+        self.loss = y.square().mean()
+        return y
+
+
+def test_what_a_forward_writes_is_the_models_and_attach_writes_nothing():
+    model, x = nn.Sequential(Observing(6, 4)), torch.randn(3, 6)
+    layer, state = model[0], torch.get_rng_state()
+    adapter = undula.attach(model, LoRA(r=2), ["0"])
+    assert (float(layer.most), layer.calls, layer.loss, layer.training) == (0.0, 0, None, True)
+    undula.detach(model)
+    torch.set_rng_state(state)
+    undula.attach(model, adapter)
+    assert torch.equal(torch.get_rng_state(), state)
+    shake(adapter)
+    y = model(x)
+    torch.testing.assert_close(layer.loss, y.square().mean())
+    assert (float(layer.most), layer.calls) == (float(x.abs().max()), 1)
+    layer.loss.backward()
+    assert adapter.factors["0"]["A"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (lambda: nn.LazyLinear(4), "0 is a LazyLinear that has not seen an input: .*Call the model once"),
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), "0 has a complex weight, factors are real"),
+    ],
+)
+@pytest.mark.parametrize("where", [["0"], "all-linear"])
+def test_a_weight_without_a_shape_or_with_two_parts_is_refused(layer, why, where):
+    with pytest.raises(ValueError, match=why):
+        undula.attach(nn.Sequential(layer()), LoRA(r=2), where)
