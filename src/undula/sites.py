@@ -274,9 +274,9 @@ def _untouched(module: nn.Module) -> Iterator[None]:
             for found, was in ((m.__dict__, own), *dicts):
                 found.clear()
                 found.update(was)
-        for t, was in before:
-            if not torch.equal(t, was):
-                t.detach().copy_(was)
+        for t, numbers in before:
+            if not torch.equal(t, numbers):
+                t.detach().copy_(numbers)
 
 
 @torch.no_grad()
