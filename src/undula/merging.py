@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,10 +75,14 @@ def untie(model: nn.Module) -> list[Any]:
     """Where the output head and the embedding of a transformers model are two matrices now, its configuration says so:
     else whatever ties weights (`resize_token_embeddings`, loading what was saved) would take one for the other.
     Returns the configurations that were changed."""
-    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    if any(end is None for end in ends) or ends[0].weight is ends[1].weight:
-        return []
     config: Any = getattr(model, "config", None)
+    if not hasattr(config, "tie_word_embeddings"):
+        return []
+    ends: list[Any] = []
+    with contextlib.suppress(NotImplementedError):  # of a model without embeddings
+        ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    if None in ends or not ends or ends[0].weight is ends[1].weight:
+        return []
     held = [m for m in model.modules() for p in m._parameters.values() if p is ends[0].weight or p is ends[1].weight]
     if len(held) > 2:  # encoder and decoder too: what is not tied any more would be missing in the file
         return []

@@ -135,7 +135,7 @@ def test_the_size_is_the_processors_or_ours(lite, folder, tmp_path):
     example = task.example(task.rows(load_data(folder)["train"])[0], processor)
     assert example["pixel_values"].shape == (3, 24, 24)
     assert model(example["pixel_values"][None]).logits.shape == (1, 2)
-    with pytest.raises(ValueError, match="size=0"):
+    with pytest.raises(ValueError, match=r"ImageClassification\.size is at least 1"):
         ImageClassification(size=0)
 
 

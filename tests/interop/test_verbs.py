@@ -463,10 +463,10 @@ VERBS = {
     "prune": ("prune",),
 }
 KILLED = """
-import os, runpy, signal, sys
+import os, signal, sys
 from pathlib import Path
-room = runpy.run_path(sys.argv[1])
-with room["whole"](Path(sys.argv[2])) as folder:
+from undula.io.whole import whole
+with whole(Path(sys.argv[1])) as folder:
     (folder / "config.json").write_text("{}")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -492,7 +492,7 @@ def test_a_failure_in_the_middle_leaves_nothing(verb, lora, ranked, tmp_path, mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(whole, "_flush", full)
+    monkeypatch.setattr(whole, "sync", full)
     done = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
     assert done.exit_code in (1, 2)
     assert "No space left on device" in done.stderr
@@ -503,10 +503,8 @@ def test_a_failure_in_the_middle_leaves_nothing(verb, lora, ranked, tmp_path, mo
 
 
 def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_verb_cleans_up(elsewhere, tmp_path):
-    from undula.io import whole
-
     out = tmp_path / "o"
-    words = [sys.executable, "-c", KILLED, whole.__file__, str(out)]
+    words = [sys.executable, "-c", KILLED, str(out)]
     assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
     assert [p.name[:14] for p in tmp_path.iterdir()] == [".unfinished-o-"]
     call("merge", elsewhere[0], "--out", out)

@@ -434,7 +434,7 @@ def test_numbers_beyond_float32_are_refused(export, tmp_path):
 
 
 def test_numbers_beyond_the_models_type_are_refused_when_attached():
-    adapter = small(16.0, 1.0, ["1"])
+    adapter = small(16.0, 1.0, ["1"]).copy()
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     for place, name, shown in ((adapter.full, "1.weight", "1.weight"), (adapter.factors["0"], "A", "0.A")):
         before = place[name]

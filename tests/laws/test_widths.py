@@ -310,5 +310,5 @@ def test_perfect_powers_are_split_into_their_roots(modes):
 
 def test_a_dropout_rate_that_would_be_none_is_refused():
     with pytest.raises(ValueError, match="none at all"):
-        undula.Dropout(undula.LoRA(), 0.001)
+        undula.Dropout(undula.LoRA(), 1e-6)
     assert undula.Dropout(undula.LoRA(), 0.0).p == 0.0
