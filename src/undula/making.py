@@ -307,6 +307,11 @@ def check_layer(path: str, layer: LinearView, method: Method) -> None:
 
 def _check_there(path: str, layer: LinearView) -> None:
     """Raises ValueError for a layer whose weight is not here, or not real."""
+    if "undula" in layer.module._modules:
+        raise ValueError(
+            f"{path} is adapted already, by an adapter on a part of this model or on a model around it: detach that "
+            "one first, or attach both to the same model"
+        )
     if nn.parameter.is_lazy(layer.module.weight):
         raise ValueError(
             f"{path} is a {type(layer.module).__name__} that has not seen an input: its weight has no shape yet. Call "

@@ -78,9 +78,7 @@ def _all_linear(model: nn.Module, layers: Mapping[str, LinearView]) -> tuple[dic
 def _is_stack(module: nn.Module) -> bool:
     """Whether the module holds stacked matrices, as the experts of a mixture are in transformers 5."""
     conv = isinstance(module, nn.modules.conv._ConvNd)
-    return not conv and any(
-        p is not None and p.ndim == 3 and p.numel() > p.shape[-1] for p in module._parameters.values()
-    )
+    return not conv and any(p is not None and p.ndim == 3 and p.shape[0] > 1 for p in module._parameters.values())
 
 
 def _without(
@@ -130,6 +128,9 @@ def barriers(model: nn.Module) -> dict[str, str]:
     parents = dict(model.named_modules())
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
     for name, module in parents.items():
+        if "undula" in module._modules:
+            barred[name] = "adapted already, by an adapter on a part of this model or on a model around it"
+            continue
         if name.rpartition(".")[2] in READ.get(kind, ()):
             barred[name] = f"the model (model_type='{kind}') reads its weight without calling it"
             continue

@@ -88,6 +88,19 @@ def test_leaving_out(where, exclude, found):
     assert list(undula.attach(Model(), LoRA(r=2), where, exclude=exclude).factors) == ["body." + n for n in found]
 
 
+def test_a_layer_has_one_host():
+    """An adapter on the body and one on the whole model would undo each other."""
+    model = Model()
+    undula.attach(model.body, LoRA(r=2))
+    live = model(IDS)
+    with pytest.raises(TypeError, match=r"q_proj.*adapted already, by an adapter on a part of this model"):
+        undula.attach(model, LoRA(r=2))
+    with pytest.raises(ValueError, match=r"body.layers.0.q_proj is adapted already, by an adapter on a part of this"):
+        undula.attach(model, undula.attach(Model(), LoRA(r=2)))
+    assert undula.adapters(model) == {}
+    assert torch.equal(model(IDS), live)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_classifier_is_no_part_of_the_body(several):
     """Models of timm tell theirs, or theirs: one with a body of convolutions has no linear layer beside."""

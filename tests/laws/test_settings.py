@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -201,6 +202,16 @@ def test_stacked_experts_are_told():
     assert {n.rpartition(".")[2] for n in adapter.factors} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     with pytest.raises(LookupError, match=r"It names parameters \(model.layers.0.mlp.experts.gate_up_proj\), which no"):
         undula.attach(model, LoRA(r=2), "*.experts.gate_up_proj", name="b")
+
+
+def test_positions_are_no_stack():
+    """A vision transformer's are (1, N, D)."""
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        undula.attach(transformers.ViTModel(config), LoRA(r=2))
 
 
 @pytest.mark.parametrize("method", [LoRA(r=2), undula.DoRA(LoRA(r=2)), undula.AuroRA(r=2)], ids=repr)
