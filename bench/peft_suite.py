@@ -162,8 +162,9 @@ def run(tests: Path, part: str, method: str, select: str) -> list[tuple[str, str
         command = [sys.executable, "-m", "pytest", "-q", "-p", "stand_in", "-p", "no:cacheprovider"]
         command += [f"tests/{PARTS[part]}"]
         done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, check=False)
-        if not log.exists():
-            raise SystemExit(f"no test ran:\n{done.stdout[-3000:]}\n{done.stderr[-2000:]}")
+        if not log.exists() or done.returncode not in (0, 1):  # 1: some have failed; else it did not come to its end
+            told = f"{done.stdout[-3000:]}\n{done.stderr[-2000:]}"
+            raise SystemExit(f"pytest ended with {done.returncode}, not after all tests:\n{told}")
         return [eval(line) for line in log.read_text().splitlines()]  # written by the plugin, above
 
 
