@@ -2,13 +2,15 @@
 
 Its layers use a pair in their own way (`peft.tuners.lora.layer`, 0.21.2).  `A` of a convolution is another one of the
 same class, with the layer's kernel, stride and padding, and nothing else of it; `B` one of size 1.  `A` of an embedding
-is looked up as the layer's own table is, times `embed_scale` where the layer has one.  A module that stands at several
-places is adapted at the first of them alone.  So live and merged differ in PEFT itself where a layer has more, and
-what was trained there is not what undula computes, nor the other way round.
+is looked up as the layer's own table is, times `embed_scale` where the layer has one.  What a layer is called with
+beside x goes to the base alone.  A module that stands at several places is adapted at the first of them alone.  So live
+and merged differ in PEFT itself where a layer has more, and what was trained there is not what undula computes, nor the
+other way round.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bases
-from .sites import Conv2dView, EmbeddingView, LinearView
+from .sites import STOCK, Conv2dView, EmbeddingView, LinearView
 
 THEIRS = "trained as PEFT's LoRA"  # in `Adapter.apart`, of factors that a LoRA of PEFT's had
 
@@ -28,8 +30,10 @@ def unlike(layer: LinearView) -> str | None:
     theirs: Callable[[LinearView, Tensor], tuple[Tensor, Tensor]]
     if layer.also:
         return f"one layer at several places ({', '.join(layer.also)} too)"
-    if not layer.product:
-        return f"a {type(module).__name__}, which has a forward of its own"
+    takes_more = layer.call not in STOCK and len(inspect.signature(layer.call).parameters) > 2
+    if takes_more or not layer.product:
+        how = "whose forward takes more than x" if takes_more else "which has a forward of its own"
+        return f"a {type(module).__name__}, {how}"
     if isinstance(layer, Conv2dView):
         wide = [k > 1 for k in module.kernel_size]
         if any(d != 1 and w for d, w in zip(module.dilation, wide, strict=True)):

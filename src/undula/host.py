@@ -43,7 +43,8 @@ class Slot(nn.Module):
         super().__init__()
         self.method, self.layer = method, layer
         layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
-        self._parameters = factors  # type: ignore[assignment]  # the adapter's own: what replaces parameters here (FSDP2) replaces them there
+        # the adapter's own dictionary: what replaces parameters here (FSDP2) replaces the adapter's
+        self._parameters = factors  # type: ignore[assignment]
         # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
         # calls its layers in evaluation too, and does not compute from their weights past the adapter.
         self.register_forward_hook(never_called)

@@ -243,14 +243,8 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
         for k, t in f.items():
             check_range(f"{path}.{k}", t, dtypes[k])
         factors[path] = {k: live(t, where.device, dtypes[k]) for k, t in f.items()}
-    for path, t in adapter.full.items():
-        if path not in parameters or parameters[path].shape != t.shape:
-            found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
-            raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
-        check_range(path, t, wide(parameters[path].dtype))
-    full = {}
-    for n, t in _tied(adapter.full, parameters).items():
-        full[n] = live(t, parameters[n].device, wide(parameters[n].dtype))
+    in_full = _tied(adapter.full, parameters).items()
+    full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in in_full}
     methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
     return replace(
         adapter,
@@ -264,7 +258,13 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
 
 
 def _tied(full: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`full` with one tensor for equal ones that stand for one parameter of the model."""
+    """`full` with one tensor for equal ones that stand for one parameter of the model.  Raises ValueError for what does
+    not fit."""
+    for path, t in full.items():
+        if path not in parameters or parameters[path].shape != t.shape:
+            found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
+            raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
+        check_range(path, t, wide(parameters[path].dtype))
     firsts: dict[int, Tensor] = {}
     tied = {}
     for n, t in full.items():

@@ -27,8 +27,8 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
     on a bf16 or quantised base).  `keep` holds the base's own weights for `unmerge`, bit for bit; without it the
     adapters are gone, and what trained before they came trains again.  A weight that other layers share is not changed
     for them: the layer gets its own.
-    Raises TypeError for a method on the bare Method rung, and for a layer whose own forward makes something else of its
-    weight than W x, naming the sites; nothing is changed then.
+    Raises TypeError for a method on the bare Method rung, a layer whose weight is computed, and shards, naming the
+    sites; nothing is changed then.
     """
     model = inner(model)
     with changing(host_of(model), "merge"):

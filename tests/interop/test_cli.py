@@ -191,6 +191,10 @@ MISTAKES = {
     "column": (("--task-set", "pair=title"), "no column 'title'; their columns are: review, stars"),
     "where": (("--where", "*.q_proj"), "where='*.q_proj' matches none of the"),
     "override": (("--override", "*.q_proj=lora"), "the override '*.q_proj' matches none"),
+    "override twice": (
+        ("--override", "*.query=lora,r=1", "--override", "*.query=lora,r=2"),
+        "--override *.query is given twice",
+    ),
     "dtype": (("--dtype", "int3"), "no dtype is called 'int3'; there are: float32"),
     "data": (("--data", "./no.jsonl"), "data=no.jsonl does not exist"),
     "model": (("--model", "nowhere"), "model='nowhere' is no folder here"),

@@ -181,9 +181,19 @@ BAD = {
     "cut.parquet": (b"PAR1 and nothing", "could not be read as Parquet"),
     "none.jsonl": (b"\n \n", "has no rows"),
     "none.csv": (b"", "has no rows"),
+    "nameless.csv": (b",,\na,b,c\n", "line 1, the header: no column has a name"),
     "header.csv": (b"text,label\n", "has no rows"),
     "none.json": (b"[]", "has no rows"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"text;label;;\na;x;;\nb;y;;\n", b";text;label\n0;a;x\n1;b;y\n"])
+def test_columns_without_a_name_are_left_out_and_told(content, tmp_path):
+    """A spreadsheet's empty columns, an index that pandas wrote."""
+    (tmp_path / "a.csv").write_bytes(content)
+    found = read_file(tmp_path / "a.csv")
+    assert found.to_list() == [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    assert any("has no name in the header and is left out" in note for note in source_of(found).notes)
 
 
 @pytest.mark.parametrize("name", BAD)

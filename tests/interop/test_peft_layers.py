@@ -14,6 +14,11 @@ import undula
 peft = pytest.importorskip("peft")
 
 
+class Turned(nn.Linear):
+    def forward(self, input, scale=1.0):
+        return super().forward(input) * scale
+
+
 class Tripled(nn.Embedding):
     def forward(self, x):
         return 3 * super().forward(x)
@@ -192,6 +197,27 @@ def test_a_layer_at_two_places_trains_in_full_once():
         assert all(path.startswith("first.") for path in adapter.full)
         undula.detach(model)
         assert model.first is model.second
+
+
+def test_a_layer_that_may_be_called_with_more_does_not_leave_as_a_lora(tmp_path):
+    """PEFT's pair does not get what the model gives: there live and merged differ."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Turned(4, 4)
+
+        def forward(self, x):
+            return self.layer(x, scale=3.0)
+
+    other = trained(peft.get_peft_model(Net().double(), peft.LoraConfig(r=2, target_modules=["layer"])))
+    other.save_pretrained(tmp_path / "theirs")
+    assert not torch.allclose(other(ROW), other.merge_and_unload()(ROW), atol=1e-3)
+    adapter = undula.attach(Net().double(), undula.LoRA(r=2), ["layer"])
+    with pytest.raises(ValueError, match="layer is a Turned, whose forward takes more than x"):
+        undula.io.export_lora(adapter, tmp_path / "ours")
+    with pytest.raises(ValueError, match="layer is a Turned, whose forward takes more than x"):
+        undula.attach(Net().double(), undula.Adapter.load(tmp_path / "theirs"))
 
 
 @pytest.mark.parametrize("case", SAME)

@@ -131,7 +131,8 @@ def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequen
 
     records, faults = _records(path, encoding, delimiter, quoting, begin), Faults()
     header = _header(path, records, faults)
-    names, lines, chunks, size = header, Lines(), [], 0
+    named = [at for at, name in enumerate(header) if name.strip()]
+    names, lines, chunks, size = [header[at] for at in named], Lines(), [], 0
     columns: list[list[str]] = [[] for _ in names]
 
     def full() -> Any:
@@ -143,16 +144,16 @@ def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequen
     for line, fields in records:
         if isinstance(fields, csv.Error):
             faults.add(f"{path}: a quoted field does not end as it should ({fields})", f"line {line}")
-        elif len(fields) != len(names):
+        elif len(fields) != len(header):
             faults.add(
-                f"{path}: not as many fields as the header has ({len(names)}: {', '.join(names)[:100]})",
+                f"{path}: not as many fields as the header has ({len(header)}: {', '.join(header)[:100]})",
                 f"line {line} has {len(fields)}",
                 f"The fields are separated by {_called(delimiter)}; a text that holds one is written in quotes",
             )
         elif not faults:
             lines.append(line)
-            for column, field in zip(columns, fields, strict=True):
-                column.append(field)
+            for column, at in zip(columns, named, strict=True):
+                column.append(fields[at])
             size += sum(map(len, fields))
             if len(columns[0]) >= CHUNK_ROWS or size >= CHUNK_CHARACTERS:
                 chunks.append(full())
@@ -161,6 +162,9 @@ def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequen
     if not lines:
         raise ValueError(f"{path} has no rows")
     table = pyarrow.concat_tables([*chunks, full()])
+    left = [str(at + 1) for at in range(len(header)) if at not in named]
+    if left:  # an index that pandas wrote, a spreadsheet's empty columns
+        notes = (*notes, f"{path}: column {', '.join(left)} has no name in the header and is left out")
     return described(Dataset(table), Source(str(path), lines, "line", (*notes, *assumed(encoding))))
 
 
@@ -171,8 +175,10 @@ def _header(path: Path, records: Records, faults: Faults) -> list[str]:
         raise ValueError(f"{path}, line {line}, the header: a quoted field does not end as it should ({names})")
     if not names:
         raise ValueError(f"{path} has no rows")
+    if not any(name.strip() for name in names):
+        raise ValueError(f"{path}, line {line}, the header: no column has a name")
     for name, count in Counter(names).items():
-        if count > 1:
+        if count > 1 and name.strip():
             faults.add(
                 f"{path}, line {line}, the header: column {name!r} stands {count} times", advice="Rename all but one"
             )

@@ -32,7 +32,7 @@ PYTHON = (
     (r"\w+=\.\.\., or (?=--)", ""),  # data=..., or --data
     (
         r"(?:Use )?(?:undula\.)?[Cc]ollapse\((?:undula\.)?Truncate\((\w+)\)\)",
-        r"`undula collapse --how truncate --set r=\1`",
+        lambda found: f"`undula collapse --how truncate --set r={found[1] if found[1].isdigit() else 'RANK'}`",
     ),
     (r"LeastSquares\(r, calibration\)", "`undula collapse --how least-squares`"),
     (r"(?<!`)undula\.collapse\b(?!\()", "`undula collapse`"),
@@ -68,7 +68,7 @@ def notes(every: bool) -> Iterator[None]:
         ours = filename.startswith(OURS)
         if not ours and issubclass(category, FOR_PROGRAMMERS) and not every:
             return
-        text = spoken(str(message)) if ours else f"({_package(filename)}) {str(message).strip().splitlines()[0]}"
+        text = spoken(str(message)) if ours else f"({_package(filename)}) {str(message).strip().partition(chr(10))[0]}"
         if text not in said:
             said.add(text)
             remark(text)

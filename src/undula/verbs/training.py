@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,7 @@ def train(
         out=out,
         allocator=None if allocator is None else build(Allocator, allocator, allocate),
         where=where[0] if len(where) == 1 else tuple(where),
-        overrides=dict(_override(text) for text in override),
+        overrides=_overrides(override),
         full=tuple(full),
         dtype=dtype_called(dtype),
         schedule=None if schedule is None else build(Schedule, *_named(schedule)),
@@ -135,10 +136,15 @@ def _named(text: str) -> tuple[str, list[str]]:
     return name, pairs
 
 
-def _override(text: str) -> tuple[str, Method]:
-    pattern, spec = split_pair(text, "an override")
-    name, *pairs = spec.split(",")
-    return pattern, build(Method, name.strip(), pairs)
+def _overrides(texts: Sequence[str]) -> dict[str, Method]:
+    found: dict[str, Method] = {}
+    for text in texts:
+        pattern, spec = split_pair(text, "an override")
+        if pattern in found:
+            raise ValueError(f"--override {pattern} is given twice: a pattern has one method")
+        name, *pairs = spec.split(",")
+        found[pattern] = build(Method, name.strip(), pairs)
+    return found
 
 
 def _fit(run: Run, resume: bool, to: Path | None) -> None:
