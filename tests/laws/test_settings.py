@@ -1,8 +1,5 @@
 """Where a model stands: compiled, wrapped, tied, with stacked experts, without its numbers, on several devices."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -67,24 +64,6 @@ def test_a_wrapped_model_has_the_names_of_the_model_within(wrap, tmp_path):
     undula.detach(wrapped)
     undula.Switch(wrapped)(adapter)
     torch.testing.assert_close(model(IDS), live)
-
-
-def test_an_adapter_that_comes_after_ddp_is_told(tmp_path):
-    """In a process of its own: a process group is for good."""
-    code = f"""
-import torch, undula, warnings
-from torch import nn
-torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
-model = nn.Sequential(nn.Linear(4, 4))
-undula.attach(model, undula.LoRA(r=2), name="a")
-wrapped = nn.parallel.DistributedDataParallel(model)
-for given, name in ((model, "b"), (wrapped, "c")):
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        undula.attach(given, undula.LoRA(r=2), name=name)
-    assert any("in a DistributedDataParallel already" in str(w.message) for w in said), name
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
 def test_copies_for_several_devices_say_what_to_do():
@@ -256,97 +235,3 @@ def test_factors_that_change_within_rows_are_seen():
     assert not torch.equal(before, after)
     undula.select(model, "a")
     torch.testing.assert_close(after, model(IDS))
-
-
-SHARDED = """
-import sys, torch, undula
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-
-folder, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-mesh = init_device_mesh("cpu", (world,))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 4)
-
-    def forward(self, x):
-        for layer in self.body:
-            x = torch.tanh(layer(x))
-        return self.head(x)
-
-
-def made():
-    torch.manual_seed(0)
-    model = Net()
-    adapter = undula.attach(model, undula.LoRA(r=2), ["body.*"], full=["head"])
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model, adapter
-
-
-def trained(model, adapter):
-    optimizer, losses = torch.optim.SGD(adapter.parameters(), 0.1), []
-    for step in range(4):
-        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
-        loss = (model(x) - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    return losses
-
-
-plain, of_plain = made()
-wanted = trained(plain, of_plain)
-model, adapter = made()
-for layer in model.body:
-    fully_shard(layer, mesh=mesh)
-fully_shard(model, mesh=mesh)
-found = trained(model, adapter)
-assert wanted[-1] < 0.9 * wanted[0]
-torch.testing.assert_close(found, wanted)
-assert undula.selected(model) is adapter
-adapter.save(f"{folder}/saved")
-torch.distributed.barrier()
-saved = undula.Adapter.load(f"{folder}/saved")
-for site, f in of_plain.factors.items():
-    for name, t in f.items():
-        torch.testing.assert_close(saved.factors[site][name], t.detach())
-for name, t in of_plain.full.items():
-    torch.testing.assert_close(saved.full[name], t.detach())
-x = torch.ones(3, 8)
-live = model(x).detach()
-torch.testing.assert_close(live, plain(x).detach())
-assert undula.selected(model) is adapter
-for refused in (
-    lambda: undula.select(model, None),
-    lambda: undula.detach(model),
-    lambda: undula.attach(model, undula.LoRA(r=2), name="b"),
-    lambda: undula.rows(model, ["default"]).__enter__(),
-    lambda: undula.merge(model),
-    lambda: undula.ranks.ReLoRA(cycles=2).start(model, torch.optim.AdamW(adapter.parameters()), 4),
-    lambda: undula.io.export_lora(adapter, f"{folder}/lora"),
-):
-    try:
-        refused()
-        raise AssertionError("not refused")
-    except (TypeError, RuntimeError) as error:
-        assert "sharded" in str(error), error
-"""
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_what_fsdp2_shards_is_what_trains_and_what_is_saved(world, tmp_path):
-    """`fully_shard` replaces every parameter: the adapter's are those of the model, whoever put them there."""
-    (tmp_path / "script.py").write_text(SHARDED, encoding="utf-8")
-    runs = [
-        subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path, str(rank), str(world)])
-        for rank in range(world)
-    ]
-    assert [run.wait(timeout=120) for run in runs] == [0] * world
