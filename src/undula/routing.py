@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,13 +64,22 @@ class Rows:
         low = [(m, f, rows) for (m, f), rows in zip(self.low, order.split(self.counts), strict=True)]
         for method, own, index in low + self.other:
             more, named = layer.more or ((), {})
-            of_rows = [t[index] if isinstance(t, Tensor) and t.shape[:1] == x.shape[:1] else t for t in more]
-            by_name = {
-                k: t[index] if isinstance(t, Tensor) and t.shape[:1] == x.shape[:1] else t for k, t in named.items()
-            }
-            plain = layer.with_more((), {})
-            y = y.index_copy(0, index, adapted(method, plain, own, (x[index], *of_rows), by_name))
+            args = (x[index], *(self._of_rows(t, index) for t in more))
+            by_name = {k: self._of_rows(t, index) for k, t in named.items()}
+            y = y.index_copy(0, index, adapted(method, layer.with_more((), {}), own, args, by_name))
         return y
+
+    def _of_rows(self, given: Any, index: Tensor) -> Any:
+        """The part of some rows in what a layer is called with beside x.  Raises TypeError for a vector that may be one
+        number a row or one a channel."""
+        if not isinstance(given, Tensor) or given.shape[:1] != (self.count,):
+            return given
+        if given.ndim == 1 and self.count > 1:
+            raise TypeError(
+                f"a layer is called with a vector of {self.count} numbers beside x, as many as there are rows: within "
+                "`rows` it is not known whether each is of a row or of a channel"
+            )
+        return given[index]
 
     def _grouped(self, x: Tensor, y: Tensor) -> Tensor:
         pairs, stacks = self._pairs()

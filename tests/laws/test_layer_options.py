@@ -352,6 +352,15 @@ def test_layers_that_are_called_with_more_than_x(method, layer, x, by_name, host
         torch.testing.assert_close(model(x, scale), live)
 
 
+def test_a_vector_beside_x_that_may_be_of_rows_or_of_channels_is_refused_within_rows():
+    model = Called(Turned(6, 3), by_name=False).double()
+    undula.attach(model, LoRA(r=2), ["layer"])
+    x, scale = torch.randn(3, 6), torch.rand(3)
+    model(x, scale)
+    with undula.rows(model, ["default", None, None]), pytest.raises(TypeError, match="of a row or of a channel"):
+        model(x, scale)
+
+
 class Router(nn.Linear):
     def forward(self, x):
         return super().forward(x), x.shape
