@@ -97,6 +97,19 @@ def test_a_merge_into_one_of_two_tied_matrices_is_told_to_the_configuration(wher
         torch.testing.assert_close(model(TOKENS).logits, base)
 
 
+def test_a_merge_under_peft_is_told_to_the_configuration_too():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(tied=True), undula.peft_config(LoRA(r=2), ["lm_head"])).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    live = model(TOKENS).logits
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    merged.tie_weights()
+    torch.testing.assert_close(merged(TOKENS).logits, live)
+
+
 def bart():
     torch.manual_seed(0)
     sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 16))}

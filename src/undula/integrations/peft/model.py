@@ -18,7 +18,7 @@ from torch import nn
 
 from ... import bases
 from ...io import files, native
-from ...merging import check_mergeable
+from ...merging import check_mergeable, untie
 from ...sites import EmbeddingView, LinearView, check_writable, view
 from ...where import aliases
 from . import starting, storing
@@ -219,7 +219,10 @@ class UndulaModel(tuners_utils.BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            untie(model)
+        return model
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
