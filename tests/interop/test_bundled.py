@@ -385,7 +385,7 @@ def test_gguf_reads_what_the_reference_library_writes(tmp_path):
 
 
 def text(value):
-    return struct.pack("<Q", len(value)) + value.encode()
+    return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
 def tiny_gguf(*, n_tensors=2, n_pairs=2, length=4, array=(4, 3), kind=8, shape=(32, 2), at=(0, 96), dims=2):
@@ -437,6 +437,82 @@ def test_gguf_absurd_sizes_are_refused_before_anything_is_allocated(tmp_path, ch
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+
+
+def _array(kind, count, body):
+    return struct.pack("<IIQ", 9, kind, count) + body
+
+
+@pytest.mark.parametrize(
+    ("value", "first"),
+    [
+        *(
+            (_array(kind, 400_000, struct.pack("<" + code, low) * 400_000), low)
+            for kind, code, low in (
+                *((0, "B", 255), (1, "b", -128), (2, "H", 65535), (3, "h", -300), (4, "I", 2**31), (5, "i", -(2**31))),
+                *((6, "f", 0.5), (7, "?", True), (10, "Q", 2**63), (11, "q", -(2**63)), (12, "d", 0.1)),
+            )
+        ),
+        (_array(8, 100_000, text("") * 100_000), ""),
+        (_array(8, 100_000, text("y") * 100_000), "y"),
+        (_array(8, 50_000, text("Grüße, wörtlich") * 50_000), "Grüße, wörtlich"),
+        (_array(9, 1, struct.pack("<IQ", 1, 200_000) + bytes(200_000)), [0] * 200_000),
+        (struct.pack("<IQ", 8, 800_004) + b"a" * 800_000 + "😀".encode(), "a" * 800_000 + "😀"),
+    ],
+    ids=[*"BbHhIifbQqd", "no text", "one letter", "texts", "nested", "one long text"],
+)
+def test_gguf_metadata_take_a_small_multiple_of_the_file(tmp_path, value, first):
+    """Of whatever type: a list of Python's numbers takes 17 times the bytes of an int8 array, one of texts 7 times."""
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + value
+    (tmp_path / "a").write_bytes(content)
+    tracemalloc.start()
+    try:
+        found = read_gguf(tmp_path / "a").metadata["k"]
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    many = isinstance(found, str)  # which Python widens as a whole for one letter
+    assert held < (4.5 if many else 2.5) * len(content) + 100_000
+    assert peak < (8 if many else 3.5) * len(content) + 100_000
+    assert (found if many else found[0]) == first
+    assert many or isinstance(first, list) or type(found[0]) is type(first)
+
+
+@pytest.mark.parametrize(
+    ("counts", "body", "complaint"),
+    [
+        ((0, 1), text("k") + _array(9, 70_000, struct.pack("<IQ", 1, 0) * 70_000), "70000 arrays in arrays"),
+        ((0, 70_000), bytes(13 * 70_000), "70000 key/value pairs"),
+        ((70_000, 0), bytes(32 * 70_000), "70000 tensors"),
+    ],
+)
+def test_gguf_things_that_take_an_object_each_are_counted(tmp_path, counts, body, complaint):
+    """A file of nothing but tiny things would take ten times its size."""
+    (tmp_path / "a").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + body)
+    tracemalloc.start()
+    try:
+        with pytest.raises(GGUFError, match=f"{complaint}, but at most 65536 are read"):
+            read_gguf(tmp_path / "a")
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_gguf_arrays_behave_as_lists(tmp_path):
+    """They are made of the file's bytes when asked, and show nothing of it."""
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + text("n") + _array(1, 3, struct.pack("<3b", 1, -2, 3))
+    content += text("t") + _array(8, 3, text("a") + text("") + text("ü"))
+    (tmp_path / "a").write_bytes(content)
+    found = read_gguf(tmp_path / "a").metadata
+    for name, values in {"n": [1, -2, 3], "t": ["a", "", "ü"]}.items():
+        assert (list(found[name]), found[name][-1], found[name][1:]) == (values, values[-1], values[1:])
+        assert found[name] == values
+        assert found[name] != values[:2]
+        assert found[name] != [*values[:2], 9]
+        assert values[1] in found[name]
+        assert repr(found[name]) == repr(values)
+        with pytest.raises(IndexError):
+            found[name][3]
 
 
 def test_gguf_cut_short_anywhere_is_refused(tmp_path):

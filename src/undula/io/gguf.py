@@ -8,14 +8,17 @@ the tensor data. Quantised tensors are rows of fixed-size blocks: a few scales, 
     file.tensor("blk.0.attn_q.weight")          # float32, in PyTorch's order of dimensions
 
 The file is not trusted. Every length, count and offset in it is compared with the size of the file before anything is
-allocated, so a reader never needs more memory than a multiple of the file's own size: of the metadata about ten times,
-for Python's numbers and texts; of tensors what is asked for, in float32.
+allocated. Arrays of the metadata stay as the bytes that they are in the file, and things that take a Python object each
+(pairs, tensors, arrays in arrays) are at most MAX_THINGS of a kind. So the metadata take at most about twice the
+file's size (a single text up to six times, while it is decoded) and a fixed 100 MB; a tensor takes its size in float32
+when it is asked for.
 """
 
 import math
 import mmap
 import struct
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,7 @@ import torch
 
 MAX_DIMS = 4  # what ggml itself supports
 MAX_NESTING = 4  # arrays of arrays of ...: deeper than anything real, far from Python's recursion limit
+MAX_THINGS = 65_536  # pairs, tensors, arrays in arrays: real files have hundreds, thousands and none
 MIN_PAIR_BYTES = 8 + 4 + 1  # length of the key, type of the value, the smallest value
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, number of dimensions, one of them, type, offset
 
@@ -35,6 +39,54 @@ CODES = {"b": "i1", "B": "u1", "h": "i2", "H": "u2", "i": "i4", "I": "u4", "q": 
 
 class GGUFError(ValueError):
     """The file is not a GGUF file, is damaged, or uses a feature that this reader does not know."""
+
+
+class _Values(Sequence[Any]):
+    """An array of the metadata: its values are made when they are asked for. Equal to a list of the same values.
+
+    As a list an array of int8 would take up to 17 times its place in the file, one of short texts seven times.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str | bytes):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    def __repr__(self) -> str:
+        more = f", ... ({len(self)} values)" if len(self) > 8 else ""
+        return f"[{', '.join(repr(v) for v in self[:8])}{more}]"
+
+
+class Numbers(_Values):
+    """Numbers or truth values."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.values[i].tolist()
+
+
+class Texts(_Values):
+    """Texts, each behind its length."""
+
+    def __init__(self, raw: bytes, starts: "array[int]"):
+        self.raw, self.starts = raw, starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        start = self.starts[i]
+        (length,) = struct.unpack_from("<Q", self.raw, start)
+        return self.raw[start + 8 : start + 8 + length].decode("utf-8", "replace")
 
 
 class TensorInfo(NamedTuple):
@@ -93,6 +145,7 @@ class _Cursor:
 
     def __init__(self, path: Path, view: mmap.mmap):
         self.path, self.view, self.at, self.size = path, view, 0, len(view)
+        self.arrays = 0  # in arrays, so far
 
     def fail(self, what: str) -> GGUFError:
         return GGUFError(f"{self.path}: {what} (at byte {self.at} of {self.size}); the file is damaged or cut short")
@@ -102,6 +155,11 @@ class _Cursor:
         if count * each > self.size - self.at:
             raise self.fail(f"{what} needs {count * each} bytes, only {self.size - self.at} are left")
         return count * each
+
+    def few(self, count: int, what: str) -> None:
+        """Check that so many Python objects may be made."""
+        if count > MAX_THINGS:
+            raise GGUFError(f"{self.path}: {count} {what}, but at most {MAX_THINGS} are read; is this a model at all?")
 
     def take(self, n_bytes: int, what: str) -> bytes:
         self.need(n_bytes, 1, what)
@@ -127,9 +185,23 @@ class _Cursor:
         if inner in _SCALARS:
             code = _SCALARS[inner]
             n_bytes = self.need(count, struct.calcsize("<" + code), what)
-            return np.frombuffer(self.take(n_bytes, what), "?" if code == "?" else f"<{CODES.get(code, code)}").tolist()
-        self.need(count, 8 if inner == _STRING else 12, what)
+            kept = np.frombuffer(self.take(n_bytes, what), "?" if code == "?" else f"<{CODES.get(code, code)}")
+            return Numbers(kept)
+        if inner == _STRING:
+            return self.texts(count, what)
+        self.need(count, 12, what)
+        self.arrays += count
+        self.few(self.arrays, "arrays in arrays")
         return [self.value(inner, what, depth + 1) for _ in range(count)]
+
+    def texts(self, count: int, what: str) -> Texts:
+        self.need(count, 8, what)
+        first, starts = self.at, array("Q")
+        for _ in range(count):
+            starts.append(self.at - first)
+            length = self.scalar("Q", what)
+            self.at += self.need(length, 1, what)
+        return Texts(self.view[first : self.at], starts)
 
 
 def _header(cursor: _Cursor) -> tuple[int, int]:
@@ -144,6 +216,8 @@ def _header(cursor: _Cursor) -> tuple[int, int]:
     n_tensors, n_pairs = cursor.scalar("Q", "the header"), cursor.scalar("Q", "the header")
     cursor.need(n_pairs, MIN_PAIR_BYTES, f"a list of {n_pairs} key/value pairs")
     cursor.need(n_tensors, MIN_TENSOR_BYTES, f"a list of {n_tensors} tensors")
+    cursor.few(n_pairs, "key/value pairs")
+    cursor.few(n_tensors, "tensors")
     return n_tensors, n_pairs
 
 

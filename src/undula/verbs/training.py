@@ -50,9 +50,11 @@ def train(
     epochs: float = Run.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
     batch: Annotated[int, typer.Option(help="Rows in a batch.")] = Run.batch,
-    accumulate: Annotated[int, typer.Option(help="Batches in a step.")] = Run.accumulate,
+    accumulate: Annotated[int, typer.Option(help="Batches in a step: as one of all their rows.")] = Run.accumulate,
     warmup: Annotated[float, typer.Option(help="Share of the steps.")] = Run.warmup,
-    weight_decay: float = Run.weight_decay,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of all that trains but biases and norms: all factors too.")
+    ] = Run.weight_decay,
     max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.")] = 1.0,
     schedule: Annotated[
         str | None, typer.Option(help="linear, cosine, constant, jagged. (default: the allocator's, else linear)")
