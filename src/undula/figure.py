@@ -19,8 +19,8 @@ INK, PALE = "#1b4965", "#9aa3a9"
 
 @told
 def draw(rows: list[Row], path: str | Path) -> None:
-    """Left the spectra of dW, then effective ranks and nonlinearities by site, as far as there are any.  The file type
-    follows the name."""
+    """Left the spectra of dW, then effective ranks and nonlinearities, as far as there are any, a row for every site.
+    The file type follows the name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,12 +35,16 @@ def draw(rows: list[Row], path: str | Path) -> None:
     widths = [4.4] * len(spectra) + [3.2] * len(points)
     figure = Figure(figsize=(sum(widths) + 1.4, min(max(3.6, 0.17 * len(sites) + 1.6), 40)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
-    if spectra:
-        _spectra(axes.pop(0), sites)
-    names = _short([row["site"] for row in sites])
-    for i, (axis, key) in enumerate(zip(axes, points, strict=True)):
-        _by_site(axis, sites, key, names if i == 0 else None)
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    for i, (axis, key) in enumerate(zip(axes, (*spectra, *points), strict=True)):
+        if key == "spectrum":
+            _spectra(axis, sites)
+        else:
+            _by_site(axis, sites, key)
+        axis.set_ylim(len(sites) - 0.5, -0.5)  # the first site on top
+        names = _short([row["site"] for row in sites]) if i == 0 else [""] * len(sites)
+        axis.set_yticks(range(len(sites)), labels=names, fontsize=6.5)
+        axis.tick_params(axis="y", length=0)
     whole = next((row for row in rows if row["site"] == "all"), None)
     if whole is not None:
         what = textwrap.shorten(whole["method"], 18 * len(widths), placeholder=" ...)")
@@ -49,34 +53,31 @@ def draw(rows: list[Row], path: str | Path) -> None:
 
 
 def _spectra(axis: Axes, sites: list[Row]) -> None:
-    import matplotlib
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    """A row for every site: a line each would hide the others as soon as there are many."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
-    drawn = [(i, row["spectrum"]) for i, row in enumerate(sites) if row["spectrum"] and row["spectrum"][0] > 0]
-    colours, last, lowest = matplotlib.colormaps["viridis"], max(len(sites) - 1, 1), 1.0
-    for i, s in drawn:
-        shares = [v / s[0] for v in s if v > 1e-7 * s[0]]  # below that it is rounding
-        lowest = min(lowest, *shares)
-        axis.plot(range(1, len(shares) + 1), shares, color=colours(i / last), lw=1.1, marker=".", ms=4, alpha=0.8)
-    axis.set(
-        xlabel="i, the number of the singular value",
-        ylabel="$s_i / s_1$",
-        yscale="log",
-        ylim=(min(lowest / 2, 0.05), 1.4),
-    )
+    most = max(len(row["spectrum"] or ()) for row in sites)
+    shares = np.full((len(sites), most), np.nan)
+    for share, row in zip(shares, sites, strict=True):
+        if row["spectrum"] and row["spectrum"][0] > 0:
+            share[: len(row["spectrum"])] = np.array(row["spectrum"]) / row["spectrum"][0]
+    shares[~(shares > 1e-7)] = np.nan  # below that it is rounding
+    lowest = 1.0 if np.isnan(shares).all() else float(np.nanmin(shares))
+    drawn = axis.imshow(
+        shares, norm=LogNorm(min(lowest, 0.1), 1.0), extent=(0.5, most + 0.5, len(sites) - 0.5, -0.5),
+        aspect="auto", interpolation="nearest",
+    )  # fmt: skip
     axis.set_title("singular values of dW", fontsize=10)
+    axis.set_xlabel("number of the singular value, the largest first")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.25)
-    if len(drawn) > 1:
-        scale = ScalarMappable(Normalize(0, last), colours)
-        bar = axis.figure.colorbar(scale, ax=axis, location="bottom", shrink=0.6, aspect=30, pad=0.02)
-        bar.set_ticks([0, last], labels=["first site", "last site"])
-        bar.ax.tick_params(labelsize=7, length=0)
+    bar = axis.figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.7, aspect=30, pad=0.02)
+    bar.set_label("share of the largest", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
-def _by_site(axis: Axes, sites: list[Row], key: str, names: list[str] | None) -> None:
+def _by_site(axis: Axes, sites: list[Row], key: str) -> None:
     values = [(row[key], y) for y, row in enumerate(sites) if row[key] is not None]
     axis.set_title("effective rank of dW" if key == "effective_rank" else "nonlinearity", fontsize=10)
     if key == "effective_rank":
@@ -92,9 +93,6 @@ def _by_site(axis: Axes, sites: list[Row], key: str, names: list[str] | None) ->
             axis.axvline(HALF_STEP, color=PALE, ls="--", lw=1)
             axis.set_xlabel("dashed: half a step of bfloat16", fontsize=8, color=PALE)
     _dots(axis, [(v, y) for v, y in values if v > 0], "o", 14, INK)
-    axis.set_ylim(len(sites) - 0.4, -0.6)  # the first site on top
-    axis.set_yticks(range(len(sites)), labels=names or [""] * len(sites), fontsize=6.5)
-    axis.tick_params(axis="y", length=0)
     axis.grid(alpha=0.25)
 
 

@@ -233,6 +233,8 @@ def test_runs_of_a_version_that_trained_otherwise_are_told_and_made_again(text, 
     count = len(Plan(study).known(Store(tmp_path / "runs.sqlite")))
     changed(tmp_path, lambda key, trial, result: (former[key], result))
     (told,) = [w for w in warnings(study, tmp_path) if "earlier version" in w]
+    with pytest.raises(ValueError, match=rf"(?s)no run of this study has ended yet .*{re.escape(told)}"):
+        report(study, tmp_path)
     assert told.startswith(f"{count} runs in {tmp_path}")
     assert "made anew" in told
     assert not Plan(study).known(Store(tmp_path / "runs.sqlite"))
@@ -549,11 +551,14 @@ def test_a_dry_run_tells_runs_and_time_and_runs_nothing(text, tmp_path):
 
 def test_the_command_runs_a_study_and_writes_the_report(one, tmp_path):
     brief = one.replace("rates = [3e-3, 1e-2]", "rates = [3e-3]").replace("seeds = [1, 2]", "seeds = [1]")
-    (tmp_path / "s.toml").write_text(brief)
+    (tmp_path / "s.toml").write_text(brief.replace("[[methods]]", '[[methods]]\nname = "mine"'))
     done = CliRunner().invoke(app, ["study", str(tmp_path / "s.toml"), "--out", str(tmp_path), "--json", "-"])
     told = json.loads(done.stdout)
     assert (told["runs"], told["failed"]) == (1, 0)  # one rate: nothing to choose
-    assert "LoRA" in Path(told["report"]).read_text()
+    assert "[1 of 1] mine on reviews, lr 0.003, seed 1: validation " in done.stderr
+    assert "mine" in Path(told["report"]).read_text()
+    files = {"report.html", "report.md", "tables.tex", "table.csv", "runs.csv", "runs.parquet", "plots"}
+    assert {p.name for p in Path(told["report"]).parent.iterdir()} == files
 
 
 FAULTY = """

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -295,6 +296,22 @@ def test_plot(m, tmp_path):
     if isinstance(m, AuroRA):
         with pytest.raises(ValueError, match=r"nothing that can be drawn.*diagnose\(model, data\)"):
             plot(diagnose(model), tmp_path / "c.png")
+
+
+def test_each_site_has_a_row_of_its_own_in_the_plot(tmp_path):
+    """Lines of many sites in one frame hide each other: the spectra are rows of one image, named, the first on top."""
+    sites = [f"layers.{i}.query" for i in range(37)]
+    blank = {"nonlinearity": None, "bf16_changed": None, "rank": 4, "method": "LoRA(r=4)", "parameters": 1}
+    rows = [blank | {"site": s, "spectrum": [2.0, 1.0, 0.5, 0.01], "effective_rank": 2.0} for s in sites]
+    rows[3]["spectrum"] = [0.0] * 4  # of a layer that has not learned
+    plot(rows, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert [s for s in re.findall(r"<!-- (\S+) -->", drawn) if s.endswith("query")] == [s[7:] for s in sites]
+    assert len(re.findall("<image", drawn)) == 2  # the spectra, and the colours' scale
+    assert "number of the singular value" in drawn
+    assert "share of the largest" in drawn
+    plot([rows[3]], tmp_path / "b.svg")
+    plot([rows[0] | {"spectrum": [2.0], "rank": 1}], tmp_path / "c.svg")
 
 
 def test_under_centred_the_nonlinearity_is_that_of_the_change():

@@ -11,6 +11,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 import undula
 from undula.study import spec
@@ -18,7 +19,9 @@ from undula.study import statistics as S
 from undula.study.outcome import FINAL, SWEEP, ChosenRate, Outcome
 from undula.study.plan import Plan
 from undula.study.power import power
-from undula.study.report import svg, write, write_report
+from undula.study.report import latex, markdown, painting, svg, write_report
+from undula.study.report.content import Drawn, Table
+from undula.study.report.document import document
 from undula.study.report.plots import pareto
 from undula.study.summary import summarise
 
@@ -160,14 +163,14 @@ def test_metrics_of_one_place_that_differ_are_no_one_unit():
     assert (pooled.lean, pooled.verdict) == (pytest.approx(1.0), S.WIN)
 
 
-def test_one_rate_for_all_seeds_is_never_a_win_or_a_loss(tmp_path):
+def test_one_rate_for_all_seeds_is_never_a_win_or_a_loss():
     """However many seeds: the luck of the one choice is in all of them."""
     runs, rates = study(seeds=13, shared=True)
     summary = summarise(runs, rates, "LoRA")
     assert {r.against.verdict for r in summary.rows if r.against} == {S.SHARED}
     assert {(p.verdict, p.p_holm) for p in summary.pooled} == {(S.SHARED, None)}
     assert row(summary, "DoRA").against.p == 2 / 2**13
-    text = words(tmp_path, runs, rates)
+    text = words(runs, rates)
     assert "better than LoRA" not in text
     assert "at these chosen rates" in text
     own = study(seeds=13)
@@ -180,33 +183,35 @@ def test_one_rate_for_all_seeds_is_never_a_win_or_a_loss(tmp_path):
     assert row(told, "AuroRA").against.verdict != S.SHARED
 
 
-def test_who_is_no_better_than_the_commonest_class_is_named(tmp_path):
+def test_who_is_no_better_than_the_commonest_class_is_named():
     runs = [run("LoRA", s, 0.3854) for s in range(3)] + [run("DoRA", s, 0.3854) for s in range(3)]
-    text = words(tmp_path, runs, floors={"news": 0.3854})
+    text, floors = words(runs, floors={"news": 0.3854}), {"news": 0.3854}
+    assert "Every arm has the same mean accuracy, 0.3854." in text
+    assert "highest" not in text
     assert "Always answering the commonest class of the training rows gives 0.3854" in text
     assert "no better than that: every arm" in text
-    assert "dots" in (tmp_path / "plots" / "seeds-1.svg").read_text()
+    assert "dots" in drawings(runs, floors=floors)["seeds-1"]
     runs += [run("AuroRA", s, 0.6) for s in range(3)]
-    assert "no better than that: DoRA and LoRA." in words(tmp_path, runs, floors={"news": 0.3854})
+    assert "no better than that: DoRA and LoRA." in words(runs, floors={"news": 0.3854})
 
 
-def test_a_report_compares_no_times_and_no_memory(tmp_path):
+def test_a_report_compares_no_times_and_no_memory():
     """They follow what else the machine did while a run was made."""
-    text = words(tmp_path, *study())
+    text = words(*study())
     assert not re.search(r"(?i)ms per step|MiB|time and memory", text)
-    assert {"time-1.svg", "memory-1.svg"}.isdisjoint(p.name for p in (tmp_path / "plots").iterdir())
+    assert not {"time-1", "memory-1"} & drawings(*study()).keys()
 
 
-def test_a_column_in_which_nothing_stands_is_left_out(tmp_path):
-    text = words(tmp_path, *study(data=("news",)))  # three seeds: no comparison is corrected
+def test_a_column_in_which_nothing_stands_is_left_out():
+    text = words(*study(data=("news",)))  # three seeds: no comparison is corrected
     assert "p (Holm)" not in text
-    assert "p (Holm)" in words(tmp_path, *study(data=("news",), seeds=9))
+    assert "p (Holm)" in words(*study(data=("news",), seeds=9))
 
 
-def test_open_ranks_are_told(tmp_path):
+def test_open_ranks_are_told():
     runs = [run(), run("AdaLoRA", 0, ranks=25), run("AdaLoRA", 1, ranks=6)]
     assert row(summarise(runs, [], "LoRA"), "AdaLoRA").ranks == 15.5
-    text = words(tmp_path, runs)
+    text = words(runs)
     assert "open ranks" in text
     assert "| 15.5 |" in text
 
@@ -218,19 +223,19 @@ def test_nothing_is_pooled_over_one_group():
     assert row(summary, "AuroRA").against.p_holm < 0.05
 
 
-def test_a_baseline_without_a_figure_leaves_the_figures_of_the_others(tmp_path):
+def test_a_baseline_without_a_figure_leaves_the_figures_of_the_others():
     runs = [run("LoRA", stage=SWEEP, error="it diverged"), run("DoRA", 0, 0.9), run("DoRA", data="films")]
     summary = summarise(runs, [], "LoRA")
     assert (row(summary, "LoRA").quality, row(summary, "DoRA").against) == (None, None)
-    assert "The baseline LoRA has no figure, so nothing is compared with it" in words(tmp_path, runs)
+    assert "The baseline LoRA has no figure, so nothing is compared with it" in words(runs)
 
 
-def test_an_arm_that_never_worked_has_a_row(tmp_path):
+def test_an_arm_that_never_worked_has_a_row():
     runs, rates = study()
     runs += [run("SHiRA", 7, None, stage=SWEEP, error="it diverged")]
     found = row(summarise(runs, rates, "LoRA"), "SHiRA")
     assert (found.quality, found.failed, found.failed_sweep) == (None, 0, 1)
-    text = words(tmp_path, runs, rates)
+    text = words(runs, rates)
     assert "No final run has given a figure of: SHiRA (bert, news, r=8)." in text
     assert "4 arms in 2 groups" in text
 
@@ -335,6 +340,13 @@ def test_every_figure_is_a_file_of_its_own(written):
     assert panels == page.count("<svg")
     assert sorted(re.findall(r"\(plots/(.*?)\)", text)) == [f.name for f in files]
     assert all("prefers-color-scheme" in f.read_text() for f in files)
+    others = {end: {f.stem for f in (written / "plots").glob(f"*.{end}")} for end in ("pdf", "png")}
+    assert others == {end: {f.stem for f in files} for end in ("pdf", "png")}
+    for f in files:
+        size = ElementTree.parse(f).getroot().get("viewBox").split()[2:]
+        with Image.open(f.with_suffix(".png")) as drawn:
+            assert drawn.size == pytest.approx([float(v) * painting.SHARP / 96 for v in size], abs=1)
+        assert f.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_markdown_holds_no_foreign_markup(written):
@@ -361,7 +373,7 @@ def test_equal_input_gives_equal_files(written, tmp_path):
 def test_the_numbers_come_back(tmp_path):
     from pyarrow import parquet
 
-    runs, rates = study()
+    runs, rates = study(data=("news",))
     runs.append(run("DoRA", 9, math.nan, error=None))
     write_report(tmp_path, runs, rates, title="t", baseline="LoRA", about={})
     summary = summarise(runs, rates, "LoRA")
@@ -379,13 +391,20 @@ def test_the_numbers_come_back(tmp_path):
     assert [float(r["mean"]) for r in table] == [r.quality.mean for r in summary.rows]
 
 
-def words(tmp_path, runs, rates=(), **more):
-    write_report(tmp_path, runs, rates, title="t", baseline="LoRA", about={}, **more)
-    return (tmp_path / "report.md").read_text()
+def words(runs, rates=(), floors=None):
+    """The report as text, without its drawings, which take longer."""
+    return markdown.page("t", document(summarise(runs, rates, "LoRA", floors=floors), {}))
 
 
-def test_the_words_say_what_three_seeds_are_worth(tmp_path):
-    text = words(tmp_path, *study(data=("news",)))
+def drawings(runs, rates=(), floors=None):
+    """{name: SVG}."""
+    blocks = [b for s in document(summarise(runs, rates, "LoRA", floors=floors), {}) for b in s.blocks]
+    figures = [f for b in blocks if isinstance(b, Drawn) for f in b.figures]
+    return {f.name: svg.sheet(f.panels, f.columns, "") for f in figures}
+
+
+def test_the_words_say_what_three_seeds_are_worth():
+    text = words(*study(data=("news",)))
     assert "the smallest p that the exact test can give is 0.25" in text
     assert "6 seeds would do for a single comparison, 7 for all 2 of this report" in text
     assert "with fewer than 6 pairs there is none" in text
@@ -412,91 +431,90 @@ def test_what_seeds_could_decide_is_what_the_summary_decides_of_the_largest_diff
         assert (seeds >= needed) == all(v == S.WIN for v in decided)
 
 
-def test_the_seeds_of_an_untrained_model_are_not_asked_for(tmp_path):
+def test_the_seeds_of_an_untrained_model_are_not_asked_for():
     runs, rates = study(data=("news",))
     runs += [run("untrained", 0, 0.1, parameters=0, head_parameters=0)]
-    assert "7 for all 2 of this report" in words(tmp_path, runs, rates)
+    assert "7 for all 2 of this report" in words(runs, rates)
     runs, rates = study(arms=("LoRA", "DoRA"))
     runs += [run("untrained", 0, 0.1, data=d, parameters=0, head_parameters=0) for d in ("news", "films")]
-    assert "7 for all 3 of this report" in words(tmp_path, runs, rates)
+    assert "7 for all 3 of this report" in words(runs, rates)
     runs, rates = study(arms=("LoRA", "DoRA"), data=("news",), seeds=8)
     runs += [run("untrained", 0, 0.1, parameters=0, head_parameters=0)]
-    assert "would do for a single comparison" not in words(tmp_path, runs, rates)
+    assert "would do for a single comparison" not in words(runs, rates)
 
 
-def test_an_arm_with_a_single_pair_is_told(tmp_path):
-    text = words(tmp_path, [*study(data=("news",))[0], run("SHiRA")])
+def test_an_arm_with_a_single_pair_is_told():
+    text = words([*study(data=("news",))[0], run("SHiRA")])
     assert "An arm with one pair of seeds has no interval and no test" in text
 
 
-def test_equal_bests_are_all_named(tmp_path):
-    text = words(tmp_path, [run(), run("DoRA", 0, 0.9), run("AuroRA", 0, 0.9)])
+def test_equal_bests_are_all_named():
+    text = words([run(), run("DoRA", 0, 0.9), run("AuroRA", 0, 0.9)])
     assert "The highest mean accuracy is that of AuroRA and DoRA, 0.9000" in text
 
 
-def test_what_halving_ended_is_told(tmp_path):
+def test_what_halving_ended_is_told():
     runs, rates = study(arms=("LoRA", "DoRA"))
-    assert "Every chosen rate lies between rates that did no better." in words(tmp_path, runs, rates)
+    assert "Every chosen rate lies between rates that did no better." in words(runs, rates)
     runs = [replace(o, pruned=o.stage == SWEEP and o.lr == 1e-2) for o in runs]
-    assert "Successive halving ended 4 of its runs early." in words(tmp_path, runs, rates)
+    assert "Successive halving ended 4 of its runs early." in words(runs, rates)
 
 
-def test_an_interval_that_is_cut_has_an_arrow(tmp_path):
+def test_an_interval_that_is_cut_has_an_arrow():
     noisy = [run(a, s, v) for a in ("LoRA", "DoRA") for s, v in enumerate((0.5, 0.6, 0.7 + 0.1 * (a == "DoRA")))]
-    words(tmp_path, noisy)
-    drawn = ElementTree.parse(tmp_path / "plots" / "seeds-1.svg").iter("{http://www.w3.org/2000/svg}polyline")
+    drawn = ElementTree.fromstring(drawings(noisy)["seeds-1"]).iter("{http://www.w3.org/2000/svg}polyline")
     bars = [p.get("points").split() for p in drawn if p.get("class").endswith("bar")]
     assert [len(points) for points in bars] == [2, 3, 3, 2, 3]  # Student's of three figures: cut at both ends
 
 
-def test_the_rows_are_called_what_they_are(tmp_path):
+def test_the_rows_are_called_what_they_are():
     summary = summarise(study()[0], [], "LoRA", split="validation")
-    write(tmp_path, summary, "t", {})
-    text = (tmp_path / "report.md").read_text()
+    text = markdown.page("t", document(summary, {}))
     assert text.count("validation rows") >= 5  # the opening, two tables and two forms of deployment
     assert "test rows" not in text.replace("other test rows", "")
 
 
-def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn(tmp_path):
-    text = words(tmp_path, [run(), run("head only", parameters=0), run("DoRA", parameters=900)])
-    assert "Not shown, because only a head trains: head only" in text
-    drawn = (tmp_path / "plots" / "front-1.svg").read_text()
+def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn():
+    runs = [run(), run("head only", parameters=0), run("DoRA", parameters=900)]
+    assert "Not shown, because only a head trains: head only" in words(runs)
+    drawn = drawings(runs)["front-1"]
     assert "DoRA" in drawn
     assert "head only" not in drawn.replace("only a head trains: head only", "")
 
 
-def test_six_seeds_decide_one_comparison(tmp_path):
-    text = words(tmp_path, *study(arms=("LoRA", "DoRA"), data=("news",), seeds=6))
+def test_six_seeds_decide_one_comparison():
+    text = words(*study(arms=("LoRA", "DoRA"), data=("news",), seeds=6))
     assert "better than LoRA: DoRA" in text
     assert "ndecidable" not in text
 
 
-def test_one_seed_has_no_interval_and_says_so(tmp_path):
-    text = words(tmp_path, [run(), run("DoRA", 0, 0.9)])
+def test_one_seed_has_no_interval_and_says_so():
+    text = words([run(), run("DoRA", 0, 0.9)])
     assert "An arm with one pair of seeds has no interval and no test" in text
-    assert "| none | 1 of 1 | 1 |" in text
+    assert "| 1 of 1 | 1 |" in text
+    assert "interval |" not in text  # a column of nothing but "none"
     assert "No learning rate was searched for" in text
 
 
-def test_a_group_without_figures_or_baseline_is_still_reported(tmp_path):
+def test_a_group_without_figures_or_baseline_is_still_reported():
     runs = [
         run(),
         run("DoRA", 0, 0.9),
         run("DoRA", data="films"),
         run("AuroRA", 0, None, data="plays", error="no memory"),
     ]
-    text = words(tmp_path, runs)
+    text = words(runs)
     assert "bert, plays, r=8: nothing could be compared. No run gave a figure." in text
     assert "bert, films, r=8: nothing could be compared. The highest mean accuracy is DoRA's" in text
     assert "no memory" in text
 
 
-def test_twenty_arms_have_labels_that_do_not_overlap(tmp_path):
+def test_twenty_arms_have_labels_that_do_not_overlap():
     arms = ["LoRA", *(f"a method with quite a long name and number {i}" for i in range(19))]
     runs = [run(arm, s, 0.5 + 1e-4 * i, parameters=1000 * (1 + i % 3)) for i, arm in enumerate(arms) for s in range(2)]
-    words(tmp_path, runs)
-    for name in ("seeds-1", "differences-1", "front-1"):
-        drawn = ElementTree.parse(tmp_path / "plots" / f"{name}.svg")
+    made = drawings(runs)
+    for name in ("seeds-1", "differences-1"):
+        drawn = ElementTree.fromstring(made[name])
         titled = [t for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.find("{*}title") is not None]
         heights = sorted(float(t.get("y")) for t in titled)
         assert len(titled) >= 19
@@ -504,7 +522,123 @@ def test_twenty_arms_have_labels_that_do_not_overlap(tmp_path):
         assert min(b - a for a, b in itertools.pairwise(heights)) >= 12
 
 
+def test_of_many_points_those_that_say_nothing_have_no_name():
+    """Lines from 28 names to grey points hide the points.  All points are drawn, and a pointer finds their names."""
+    arms = {f"arm {i}": 0.5 - 0.001 * i for i in range(14)} | {"winner": 0.7, "loser": 0.1}
+    base = [run("LoRA", s, 0.6, parameters=10) for s in range(13)]
+    runs = [run(a, s, v, parameters=1000 + i) for i, (a, v) in enumerate(arms.items()) for s in range(2)]
+    for name in ("winner", "loser"):
+        runs += [run(name, s, arms[name], parameters=1000) for s in range(2, 13)]
+    drawn = ElementTree.fromstring(drawings([*base, *runs])["front-1"])
+    texts = {t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"LoRA", "winner", "loser"} == texts & {"LoRA", *arms}
+    points = " ".join(t.text for t in drawn.iter("{http://www.w3.org/2000/svg}title"))
+    assert all(f"{arm}: " in points for arm in ("LoRA", *arms))
+    assert len([p for p in drawn.iter() if p.get("class") == "lead"]) == 3
+    assert "Named: the front, the baseline, and arms with a verdict" in words([*base, *runs])
+    few = [o for o in (*base, *runs) if o.arm in ("LoRA", "arm 1", "arm 2", "winner")]
+    drawn = ElementTree.fromstring(drawings(few)["front-1"])
+    assert {"LoRA", "arm 1", "arm 2", "winner"} <= {t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert "Named:" not in words(few)
+
+
+def test_no_table_has_a_column_in_which_nothing_stands():
+    """In any section: corrected p where none could be decided, forms that no arm has, intervals of two pairs."""
+    runs, rates = study(seeds=2)
+    runs.append(run("DoRA", 9, None, error="it broke"))
+    for section in document(summarise(runs, rates, "LoRA"), {}):
+        for table in (b for b in section.blocks if isinstance(b, Table)):
+            for i, name in enumerate(table.head):
+                assert any(row[i] not in ("", "none") for row in table.rows), (section.title, name)
+
+
+# LaTeX
+
+
+def read_back(text):
+    """What LaTeX makes of it."""
+    for plain, escaped in [*sorted(latex.SPECIAL.items(), key=lambda kv: -len(kv[1])), ("-", "$-$")]:
+        text = text.replace(escaped, f"\0{ord(plain)};")
+    text = text.replace("-{}", "-")
+    assert not set(text) & set("&%$#_{}~^\\")
+    return re.sub(r"\0(\d+);", lambda m: chr(int(m[1])), text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [HOSTILE, r"\input{/etc/passwd}", "50 % of $x_1^2$ & #3 ~ {a}", "-0.1092 to -0.0550", "1e-12", "r=8, a-b", "''\"``",
+     "Größe … 模型", "^^41", "a -- b --- -1 --x"],
+)  # fmt: skip
+def test_no_text_is_latex(text):
+    assert read_back(latex.plain(text)) == text
+    assert latex.plain("a\nb\tc\r\0d") == "a b c d"
+    assert "--" not in latex.plain(text)  # which would be set as a dash
+
+
+def test_the_tables_are_there_as_latex(written):
+    text, page = (written / "tables.tex").read_text(), (written / "report.html").read_text()
+    tables = re.findall(r"(?s)\\begin\{table\}.*?\\end\{table\}", text)
+    assert len(tables) == page.count("<table")
+    assert len(set(re.findall(r"\\label\{(.*?)\}", text))) == len(tables)
+    for table in tables:
+        (columns,) = re.findall(r"\\begin\{tabular\}\{(.*)\}", table)
+        (body,) = re.findall(r"(?s)\\toprule\n(.*)\\bottomrule", table)
+        rows = body.replace("\\midrule\n", "").splitlines()
+        assert all(row.endswith(r" \\") for row in rows)
+        count = len(re.sub(r"p\{.*?\}", "p", columns))
+        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {count}
+    assert text.count(r"\textbf{LoRA}") == page.count('<b class="base">LoRA</b>') > 0
+    assert re.findall(r"(?m)^(?!%).*<script", text) == []
+
+
+def test_a_title_is_one_comment():
+    assert latex.page("two\nlines", ()).splitlines()[0] == "% two lines"
+
+
 # Drawing
+
+
+LIGHT = {
+    "win": (0, 0x72, 0xB2),
+    "loss": (0xC4, 0x4E, 0),
+    "open-verdict": (0x7A, 0x86, 0x8D),
+    "base": (0x1C, 0x23, 0x26),
+}
+
+
+@pytest.mark.parametrize("kind", LIGHT)
+def test_pixels_have_the_colours_of_the_page(kind, tmp_path):
+    """A mark, a line, an open mark, and a second panel in its place."""
+    first, second = svg.Canvas(60, 30), svg.Canvas(60, 40)
+    first.mark(10, 15, kind, size=8)
+    first.line([(25, 15), (35, 15)], f"{kind} bar")
+    first.mark(48, 15, f"{kind} open", size=8)
+    second.line([(0, 20), (60, 20)], f"{kind} bar")
+    painting.paint((first, second), 1, tmp_path / "a.svg")
+    with Image.open(tmp_path / "a.png") as file:
+        drawn = file.convert("RGB")
+    at = lambda x, y: drawn.getpixel((round(x * painting.SHARP / 96), round(y * painting.SHARP / 96)))  # noqa: E731
+    assert [at(10, 15), at(30, 15), at(30, 50)] == [LIGHT[kind]] * 3
+    assert {at(48, 15), at(20, 15), at(30, 42), at(3, 3)} == {(255, 255, 255)}
+
+
+def test_texts_are_painted_as_they_are(tmp_path):
+    """An arm may be called what matplotlib would read as mathematics."""
+    canvas = svg.Canvas(200, 30)
+    canvas.text(5, 20, r"$\frac{1$ LoRA", "bold")
+    painting.paint((canvas,), 1, tmp_path / "a.svg")
+    with Image.open(tmp_path / "a.png") as file:
+        assert file.convert("L").getextrema()[0] < 100
+
+
+def test_every_shape_of_a_report_has_a_look():
+    runs, rates = study(seeds=7)
+    runs.append(run("DoRA", 9, None, error="it broke"))
+    for section in document(summarise(runs, rates, "LoRA", floors={"news": 0.5}), {}):
+        for drawn in (b for b in section.blocks if isinstance(b, Drawn)):
+            for shape in (s for f in drawn.figures for p in f.panels for s in p.shapes):
+                look = painting._look(shape.tag, shape.kind)
+                assert {look.get("fill", "none"), look.get("stroke", "none")} != {"none"}, shape
 
 
 def test_names_that_are_cut_stay_different():

@@ -147,6 +147,9 @@ def _report(plan: Plan, store: Store, out: Path, about: Mapping[str, str] | None
 
     study, known = plan.study, plan.known(store)
     outcomes, chosen = plan.outcomes(known)
+    if not outcomes:
+        told = "".join(f"\n  {text}" for text in _doubts(plan, store, known))
+        raise ValueError(f"no run of this study has ended yet in {store.path}: there is nothing to report{told}")
     made = write_report(
         *(out / REPORT, outcomes, chosen), title=study.title, baseline=study.baseline,
         about={**plan.made(known), **(about or {})}, notes=list(_notes(plan, store, known)), floors=_floors(plan),

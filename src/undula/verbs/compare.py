@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def compare(
     paths: Annotated[list[Path], typer.Argument(help="Directories of `undula train`, two or more.")],
     *,
-    out: Annotated[Path | None, typer.Option(help="Write a report (HTML, Markdown, CSV, Parquet) there.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a report (HTML, Markdown, LaTeX, plots, CSV) there.")] = None,
     split: Annotated[str | None, typer.Option(help="(default: test where the data have it, else validation)")] = None,
     rows: Annotated[int | None, typer.Option(help="So many rows, the same for all. (default: all)", min=1)] = None,
     baseline: Annotated[str | None, typer.Option(help="An arm, a method or a directory. (default: LoRA)")] = None,

@@ -1,4 +1,4 @@
-"""The report of a study: one page, the same as Markdown, and its figures and numbers as files."""
+"""The report of a study: one page, the same as Markdown, its tables as LaTeX, and its figures and numbers as files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from .. import statistics as S
 from ..outcome import ChosenRate, Outcome
 from ..summary import summarise
 from ..table import Summary
-from . import export, html, markdown
+from . import export, html, latex, markdown
 from .content import Drawn, Section
 from .document import document
+from .painting import paint
 from .svg import sheet
 
 __all__ = ["write", "write_report"]
@@ -29,7 +30,8 @@ def write_report(
     rule: S.Rule = S.Rule(),
     floors: Mapping[str, float] | None = None,
 ) -> Path:
-    """Writes OUT/report.html, report.md, plots/*.svg, runs.csv, runs.parquet and table.csv; returns the first.
+    """Writes OUT/report.html, report.md, tables.tex, plots/*.svg, .pdf and .png, runs.csv, runs.parquet and table.csv;
+    returns the first.
 
     `about`: what was run and how to repeat it, texts by their titles; `notes`: sentences to be told first; `floors` as
     in `summarise`.  Equal input gives equal files.  Raises what `summarise` raises.
@@ -51,8 +53,11 @@ def write(
     figures = [f for s in sections for b in s.blocks if isinstance(b, Drawn) for f in b.figures]
     for figure in figures:
         drawing = sheet(figure.panels, figure.columns, f"{figure.title}: {figure.caption}")
-        export.text(out / markdown.FOLDER / f"{figure.name}.svg", drawing)
+        path = out / markdown.FOLDER / f"{figure.name}.svg"
+        export.text(path, drawing)
+        paint(figure.panels, figure.columns, path)
     export.text(out / "report.md", markdown.page(title, sections))
+    export.text(out / "tables.tex", latex.page(title, sections))
     export.runs_csv(summary.runs, out / "runs.csv")
     export.runs_parquet(summary.runs, out / "runs.parquet")
     export.table_csv(summary.rows, out / "table.csv")

@@ -13,6 +13,7 @@ from .plots import Figure
 from .svg import Canvas
 
 WORDS = frozenset({"arm", "verdict", "rate", "rates", "model", "data", "budget", "stage", "why"})
+NONE = "none"  # said of an interval, where others have one
 CUT = " (an arrow where it goes on)"
 LOOK = (
     "Blue triangles up: a win. Orange triangles down: a loss. Grey circles: no difference is shown. Diamond: the "
@@ -38,7 +39,18 @@ def document(
         Section("What the figures say, and what not", (Bullets(words.limits(summary)),)),
         Section("What was run, and how to repeat it", tuple(Code(name, text) for name, text in about.items())),
     ]
-    return tuple(section for section in made if section.blocks)
+    return tuple(_without_empty(section) for section in made if section.blocks)
+
+
+def _without_empty(section: Section) -> Section:
+    """Its tables without the columns in which nothing stands."""
+    return Section(section.title, tuple(_filled(b) if isinstance(b, Table) else b for b in section.blocks))
+
+
+def _filled(table: Table) -> Table:
+    kept = [i for i, _ in enumerate(table.head) if any(row[i] not in ("", NONE) for row in table.rows)]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
+    return Table(tuple(table.head[i] for i in kept), rows, table.caption, table.words)
 
 
 def _each(summary: Summary, name: str, caption: str, draw: Callable[[Group], Canvas | None]) -> Iterator[Figure]:
@@ -55,19 +67,12 @@ def _results(summary: Summary) -> Iterator[Block]:
         rows = summary.rows_of(group)
         cells = tuple((_named(row, summary), *_quality(row), *_against(row.against)) for row in rows)
         caption = f"{words.called(group)}: {plots.better(rows[0])}, {summary.split} rows"
-        yield _filled(Table(head, cells, caption, WORDS))
+        yield Table(head, cells, caption, WORDS)
     yield Text(LOOK)
     caption = f"Every seed a dot, the mean and its interval{CUT}; dashed: the baseline's mean"
     yield Drawn(tuple(_each(summary, "seeds", caption, lambda g: plots.seeds(summary, g))))
     caption = f"Paired difference to {summary.baseline}: every pair a dot, the mean and its interval{CUT}"
     yield Drawn(tuple(_each(summary, "differences", caption, lambda g: plots.differences(summary, g))))
-
-
-def _filled(table: Table) -> Table:
-    """Without the columns in which nothing stands."""
-    kept = [i for i, _ in enumerate(table.head) if any(row[i] for row in table.rows)]
-    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
-    return Table(tuple(table.head[i] for i in kept), rows, table.caption, table.words)
 
 
 def _named(row: Row, summary: Summary) -> str | Mark:
@@ -96,7 +101,7 @@ def signed(value: float) -> str:
 
 
 def interval(low: float | None, high: float | None) -> str:
-    return "none" if low is None or high is None else f"{signed(low)} to {signed(high)}"
+    return NONE if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
 def _over_all(summary: Summary) -> Iterator[Block]:
@@ -114,7 +119,7 @@ def _over_all(summary: Summary) -> Iterator[Block]:
         for each in sorted(summary.pooled, key=lambda e: (-e.lean, e.arm))
     ]
     caption = f"Against {summary.baseline}, all groups together; the gain only where all groups have one metric"
-    yield _filled(Table(head, tuple(rows), caption, WORDS))
+    yield Table(head, tuple(rows), caption, WORDS)
     canvas, ranks = plots.average_ranks(summary), summary.ranks
     if ranks is None or canvas is None:
         yield Text("Average ranks take three arms with a figure in every group, and two data sets or models.")
@@ -138,6 +143,8 @@ def _fronts(summary: Summary) -> Iterator[Block]:
     for i, (model, data) in enumerate(pairs, 1):
         if (canvas := plots.front(summary, model, data)) is not None:
             caption = "Dashed: the Pareto front of the means, which the noise of seeds moves"
+            if sum((r.model, r.data) == (model, data) and bool(r.parameters) for r in summary.rows) > plots.NAMED:
+                caption += ". Named: the front, the baseline, and arms with a verdict; every figure stands below"
             alone = {r.arm for r in summary.rows if (r.model, r.data, r.parameters) == (model, data, 0)}
             caption += f". Not shown, because only a head trains: {words.listed(sorted(alone))}" if alone else ""
             figures.append(Figure(f"front-{i}", f"{model}, {data}", caption, (canvas,)))
@@ -189,7 +196,7 @@ def _whole(summary: Summary) -> Iterator[Block]:
     head: tuple[str, ...] = ("model", "data", "budget", "arm", "seeds", "failed", "mean", "standard error")
     head += ("difference", "parameters", "wanted", "head", "open ranks", "rates")
     rows = tuple(_line(row, summary) for row in summary.rows)
-    yield _filled(Table(head, rows, "failed: final runs, and runs of the sweep", WORDS))
+    yield Table(head, rows, "failed: final runs, and runs of the sweep", WORDS)
 
 
 def _line(row: Row, summary: Summary) -> tuple[str | Mark, ...]:

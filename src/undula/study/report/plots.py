@@ -10,6 +10,7 @@ from .svg import WIDE, Canvas, Scale, apart, labelled, labels, linear, logarithm
 from .words import look
 
 WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 450.0, 166.0, 16.0, 8.0, 22.0, 21
+NAMED = 10  # points; of more, those without a verdict that are not on the front stay without a name
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,16 @@ def average_ranks(summary: Summary) -> Canvas | None:
 
 def front(summary: Summary, model: str, data: str) -> Canvas | None:
     """Mean quality against the parameters that train (the head apart), for every budget; the step line is the Pareto
-    front.  Names stand in a column at the right, each joined to its point."""
+    front.  Names stand in a column at the right, each joined to its point: of few points all, of more than NAMED those
+    that say something."""
     rows = [r for r in summary.rows if (r.model, r.data) == (model, data) and r.quality and r.parameters]
     if not rows:
         return None
     several = len({row.budget for row in rows}) > 1
     names = [f"{row.arm} ({row.budget})" if several else row.arm for row in rows]
-    short = labels(names, LETTERS)
-    height, right = max(240.0, 16.0 * len(rows) + 60), 30 + WIDE * max(len(short[n]) for n in names)
+    told = rows if len(rows) <= NAMED else [*pareto(rows), *(r for r in rows if kind(r, summary) != "open-verdict")]
+    short = labels([name for row, name in zip(rows, names, strict=True) if row in told], LETTERS)
+    height, right = max(240.0, 16.0 * len(short) + 60), 30 + WIDE * max(map(len, short.values()))
     canvas = Canvas(WIDTH, height)
     bottom, edge = height - 40, WIDTH - right
     xs = logarithmic([float(row.parameters or 1) for row in rows], 46, edge)
@@ -177,11 +180,11 @@ def front(summary: Summary, model: str, data: str) -> Canvas | None:
     ]
     canvas.line(_steps(rows, xs, ys, edge), "front curve dash")
     points.sort(key=lambda p: (p[1], p[3]))
-    heights = apart([y for _, y, _, _ in points], 15, 14, bottom - 2)
-    for (x, y, _, _), at in zip(points, heights, strict=True):
+    named = [p for p in points if p[3] in short]
+    for (x, y, _, name), at in zip(named, apart([y for _, y, _, _ in named], 15, 14, bottom - 2), strict=True):
         canvas.line([(x, y), (edge + 4, at), (edge + 12, at)], "lead")
-    for (x, y, row, name), at in zip(points, heights, strict=True):
         canvas.text(edge + 15, at + 4, short[name], title=name)
+    for x, y, row, name in sorted(points, key=lambda p: p[3] in short):  # those with a name last, and so on top
         canvas.mark(x, y, kind(row, summary), f"{name}: {row.parameters:,} parameters")
     return canvas
 

@@ -1,7 +1,7 @@
-"""Drawing: a canvas of SVG, scales with their ticks, and names that fit.  Nothing here knows a study.
+"""Drawing: a canvas that is written as SVG, scales with their ticks, and names that fit.  Nothing here knows a study.
 
 Colours are CSS classes, so the same drawing serves light and dark pages, inline or as a file of its own; equal input
-gives equal text, byte for byte.
+gives equal text, byte for byte.  `painting` makes PDF and PNG of the same shapes.
 """
 
 from __future__ import annotations
@@ -17,47 +17,99 @@ STYLE = Path(__file__).with_name("drawing.css").read_text(encoding="utf-8")
 WIDE = 7.3  # pixels that a letter takes at 12 px, on the safe side
 
 
+@dataclass(frozen=True)
+class Line:
+    """From point to point, and back to the first where it is `closed`."""
+
+    points: tuple[tuple[float, float], ...]
+    kind: str
+    title: str = ""
+    closed: bool = False
+
+    @property
+    def tag(self) -> str:
+        return "polygon" if self.closed else "polyline"
+
+    def svg(self) -> str:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
+        return f'<{self.tag} class="{self.kind}" points="{path}"{_ended(self.tag, self.title)}'
+
+
+@dataclass(frozen=True)
+class Circle:
+    x: float
+    y: float
+    radius: float
+    kind: str
+    title: str = ""
+    tag = "circle"
+
+    def svg(self) -> str:
+        at = f'cx="{self.x:.1f}" cy="{self.y:.1f}" r="{self.radius:.1f}"'
+        return f'<circle class="{self.kind}" {at}{_ended("circle", self.title)}'
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text whose `anchor` (start, middle or end) lies at x, its letters on y."""
+
+    x: float
+    y: float
+    text: str
+    kind: str
+    anchor: str
+    title: str = ""
+    tag = "text"
+
+    def svg(self) -> str:
+        hint = f"<title>{escape(self.title)}</title>" if self.title and self.title != self.text else ""
+        at = f'x="{self.x:.1f}" y="{self.y:.1f}" class="{self.kind}" text-anchor="{self.anchor}"'
+        return f"<text {at}>{escape(self.text)}{hint}</text>"
+
+
+Shape = Line | Circle | Words
+
+
+def _ended(tag: str, title: str) -> str:
+    return f"><title>{escape(title)}</title></{tag}>" if title else "/>"
+
+
 @dataclass
 class Canvas:
     """A drawing of `width` x `height` pixels."""
 
     width: float
     height: float
-    parts: list[str] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
 
     def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.parts.append(f'<polyline class="{kind}" points="{path}"/>')
+        self.shapes.append(Line(tuple(points), kind))
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", title: str = "") -> None:
-        hint = f"<title>{escape(title)}</title>" if title and title != text else ""
-        self.parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}{hint}</text>'
-        )
-
-    def rect(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" class="{kind}"/>')
+        self.shapes.append(Words(x, y, text, kind, anchor, title))
 
     def mark(self, x: float, y: float, kind: str, title: str = "", size: float = 4.5) -> None:
         """A point: triangle up for a win, down for a loss, a diamond for the baseline, a circle otherwise."""
-        hint = f"<title>{escape(title)}</title>" if title else ""
-        verdict = kind.partition(" ")[0]
-        if verdict in CORNERS:
-            corners = " ".join(f"{x + size * a:.1f},{y + size * b:.1f}" for a, b in CORNERS[verdict])
-            self.parts.append(f'<polygon class="{kind}" points="{corners}">{hint}</polygon>')
+        corners = CORNERS.get(kind.partition(" ")[0])
+        if corners is None:
+            self.shapes.append(Circle(x, y, size * 0.85, kind, title))
         else:
-            self.parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{size * 0.85:.1f}">{hint}</circle>')
+            self.shapes.append(Line(tuple((x + size * a, y + size * b) for a, b in corners), kind, title, closed=True))
 
     def cross(self, x: float, y: float, kind: str, size: float = 3.5) -> None:
         for s in (1, -1):
             self.line([(x - size, y - s * size), (x + size, y + s * size)], kind)
+
+    def svg(self) -> str:
+        """Its shapes."""
+        return "".join(shape.svg() for shape in self.shapes)
 
     def inline(self, label: str) -> str:
         """As a part of a page that has STYLE."""
         return (
             f'<svg viewBox="0 0 {self.width:.0f} {self.height:.0f}" '
             f'width="{self.width:.0f}" height="{self.height:.0f}" role="img" aria-label="{escape(label)}">'
-            f"{''.join(self.parts)}</svg>"
+            f"{self.svg()}</svg>"
         )
 
 
@@ -68,24 +120,37 @@ CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
 }
 
 
-def sheet(panels: Sequence[Canvas], columns: int, label: str) -> str:
-    """Several drawings as one file of its own, in a grid."""
+@dataclass(frozen=True)
+class Grid:
+    """Several drawings in rows of `columns`: `places` are their left upper corners."""
+
+    places: tuple[tuple[float, float], ...]
+    width: float
+    height: float
+
+
+def grid(panels: Sequence[Canvas], columns: int) -> Grid:
     columns = min(columns, len(panels))
     width = max(p.width for p in panels)
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     tops = [0.0]
     for row in rows:
         tops.append(tops[-1] + max(p.height for p in row))
+    places = tuple((i * width, top) for top, row in zip(tops, rows, strict=False) for i, _ in enumerate(row))
+    return Grid(places, columns * width, tops[-1])
+
+
+def sheet(panels: Sequence[Canvas], columns: int, label: str) -> str:
+    """Several drawings as one file of its own, in a grid."""
+    made = grid(panels, columns)
     inner = "".join(
-        f'<svg x="{i * width:.0f}" y="{top:.0f}" width="{p.width:.0f}" height="{p.height:.0f}">{"".join(p.parts)}</svg>'
-        for top, row in zip(tops, rows, strict=False)
-        for i, p in enumerate(row)
+        f'<svg x="{x:.0f}" y="{y:.0f}" width="{p.width:.0f}" height="{p.height:.0f}">{p.svg()}</svg>'
+        for (x, y), p in zip(made.places, panels, strict=True)
     )
-    size = f"{columns * width:.0f} {tops[-1]:.0f}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{columns * width:.0f}" '
-        f'height="{tops[-1]:.0f}" role="img" aria-label="{escape(label)}"><style>{STYLE}</style>'
-        f'<rect class="paper" width="100%" height="100%"/>{inner}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {made.width:.0f} {made.height:.0f}" '
+        f'width="{made.width:.0f}" height="{made.height:.0f}" role="img" aria-label="{escape(label)}">'
+        f'<style>{STYLE}</style><rect class="paper" width="100%" height="100%"/>{inner}</svg>\n'
     )
 
 

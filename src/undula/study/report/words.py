@@ -125,8 +125,11 @@ def _in_group(summary: Summary, group: Group) -> str:
     base = next((row for row in rows if row.arm == summary.baseline and row.quality), None)
     beside = f" ({summary.baseline}: {figure(base.quality.mean)})" if base and base.quality and base != best else ""
     equals = [row.arm for row in rows if row.quality and row.quality.mean == best.quality.mean]
-    whose = f"{best.arm}'s" if len(equals) == 1 else f"that of {listed(equals)}"
-    told = f"{words} The {extreme} mean {best.metric} is {whose}, {figure(best.quality.mean)}{beside}."
+    if len(equals) == sum(row.quality is not None for row in rows) > 1:
+        told = f"{words} Every arm has the same mean {best.metric}, {figure(best.quality.mean)}."
+    else:
+        whose = f"{best.arm}'s" if len(equals) == 1 else f"that of {listed(equals)}"
+        told = f"{words} The {extreme} mean {best.metric} is {whose}, {figure(best.quality.mean)}{beside}."
     return told + _beside_floor(summary, group)
 
 
