@@ -551,7 +551,8 @@ def test_a_dry_run_tells_runs_and_time_and_runs_nothing(text, tmp_path):
 
 def test_the_command_runs_a_study_and_writes_the_report(one, tmp_path):
     brief = one.replace("rates = [3e-3, 1e-2]", "rates = [3e-3]").replace("seeds = [1, 2]", "seeds = [1]")
-    (tmp_path / "s.toml").write_text(brief.replace("[[methods]]", '[[methods]]\nname = "mine"'))
+    named = brief.replace("[[methods]]", '[[methods]]\nname = "mine"')
+    (tmp_path / "s.toml").write_text(f'baseline = "mine"\n{named}')
     done = CliRunner().invoke(app, ["study", str(tmp_path / "s.toml"), "--out", str(tmp_path), "--json", "-"])
     told = json.loads(done.stdout)
     assert (told["runs"], told["failed"]) == (1, 0)  # one rate: nothing to choose
