@@ -259,6 +259,8 @@ MUTANTS = [
     ("study/report/latex.py", 'SPECIAL.get(c, c) for c in line', 'c for c in line', REPORT + "::test_no_text_is_latex"),
     ("study/report/plots.py", "rows if len(rows) <= NAMED else", "rows if rows else", REPORT + "::test_of_many_points_those_that_say_nothing_have_no_name"),
     ("study/report/document.py", "_filled(b) if isinstance(b, Table) else b", "b", REPORT + "::test_no_table_has_a_column_in_which_nothing_stands"),
+    ("study/report/svg.py", "x = max(min(x, self.width - wide + before), before)", "x = x", REPORT + "::test_no_text_leaves_its_drawing_and_no_ticks_run_together"),
+    ("study/report/svg.py", "if high - low > 1e-9 * size else", "if high > low else", REPORT + "::test_no_text_leaves_its_drawing_and_no_ticks_run_together"),
 ]  # fmt: skip
 
 

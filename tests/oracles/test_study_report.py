@@ -1,6 +1,7 @@
 """Summaries and reports of made-up studies: what enters a figure, what is said about it, and files that are sound."""
 
 import csv
+import functools
 import html.parser
 import itertools
 import json
@@ -8,10 +9,12 @@ import math
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 import undula
 from undula.study import spec
@@ -191,6 +194,9 @@ def test_who_is_no_better_than_the_commonest_class_is_named():
     assert "Always answering the commonest class of the training rows gives 0.3854" in text
     assert "no better than that: every arm" in text
     assert "dots" in drawings(runs, floors=floors)["seeds-1"]
+    rounded = [replace(o, test=o.test + 1e-16 * (o.arm == "DoRA")) for o in runs]
+    assert "Every arm has the same mean accuracy" in words(rounded, floors=floors)
+    assert "no better than that: every arm" in words(rounded, floors=floors)
     runs += [run("AuroRA", s, 0.6) for s in range(3)]
     assert "no better than that: DoRA and LoRA." in words(runs, floors={"news": 0.3854})
 
@@ -396,11 +402,14 @@ def words(runs, rates=(), floors=None):
     return markdown.page("t", document(summarise(runs, rates, "LoRA", floors=floors), {}))
 
 
+def figures(runs, rates=(), floors=None):
+    blocks = [b for s in document(summarise(runs, rates, "LoRA", floors=floors), {}) for b in s.blocks]
+    return [f for b in blocks if isinstance(b, Drawn) for f in b.figures]
+
+
 def drawings(runs, rates=(), floors=None):
     """{name: SVG}."""
-    blocks = [b for s in document(summarise(runs, rates, "LoRA", floors=floors), {}) for b in s.blocks]
-    figures = [f for b in blocks if isinstance(b, Drawn) for f in b.figures]
-    return {f.name: svg.sheet(f.panels, f.columns, "") for f in figures}
+    return {f.name: svg.sheet(f.panels, f.columns, "") for f in figures(runs, rates, floors)}
 
 
 def test_the_words_say_what_three_seeds_are_worth():
@@ -629,6 +638,58 @@ def test_texts_are_painted_as_they_are(tmp_path):
     painting.paint((canvas,), 1, tmp_path / "a.svg")
     with Image.open(tmp_path / "a.png") as file:
         assert file.convert("L").getextrema()[0] < 100
+
+
+AWKWARD = {  # figures that need long labels, steps that end at a tick, names and metrics of some length
+    "close": {"values": (0.75251, 0.75252, 0.75254), "metric": "accuracy"},
+    "tiny": {"values": (1.31e-5, 1.32e-5, 1.36e-5), "metric": "loss"},
+    "negative": {"values": (-0.00251, -0.00252, 0.0), "metric": "matthews correlation"},
+    "large": {"values": (123456.0, 123457.0, 123459.0), "metric": "perplexity of the whole validation text, per word"},
+    "equal": {"values": (0.5, 0.5, 0.5), "metric": "accuracy"},
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+@pytest.mark.parametrize("steps", [80, 1200, 100_000])
+@pytest.mark.parametrize("names", ["LoRA", "a name of some length, with all of its options"])
+def test_no_text_leaves_its_drawing_and_no_ticks_run_together(case, steps, names):
+    """By the widths of a wide font: DejaVu Sans."""
+    values, metric = AWKWARD[case]["values"], AWKWARD[case]["metric"]
+    runs, rates = [], []
+    arms = ["LoRA", *(f"{names} {i}" for i in range(3))]
+    for d, (a, arm), s in itertools.product(("news", "films"), enumerate(arms), range(3)):
+        v = values[(a + s) % 3]
+        curve = tuple((i, v) for i in range(0, steps + 1, steps // 4))
+        more = {"losses": curve, "curve": curve, "parameters": 10 ** (3 + a), "metric": metric, "more_is_better": False}
+        runs.append(run(arm, s, v, data=d, **more))
+        tried = tuple((3.16e-5 * 10 ** (0.5 * k), values[k % 3]) for k in range(3 + 3 * (a == 1)))
+        rates.append(ChosenRate(arm, "bert", d, "r=8", tried[1][0], False, tried, s))
+    for figure in figures(runs, rates):
+        for panel in figure.panels:
+            boxes = [(shape, *extent(shape)) for shape in panel.shapes if isinstance(shape, svg.Words)]
+            for shape, low, high in boxes:
+                assert -1 <= low <= high <= panel.width + 1, (figure.name, shape)
+                assert shape.y <= panel.height
+            rows = {}
+            for shape, low, high in boxes:
+                rows.setdefault(round(shape.y), []).append((low, high, shape.text))
+            for row in rows.values():
+                for (_, end, left), (start, _, right) in itertools.pairwise(sorted(row)):
+                    assert end < start, (figure.name, left, right)
+
+
+def extent(shape):
+    """Where a text begins and ends."""
+    bold = "bold" in shape.kind or shape.kind in ("win", "loss")
+    wide = font(bold).getlength(shape.text)
+    before = {"start": 0, "middle": wide / 2, "end": wide}[shape.anchor]
+    return shape.x - before, shape.x - before + wide
+
+
+@functools.cache
+def font(bold):
+    name = f"DejaVuSans{'-Bold' * bold}.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), 12)
 
 
 def test_every_shape_of_a_report_has_a_look():

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from ..outcome import ChosenRate, Outcome
 from ..table import Group, Summary
-from .svg import Canvas, Scale, labelled, labels, linear, logarithmic, number
+from .svg import Canvas, Scale, beside, labelled, labels, linear, logarithmic, with_labels
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LETTERS = 212.0, 136.0, 38.0, 10.0, 21.0, 28.0, 26
+WIDTH, HEIGHT, RIGHT, TOP, BOTTOM, LETTERS = 212.0, 136.0, 10.0, 21.0, 28.0, 25
+TICKS = 4
 POINTS = 60  # a longer curve is drawn as the means of so many parts
 
 Line = Sequence[tuple[float, float]]
@@ -29,16 +30,17 @@ def rates(summary: Summary, group: Group) -> tuple[Canvas, ...]:
     if not values:
         return ()
     row = next(row for row in summary.rows if row.group == group)
-    xs = logarithmic([lr for c in every for lr, _ in c.tried], LEFT + 6, WIDTH - RIGHT - 6)
     ys = _most(values, row.more_is_better)
-    short, made = labels(list(chosen), LETTERS), []
+    xs = logarithmic([lr for c in every for lr, _ in c.tried], _left(ys) + 6, WIDTH - RIGHT - 6)
+    loose = {arm for arm, found in chosen.items() if not all(c.bracketed for c in found)}
+    short, made = labels(list(chosen), LETTERS - 6 if loose else LETTERS), []  # "edge" stands beside it
     for arm in (a for a in summary.arms if a in chosen):
         canvas = _panel(xs, ys, short[arm], arm)
         for base in chosen.get(summary.baseline, ()) if arm != summary.baseline else ():
             canvas.line([(xs(lr), ys(v)) for lr, v in _line(base)], "behind")
         for choice in chosen[arm]:
             _rate(canvas, choice, xs, ys)
-        if not all(c.bracketed for c in chosen[arm]):
+        if arm in loose:
             canvas.text(WIDTH - RIGHT, TOP - 7, "edge", "loss", "end", "a best rate lies at an edge of what was tried")
         made.append(canvas)
     return tuple(made)
@@ -77,8 +79,8 @@ def course(summary: Summary, group: Group, what: str) -> tuple[Canvas, ...]:
     points = [p for found in lines.values() for line in found for p in line]
     if not points:
         return ()
-    xs = linear([x for x, _ in points], LEFT, WIDTH - RIGHT, 0.0)
     ys = linear([y for _, y in points], HEIGHT - BOTTOM, TOP + 2)
+    xs = linear([x for x, _ in points], _left(ys), WIDTH - RIGHT, 0.0)
     short, made = labels(list(lines), LETTERS), []
     for arm in (a for a in lines if lines[a]):
         canvas = _panel(xs, ys, short[arm], arm)
@@ -101,14 +103,19 @@ def _short(line: Line) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
 
 
+def _left(ys: Scale) -> float:
+    """Where a panel's axes begin: behind the labels."""
+    return beside(with_labels(ys.ticks(TICKS))) + 9
+
+
 def _panel(xs: Scale, ys: Scale, short: str, name: str) -> Canvas:
-    canvas, bottom = Canvas(WIDTH, HEIGHT), HEIGHT - BOTTOM
-    canvas.text(LEFT - 26, TOP - 7, short, "bold", title=name)
-    for tick in ys.ticks(4):
-        canvas.line([(LEFT, ys(tick)), (WIDTH - RIGHT, ys(tick))], "rule")
-        canvas.text(LEFT - 5, ys(tick) + 4, number(tick), "pale", "end")
-    for tick in labelled(xs, 4):
-        canvas.text(xs(tick), bottom + 14, number(tick), "pale", "middle")
+    canvas, bottom, left = Canvas(WIDTH, HEIGHT), HEIGHT - BOTTOM, _left(ys)
+    canvas.text(12, TOP - 7, short, "bold", title=name)
+    for tick, label in with_labels(ys.ticks(TICKS)):
+        canvas.line([(left, ys(tick)), (WIDTH - RIGHT, ys(tick))], "rule")
+        canvas.text(left - 5, ys(tick) + 4, label, "pale", "end")
+    for tick, label in labelled(xs, TICKS):
+        canvas.text(xs(tick), bottom + 14, label, "pale", "middle")
         canvas.line([(xs(tick), bottom), (xs(tick), bottom + 3)], "axis")
-    canvas.line([(LEFT, bottom), (WIDTH - RIGHT, bottom)], "axis")
+    canvas.line([(left, bottom), (WIDTH - RIGHT, bottom)], "axis")
     return canvas

@@ -124,7 +124,8 @@ def _over_all(summary: Summary) -> Iterator[Block]:
     if ranks is None or canvas is None:
         yield Text("Average ranks take three arms with a figure in every group, and two data sets or models.")
         return
-    caption = "Arms joined by a line at the right are not told apart by Nemenyi's test. Marks: the verdict above"
+    caption = "Arms joined by a line at the right are not told apart by Nemenyi's test, whose critical difference is "
+    caption += "the bar below. Marks: the verdict above"
     yield Drawn((Figure("ranks", "Average ranks", caption, (canvas,)),))
     text = f"Friedman's test that all arms rank alike: chi2 = {ranks.chi2:.2f}, p = {words.chance(ranks.p)}, by "
     text += f"{summary.rule.resamples:,} random permutations within the groups."

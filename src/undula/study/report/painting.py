@@ -51,10 +51,11 @@ def _artist(shape: Shape, left: float, top: float, figure: Figure) -> Artist:
 
     inches = Affine2D().scale(1 / 96) + figure.dpi_scale_trans
     look = _look(shape.tag, shape.kind)
+    weight = "bold" if "font-weight" in look else "normal"
     if isinstance(shape, Words):
         return Text(
             left + shape.x, top - shape.y, shape.text,
-            color=_colour(look["fill"]), fontsize=LETTERS * PIXEL, fontweight=int(look.get("font-weight", 400)),
+            color=_colour(look["fill"]), fontsize=LETTERS * PIXEL, fontweight=weight,
             ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor], va="baseline",
             parse_math=False, transform=inches,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..table import Group, Row, Summary
-from .svg import WIDE, Canvas, Scale, apart, labelled, labels, linear, logarithmic, number
+from .svg import WIDE, Canvas, Scale, apart, beside, labelled, labels, linear, logarithmic, with_labels
 from .words import look
 
 WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 450.0, 166.0, 16.0, 8.0, 22.0, 21
@@ -35,21 +35,15 @@ def rows_by_name(names: Sequence[str], scale: Scale, title: str, right: float = 
     bottom = TOP + ROW * len(names)
     canvas = Canvas(WIDTH, bottom + 36)
     heights = [TOP + ROW * (i + 0.5) for i in range(len(names))]
-    for tick in labelled(scale, 5):
+    for tick, label in labelled(scale, 5):
         canvas.line([(scale(tick), TOP), (scale(tick), bottom)], "rule")
-        canvas.text(scale(tick), bottom + 14, number(tick), "pale", "middle")
+        canvas.text(scale(tick), bottom + 14, label, "pale", "middle")
     for name, y in zip(names, heights, strict=True):
         canvas.line([(LEFT, y), (WIDTH - right, y)], "rule")
         canvas.text(LEFT - 8, y + 4, short[name], anchor="end", title=name)
     canvas.line([(LEFT, bottom), (WIDTH - right, bottom)], "axis")
-    canvas.text(_centred(title, (LEFT + WIDTH - right) / 2), bottom + 30, title, "pale", "middle")
+    canvas.text((LEFT + WIDTH - right) / 2, bottom + 30, title, "pale", "middle")
     return canvas, heights
-
-
-def _centred(text: str, wanted: float) -> float:
-    """Where the middle of a text stands, so that both of its ends are on the canvas."""
-    half = WIDE * len(text) / 2
-    return min(max(wanted, half + 2), WIDTH - half - 2)
 
 
 def _interval(canvas: Canvas, scale: Scale, low: float | None, high: float | None, y: float, look: str) -> None:
@@ -145,7 +139,7 @@ def average_ranks(summary: Summary) -> Canvas | None:
     canvas.line([(scale.start, y), (end, y)], "axis")
     if scale.start + length <= WIDTH - 4:
         canvas.line([(end, y - 4), (end, y + 4)], "axis")
-    canvas.text(LEFT, y + 4, f"critical difference {ranks.critical:.2f}", "pale", "end")
+    canvas.text(LEFT, y + 4, f"critical: {ranks.critical:.2f}", "pale", "end")
     return canvas
 
 
@@ -163,16 +157,18 @@ def front(summary: Summary, model: str, data: str) -> Canvas | None:
     height, right = max(240.0, 16.0 * len(short) + 60), 30 + WIDE * max(map(len, short.values()))
     canvas = Canvas(WIDTH, height)
     bottom, edge = height - 40, WIDTH - right
-    xs = logarithmic([float(row.parameters or 1) for row in rows], 46, edge)
     ys = linear([row.quality.mean for row in rows if row.quality], bottom, 12)
-    for tick in ys.ticks(6):
-        canvas.line([(46, ys(tick)), (edge, ys(tick))], "rule")
-        canvas.text(40, ys(tick) + 4, number(tick), "pale", "end")
-    for tick in labelled(xs, max(2, int((edge - 46) / 44))):
+    upwards = with_labels(ys.ticks(6))
+    left = beside(upwards) + 10
+    xs = logarithmic([float(row.parameters or 1) for row in rows], left, edge)
+    for tick, label in upwards:
+        canvas.line([(left, ys(tick)), (edge, ys(tick))], "rule")
+        canvas.text(left - 6, ys(tick) + 4, label, "pale", "end")
+    for tick, label in labelled(xs, max(2, int((edge - left) / 44))):
         canvas.line([(xs(tick), 12), (xs(tick), bottom)], "rule")
-        canvas.text(xs(tick), bottom + 15, number(tick), "pale", "middle")
-    canvas.line([(46, bottom), (edge, bottom)], "axis")
-    canvas.text(46, height - 8, f"parameters; upwards: {better(rows[0])}", "pale")
+        canvas.text(xs(tick), bottom + 15, label, "pale", "middle")
+    canvas.line([(left, bottom), (edge, bottom)], "axis")
+    canvas.text(left, height - 8, f"parameters; upwards: {better(rows[0])}", "pale")
     points = [
         (xs(row.parameters or 1), ys(row.quality.mean), row, n)
         for row, n in zip(rows, names, strict=True)

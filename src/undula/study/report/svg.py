@@ -86,6 +86,13 @@ class Canvas:
         self.shapes.append(Line(tuple(points), kind))
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", title: str = "") -> None:
+        """Moved as far as it takes to have both of its ends on the canvas; one that is longer is cut, and a title."""
+        most = int(self.width / WIDE)
+        if len(text) > most:
+            text, title = labels([text], most)[text], title or text
+        wide = WIDE * len(text)
+        before = {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+        x = max(min(x, self.width - wide + before), before)
         self.shapes.append(Words(x, y, text, kind, anchor, title))
 
     def mark(self, x: float, y: float, kind: str, title: str = "", size: float = 4.5) -> None:
@@ -174,9 +181,10 @@ class Scale:
 
 
 def linear(values: Sequence[float], start: float, end: float, margin: float = 0.06) -> Scale:
-    """A scale that shows all of the values."""
+    """A scale that shows all of the values; differences of rounding alone are not made to look like some."""
     low, high = min(values), max(values)
-    room = (high - low) * margin or abs(high) * 0.05 or 1.0
+    size = max(abs(low), abs(high))
+    room = (high - low) * margin if high - low > 1e-9 * size else size * 0.05 or 1.0
     return Scale(low - room, high + room, start, end)
 
 
@@ -204,27 +212,41 @@ def _decades(low: float, high: float, most: int) -> list[float]:
     return found[:: math.ceil(len(found) / most)]
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """A tick's label: 0.65, 1e-4, 38k, 1.2M."""
     if not value:
         return "0"
     if abs(value) < 1e-3:
-        mantissa, _, power = f"{value:.1e}".partition("e")
-        return f"{mantissa.removesuffix('.0')}e{int(power)}"
+        mantissa, _, power = f"{value:.{digits - 3}e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= unit:
-            return f"{value / min(unit, 1e3 if name == 'k' else unit):.3g}{name}"
-    return f"{value:.4g}"
+            return f"{value / min(unit, 1e3 if name == 'k' else unit):.{digits - 1}g}{name}"
+    return f"{value:.{digits}g}"
 
 
-def labelled(scale: Scale, most: int) -> list[float]:
+def with_labels(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """(tick, its label), with as many digits as it takes to tell them apart."""
+    for digits in range(4, 17):
+        found = [number(t, digits) for t in ticks]
+        if len(set(found)) == len(found):
+            break
+    return list(zip(ticks, found, strict=True))
+
+
+def labelled(scale: Scale, most: int) -> list[tuple[float, str]]:
     """Ticks whose labels do not run together: fewer, where `most` would."""
     for count in range(most, 0, -1):
-        ticks = scale.ticks(count)
-        rooms = [(scale(t), WIDE * len(number(t)) / 2) for t in ticks]
+        ticks = with_labels(scale.ticks(count))
+        rooms = [(scale(t), WIDE * len(label) / 2) for t, label in ticks]
         if all(b - a >= u + v + 2 for (a, u), (b, v) in pairwise(rooms)):
             return ticks
     return ticks[:1]
+
+
+def beside(ticks: Sequence[tuple[float, str]]) -> float:
+    """Pixels that the widest of their labels takes."""
+    return WIDE * max((len(label) for _, label in ticks), default=0)
 
 
 def labels(names: Sequence[str], most: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from .. import statistics as S
@@ -124,13 +125,18 @@ def _in_group(summary: Summary, group: Group) -> str:
     extreme = "highest" if best.more_is_better else "lowest"
     base = next((row for row in rows if row.arm == summary.baseline and row.quality), None)
     beside = f" ({summary.baseline}: {figure(base.quality.mean)})" if base and base.quality and base != best else ""
-    equals = [row.arm for row in rows if row.quality and row.quality.mean == best.quality.mean]
+    equals = [row.arm for row in rows if row.quality and _same(row.quality.mean, best.quality.mean)]
     if len(equals) == sum(row.quality is not None for row in rows) > 1:
         told = f"{words} Every arm has the same mean {best.metric}, {figure(best.quality.mean)}."
     else:
         whose = f"{best.arm}'s" if len(equals) == 1 else f"that of {listed(equals)}"
         told = f"{words} The {extreme} mean {best.metric} is {whose}, {figure(best.quality.mean)}{beside}."
     return told + _beside_floor(summary, group)
+
+
+def _same(a: float, b: float) -> bool:
+    """But for the rounding of a mean."""
+    return math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-12)
 
 
 def _beside_floor(summary: Summary, group: Group) -> str:
@@ -142,7 +148,7 @@ def _beside_floor(summary: Summary, group: Group) -> str:
     none = [
         row.arm
         for row in rows
-        if row.quality and ((row.quality.mean > floor) != row.more_is_better or row.quality.mean == floor)
+        if row.quality and ((row.quality.mean > floor) != row.more_is_better or _same(row.quality.mean, floor))
     ]
     told = f" Always answering the commonest class of the training rows gives {figure(floor)}"
     if not none:
