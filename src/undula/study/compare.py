@@ -16,6 +16,7 @@ from ..choice import Choice, plain
 from ..io import files
 from ..method import Method
 from ..train.data import load_data, sample
+from ..train.faults import Faults
 from ..train.heads import Classes
 from ..train.restored import Restored, restored
 from ..train.run import REPORT, Run
@@ -40,6 +41,7 @@ SETTINGS = (
         "dtype",
         "bits",
         "probe_batches",
+        "skip_faulty",
         "by_chance",
         "max_grad_norm",
         "schedule",
@@ -207,7 +209,7 @@ def _differing(what: str, values: Sequence[tuple[Path, str]]) -> str:
 
 def _split(entries: Sequence[Entry], split: str | None) -> tuple[str, str]:
     """(the split, why it cannot be used)."""
-    names = list(load_data(entries[0].run.data))
+    names = list(load_data(entries[0].run.data, Faults()))  # whoever reads the rows says what is wrong with them
     chosen = split or ("test" if "test" in names else "validation")
     seeds = sorted({e.run.seed for e in entries})
     if chosen in ("train", "validation") and "validation" not in names:

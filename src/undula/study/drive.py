@@ -183,6 +183,7 @@ def warnings(study: Study, out: str | Path | None = None) -> list[str]:
 def _doubts(plan: Plan, store: Store | None, known: Mapping[str, Record]) -> Iterator[str]:
     for rows in plan.study.data:
         _, parts = plan.sources.opened(rows, plan.study.split_seed)
+        yield from plan.sources.left_out(rows, plan.study.split_seed)
         yield from (f"{rows.label}: {text}" for text in splits.leaks(parts))
     yield from plan.strangers(known)
     yield from plan.mixtures(known)

@@ -4,7 +4,8 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 [train]     steps | epochs, batch, accumulate, warmup, weight_decay, head_lr, where, evaluations
 [sweep]     rates, seeds, factor, extend, halving
 [[models]]  source, bits, dtype
-[[data]]    source, task, set, label, train, validation, test (rows), splits, epochs, batch (in the place of [train]'s)
+[[data]]    source, task, set, label, train, validation, test (rows), splits, skip_faulty;
+            epochs, batch (in the place of [train]'s)
 [[budgets]] rank | parameters | parameters_of and rank
 [[methods]] name, method (a method's name, "none": the head alone, "full": everything), set, rates,
             allocator (its name), allocate (its options)
@@ -36,7 +37,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "sweep": {"rates": list, "seeds": list, "factor": NUMBER, "extend": int, "halving": int},
     "models": {"source": str, "bits": int, "dtype": str},
     "data": {"source": str, "task": str, "set": dict, "label": str, "train": int, "validation": int, "test": int,
-             "splits": dict, "epochs": NUMBER, "batch": int},
+             "splits": dict, "epochs": NUMBER, "batch": int, "skip_faulty": NUMBER},
     "budgets": {"rank": int, "parameters": int, "parameters_of": str},
     "methods": {"name": str, "method": str, "set": dict, "rates": list, "allocator": str, "allocate": dict},
 }  # fmt: skip

@@ -27,16 +27,23 @@ class Sources:
     """Everything is read at most once."""
 
     def __init__(self) -> None:
-        self._opened: dict[tuple[str, int], tuple[Task, DatasetDict]] = {}
+        self._opened: dict[tuple[str, int], tuple[Task, DatasetDict, list[str]]] = {}
         self._digests: dict[tuple[str, int], str] = {}
         self._models: dict[str, str | None] = {}
         self._shapes: dict[tuple[object, ...], Shapes] = {}
 
     def opened(self, rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
         """See `splits.opened`."""
+        return self._read(rows, seed)[:2]
+
+    def left_out(self, rows: Rows, seed: int) -> list[str]:
+        """Sentences on rows that are left out for their faults."""
+        return self._read(rows, seed)[2]
+
+    def _read(self, rows: Rows, seed: int) -> tuple[Task, DatasetDict, list[str]]:
         key = (repr(rows), seed)
         if key not in self._opened:
-            self._opened[key] = splits.opened(rows, seed)
+            self._opened[key] = splits.read(rows, seed)
         return self._opened[key]
 
     def digest(self, rows: Rows, seed: int) -> str:

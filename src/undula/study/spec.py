@@ -55,6 +55,7 @@ class Rows(metaclass=Checked):
     label: str = ""
     epochs: Positive | None = None  # of this data set, in the place of the study's
     batch: Count | None = None
+    skip_faulty: PartShare | None = None  # see `undula.Run`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.source)

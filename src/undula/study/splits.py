@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..train.data import load_data, sample, split_of, with_validation
+from ..train.faults import Faults
 from ..train.images import fingerprint
 from ..train.task import Task
 from .spec import Rows
@@ -26,20 +27,27 @@ def opened(rows: Rows, seed: int) -> tuple[Task, DatasetDict]:
 
     Raises what `load_data` and the task raise for data that are missing or malformed.
     """
+    return read(rows, seed)[:2]
+
+
+def read(rows: Rows, seed: int) -> tuple[Task, DatasetDict, list[str]]:
+    """The same, and sentences on rows that are left out for their faults."""
     from datasets import DatasetDict
 
-    data = load_data(rows.source)
+    faults = Faults(rows.skip_faulty)
+    data = load_data(rows.source, faults)
     named = {part: rows.splits.get(part, part) for part in PARTS}
     there = {p: split_of(data, n) for p, n in named.items() if p == "train" or p in rows.splits or n in data}
     if "validation" in there and named["test"] == named["validation"]:
         del there["validation"]  # the data's one labelled held-out split serves as the test
-    task, parts = rows.task.read(DatasetDict(there), *PARTS)
+    task, parts = rows.task.read(DatasetDict(there), *PARTS, faults=faults)
     if "test" not in parts:
         held = with_validation(DatasetDict(train=parts["train"]), seed)
         parts = DatasetDict({**parts, "train": held["train"], "test": held["validation"]})
     parts = with_validation(parts, seed + 1)
     most = {"train": rows.train, "validation": rows.validation, "test": rows.test}
-    return task, DatasetDict({part: sample(parts[part], most[part], seed) for part in PARTS})
+    made = DatasetDict({part: sample(parts[part], most[part], seed) for part in PARTS})
+    return task, made, list(faults.told())
 
 
 def digest(rows: Rows, seed: int) -> str:

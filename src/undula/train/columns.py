@@ -36,9 +36,9 @@ def texts(rows: Dataset, column: str, faults: Faults, blank: bool = False) -> li
     for row, value in enumerate(rows[column][:]):
         if value is not None and not isinstance(value, str):
             kind = f"{source.place(row)} has {value!r:.60} ({type(value).__name__})"
-            faults.add(spot(rows, column, "holds what is no text"), kind, "Texts are strings")
+            faults.add(spot(rows, column, "holds what is no text"), kind, "Texts are strings", source.key(row))
         elif not blank and (value is None or not value.strip()):
-            faults.add(spot(rows, column, "is empty"), source.place(row), "Fill or remove these rows")
+            faults.add(spot(rows, column, "is empty"), source.place(row), "Fill or remove these rows", source.key(row))
         found.append(value if isinstance(value, str) else "")
     return found
 
@@ -52,9 +52,8 @@ def numbers(rows: Dataset, column: str, faults: Faults) -> list[float]:
             empty = value is None or isinstance(value, str) and not value.strip()
             what = "is empty" if empty else "holds what is no number"
             shown = source.place(row) if empty else f"{source.place(row)} has {value!r:.60}"
-            faults.add(
-                spot(rows, column, what), shown, "Labels of a regression are finite numbers such as 3, -0.5 or 1e-3"
-            )
+            advice = "Labels of a regression are finite numbers such as 3, -0.5 or 1e-3"
+            faults.add(spot(rows, column, what), shown, advice, source.key(row))
         found.append(0.0 if number is None else number)
     return found
 
@@ -75,13 +74,16 @@ def classes(rows: Dataset, column: str, faults: Faults) -> list[str]:
     source, declared, found = source_of(rows), getattr(rows.features[column], "names", None), []
     for row, value in enumerate(rows[column][:]):
         place = source.place(row)
-        if value is None or isinstance(value, str) and not value.strip() or declared and value == -1:
-            faults.add(spot(rows, column, "is empty"), place, "Fill or remove these rows")
+        empty = value is None or isinstance(value, str) and not value.strip() or declared and value == -1
+        if empty:
+            faults.add(spot(rows, column, "is empty"), place, "Fill or remove these rows", source.key(row))
         elif not isinstance(value, str | int):
             hint = "; numbers with a fraction are for --task regression" if isinstance(value, float) else ""
             what = spot(rows, column, f"names classes by texts or whole numbers{hint}")
-            faults.add(what, f"{place} has {value!r:.80}")
-        if declared and isinstance(value, int) and 0 <= value < len(declared):
+            faults.add(what, f"{place} has {value!r:.80}", row=source.key(row))
+        if empty:
+            found.append("")
+        elif declared and isinstance(value, int) and 0 <= value < len(declared):
             found.append(declared[value])
         else:
             found.append(str(value))
@@ -97,7 +99,7 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
 
 def alike(rows: Dataset, column: str, found: Sequence[str], faults: Faults) -> None:
     """Adds a fault for names of classes that differ by case, white space or the normal form of Unicode alone."""
-    counted, groups = Counter(found), dict[str, list[str]]()
+    counted, groups = Counter(filter(None, found)), dict[str, list[str]]()
     for name in counted:
         groups.setdefault(plain(name), []).append(name)
     for group in (g for g in groups.values() if len(g) > 1):
@@ -123,7 +125,6 @@ def known(rows: Dataset, column: str, found: Sequence[str], names: Sequence[str]
     advice = f"The classes are: {', '.join(names[:TOLD_CLASSES])}{', ...' if len(names) > TOLD_CLASSES else ''}"
     for row, name in enumerate(found):
         if name not in number:
-            faults.add(
-                spot(rows, column, "holds classes that are not known"), f"{source.place(row)} has {name!r:.60}", advice
-            )
+            what = spot(rows, column, "holds classes that are not known")
+            faults.add(what, f"{source.place(row)} has {name!r:.60}", advice, source.key(row))
     return [number.get(name, 0) for name in found]

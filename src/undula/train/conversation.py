@@ -33,7 +33,8 @@ def conversations(rows: Dataset, column: str, faults: Faults) -> list[list[Messa
         except ValueError as error:
             found.append([])
             advice = 'A conversation is [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-            faults.add(spot(rows, column, "holds what is no conversation"), f"{source.place(row)} ({error})", advice)
+            what = spot(rows, column, "holds what is no conversation")
+            faults.add(what, f"{source.place(row)} ({error})", advice, source.key(row))
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .faults import Faults
 from .images import class_folders
 from .readers import READERS, read_file, readable
 from .source import described, source_of
@@ -22,11 +23,12 @@ BUNDLED = "bundled:"
 SPLITS = {name: name for name in ("train", "validation", "test")} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
-def load_data(source: str) -> DatasetDict:
+def load_data(source: str, faults: Faults | None = None) -> DatasetDict:
     """The splits of a data set.  `source`: a file, a folder (saved by `datasets`, of files named after splits, or of
     images in SPLIT/CLASS/), `bundled:NAME`, or a name on the hub (`NAME:CONFIG`).
 
-    Raises FileNotFoundError for what is not there and ValueError for what cannot be read, both with what exists.
+    Raises FileNotFoundError for what is not there and ValueError for what cannot be read, both with what exists.  With
+    `faults`, what is wrong with rows is added there, see `read_file`.
     """
     from datasets import DatasetDict
 
@@ -36,9 +38,9 @@ def load_data(source: str) -> DatasetDict:
         return dataset(source.removeprefix(BUNDLED))
     path = Path(source)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, faults)
     if path.is_file():
-        return DatasetDict(train=read_file(path))
+        return DatasetDict(train=read_file(path, faults))
     if readable(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError(_absent(path))
     return _hub(source)
@@ -53,7 +55,7 @@ def _absent(path: Path) -> str:
     return f"data={path} does not exist; {path.parent.resolve()} has: {', '.join(names[:8]) or 'no data files'}.{hint}"
 
 
-def _folder(path: Path) -> DatasetDict:
+def _folder(path: Path, faults: Faults | None) -> DatasetDict:
     from datasets import DatasetDict
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -61,7 +63,7 @@ def _folder(path: Path) -> DatasetDict:
     files = [p for p in sorted(path.iterdir()) if p.is_file() and readable(p)]
     folders = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     named = _by_split(files)
-    splits = {split: read_file(p) for split, p in named.items()} if "train" in named else {}
+    splits = {split: read_file(p, faults) for split, p in named.items()} if "train" in named else {}
     unread = [p.name for p in files if p not in named.values()]
     if splits and unread:
         told = f"beside it, and not read: {', '.join(unread)[:200]}; splits are called {', '.join(SPLITS)}"

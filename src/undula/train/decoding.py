@@ -18,21 +18,30 @@ MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's does
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 HEAD = 4096  # bytes by which UTF-16 without a mark is recognised
+LOOKED_AT = "undula.looked-at"  # how a file is read on whose encoding is a fault, for its other faults to be told too
 
 
-def encoding_of(path: Path) -> str:
-    """The encoding of a text file.  Raises ValueError with the lines that are not UTF-8, and what to do."""
+def _looked_at(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
+
+
+codecs.register_error(LOOKED_AT, _looked_at)
+
+
+def encoding_of(path: Path, faults: Faults) -> str:
+    """The encoding of a text file.  Lines that are not UTF-8 are a fault of the file, whoever reads on; raises
+    ValueError where nobody could."""
     with path.open("rb") as file:
         head = file.read(HEAD)
-    for mark, name in MARKS:
-        if head.startswith(mark):
-            return name
+    marked = next((name for mark, name in MARKS if head.startswith(mark)), None)
+    if marked in ("utf-16", "utf-32"):
+        return marked
     if head.count(b"\0") * 3 > len(head):
-        raise ValueError(
-            f"{path} seems to be UTF-16 or UTF-32 without a byte order mark (it is full of bytes 0). "
-            + _advice(path, "utf-16-le")
-        )
-    faults = Faults()
+        what = f"{path} seems to be UTF-16 or UTF-32 without a byte order mark (it is full of bytes 0)"
+        faults.add(what, advice=_advice(path, "utf-16-le"))
+        raise faults.error()
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -41,8 +50,7 @@ def encoding_of(path: Path) -> str:
                 around = line[max(0, error.start - 10) : error.start + 10].decode("cp1252", "replace").strip()
                 place = f"line {number} has the byte 0x{line[error.start]:02x} ({around!r} if it is Windows-1252)"
                 faults.add(f"{path} is not UTF-8", place, _advice(path, "cp1252"))
-    faults.check()
-    return "utf-8"
+    return marked or "utf-8"
 
 
 def _advice(path: Path, encoding: str) -> str:
@@ -57,7 +65,8 @@ def _advice(path: Path, encoding: str) -> str:
 def opened(path: Path, encoding: str, newline: str = "") -> Iterator[TextIO]:
     """The text of a file, its line ends as they are.  Raises ValueError for bytes that are not of that encoding."""
     try:
-        with path.open(encoding=encoding, newline=newline) as file:
+        errors = LOOKED_AT if encoding.startswith("utf-8") else "strict"  # `encoding_of` has seen that it is UTF-8
+        with path.open(encoding=encoding, errors=errors, newline=newline) as file:
             yield file
     except UnicodeError as error:
         raise ValueError(f"{path} is not the {encoding} that its first bytes say: {error}") from None

@@ -8,7 +8,7 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class Prepared:
 
 
 @told
-def train(run: Run, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> dict[str, Any]:
     """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
 
     With `resume`, goes on from the last complete checkpoint of `run.out` (from the beginning if there is none): the
@@ -284,7 +284,7 @@ def _digest(ready: Prepared) -> dict[str, str]:
     }
 
 
-def _fit(ready: Prepared, resume: bool, callbacks: Sequence[TrainerCallback]) -> tuple[Prepared, dict[str, Any]]:
+def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) -> tuple[Prepared, dict[str, Any]]:
     """Trains.  Returns what it trained, and the report's part on its course."""
     from transformers import set_seed
 

@@ -65,6 +65,10 @@ class Classes(HeadTask):
         if not self.names and not getattr(split.features[column], "names", None):  # else they are meant as they are
             alike(split, column, found, faults)
 
+    def check_fitted(self, split: Dataset, faults: Faults) -> None:
+        column = self.columns(split.column_names)["label"]
+        known(split, column, classes(split, column, faults), self.names, faults)
+
     def fitted(self, train: Dataset) -> Self:
         faults = Faults()
         column = self.columns(train.column_names)["label"]

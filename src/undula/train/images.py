@@ -42,14 +42,14 @@ def images(rows: Dataset, column: str, faults: Faults) -> Dataset:
     lazy = rows.cast_column(column, Image(decode=False))
     for number, value in enumerate(lazy[column]):
         if value is None or not (value.get("bytes") or value.get("path")):
-            faults.add(spot(rows, column, "is empty"), source.place(number), "Fill or remove these rows")
+            place, advice = source.place(number), "Fill or remove these rows"
+            faults.add(spot(rows, column, "is empty"), place, advice, source.key(number))
             continue
         try:
             _header(value)
         except _damage() as error:
-            faults.add(
-                spot(rows, column, "holds damaged images"), f"{source.place(number)}: {_unreadable(value, error)}"
-            )
+            place = f"{source.place(number)}: {_unreadable(value, error)}"
+            faults.add(spot(rows, column, "holds damaged images"), place, row=source.key(number))
     return lazy
 
 

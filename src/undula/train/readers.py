@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .faults import Faults
 from .jsons import read_json, read_jsonl
 from .source import Source, described
 from .tables import read_csv, read_tsv
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def read_parquet(path: Path) -> Dataset:
+def read_parquet(path: Path, faults: Faults) -> Dataset:
     """A Parquet file.  Raises ValueError for one that is damaged, whatever Arrow calls it."""
     import pyarrow
     from datasets import Dataset
@@ -29,10 +30,11 @@ def read_parquet(path: Path) -> Dataset:
             raise ValueError(f"column {twice[0]!r} stands {table.column_names.count(twice[0])} times")
         return described(Dataset(table), Source(str(path)))
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
-        raise ValueError(f"{path} could not be read as Parquet: {error!s:.300}") from None
+        faults.add(f"{path} could not be read as Parquet: {error!s:.300}")
+        raise faults.error() from None
 
 
-READERS: dict[str, Callable[[Path], Dataset]] = {
+READERS: dict[str, Callable[[Path, Faults], Dataset]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
@@ -46,14 +48,18 @@ def readable(path: Path) -> bool:
     return path.suffix.lower() in READERS
 
 
-def read_file(path: Path) -> Dataset:
+def read_file(path: Path, faults: Faults | None = None) -> Dataset:
     """The rows of one file; the cells of CSV and TSV are texts, as they were written.
 
-    Raises ValueError for a kind that is not known, for an empty file, and for a malformed one with all its faults.
+    Raises ValueError for a kind that is not known, for an empty file, and for a malformed one with all its faults; or,
+    as far as there is something to return, adds to the `faults`, and leaves the rows out that have one.
     """
     if not readable(path):
         raise ValueError(f"{path}: data files are {', '.join(READERS)}; found '{path.suffix or path.name}'")
-    rows = READERS[path.suffix.lower()](path)
+    found = Faults() if faults is None else faults
+    rows = READERS[path.suffix.lower()](path, found)
+    if faults is None:
+        found.check()
     if not len(rows):
         raise ValueError(f"{path} has no rows")
     return rows

@@ -16,6 +16,7 @@ from ..host import attach, detach
 from ..io import files
 from .base import config_of, lacking, model_folder, open_model, same_base
 from .data import load_data, sample, split_of, with_validation
+from .faults import Faults
 from .foreign import CONFIG, Unmeasured, base_of, named_as, own_name, task_of
 from .heads import HeadTask
 from .rows import LOG
@@ -28,13 +29,20 @@ if TYPE_CHECKING:
 
 @told
 def evaluate(
-    path: str | Path, *, data: str | None = None, split: str | None = None, rows: int | None = None
+    path: str | Path,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    rows: int | None = None,
+    skip_faulty: float | None = None,
 ) -> dict[str, float]:
     """The metrics of the adapter that a run left in `path`; which rows: see `Restored.examples`.
 
+    skip_faulty: see `Run`; None: as it was in the training.
+
     Raises LookupError for a split that does not exist, and what `restored` raises.
     """
-    return restored(path).score(data, split, rows)
+    return restored(path).skipping(skip_faulty).score(data, split, rows)
 
 
 @dataclass(frozen=True)
@@ -60,18 +68,24 @@ class Restored:
             raise ValueError(f"rows is how many at most, 1 or more; found {rows}")
         if data is None and not self.run.data:
             raise ValueError(f"{self.run.out} was not made by `undula train`: say on which data (data=..., or --data)")
-        every = load_data(self.run.data if data is None else data)
+        faults = Faults(self.run.skip_faulty)
+        every = load_data(self.run.data if data is None else data, faults)
         if data is None and split in (None, "train", "validation"):
-            parts = self.run.task.splits(every, "train", "validation")
+            parts = self.run.task.splits(every, "train", "validation", faults=faults)
             parts = with_validation(parts, self.run.seed, by_chance=bool(self.run.by_chance))
             part = parts[split or "validation"]
         else:
             name = split or next((n for n in ("validation", "test", "train") if n in every), next(iter(every)))
-            part = self.run.task.rows(split_of(every, name))
+            split_of(every, name)  # refuses one that is not there
+            part = self.run.task.splits(every, name, faults=faults)[name]
         examples = Examples(self.run.task, sample(part, rows or self.run.eval_rows, self.run.seed), self.processor)
-        for note in self.run.task.fits(examples, self.model, "these"):
+        for note in (*faults.told(), *self.run.task.fits(examples, self.model, "these")):
             LOG.warning(note)
         return examples
+
+    def skipping(self, share: float | None) -> Restored:
+        """The same, but for the share of a file's rows that may be left out for faults; None: as it is."""
+        return self if share is None else replace(self, run=replace(self.run, skip_faulty=share))
 
     def batches(self, examples: Examples) -> Iterator[dict[str, torch.Tensor]]:
         """The examples as the model's inputs, without labels: what `collapse` and `diagnose` run on."""

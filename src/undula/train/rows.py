@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .data import load_data, sample, with_validation
+from .faults import Faults
 from .heads import Classes
 from .outputs import order_of, own_names
 from .run import Run
@@ -38,9 +39,11 @@ def rows_of(run: Run) -> RunRows:
     """The rows of a run.  Raises LookupError, ValueError or FileNotFoundError with all that is wrong with the data."""
     from .base import config_of
 
-    data = load_data(run.data)
-    task, parts = run.task.read(data, "train", "validation")
-    notes = [f"{s.name}: {note}" for rows in data.values() for s in [source_of(rows)] for note in s.notes]
+    faults = Faults(run.skip_faulty)
+    data = load_data(run.data, faults)
+    task, parts = run.task.read(data, "train", "validation", faults=faults)
+    notes = [*faults.told()]
+    notes += [f"{s.name}: {note}" for rows in data.values() for s in [source_of(rows)] for note in s.notes]
     notes += task.notes(data["train"])
     made = with_validation(parts, run.seed, by_chance=bool(run.by_chance))
     notes += _duplicates(parts, made)
@@ -48,7 +51,7 @@ def rows_of(run: Run) -> RunRows:
     notes += [told] if told else []
     most = {"train": run.train_rows, "validation": run.eval_rows}
     chosen = {name: sample(made[name], most[name], run.seed) for name in most}
-    figures = task.figures(chosen)
+    figures = task.figures(chosen) | ({"left_out": left} if (left := faults.left_out()) else {})
     return RunRows(task, chosen["train"], chosen["validation"], figures, (*notes, *_classes(figures)))
 
 

@@ -66,6 +66,7 @@ class Run(metaclass=Checked):
     bits: Bits | None = None  # 4 or 8: the frozen model is quantised when it is opened (bitsandbytes)
     by_chance: bool | None = None  # how a validation part is made, see `with_validation`: True for runs of version 1
     probe_batches: Count | None = None  # that a method which starts from data looks at; None: 8
+    skip_faulty: PartShare | None = None  # the share of a file's rows that may be left out for faults; None: no row
 
     def __post_init__(self) -> None:
         for method in (self.method, *self.overrides.values()):
@@ -105,6 +106,8 @@ class Run(metaclass=Checked):
         own: dict[str, Any] = {"method": method, "allocator": allocator, "overrides": overrides}
         if data.pop("max_grad_norm") != Run.max_grad_norm:  # options that came later: runs without them are what
             own["max_grad_norm"] = self.max_grad_norm or 0.0  # they were
+        if not data["skip_faulty"]:
+            del data["skip_faulty"]
         del data["schedule"]
         if self.rates() != Linear():
             own["schedule"] = self.rates().encode()

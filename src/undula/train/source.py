@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Sized
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .faults import Faults, Row
 
 ATTRIBUTE = "_undula_source"
 
@@ -19,15 +23,24 @@ def Lines() -> array[int]:
 
 @dataclass(frozen=True)
 class Source:
-    """A file, the line at which each row begins (empty: its rows are numbered from 1), and what was assumed of it."""
+    """A file, the line at which each row begins (empty: its rows are numbered from 1), and what was assumed of it.
+    Where rows have been left out, `order` tells the others by what they were counted as."""
 
     name: str
     lines: array[int] = field(default_factory=Lines, repr=False)
     unit: str = "row"
     notes: tuple[str, ...] = ()
+    order: array[int] = field(default_factory=Lines, repr=False)  # of each row its number from 0; empty: all are there
+
+    def number(self, row: int) -> int:
+        return self.lines[row] if self.lines else row + 1
 
     def place(self, row: int) -> str:
-        return f"{self.unit} {self.lines[row] if self.lines else row + 1}"
+        return f"{self.unit} {self.number(row)}"
+
+    def key(self, row: int) -> Row:
+        """What tells this row from all others, see `Faults.add`."""
+        return self.name, self.order[row] if self.order else row
 
 
 def described(rows: Dataset, source: Source) -> Dataset:
@@ -40,3 +53,29 @@ def source_of(rows: Dataset) -> Source:
     """Where rows come from; of rows that no file of ours holds: nowhere, and they are numbered from 1."""
     found = getattr(rows, ATTRIBUTE, None)
     return found if found is not None and (not found.lines or len(found.lines) == len(rows)) else Source("")
+
+
+def named(rows: Dataset, split: str) -> Dataset:
+    """The rows; where no file of ours holds them, as those of that split."""
+    source = source_of(rows)
+    return rows if source.name else described(rows, replace(source, name=f"split {split!r}"))
+
+
+def sound(rows: Dataset, faults: Faults) -> Dataset:
+    """The rows that have no fault; they keep their places."""
+    source = source_of(rows)
+    bad = faults.bad.get(source.name, ())
+    kept = [row for row in range(len(rows)) if source.key(row)[1] not in bad] if bad else range(len(rows))
+    if len(kept) == len(rows):
+        return rows
+    lines, order = (array("Q", map(of, kept)) for of in (source.number, lambda row: source.key(row)[1]))
+    return described(rows.select(kept), replace(source, lines=lines, order=order))
+
+
+def nothing_left(path: Path, count: int, lines: Sized, faults: Faults) -> None:
+    """Says how many rows a file has.  Raises ValueError where none of them could be read."""
+    faults.of(str(path), count)
+    if not count:
+        faults.add(f"{path} has no rows")
+    if not lines:
+        raise faults.error()

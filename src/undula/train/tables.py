@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .decoding import assumed, encoding_of, opened
-from .faults import Faults
-from .source import Lines, Source, described
+from .faults import Faults, Row
+from .source import Lines, Source, described, nothing_left
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,31 +23,32 @@ SNIFFED = 100  # records that tell what separates the fields
 CHUNK_ROWS, CHUNK_CHARACTERS = 10_000, 1 << 26  # in memory as Python's texts; what is full goes to Arrow
 SEPARATOR = re.compile('"?sep=([^\r\n])"?')  # a first line by which spreadsheets are told what separates the fields
 QUOTED = re.compile(r'"(?:(?:[^"]|"")*""(?:[^"]|"")*)?"')  # as csv.writer writes a field for its quotes
-Records = Iterator[tuple[int, list[str] | csv.Error]]
+Records = Iterator[tuple[int, int, list[str] | csv.Error]]
 
 
-def read_csv(path: Path) -> Dataset:
+def read_csv(path: Path, faults: Faults) -> Dataset:
     """Comma-separated values, or what a first line `sep=;` says, or the first records show, to be between the fields.
-    Raises ValueError."""
-    encoding = encoding_of(path)
+    Adds to the faults; raises ValueError where there is nothing to return."""
+    encoding = encoding_of(path, faults)
     with _wide_fields():
         said = _said(path, encoding)
         delimiter = said or _delimiter(path, encoding)
         told = () if delimiter == "," else (f"the fields are separated by {_called(delimiter)}",)
-        return _read(path, encoding, delimiter, csv.QUOTE_MINIMAL, told, begin=1 if said else 0)
+        return _read(path, encoding, delimiter, csv.QUOTE_MINIMAL, told, faults, begin=1 if said else 0)
 
 
-def read_tsv(path: Path) -> Dataset:
+def read_tsv(path: Path, faults: Faults) -> Dataset:
     """Tab-separated values.  Quotes are characters like any other (as in GLUE's files) unless the header is quoted, or
-    the rows are of one width only when they are read as `csv` writes them.  Raises ValueError."""
-    encoding = encoding_of(path)
+    the rows are of one width only when they are read as `csv` writes them.  Adds to the faults; raises ValueError where
+    there is nothing to return."""
+    encoding = encoding_of(path, faults)
     with _wide_fields():
         quoting = _tsv_quoting(path, encoding)
         if quoting is None:
-            return _read(path, encoding, "\t", csv.QUOTE_NONE, ())
+            return _read(path, encoding, "\t", csv.QUOTE_NONE, (), faults)
         read = quoting == csv.QUOTE_MINIMAL
         meant = "fields in quotes are read as spreadsheets write them" if read else "quotes are text like any other"
-        return _read(path, encoding, "\t", quoting, (meant,))
+        return _read(path, encoding, "\t", quoting, (meant,), faults)
 
 
 @contextmanager
@@ -72,7 +73,8 @@ def _said(path: Path, encoding: str) -> str | None:
 
 
 def _records(path: Path, encoding: str, delimiter: str, quoting: int, begin: int = 0) -> Records:
-    """(line where it begins, fields or what is wrong) of every record that is not a blank line, after `begin` lines."""
+    """(lines where it begins and ends, fields or what is wrong) of every record that is not a blank line, after `begin`
+    lines."""
     with opened(path, encoding) as file:
         for _ in range(begin):
             file.readline()
@@ -84,17 +86,17 @@ def _records(path: Path, encoding: str, delimiter: str, quoting: int, begin: int
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, error
+                yield line, begin + reader.line_num, error
                 continue
             if fields:
-                yield line, fields
+                yield line, begin + reader.line_num, fields
 
 
 def _delimiter(path: Path, encoding: str) -> str:
     """What separates the fields: that by which the first records are of one width, the header's; commas in doubt."""
     wide = []
     for delimiter in DELIMITERS:
-        records = [fields for _, fields in islice(_records(path, encoding, delimiter, csv.QUOTE_MINIMAL), SNIFFED)]
+        records = [fields for *_, fields in islice(_records(path, encoding, delimiter, csv.QUOTE_MINIMAL), SNIFFED)]
         if not records or isinstance(records[0], csv.Error) or len(records[0]) < 2:
             continue
         wide.append(delimiter)
@@ -106,7 +108,7 @@ def _delimiter(path: Path, encoding: str) -> str:
 def _tsv_quoting(path: Path, encoding: str) -> int | None:
     """Whether quotes are text (QUOTE_NONE) or mean something (QUOTE_MINIMAL); None: no field begins with one."""
     width, even, quoted, needed = 0, True, False, True
-    for _, fields in _records(path, encoding, "\t", csv.QUOTE_NONE):
+    for *_, fields in _records(path, encoding, "\t", csv.QUOTE_NONE):
         assert not isinstance(fields, csv.Error)
         if not width:
             width = len(fields)
@@ -121,19 +123,21 @@ def _tsv_quoting(path: Path, encoding: str) -> int | None:
     if even:
         return csv.QUOTE_MINIMAL if needed else csv.QUOTE_NONE
     strict = _records(path, encoding, "\t", csv.QUOTE_MINIMAL)
-    fits = all(not isinstance(fields, csv.Error) and len(fields) == width for _, fields in strict)
+    fits = all(not isinstance(fields, csv.Error) and len(fields) == width for *_, fields in strict)
     return csv.QUOTE_MINIMAL if fits else csv.QUOTE_NONE
 
 
-def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequence[str], begin: int = 0) -> Dataset:
+def _read(
+    path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequence[str], faults: Faults, begin: int = 0
+) -> Dataset:
     import pyarrow
     from datasets import Dataset
 
-    records, faults = _records(path, encoding, delimiter, quoting, begin), Faults()
+    records = _records(path, encoding, delimiter, quoting, begin)
     header = _header(path, records, faults)
-    named = [at for at, name in enumerate(header) if name.strip()]
-    names, lines, chunks, size = [header[at] for at in named], Lines(), [], 0
-    columns: list[list[str]] = [[] for _ in names]
+    named = [at for at, name in enumerate(header) if name.strip() and name not in header[:at]]
+    names, lines, order = [header[at] for at in named], Lines(), Lines()
+    columns, chunks, size, count = [list[str]() for _ in names], [], 0, 0
 
     def full() -> Any:
         made = pyarrow.table([pyarrow.array(c, pyarrow.string()) for c in columns], names=names)
@@ -141,42 +145,55 @@ def _read(path: Path, encoding: str, delimiter: str, quoting: int, notes: Sequen
             column.clear()
         return made
 
-    for line, fields in records:
-        if isinstance(fields, csv.Error):
-            faults.add(f"{path}: a quoted field does not end as it should ({fields})", f"line {line}")
-        elif len(fields) != len(header):
-            faults.add(
-                f"{path}: not as many fields as the header has ({len(header)}: {', '.join(header)[:100]})",
-                f"line {line} has {len(fields)}",
-                f"The fields are separated by {_called(delimiter)}; a text that holds one is written in quotes",
-            )
-        elif not faults:
-            lines.append(line)
-            for column, at in zip(columns, named, strict=True):
-                column.append(fields[at])
-            size += sum(map(len, fields))
-            if len(columns[0]) >= CHUNK_ROWS or size >= CHUNK_CHARACTERS:
-                chunks.append(full())
-                size = 0
-    faults.check()
-    if not lines:
-        raise ValueError(f"{path} has no rows")
+    for count, (line, last, fields) in enumerate(records, 1):
+        if isinstance(fields, csv.Error) or len(fields) != len(header):
+            _faulty((str(path), count - 1), line, last, fields, header, delimiter, faults)
+            continue
+        lines.append(line)
+        order.append(count - 1)
+        for column, at in zip(columns, named, strict=True):
+            column.append(fields[at])
+        size += sum(map(len, fields))
+        if len(columns[0]) >= CHUNK_ROWS or size >= CHUNK_CHARACTERS:
+            chunks.append(full())
+            size = 0
+    nothing_left(path, count, lines, faults)
     table = pyarrow.concat_tables([*chunks, full()])
-    left = [str(at + 1) for at in range(len(header)) if at not in named]
+    kept = order if len(order) < count else Lines()
+    left = [str(at + 1) for at, name in enumerate(header) if not name.strip()]
     if left:  # an index that pandas wrote, a spreadsheet's empty columns
         notes = (*notes, f"{path}: column {', '.join(left)} has no name in the header and is left out")
-    return described(Dataset(table), Source(str(path), lines, "line", (*notes, *assumed(encoding))))
+    return described(Dataset(table), Source(str(path), lines, "line", (*notes, *assumed(encoding)), kept))
+
+
+def _faulty(
+    key: Row, line: int, last: int, found: list[str] | csv.Error, header: list[str], delimiter: str, faults: Faults
+) -> None:
+    """Adds what is wrong with a record.  One of several lines is a fault of the file: it may have swallowed rows."""
+    alone, path = line == last, key[0]
+    place, row = (f"line {line}", key) if alone else (f"line {line} to line {last}", None)
+    swallowed = "" if alone else ", and may hold other rows"
+    if isinstance(found, csv.Error):
+        return faults.add(f"{path}: a quoted field does not end as it should ({found}){swallowed}", place, row=row)
+    faults.add(
+        f"{path}: not as many fields as the header has ({len(header)}: {', '.join(header)[:100]}){swallowed}",
+        f"{place} has {len(found)}",
+        f"The fields are separated by {_called(delimiter)}; a text that holds one is written in quotes",
+        row,
+    )
 
 
 def _header(path: Path, records: Records, faults: Faults) -> list[str]:
     """The names of the columns.  Raises ValueError for a file without any."""
-    line, names = next(records, (0, []))
+    line, _, names = next(records, (0, 0, []))
     if isinstance(names, csv.Error):
-        raise ValueError(f"{path}, line {line}, the header: a quoted field does not end as it should ({names})")
+        faults.add(f"{path}, line {line}, the header: a quoted field does not end as it should ({names})")
+        raise faults.error()
+    if names and not any(name.strip() for name in names):
+        faults.add(f"{path}, line {line}, the header: no column has a name")
+        raise faults.error()
     if not names:
-        raise ValueError(f"{path} has no rows")
-    if not any(name.strip() for name in names):
-        raise ValueError(f"{path}, line {line}, the header: no column has a name")
+        nothing_left(path, 0, (), faults)
     for name, count in Counter(names).items():
         if count > 1 and name.strip():
             faults.add(

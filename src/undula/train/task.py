@@ -17,6 +17,7 @@ from .columns import named_columns
 from .data import split_of
 from .faults import Faults
 from .limits import fits, padding
+from .source import named, sound, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -44,29 +45,57 @@ class Task(Choice):
     def check(self, split: Dataset, faults: Faults) -> None:
         """Adds what is wrong with rows, as far as that can be told before the task is fitted."""
 
+    def check_fitted(self, split: Dataset, faults: Faults) -> None:
+        """Adds what is wrong with rows that `check` let pass, and that the fitted task alone can tell."""
+
     @abc.abstractmethod
     def rows(self, split: Dataset) -> Dataset:
         """The rows with one column per role.  Raises LookupError for missing columns, ValueError for bad values, with
         all that is wrong."""
 
-    def splits(self, data: DatasetDict, *names: str) -> DatasetDict:
-        """Those of the named splits that there are, checked and with one column per role."""
-        from datasets import DatasetDict
+    def splits(self, data: DatasetDict, *names: str, faults: Faults | None = None) -> DatasetDict:
+        """Those of the named splits that there are, checked and with one column per role, by this task, which is
+        fitted.  Raises as `read` does."""
+        found = Faults() if faults is None else faults
+        return self._made(self._checked(data, names, found), found)
 
-        return DatasetDict({name: self.rows(data[name]) for name in names if name in data})
-
-    def read(self, data: DatasetDict, *names: str) -> tuple[Self, DatasetDict]:
+    def read(self, data: DatasetDict, *names: str, faults: Faults | None = None) -> tuple[Self, DatasetDict]:
         """(this task, fitted to the train split; those of the named splits that there are, see `splits`).
 
-        Raises LookupError or ValueError with all the faults of all these splits.
+        Raises LookupError or ValueError with all the faults of all these splits, and those that `faults` holds of their
+        reading.  Rows that these let go (see `Faults`) are left out, before anything is made of the others.
         """
-        faults = Faults()
-        for name in names:
-            if name in data:
-                self.check(data[name], faults)
+        found = Faults() if faults is None else faults
+        split_of(data, "train")  # refuses data without one
+        checked = self._checked(data, ("train", *names), found)
+        try:
+            task = self.fitted(checked["train"])
+        except (LookupError, ValueError) as error:
+            found.check()  # of what has faults, classes may be missing
+            if not found:
+                raise
+            found.add(f"{error}, without the rows that are left out")
+            raise found.error() from None
+        return task, task._made(checked, found)
+
+    def _checked(self, data: DatasetDict, names: Sequence[str], faults: Faults) -> DatasetDict:
+        """The splits without the rows that have faults.  Raises where no columns, or no rows, are left to look at."""
+        from datasets import DatasetDict
+
+        there = {name: named(data[name], name) for name in dict.fromkeys(names) if name in data}
+        for rows in there.values():
+            faults.of(source_of(rows).name, len(rows))
+            self.check(rows, faults)
+        kept = {name: sound(rows, faults) for name, rows in there.items()}
+        if faults.lookup or any(len(rows) and not len(kept[name]) for name, rows in there.items()):
+            raise faults.error()
+        return DatasetDict(kept)
+
+    def _made(self, checked: DatasetDict, faults: Faults) -> DatasetDict:
+        for rows in checked.values():
+            self.check_fitted(rows, faults)
         faults.check()
-        task = self.fitted(split_of(data, "train"))
-        return task, task.splits(data, *names)
+        return type(checked)({name: self.rows(sound(rows, faults)) for name, rows in checked.items()})
 
     def notes(self, split: Dataset) -> Iterator[str]:
         """Sentences on what is done with the rows of a split as they were read, for its reader to know."""

@@ -195,3 +195,7 @@ Out = Annotated[Path, typer.Option("--out", help="The directory to write.")]
 Base = Annotated[str | None, typer.Option("--model", help="The base model, where the adapter does not say it.")]
 Set = Annotated[list[str], typer.Option("--set", help="An option NAME=VALUE; nested: activation.a=1e-3. Repeatable.")]
 Data = Annotated[str | None, typer.Option("--data", help="Other data than the training's.")]
+Skip = Annotated[
+    float | None,
+    typer.Option("--skip-faulty", help="Leave out rows with faults: this share of a file at most, as in 0.1."),
+]

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,10 +21,13 @@ from ..train.run import dtype_called
 from ..train.worries import diverged, worries
 from . import shell
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 Many = list[str]
 NUMBERS = (
     *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "max_grad_norm"),
-    *("seed", "train_rows", "eval_rows", "save_every", "bits", "probe_batches"),
+    *("seed", "train_rows", "eval_rows", "save_every", "bits", "probe_batches", "skip_faulty"),
 )
 
 
@@ -66,6 +70,7 @@ def train(
     dtype: Annotated[str, typer.Option(help="Type of the frozen model.")] = "float32",
     bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the frozen model.")] = None,
     probe_batches: Annotated[int | None, typer.Option(help="For a start from data. (default: 8)")] = None,
+    skip_faulty: shell.Skip = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the training in this directory.")] = None,
     to: shell.Json = None,
 ) -> None:
@@ -150,12 +155,11 @@ def _overrides(texts: Sequence[str]) -> dict[str, Method]:
 
 
 def _fit(run: Run, resume: bool, to: Path | None) -> None:
-    from ..train.bar import Bar
     from ..train.base import quiet
 
     try:
-        with quiet(), Bar(shell.err) as bar:
-            report = fit(run, resume=resume, callbacks=(bar,))
+        with quiet(), contextlib.ExitStack() as bars:
+            report = fit(run, resume=resume, callbacks=_bar(bars))
     except KeyboardInterrupt:
         shell.say(left_behind(run.out), "yellow")
         raise typer.Exit(130) from None
@@ -168,6 +172,13 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
         shell.remark(text)
     if diverged(report):
         raise typer.Exit(1)
+
+
+def _bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:
+    """A bar, made when the training begins: faults of data are told before the trainer is imported."""
+    from ..train.bar import Bar
+
+    yield bars.enter_context(Bar(shell.err))
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -185,11 +196,12 @@ def evaluate(
     data: shell.Data = None,
     split: Annotated[str | None, typer.Option(help="(default: the rows of the training's own metric)")] = None,
     rows: Annotated[int | None, typer.Option(help="So many rows at most. (default: as in training)", min=1)] = None,
+    skip_faulty: shell.Skip = None,
     model: shell.Base = None,
     to: shell.Json = None,
 ) -> None:
     """Measure a trained adapter."""
-    found = restored(path, model).score(data, split, rows)
+    found = restored(path, model).skipping(skip_faulty).score(data, split, rows)
     shell.write(to, found)
     if str(to) != "-":
         shell.show([found])
