@@ -57,6 +57,7 @@ PADDING = "tests/oracles/test_padding.py"
 DATA = "tests/interop/test_data_training.py"
 MASTERS = "tests/laws/test_masters.py"
 DIFFUSERS = "tests/interop/test_diffusers.py"
+FAULTY = "tests/interop/test_faulty_rows.py"
 HONEST = "tests/interop/test_honest_training.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
@@ -242,6 +243,9 @@ MUTANTS = [
     ("observe.py", "module.training = training", "pass", COLLAPSE + "::test_what_looks_at_a_model_leaves_its_modes_as_they_were"),
     ("observe.py", "known = _Known(layer, y.to(wide))", "known = _Known(layer, layer(x))", COLLAPSE + "::test_a_change_is_heard_as_it_is_and_not_as_a_narrow_output_rounds_it"),
     ("switching.py", "if len(owners) > 1:", "if False:", SPARSE + "::test_switch_refuses"),
+    ("train/faults.py", "len(bad) / rows > self.skip", "False", FAULTY + "::test_a_share_is_of_each_file"),
+    ("train/source.py", "self.order[row] if self.order else row", "row", FAULTY + " -k 'left_out_and_told and items'"),
+    ("train/tables.py", "(f\"line {line} to line {last}\", None)", "(f\"line {line} to line {last}\", key)", FAULTY + " -k 'stays_refused and swallow'"),
     ("train/limits.py", "(0 if module.padding_idx is None else module.padding_idx + 1)", "0", DATA + "::test_tables_of_positions_are_what_the_model_can_take"),
     ("train/limits.py", "*max((longest, remained), (had, kept))", "had, kept", DATA + "::test_of_cuts_the_longest_row_is_told"),
     ("train/conversation.py", "learned += [own and at < kept for at in range(len(made))]", "learned += [own for at in range(len(made))]", DATA + "::test_what_a_template_puts_behind_a_turns_end_is_not_learned"),

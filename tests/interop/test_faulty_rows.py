@@ -141,6 +141,16 @@ def test_all_faults_of_all_files_are_told_in_one_message(tmp_path):
         assert told in message
 
 
+def test_a_missing_column_is_told_with_its_file(tmp_path):
+    """A folder has several, and the columns of one say nothing of another."""
+    written(tmp_path / "d", "train.jsonl", [], [*TEXT, "{"])
+    (tmp_path / "d" / "validation.csv").write_text("words,label\na,a\n")
+    with pytest.raises(
+        LookupError, match=r"(?s)train.jsonl: not JSON: line 21.*validation.csv: the data have no column"
+    ):
+        read(str(tmp_path / "d"), Classification(), 0.1, ("train", "validation"))
+
+
 def test_a_share_is_of_each_file(tmp_path):
     """Few rows of train and validation together may be many of validation."""
     written(tmp_path / "d", "train.jsonl", [], TEXT * 10)

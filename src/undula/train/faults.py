@@ -38,6 +38,7 @@ class Faults:
         self.lookup = False
         self.bad: dict[str, set[int]] = {}  # the rows of a file that have faults
         self.rows: dict[str, int] = {}  # how many rows a file has, faulty ones included
+        self.where = ""  # the file that is looked at
 
     def __bool__(self) -> bool:
         return bool(self.kinds)
@@ -59,7 +60,7 @@ class Faults:
     def missing(self, what: str, advice: str = "") -> None:
         """The fault that something is not there at all: `check` raises LookupError then."""
         self.lookup = True
-        self.add(what, advice=advice)
+        self.add(f"{self.where}: {what}" if self.where else what, advice=advice)
 
     def of(self, name: str, rows: int) -> None:
         """Says how many rows a file has, faulty ones included; who says it first is right."""

@@ -218,7 +218,7 @@ class _Table:
         if not isinstance(row, dict):
             place = f"line {line} has {WORDS.get(type(row), 'null')}"
             return faults.add(f"{self.name}: every line or item is an object", place, ADVICE, key)
-        if self._strange(line, row, faults, key):
+        if self.words and self._strange(line, row, faults, key):
             return
         for name, value in row.items():
             if name not in self.columns:

@@ -84,7 +84,8 @@ class Task(Choice):
 
         there = {name: named(data[name], name) for name in dict.fromkeys(names) if name in data}
         for rows in there.values():
-            faults.of(source_of(rows).name, len(rows))
+            faults.where = source_of(rows).name
+            faults.of(faults.where, len(rows))
             self.check(rows, faults)
         kept = {name: sound(rows, faults) for name, rows in there.items()}
         if faults.lookup or any(len(rows) and not len(kept[name]) for name, rows in there.items()):
