@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .decoding import assumed, encoding_of, opened
 from .faults import Faults
-from .source import Lines, Source, described, nothing_left
+from .source import Lines, Source, described, nameable, nothing_left
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -265,6 +265,6 @@ def _read(path: Path, encoding: str, values: Callable[[Path, str, Faults], Value
             made.take(line, value, faults if isinstance(value, dict) else Faults())
     made.full()
     nothing_left(path, made.count, made.lines, faults)
-    table = pyarrow.table({name: column.array() for name, column in made.columns.items()})
+    table = pyarrow.table({name: made.columns[name].array() for name in nameable(path, made.columns, faults)})
     order = made.order if len(made.order) < made.count else Lines()
     return described(Dataset(table), Source(str(path), made.lines, "line", assumed(encoding), order))

@@ -60,6 +60,7 @@ def read_file(path: Path, faults: Faults | None = None) -> Dataset:
     rows = READERS[path.suffix.lower()](path, found)
     if faults is None:
         found.check()
-    if not len(rows):
-        raise ValueError(f"{path} has no rows")
+    if not len(rows):  # objects without a key
+        found.add(f"{path} has no rows")
+        raise found.error()
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sized
+from collections.abc import Collection, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +70,14 @@ def sound(rows: Dataset, faults: Faults) -> Dataset:
         return rows
     lines, order = (array("Q", map(of, kept)) for of in (source.number, lambda row: source.key(row)[1]))
     return described(rows.select(kept), replace(source, lines=lines, order=order))
+
+
+def nameable(path: Path, names: Collection[str], faults: Faults) -> list[str]:
+    """The names that a column can have; Arrow's end at a character 0, and others are a fault of the file."""
+    for name in names:
+        if "\0" in name:
+            faults.add(f"{path}: the name of column {name!r} has a character 0", advice="Name it otherwise")
+    return [name for name in names if "\0" not in name]
 
 
 def nothing_left(path: Path, count: int, lines: Sized, faults: Faults) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .decoding import assumed, encoding_of, opened
 from .faults import Faults, Row
-from .source import Lines, Source, described, nothing_left
+from .source import Lines, Source, described, nameable, nothing_left
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,7 +135,10 @@ def _read(
 
     records = _records(path, encoding, delimiter, quoting, begin)
     header = _header(path, records, faults)
-    named = [at for at, name in enumerate(header) if name.strip() and name not in header[:at]]
+    known = nameable(path, header, faults)
+    named = [at for at, name in enumerate(header) if name.strip() and name in known and name not in header[:at]]
+    if not named:
+        raise faults.error()
     names, lines, order = [header[at] for at in named], Lines(), Lines()
     columns, chunks, size, count = [list[str]() for _ in names], [], 0, 0
 
