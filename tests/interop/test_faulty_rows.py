@@ -214,7 +214,7 @@ def holed(bert, tmp_path):
     return Run(bert, str(data), Classification(), method, tmp_path / "o", max_steps=1, batch=4, skip_faulty=0.1)
 
 
-def test_a_run_says_what_it_left_out_and_does_so_again(holed):
+def test_a_run_says_what_it_left_out_and_does_so_again(holed, caplog):
     """In its notes and its report; its evaluation reads the same rows."""
     report = undula.train(holed)
     assert report["data"]["left_out"] == {holed.data: 1}
@@ -224,6 +224,12 @@ def test_a_run_says_what_it_left_out_and_does_so_again(holed):
     assert evaluate(holed.out) == report["after"]
     with pytest.raises(ValueError, match=r"'label' is empty: line 5"):
         evaluate(holed.out, skip_faulty=0)
+    other = tiny.jsonl(holed.out.parent / "e.jsonl", [*tiny.reviews(20), {"text": "the", "label": "never"}])
+    with pytest.raises(ValueError, match="not known: line 21 has 'never'"):  # leave was given for the training's data
+        evaluate(holed.out, data=str(other))
+    with caplog.at_level("WARNING"):
+        assert evaluate(holed.out, data=str(other), skip_faulty=0.1)
+    assert "1 of 21 rows are left out" in caplog.text
     assert json.loads((holed.out / "run.json").read_text())["run"]["skip_faulty"] == 0.1
 
 

@@ -38,11 +38,11 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of the adapter that a run left in `path`; which rows: see `Restored.examples`.
 
-    skip_faulty: see `Run`; None: as it was in the training.
+    skip_faulty: see `Run`; None: of the training's own data what the training left out, of others nothing.
 
     Raises LookupError for a split that does not exist, and what `restored` raises.
     """
-    return restored(path).skipping(skip_faulty).score(data, split, rows)
+    return restored(path).score(data, split, rows, skip_faulty)
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,25 @@ class Restored:
         """The base, as `from_pretrained` takes it."""
         return model_folder(self.run.model)
 
-    def examples(self, data: str | None = None, split: str | None = None, rows: int | None = None) -> Examples:
+    def examples(
+        self,
+        data: str | None = None,
+        split: str | None = None,
+        rows: int | None = None,
+        skip_faulty: float | None = None,
+    ) -> Examples:
         """Rows of a split as examples: by default those on which the training was measured.
 
-        Other `data` give their validation split, else test, else what they have.  `rows` is how many at most.
+        Other `data` give their validation split, else test, else what they have.  `rows` is how many at most;
+        `skip_faulty` as for `evaluate`.
         """
         if rows is not None and rows < 1:
             raise ValueError(f"rows is how many at most, 1 or more; found {rows}")
         if data is None and not self.run.data:
             raise ValueError(f"{self.run.out} was not made by `undula train`: say on which data (data=..., or --data)")
-        faults = Faults(self.run.skip_faulty)
+        if skip_faulty is None and data is None:
+            skip_faulty = self.run.skip_faulty
+        faults = Faults(replace(self.run, skip_faulty=skip_faulty).skip_faulty)  # which checks it
         every = load_data(self.run.data if data is None else data, faults)
         if data is None and split in (None, "train", "validation"):
             parts = self.run.task.splits(every, "train", "validation", faults=faults)
@@ -83,10 +92,6 @@ class Restored:
             LOG.warning(note)
         return examples
 
-    def skipping(self, share: float | None) -> Restored:
-        """The same, but for the share of a file's rows that may be left out for faults; None: as it is."""
-        return self if share is None else replace(self, run=replace(self.run, skip_faulty=share))
-
     def batches(self, examples: Examples) -> Iterator[dict[str, torch.Tensor]]:
         """The examples as the model's inputs, without labels: what `collapse` and `diagnose` run on."""
         collate = self.run.task.collator(self.processor)
@@ -94,9 +99,15 @@ class Restored:
             made = [examples[i] for i in range(start, min(start + self.run.batch, len(examples)))]
             yield {k: v.to(self.model.device) for k, v in collate(made).items() if k != "labels"}
 
-    def score(self, data: str | None = None, split: str | None = None, rows: int | None = None) -> dict[str, float]:
+    def score(
+        self,
+        data: str | None = None,
+        split: str | None = None,
+        rows: int | None = None,
+        skip_faulty: float | None = None,
+    ) -> dict[str, float]:
         """The metrics on such examples, of the model as it is now."""
-        return self.run.task.score(self.model, self.examples(data, split, rows), self.run.batch)
+        return self.run.task.score(self.model, self.examples(data, split, rows, skip_faulty), self.run.batch)
 
 
 @told

@@ -201,7 +201,7 @@ def evaluate(
     to: shell.Json = None,
 ) -> None:
     """Measure a trained adapter."""
-    found = restored(path, model).skipping(skip_faulty).score(data, split, rows)
+    found = restored(path, model).score(data, split, rows, skip_faulty)
     shell.write(to, found)
     if str(to) != "-":
         shell.show([found])
