@@ -23,7 +23,7 @@ def images(rows: Dataset, column: str, faults: Faults) -> Dataset:
     """The rows with `column` as encoded images, {bytes, path}, each read when it is asked for (see `opened`).
 
     Takes an `Image` feature, encoded images as bytes, or {bytes, path}.  A column of anything else is a fault, and so
-    are rows without an image or whose beginning is not that of one.
+    are rows without an image or whose beginning is not that of one; where rows may be left out, also whose end is not.
     """
     from datasets import Image, Value
 
@@ -40,13 +40,16 @@ def images(rows: Dataset, column: str, faults: Faults) -> Dataset:
         return rows
     source = source_of(rows)
     lazy = rows.cast_column(column, Image(decode=False))
+    look = (
+        _decoded if faults.skip else _header
+    )  # who leaves rows out must see them all; else pixels are read once, later
     for number, value in enumerate(lazy[column]):
         if value is None or not (value.get("bytes") or value.get("path")):
             place, advice = source.place(number), "Fill or remove these rows"
             faults.add(spot(rows, column, "is empty"), place, advice, source.key(number))
             continue
         try:
-            _header(value)
+            look(value)
         except _damage() as error:
             place = f"{source.place(number)}: {_unreadable(value, error)}"
             faults.add(spot(rows, column, "holds damaged images"), place, row=source.key(number))
@@ -61,6 +64,12 @@ def _header(value: dict[str, Any]) -> None:
 
     with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]):
         pass
+
+
+def _decoded(value: dict[str, Any]) -> Image:
+    from datasets import Image
+
+    return Image(mode="RGB").decode_example(value)
 
 
 def frames(value: dict[str, Any]) -> int:
@@ -82,10 +91,8 @@ def _damage() -> tuple[type[Exception], ...]:
 
 def opened(value: dict[str, Any]) -> Image:
     """The image in RGB, turned as its EXIF data say.  Raises ValueError for one that is damaged."""
-    from datasets import Image
-
     try:
-        return Image(mode="RGB").decode_example(value)
+        return _decoded(value)
     except _damage() as error:
         raise ValueError(_unreadable(value, error)) from None
 
