@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PIXEL = 0.75  # points; a CSS pixel is 1/96 inch
-SHARP = 200  # pixels an inch of a PNG
+SHARP = 150  # pixels an inch of a PNG
 LETTERS = 12.0  # pixels, as in drawing.css
 NO_DATE: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
 DASHES = {"3 3": (0, (3, 3)), "1 3": (0, (1, 3))}
