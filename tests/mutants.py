@@ -59,6 +59,7 @@ MASTERS = "tests/laws/test_masters.py"
 DIFFUSERS = "tests/interop/test_diffusers.py"
 FAULTY = "tests/interop/test_faulty_rows.py"
 HONEST = "tests/interop/test_honest_training.py"
+RECIPE = "tests/interop/test_recipe.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -138,7 +139,7 @@ MUTANTS = [
     ("integrations/peft/starting.py", "t.data.copy_(live[at][factor])", "pass", AGAIN + "::test_a_factor_that_was_frozen_by_hand_is_the_first_adapters"),
     ("integrations/peft/undoing.py", "m._modules.update(own)", "pass", RULES + "::test_options_of_peft_that_are_not_here_say_what_to_do"),
     ("integrations/peft/layer.py", "self.pending = bool(self.missing())", "self.pending = False", AGAIN + "::test_a_configuration_used_again_starts_an_adapter"),
-    ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", "tests/interop/test_train.py::test_resumes_to_the_bit_after_a_kill"),
+    ("train/trainer.py", "\"params\": moved, \"lr\": lr", "\"params\": moved", RECIPE + "::test_every_optimiser_trains_and_resumes_to_the_bit"),
     ("study/rates.py", "bracketed=tried[0] < best < tried[-1]", "bracketed=True", CHOICES),
     ("study/plan.py", "digest != self.sources.digest(rows, self.study.split_seed)", "False", STUDY),
     ("study/splits.py", "made.update(json.dumps([part, column, values]).encode())", "pass", STUDY),
@@ -160,7 +161,14 @@ MUTANTS = [
     ("study/sources.py", "made.update(file.read(BLOCK))", "pass", MODEL),
     ("study/statistics.py", "ranked.shape)), axis=2)", "ranked.shape)), axis=1)", STATISTICS),
     ("study/plan.py", "if not r.pruned or k in halved", "if True", HALVING),
-    ("study/compare.py", '"bits",\n', "", COMPARE),
+    ("study/compare.py", "and f.name not in ELSEWHERE", "and f.name not in (*ELSEWHERE, 'bits')", COMPARE),
+    ("train/recipe.py", "values[\"schedule\"] = Linear()", "pass", RECIPE + "::test_a_run_of_relora_that_says_no_schedule_was_trained_by_the_linear_one"),
+    ("train/recipe.py", "return value if hint in (int, float, torch.dtype) else", "return float(value) if hint is float and value is not None else value if hint in (int, float, torch.dtype) else", RECIPE + "::test_runs_of_studies_are_found_again_under_their_keys"),
+    ("study/spec.py", "found[\"schedule\"] = None", "pass", RECIPE + "::test_relora_keeps_its_own_schedule_where_a_study_has_one_for_all"),
+    ("study/sources.py", "choose(model, where, exclude)", "choose(model, where)", RECIPE + "::test_a_budget_counts_the_layers_that_an_arm_adapts"),
+    ("train/fit.py", "exclude=run.exclude, overrides", "overrides", RECIPE + "::test_excluded_layers_stay_as_they_are"),
+    ("optimisers.py", "\"scale_parameter\": False", "\"scale_parameter\": True", RECIPE + "::test_adafactors_step_is_the_papers"),
+    ("train/trainer.py", "{\"lr\": run.lr, **constants}", "{\"lr\": run.lr}", RECIPE + "::test_every_optimiser_trains_and_resumes_to_the_bit"),
     ("methods/gated.py", "self.r if self.open is None else self.open, self.alpha", "self.r, self.alpha", GATED),
     ("methods/dylora.py", "torch.where(last, B_OR, B_OR.detach())", "B_OR", GATED),
     ("methods/dylora.py", "return [slice(0, b - 1), slice(b, r)]", "return [slice(b, r)]", GATES),

@@ -6,6 +6,7 @@ only what exists, and decoding never imports or runs anything that a file asks f
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import inspect
 import math
@@ -68,7 +69,7 @@ class Choice(metaclass=Checked):
         unknown = sorted(set(options) - set(fields))
         if unknown:
             raise LookupError(no_option(member.__name__, unknown, fields))
-        values = {k: _value(v, kinds[k], f"{member.__name__}.{k}", text) for k, v in options.items()}
+        values = {k: from_json(v, kinds[k], f"{member.__name__}.{k}", text) for k, v in options.items()}
         missing = [
             f.name
             for f in fields.values()
@@ -93,7 +94,7 @@ class Choice(metaclass=Checked):
     def encode(self) -> dict[str, Any]:
         """This choice as JSON values."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return {"is": self.public().__name__, **{f.name: _json(getattr(self, f.name)) for f in fields}}
+        return {"is": self.public().__name__, **{f.name: as_json(getattr(self, f.name)) for f in fields}}
 
     @classmethod
     def public(cls) -> type:
@@ -106,21 +107,28 @@ class Choice(metaclass=Checked):
         return cls
 
 
-def _json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """A field's value as JSON values."""
     if isinstance(value, Choice):
         return value.encode()
-    return [_json(v) for v in value] if isinstance(value, tuple) else value
+    if isinstance(value, Mapping):
+        return {name: as_json(v) for name, v in value.items()}
+    return [as_json(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _value(value: Any, hint: Any, where: str, text: bool) -> Any:
+def from_json(value: Any, hint: Any, where: str, text: bool = False) -> Any:
     """`value` as the type `hint`; where `text` may stand for numbers it is parsed.  What a number may be is checked
-    where the choice is made."""
+    where the choice is made.  Raises ValueError or LookupError that names `where`."""
     hint, numbers = within(hint)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (text and isinstance(value, str) and value.strip() == "none"):
+        kinds = [a for a in arguments if a is not type(None)]
+        if len(kinds) < len(arguments) and (
+            value is None or (text and isinstance(value, str) and value.strip() == "none")
+        ):
             return None
-        return _value(value, next(a for a in arguments if a is not type(None)), where, text)
+        many = [kind for kind in kinds if typing.get_origin(kind) is tuple]  # one or several
+        return from_json(value, (many if many and isinstance(value, list | tuple) else kinds)[0], where, text)
     if text and isinstance(value, str) and hint is not str:  # in a text, blanks mean something
         value = value.strip()
     if inspect.isclass(hint) and issubclass(hint, Choice):
@@ -129,7 +137,11 @@ def _value(value: Any, hint: Any, where: str, text: bool) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ValueError(f"{where} is a list, found {value!r:.80}")
-        return tuple(_value(v, arguments[0], where, text) for v in items)
+        return tuple(from_json(v, arguments[0], where, text) for v in items)
+    if origin is collections.abc.Mapping:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is a table, found {value!r:.80}")
+        return {name: from_json(v, arguments[1], f"{where}[{name!r}]", text) for name, v in value.items()}
     return _plain(value, hint, where, text, numbers)
 
 

@@ -39,7 +39,9 @@ class Checked(abc.ABCMeta):
     def __call__(cls, *args: Any, **options: Any) -> Any:
         if not dataclasses.is_dataclass(cls):
             return super().__call__(*args, **options)
-        names = [f.name for f in dataclasses.fields(cls) if f.init]
+        names = [f.name for f in sorted(dataclasses.fields(cls), key=lambda f: f.kw_only is True) if f.init]
+        also = getattr(cls, "also", {})  # other names of fields
+        options = {also.get(name, name): found for name, found in options.items()}
         unknown = [name for name in options if name not in names]
         if unknown or len(args) > len(names):
             what = no_option(cls.__name__, unknown, names) if unknown else f"{cls.__name__} has {len(names)} options"

@@ -481,7 +481,7 @@ def test_run_round_trip(tmp_path):
         Run.decode(encoded | {"depth": 3}, tmp_path)
     with pytest.raises(LookupError, match="a run needs model"):
         Run.decode({k: v for k, v in encoded.items() if k != "model"}, tmp_path)
-    with pytest.raises(ValueError, match="lr is a float, found 'fast'"):
+    with pytest.raises(ValueError, match="lr is a finite number greater than 0, found 'fast'"):
         Run.decode(encoded | {"lr": "fast"}, tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

@@ -18,8 +18,8 @@ BEGAN = "undula_began"  # in the optimiser's state of a parameter: t at which ea
 
 
 def moments(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
-    """What the optimiser remembers of p entry by entry.  Raises TypeError where it keeps that in a quantised form, of
-    which no single entry can be changed."""
+    """What the optimiser remembers of p entry by entry.  Raises TypeError where it keeps that in sums or in a
+    quantised form, of which no single entry can be changed."""
     state = optimizer.state.get(p, {})
     found = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == p.shape and k != BEGAN}
     odd = [k for k, t in found.items() if not t.is_floating_point()]
@@ -28,7 +28,17 @@ def moments(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
             f"{type(_bare(optimizer)).__name__} keeps {', '.join(odd)} as {found[odd[0]].dtype}: an allocator cannot "
             "make single entries begin again there. Use an optimiser with 32-bit state"
         )
+    if sums := [k for k, t in state.items() if isinstance(t, Tensor) and k != BEGAN and _sums(t, p)]:
+        raise TypeError(
+            f"{type(_bare(optimizer)).__name__} keeps {', '.join(sums)}, sums of rows and columns: an allocator cannot "
+            "make single entries begin again there. Use an optimiser that remembers each entry, such as AdamW"
+        )
     return found
+
+
+def _sums(t: Tensor, p: Tensor) -> bool:
+    """Whether t can be one number for each row, or for each column, of the matrix p: Adafactor's second moments."""
+    return p.ndim > 1 and t.shape != p.shape and t.numel() > 1 and t.numel() in (p.numel() // n for n in p.shape[-2:])
 
 
 @torch.no_grad()

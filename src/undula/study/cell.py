@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 
 from ..method import Method
-from ..train.run import Run, dtype_called
+from ..train.recipe import Recipe, dtype_called
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
 from .rates import Decision, decide, reachable
 from .spec import Arm, Base, Budget, Rows, Study
@@ -41,22 +40,23 @@ class Cell:
         return self.made[which]
 
     def _trial(self, lr: float, seed: int, tested: bool) -> Trial:
-        t, rows = self.study.train, self.rows
-        alone = self.method is None and not self.arm.full  # then the head's rate is what is swept
-        run = Run(
-            model=self.base.source, data=rows.source, task=rows.task, method=self.method, out=Path("unused"),
-            allocator=self.arm.allocator, where=t.where, full=("*",) if self.arm.full else (), lr=lr,
-            head_lr=None if alone else t.head_lr, epochs=rows.epochs or t.epochs, max_steps=t.steps,
-            batch=rows.batch or t.batch, accumulate=t.accumulate, warmup=t.warmup, weight_decay=t.weight_decay,
-            seed=seed, train_rows=rows.train, eval_rows=rows.validation, dtype=dtype_called(self.base.dtype),
-            bits=self.base.bits,
+        study, rows, settings = self.study, self.rows, self.study.settings(self.arm, self.rows)
+        if self.method is None and not settings["full"]:
+            settings["head_lr"] = None  # the head's rate is what is swept
+        recipe = Recipe(
+            self.base.source, rows.source, rows.task, self.method, allocator=self.arm.allocator, lr=lr, seed=seed,
+            train_rows=rows.train, eval_rows=rows.validation, dtype=dtype_called(self.base.dtype), bits=self.base.bits,
+            **settings,
         )  # fmt: skip
-        return Trial(run, rows, t.evaluations, self.study.split_seed, tested, f"{self.arm.name} on {rows.label}")
+        return Trial(
+            recipe, rows, study.train.evaluations, study.split_seed, tested, f"{self.arm.name} on {rows.label}"
+        )
 
     @property
     def untrained(self) -> bool:
         """A model without a new head and without a method: measured as it is, once."""
-        return self.method is None and not self.arm.full and not self.rows.task.has_head
+        trained = self.rows.task.has_head or self.study.settings(self.arm)["full"]
+        return self.method is None and not trained
 
     @property
     def grid(self) -> tuple[float, ...]:

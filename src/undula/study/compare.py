@@ -18,6 +18,7 @@ from ..method import Method
 from ..train.data import load_data, sample
 from ..train.faults import Faults
 from ..train.heads import Classes
+from ..train.recipe import Recipe
 from ..train.restored import Restored, restored
 from ..train.run import REPORT, Run
 from ..train.task import Examples
@@ -31,22 +32,10 @@ if TYPE_CHECKING:
     import torch
 
 ALL = sys.maxsize
-SETTINGS = (
-    *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "train_rows"),
-    *(
-        "where",
-        "overrides",
-        "allocator",
-        "full",
-        "dtype",
-        "bits",
-        "probe_batches",
-        "skip_faulty",
-        "by_chance",
-        "max_grad_norm",
-        "schedule",
-    ),
-)
+# What tells arms apart: every field that can change what comes out, but those that all arms have in common, the method,
+# which names an arm, and the seed
+ELSEWHERE = ("model", "data", "task", "method", "seed")
+SETTINGS = tuple(f.name for f in dataclasses.fields(Recipe) if f.metadata["figures"] and f.name not in ELSEWHERE)
 
 
 @dataclass(frozen=True)

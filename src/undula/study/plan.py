@@ -138,7 +138,8 @@ def _cells(study: Study, sources: Sources) -> Iterator[Cell]:
         for base in study.models:
             for rows in study.data:
                 for budget in study.budgets:
-                    shapes, wanted = _wanted(study, base, rows, budget, sources)
+                    wanted = _wanted(study, base, rows, budget, sources)
+                    shapes = None if wanted is None else sources.shapes(study, arm, base, rows)
                     yield Cell(study, arm, base, rows, budget, sized(arm, budget, wanted, shapes), wanted)
 
 
@@ -148,8 +149,9 @@ def impossible(study: Study, sources: Sources) -> Iterator[tuple[int, str]]:
         told = set()
         for base in study.models:
             for rows in study.data:
-                shapes, wanted = _wanted(study, base, rows, budget, sources)
+                wanted = _wanted(study, base, rows, budget, sources)
                 for arm in study.arms:
+                    shapes = None if wanted is None else sources.shapes(study, arm, base, rows)
                     try:
                         sized(arm, budget, wanted, shapes)
                     except ValueError as error:
@@ -169,16 +171,14 @@ def sized(arm: Arm, budget: Budget, wanted: int | None, shapes: Shapes | None) -
         raise ValueError(f"{arm.name}: {error}") from None
 
 
-def _wanted(study: Study, base: Base, rows: Rows, budget: Budget, sources: Sources) -> tuple[Shapes | None, int | None]:
-    """(the sites, how many parameters the budget asks for) where a budget counts parameters."""
-    if budget.parameters is None and budget.parameters_of is None:
-        return None, None
-    shapes = sources.shapes(study, base, rows)
+def _wanted(study: Study, base: Base, rows: Rows, budget: Budget, sources: Sources) -> int | None:
+    """How many parameters the budget asks for, where it counts them."""
     if budget.parameters_of is None:
-        return shapes, budget.parameters
-    method = study.arm(budget.parameters_of).method
-    assert method is not None
-    return shapes, count(method if budget.rank is None else at_rank(method, budget.rank) or method, shapes)
+        return budget.parameters
+    arm = study.arm(budget.parameters_of)
+    assert arm.method is not None
+    method = arm.method if budget.rank is None else at_rank(arm.method, budget.rank) or arm.method
+    return count(method, sources.shapes(study, arm, base, rows))
 
 
 __all__ = ["Cell", "Plan", "Search", "impossible", "sized"]

@@ -1,45 +1,74 @@
 """Study files: TOML to a `Study`, every fault found at once, each with its line.
 
 title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]      split_seed = 0
-[train]     steps | epochs, batch, accumulate, warmup, weight_decay, head_lr, where, evaluations
+[train]     steps, and the other settings of a run (`train.recipe.Settings`) by their names; evaluations
 [sweep]     rates, seeds, factor, extend, halving
 [[models]]  source, bits, dtype
 [[data]]    source, task, set, label, train, validation, test (rows), splits, skip_faulty;
             epochs, batch (in the place of [train]'s)
 [[budgets]] rank | parameters | parameters_of and rank
 [[methods]] name, method (a method's name, "none": the head alone, "full": everything), set, rates,
-            allocator (its name), allocate (its options)
+            allocator (its name), allocate (its options); settings of [train] that are this method's own
 """
 
 from __future__ import annotations
 
+import collections.abc
+import inspect
 import tomllib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import given
+from ..choice import Choice
+from ..given import hints
 from ..method import Method
 from ..options import build_from
 from ..ranks import Allocator
-from ..train.run import dtype_called
+from ..train.recipe import Settings, bare, decoded, dtype_called, is_union
 from ..train.task import Task
 from . import splits
 from .lines import DEEP, depth
+from .lines import Path as Place
 from .plan import impossible
 from .reader import NUMBER, Faults, Reader
 from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training, faults
 
+SETTINGS = {f.name: f for f in fields(Settings)}
+
+
+def kinds(kind: type[Settings]) -> dict[str, Any]:
+    """{key of a study file: the types of TOML that it may have} for every setting."""
+    called = {name: key for key, name in Training.also.items()}
+    return {called.get(name, name): _kind(bare(hints(kind)[name])) for name in SETTINGS}
+
+
+def _kind(hint: Any) -> Any:
+    """The types of TOML that stand for a type."""
+    if is_union(hint):
+        return tuple(_kind(each) for each in typing.get_args(hint))
+    simple = {float: NUMBER, int: int, str: str, bool: bool}
+    if hint in simple:
+        return simple[hint]
+    if inspect.isclass(hint) and issubclass(hint, Choice):
+        return (str, dict)
+    return {tuple: list, collections.abc.Mapping: dict}[typing.get_origin(hint)]
+
+
 TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
 TABLES: dict[str, dict[str, Any]] = {
-    "train": {"steps": int, "epochs": NUMBER, "batch": int, "accumulate": int, "warmup": NUMBER, "weight_decay": NUMBER,
-              "head_lr": NUMBER, "where": (str, list), "evaluations": int},
+    "train": {**kinds(Training), "evaluations": int},
     "sweep": {"rates": list, "seeds": list, "factor": NUMBER, "extend": int, "halving": int},
     "models": {"source": str, "bits": int, "dtype": str},
     "data": {"source": str, "task": str, "set": dict, "label": str, "train": int, "validation": int, "test": int,
              "splits": dict, "epochs": NUMBER, "batch": int, "skip_faulty": NUMBER},
     "budgets": {"rank": int, "parameters": int, "parameters_of": str},
-    "methods": {"name": str, "method": str, "set": dict, "rates": list, "allocator": str, "allocate": dict},
+    "methods": {"name": str, "method": str, "set": dict, "rates": list, "allocator": str, "allocate": dict,
+                **kinds(Training)},
 }  # fmt: skip
 MANY = ("models", "data", "budgets", "methods")
 NEEDED = {"models": ("source",), "data": ("source", "task"), "methods": ("method",)}
@@ -106,8 +135,10 @@ def _study(reader: Reader, top: dict[str, Any], replace: Mapping[str, str]) -> S
     rest = reader.within((), Study, rest)
     train = _train(reader, top.get("train", {}))
     for i, table in many["data"]:
-        if "epochs" in table and train.steps is not None:
-            reader.fault(("data", i, "epochs"), f"[train] steps = {train.steps} decides how long a run is, not epochs")
+        if "epochs" in table and train.max_steps is not None:
+            reader.fault(
+                ("data", i, "epochs"), f"[train] steps = {train.max_steps} decides how long a run is, not epochs"
+            )
     study = Study(
         rest.pop("title", "A study of adapters"), tuple(a for _, a in arms), tuple(m for _, m in models),
         tuple(d for _, d in data), tuple(b for _, b in budgets) or (Budget(),),
@@ -132,23 +163,24 @@ def _rows(reader: Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[st
 
 def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
     rates = reader.numbers(("methods", i, "rates"), t["rates"], NUMBER) if "rates" in t else ()
-    name = t["method"]
+    own, name = _settings(reader, ("methods", i), t), t["method"]
     if name in YARDSTICKS:
         if t.get("set"):
             reader.fault(("methods", i, "set"), f"method = {name!r} has no options")
         if "allocator" in t or t.get("allocate"):
             key = "allocator" if "allocator" in t else "allocate"
             reader.fault(("methods", i, key), f"method = {name!r} has no ranks to allocate")
-        return Arm(
-            t.get("name", "full fine-tuning" if YARDSTICKS[name] else "head only"), None, YARDSTICKS[name], rates
-        )
+        for key in (key for key in own if SETTINGS[key].metadata["layers"] or (key == "full" and YARDSTICKS[name])):
+            reader.fault(("methods", i, key), f"method = {name!r} adapts no layers: {key} would do nothing")
+        called = t.get("name", "full fine-tuning" if YARDSTICKS[name] else "head only")
+        return Arm(called, None, YARDSTICKS[name], rates, own=own)
     place = ("methods", i, "set" if t.get("set") else "method")
     method = reader.attempt(place, lambda: build_from(Method, name, t.get("set", {})))
     allocator = _allocator(reader, i, t, method)
     if method is None or (allocator is None and "allocator" in t):
         return None
     called = " + ".join(type(part).public().__name__ for part in (method, allocator) if part is not None)
-    return Arm(t.get("name", called), method, False, rates, allocator)
+    return Arm(t.get("name", called), method, False, rates, allocator, own)
 
 
 def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None) -> Allocator | None:
@@ -217,11 +249,29 @@ def _sweep(reader: Reader, data: dict[str, Any]) -> Sweep:
 
 def _train(reader: Reader, data: dict[str, Any]) -> Training:
     t = reader.table(("train",), data, TABLES["train"])
-    if isinstance(t.get("where"), list):
-        t["where"] = where = tuple(t["where"])
-        if not where or not all(isinstance(name, str) for name in where):
-            reader.fault(("train", "where"), f"where is a list of names and globs, found {list(where)!r:.60}")
-    return Training(**reader.within(("train",), Training, t))
+    rest = {"evaluations": t.pop("evaluations")} if "evaluations" in t else {}
+    return Training(**_settings(reader, ("train",), t), **reader.within(("train",), Training, rest))
+
+
+def _settings(reader: Reader, place: Place, t: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a table, by the names of their fields."""
+    made = {}
+    for key, found in t.items():
+        if (name := Training.also.get(key, key)) not in SETTINGS:
+            continue
+        before = len(reader.found)
+        value = reader.attempt((*place, key), partial(_setting, key, name, found))
+        if len(reader.found) == before:
+            made[name] = value
+    return made
+
+
+def _setting(key: str, name: str, found: Any) -> Any:
+    """Raises ValueError or LookupError that names the key."""
+    hint = hints(Training)[name]
+    if isinstance(found, list) and not (found and all(isinstance(each, str) for each in found)):
+        raise ValueError(f"{key} is a list of names and globs, found {found!r:.60}")
+    return given.value(Training.as_meant(name, decoded(Training, name, found, key)), hint, key)
 
 
 def _opened(reader: Reader, study: Study) -> None:

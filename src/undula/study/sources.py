@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from ..sites import site
 from ..train.base import model_folder, open_model, quiet
-from ..train.run import dtype_called
+from ..train.recipe import dtype_called
 from ..train.task import Task
 from ..where import choose
 from . import splits
 from .sizes import Shapes
-from .spec import Base, Rows, Study
+from .spec import Arm, Base, Rows, Study
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -60,14 +60,15 @@ class Sources:
             self._models[source] = None if folder is None else content(folder)
         return self._models[source]
 
-    def shapes(self, study: Study, base: Base, rows: Rows) -> Shapes:
-        """The (O, I) of every adapted layer."""
-        key = (base, repr(rows.task), study.train.where, study.split_seed)
+    def shapes(self, study: Study, arm: Arm, base: Base, rows: Rows) -> Shapes:
+        """The (O, I) of every layer that an arm adapts."""
+        where, exclude = (study.settings(arm)[name] for name in ("where", "exclude"))
+        key = (base, repr(rows.task), where, exclude, study.split_seed)
         if key not in self._shapes:
             task, _ = self.opened(rows, study.split_seed)
             with quiet():
                 model, _ = open_model(base.source, task, dtype_called(base.dtype), seed=0)
-            self._shapes[key] = {n: site(n, layer).shape for n, layer in choose(model, study.train.where).items()}
+            self._shapes[key] = {n: site(n, layer).shape for n, layer in choose(model, where, exclude).items()}
         return self._shapes[key]
 
 

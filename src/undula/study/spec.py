@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar
 
-from ..given import Checked
+from ..given import Checked, checked
 from ..method import Method
-from ..ranges import Bits, Count, Natural, NotNegative, PartShare, Positive, Range, Rank, Seed32
+from ..ranges import Bits, Count, Natural, PartShare, Positive, Range, Rank, Seed32
 from ..ranks import Allocator
+from ..train.recipe import Settings, default_of, refusals
 from ..train.task import Task
 
 Halving = Annotated[int, Range(least=2, most=1 << 16)]
@@ -25,6 +26,14 @@ class Arm(metaclass=Checked):
     full: bool = False  # with method None: train everything
     rates: tuple[Positive, ...] = ()  # its own grid to begin with; empty: the sweep's
     allocator: Allocator | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)  # settings in the place of [train]'s, by their names
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in fields(Settings)]
+        if unknown := [name for name in self.own if name not in names]:
+            raise ValueError(f"an arm has no setting {', '.join(unknown)}; there are: {', '.join(names)}")
+        meant = {name: checked(Training, name, Settings.as_meant(name, value)) for name, value in self.own.items()}
+        object.__setattr__(self, "own", meant)
 
 
 @dataclass(frozen=True)
@@ -90,18 +99,12 @@ class Sweep(metaclass=Checked):
     halving: Halving | None = None  # successive halving that keeps one run in so many
 
 
-@dataclass(frozen=True)
-class Training(metaclass=Checked):
-    """What is the same for all runs; see `undula.Run`."""
+@dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+    """What is the same for all runs, but where an arm or a data set has its own; see `undula.Run`."""
 
-    steps: Count | None = None
-    epochs: Positive = 3.0
-    batch: Count = 16
-    accumulate: Count = 1
-    warmup: PartShare = 0.05
-    weight_decay: NotNegative = 0.0
-    head_lr: Positive | None = None  # of heads where other parameters train too; None: the swept rate
-    where: str | tuple[str, ...] = "all-linear"
+    also: ClassVar[Mapping[str, str]] = {"steps": "max_steps"}  # what a study file calls it
+
     evaluations: Count = 6  # on validation rows in a run, evenly; the best point is kept
 
 
@@ -123,6 +126,23 @@ class Study(metaclass=Checked):
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""
         return next(a for a in self.arms if a.name == name)
+
+    def settings(self, arm: Arm, rows: Rows | None = None) -> dict[str, Any]:
+        """How an arm is trained on these rows: by [train], but where the rows or the arm have their own.
+
+        A schedule in [train] is not for an allocator that brings one, without which it would not be itself.
+        """
+        found = {f.name: getattr(self.train, f.name) for f in fields(Settings)}
+        if arm.allocator is not None and arm.allocator.schedule() is not None:
+            found["schedule"] = None
+        theirs = {} if rows is None else {"epochs": rows.epochs, "batch": rows.batch}
+        found |= {name: value for name, value in theirs.items() if value is not None} | dict(arm.own)
+        if arm.method is None:
+            idle = [f for f in fields(Settings) if f.metadata["layers"] and f.name != "where"]  # which old keys hold
+            found |= {f.name: default_of(f) for f in idle}
+        if arm.full:
+            found["full"] = ("*",)
+        return found
 
 
 def faults(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -147,6 +167,7 @@ def faults(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
         if budget.parameters_of is not None and budget.parameters_of not in counted:
             why = f"no method is called {budget.parameters_of!r}; there are: {', '.join(counted)}"
             yield ("budgets", i, "parameters_of"), why
+    yield from _unfit(study)
     for place, seeds, needed in ((("seeds",), study.seeds, True), (("sweep", "seeds"), study.sweep.seeds, False)):
         if len(set(seeds)) < len(seeds) or (needed and not seeds):
             yield place, f"seeds are different whole numbers, found {list(seeds)!r:.60}"
@@ -158,3 +179,21 @@ def faults(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
                 "[sweep] seeds each final seed has a sweep of its own"
             ),
         )
+
+
+def _unfit(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Settings that do not go with an arm or a budget."""
+    for i, arm in enumerate(study.arms):
+        how = study.settings(arm)
+
+        def place(name: str, i: int = i, arm: Arm = arm) -> tuple[str | int, ...]:
+            return ("methods", i, name) if name in arm.own else ("train", name)
+
+        for name, why in refusals(arm.allocator, arm.method, how["overrides"], how["optimiser"]):
+            yield ("methods", i, name) if name == "allocator" else place(name), f"{arm.name}: {why}"
+        sized = any(b.label != Budget().label for b in study.budgets)
+        counted = any(b.parameters is not None or b.parameters_of is not None for b in study.budgets)
+        if how["overrides"] and sized:
+            yield place("overrides"), f"{arm.name}: a budget would size the arm's method, and overrides stay as written"
+        if how["full"] and counted and not arm.full:
+            yield place("full"), f"{arm.name}: a budget counts what the method trains; what trains in full it does not"

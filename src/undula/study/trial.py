@@ -22,6 +22,7 @@ from ..ranks.gates import in_use
 from ..train.base import config_of, quiet
 from ..train.fit import Prepared, assembled
 from ..train.measure import PeakMemory, versions
+from ..train.recipe import Recipe, recipe_of
 from ..train.rows import in_own_order
 from ..train.run import Run
 from ..train.task import Examples, Task
@@ -49,7 +50,7 @@ class Diverged(RuntimeError):
 class Trial:
     """A run, its rows and how it is measured.  Two trials of equal configuration are one run in the store."""
 
-    run: Run
+    run: Recipe
     rows: Rows
     evaluations: int
     split_seed: int
@@ -82,7 +83,7 @@ class Trial:
     @staticmethod
     def decode(data: Mapping[str, Any]) -> Trial:
         """The inverse of `encode`."""
-        run = Run.decode({"eval_rows": None} | data["run"], Path("unused"))
+        run = recipe_of({"eval_rows": None} | data["run"])
         rest = {k: data[k] for k in ("evaluations", "split_seed", "tested")}
         every = {"train": None, "validation": None, "test": None} | data["rows"] | {"task": run.task}
         return Trial(run, Rows(**every), **rest)
@@ -105,7 +106,7 @@ def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[
     task, parts = sources.opened(trial.rows, trial.split_seed)
     task, parts, _ = in_own_order(trial.rows.task, task, parts, config_of(trial.run.model))
     with quiet(), PeakMemory() as memory, tempfile.TemporaryDirectory() as scratch:
-        run = dataclasses.replace(trial.run, task=task, out=Path(scratch))
+        run = Run.of(dataclasses.replace(trial.run, task=task), Path(scratch))
         ready = assembled(run, parts["train"], parts["validation"])
         if trial.tested:  # rows that the model cannot take are found now, not at the end
             task.fits(Examples(task, parts["test"], ready.processor), ready.model, "test")

@@ -12,6 +12,7 @@ from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare
 from .fit import train as _train
 from .image_classification import ImageClassification
+from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
 from .task import Examples, Task
@@ -26,6 +27,7 @@ __all__ = [
     "Interrupted",
     "Plain",
     "Prepared",
+    "Recipe",
     "Regression",
     "Restored",
     "Run",
@@ -48,6 +50,7 @@ class _Train(types.ModuleType):
         from .classification import Classification, Regression
         from .fit import Interrupted, Prepared
         from .image_classification import ImageClassification
+        from .recipe import Recipe
         from .restored import Restored
         from .run import Run
         from .task import Examples, Task

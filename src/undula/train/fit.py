@@ -195,7 +195,9 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     if run.method is None:
         adapter = attach(model, _head_only(model, run, full))
     else:
-        adapter = attach(model, run.method, run.where, overrides=run.overrides, full=full, probe=Probe(batches))
+        adapter = attach(
+            model, run.method, run.where, exclude=run.exclude, overrides=run.overrides, full=full, probe=Probe(batches)
+        )
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
     return Prepared(run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked)))
 
@@ -208,6 +210,9 @@ def _idle(run: Run, model: PreTrainedModel, looked: bool) -> Iterator[str]:
         yield f"head_lr={run.head_lr:g} does nothing: this task has no head of its own; all that trains does so at lr"
     elif run.head_lr is not None and run.method is None and not run.full:
         yield f"head_lr={run.head_lr:g} does nothing: the head alone trains, and it does so at lr={run.lr:g}"
+    brought = None if run.allocator is None else run.allocator.schedule()
+    if brought is not None and run.schedule is not None and run.schedule != brought:
+        yield f"{run.allocator!r} brings the schedule {brought!r}; it trains by {run.schedule!r}, as this run says"
     if run.probe_batches is not None and not looked:
         yield f"probe_batches={run.probe_batches} does nothing: no method here looks at data before the training"
 

@@ -229,9 +229,11 @@ def trainer(
         arguments._n_gpu = 1  # nn.DataParallel cannot copy an adapted model: several devices take several processes
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # so the Trainer asks whether adapters stand on a quantised model
+    kind, constants = run.optimiser.made()
     made = AdapterTrainer(
         model=model,
         args=arguments,
+        optimizer_cls_and_kwargs=(kind, {"lr": run.lr, **constants}),
         train_dataset=examples,
         data_collator=examples.task.collator(examples.processor),  # type: ignore[arg-type]
         callbacks=[*callbacks, Finite()],

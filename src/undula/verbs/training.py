@@ -1,157 +1,89 @@
-# ruff: noqa: B006 (typer wants lists as defaults of lists, and copies them)
 """`undula train` and `undula eval`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..method import Method
-from ..options import build, split_pair
-from ..ranks import Allocator
-from ..schedules import Schedule
+from ..options import split_pair
 from ..train import Run, Task, restored
 from ..train.fit import left_behind
 from ..train.fit import train as fit
-from ..train.run import dtype_called
 from ..train.worries import diverged, worries
-from . import shell
+from . import declared, shell
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-Many = list[str]
-NUMBERS = (
-    *("lr", "head_lr", "epochs", "max_steps", "batch", "accumulate", "warmup", "weight_decay", "max_grad_norm"),
-    *("seed", "train_rows", "eval_rows", "save_every", "bits", "probe_batches", "skip_faulty"),
-)
+USUAL = {"method": "lora"}  # what stands where nothing is typed for a field that has no default
+COLUMN = Annotated[declared.Texts, typer.Option("--column", help="ROLE=COLUMN, as in text=review. Repeatable.")]
+RESUME = Annotated[Path | None, typer.Option("--resume", help="Go on with the training in this directory.")]
 
 
-def train(
-    ctx: typer.Context,
-    *,
-    model: Annotated[str | None, typer.Option(help="A folder, a hub name, or bundled:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="A file, a folder, a hub name, or bundled:NAME.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="causal-lm, classification, regression or image-classification.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The directory to write: adapter, report, checkpoints.")] = None,
-    method: Annotated[str, typer.Option(help="See `undula methods`; none: the task's head alone.")] = "lora",
-    options: shell.Set = [],
-    allocator: Annotated[str | None, typer.Option(help="Who gets how much rank, when: see `undula methods`.")] = None,
-    allocate: Annotated[Many, typer.Option(help="An option of the allocator, as in target=4.")] = [],
-    column: Annotated[Many, typer.Option(help="ROLE=COLUMN, as in text=review. Repeatable.")] = [],
-    task_set: Annotated[Many, typer.Option(help="An option of the task, as in max_length=64.")] = [],
-    where: Annotated[Many, typer.Option(help="Layers: a name, its end, or a glob.")] = ["all-linear"],
-    override: Annotated[Many, typer.Option(help="PATTERN=METHOD,NAME=VALUE,...")] = [],
-    full: Annotated[Many, typer.Option(help="Parameters to train in full besides the head.")] = [],
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = Run.lr,
-    head_lr: Annotated[float | None, typer.Option(help="Of a new head. (default: --lr)")] = None,
-    epochs: float = Run.epochs,
-    max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows in a batch.")] = Run.batch,
-    accumulate: Annotated[int, typer.Option(help="Batches in a step: as one of all their rows.")] = Run.accumulate,
-    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = Run.warmup,
-    weight_decay: Annotated[
-        float, typer.Option(help="Of all that trains but biases and norms: all factors too.")
-    ] = Run.weight_decay,
-    max_grad_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: never.")] = 1.0,
-    schedule: Annotated[
-        str | None, typer.Option(help="linear, cosine, constant, jagged. (default: the allocator's, else linear)")
-    ] = None,
-    seed: int = Run.seed,
-    train_rows: Annotated[int | None, typer.Option(help="So many training rows, sampled.")] = None,
-    eval_rows: Annotated[int | None, typer.Option(help="Rows for the metric, sampled.")] = Run.eval_rows,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. (default: a tenth)")] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the frozen model.")] = "float32",
-    bits: Annotated[int | None, typer.Option(help="4 or 8: quantise the frozen model.")] = None,
-    probe_batches: Annotated[int | None, typer.Option(help="For a start from data. (default: 8)")] = None,
-    skip_faulty: shell.Skip = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the training in this directory.")] = None,
-    to: shell.Json = None,
-) -> None:
+def train(ctx: typer.Context, **typed: Any) -> None:
     """Fine-tune a model with an adapter.  Ctrl-C saves a checkpoint and says how to go on."""
+    resume, to = typed["resume"], typed["to"]
     if resume is not None:
         _check_alone(ctx)
         _fit(Run.load(resume), True, to)
         return
-    if allocate and allocator is None:
-        raise ValueError("--allocate has the options of an allocator: name one with --allocator")
-    if model is None or data is None or task is None or out is None:
-        needed = {"--model": model, "--data": data, "--task": task, "--out": out}
+    if None in (needed := {f"--{name}": typed[name] for name in ("model", "data", "task", "out")}).values():
         raise ValueError(f"train needs {', '.join(k for k, v in needed.items() if v is None)} (or --resume DIRECTORY)")
-    if method.lower() == "none":
+    if typed["method"].lower() == "none":
         _check_none(ctx)
-    kind = _task(task)
-    run = Run(
-        model=model,
-        data=data,
-        task=build(Task, task, [*_columns(kind, column), *task_set]),
-        method=None if method.lower() == "none" else build(Method, method, options),
-        out=out,
-        allocator=None if allocator is None else build(Allocator, allocator, allocate),
-        where=where[0] if len(where) == 1 else tuple(where),
-        overrides=_overrides(override),
-        full=tuple(full),
-        dtype=dtype_called(dtype),
-        schedule=None if schedule is None else build(Schedule, *_named(schedule)),
-        **{name: ctx.params[name] for name in NUMBERS},
-    )
-    _fit(run, False, to)
+    columns = _columns(typed["task"], typed["column"])
+    made = declared.values(Run, typed | {"task_set": [*columns, *typed["task_set"]]})
+    _fit(Run(**made), False, to)
+
+
+def _signature() -> inspect.Signature:
+    """The options of `train`: the fields of a run, and what is no part of one."""
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *declared.parameters(Run, USUAL),
+        inspect.Parameter("column", only, default=[], annotation=COLUMN),
+        inspect.Parameter("resume", only, default=None, annotation=RESUME),
+        inspect.Parameter("to", only, default=None, annotation=shell.Json),
+    ])  # fmt: skip
+
+
+train.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def _given(ctx: typer.Context) -> dict[str, str]:
+    """{parameter: option} of those that were typed."""
+    names = {p.name: p.opts[0] for p in ctx.command.params if p.name is not None}
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return {n: names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _check_alone(ctx: typer.Context) -> None:
     """A resumed training is what it was: options that would change it are refused.  Raises ValueError."""
-    names = {p.name: p.opts[0] for p in ctx.command.params if p.name not in ("resume", "to")}
-    sources = {name: ctx.get_parameter_source(name) for name in names if name is not None}
-    given = [names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given = [option for name, option in _given(ctx).items() if name not in ("resume", "to")]
     if given:
         raise ValueError(f"--resume takes everything from the run.json that is there: leave out {', '.join(given)}")
 
 
 def _check_none(ctx: typer.Context) -> None:
     """Without a method nothing is adapted: options of what would be are refused.  Raises ValueError."""
-    options = {"options": "--set", "override": "--override", "where": "--where", "probe_batches": "--probe-batches"}
-    sources = {name: ctx.get_parameter_source(name) for name in options}
-    given = [options[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    idle = {f.name for f in declared.offered(Run) if f.metadata["layers"]} | {"method_set"}
+    given = sorted(option for name, option in _given(ctx).items() if name in idle)
     if given:
         raise ValueError(f"--method none adapts no layers, so these would do nothing: leave out {', '.join(given)}")
 
 
-def _task(name: str) -> type[Task]:
-    try:
-        return Task.named(name)
-    except LookupError:
-        known = sorted(shell.called(kind) for kind in Task.registry.values())
-        raise LookupError(f"no task is called {name!r}; there are: {', '.join(known)}") from None
-
-
-def _columns(task: type[Task], pairs: Many) -> Many:
-    unknown = [p for p in pairs if split_pair(p, "a column")[0] not in task.roles]
+def _columns(task: str, pairs: list[str]) -> list[str]:
+    kind = declared.member(Task, task.partition(",")[0])
+    unknown = [p for p in pairs if split_pair(p, "a column")[0] not in kind.roles]
     if unknown:
-        raise LookupError(f"{task.__name__} has no column {', '.join(unknown)}; it has: {', '.join(task.roles)}")
+        raise LookupError(f"{kind.__name__} has no column {', '.join(unknown)}; it has: {', '.join(kind.roles)}")
     return pairs
-
-
-def _named(text: str) -> tuple[str, list[str]]:
-    """(name, options) of NAME,OPTION=VALUE,..."""
-    name, *pairs = text.split(",")
-    return name, pairs
-
-
-def _overrides(texts: Sequence[str]) -> dict[str, Method]:
-    found: dict[str, Method] = {}
-    for text in texts:
-        pattern, spec = split_pair(text, "an override")
-        if pattern in found:
-            raise ValueError(f"--override {pattern} is given twice: a pattern has one method")
-        name, *pairs = spec.split(",")
-        found[pattern] = build(Method, name.strip(), pairs)
-    return found
 
 
 def _fit(run: Run, resume: bool, to: Path | None) -> None:

@@ -1,0 +1,247 @@
+"""What is trained on what, and how, as one value.
+
+A setting is one field.  From it follow the option of `undula train`, the key of a study file's [train] and
+[[methods]], the entry of run.json, the setting by which `undula compare` tells arms apart, and what is refused.
+`Settings` are what a study may give to all of its runs; a `Recipe` adds what differs between them; `train.run.Run` says
+where it is written.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..choice import as_json, from_json
+from ..given import Checked, hints, within
+from ..method import Method
+from ..optimisers import AdamW, Optimiser
+from ..ranges import Bits, Count, NotNegative, PartShare, Positive, Seed32
+from ..ranks import Allocator
+from ..schedules import Linear, Schedule
+from .task import Task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# What JSON holds whatever it is.  Fields that came later are there only where they are not at their default, so that
+# what was written without them, files and the keys of studies' runs, is what it was.
+FIRST = frozenset({
+    *("model", "data", "task", "method", "where", "overrides", "allocator", "full", "lr", "head_lr", "epochs"),
+    *("max_steps", "batch", "accumulate", "warmup", "weight_decay", "seed", "train_rows", "eval_rows", "save_every"),
+    *("dtype", "bits", "by_chance", "probe_batches"),
+})  # fmt: skip
+
+
+def facts(
+    help: str,
+    *,
+    flag: str | None = None,
+    options: str | None = None,
+    layers: bool = False,
+    figures: bool = True,
+    offered: bool = True,
+) -> dict[str, Any]:
+    """What is known of a field beside its name, type and default.
+
+    help: what the command line says of it; `{names}` are the members of its family.
+    flag: its option, where that is not called as it is; options: that of its own options, where it is a choice.
+    layers: of the layers that a method adapts, so without a method it does nothing.
+    figures: whether it can change what comes out; offered: whether people may set it.
+    """
+    return dict(locals())
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field with a default; see `facts`."""
+    return field(default=default, metadata=facts(help, **more))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(metaclass=Checked):
+    """How is trained: what a study may give to all of its runs, or to those of one arm."""
+
+    where: str | tuple[str, ...] = option("all-linear", "Layers: a name, its end, or a glob.", layers=True)
+    exclude: tuple[str, ...] = option((), "Layers to leave out of these, named likewise.", layers=True)
+    overrides: Mapping[str, Method] = field(
+        default_factory=dict,
+        metadata=facts("Other methods by pattern: PATTERN=METHOD,NAME=VALUE,...", flag="--override", layers=True),
+    )
+    full: tuple[str, ...] = option((), "Parameters to train in full besides the head.")
+    head_lr: Positive | None = option(None, "Of the task's head, where other parameters train too. (default: --lr)")
+    epochs: Positive = option(3.0, "Times through the rows.")
+    max_steps: Count | None = option(None, "Optimiser steps, instead of epochs.")
+    batch: Count = option(16, "Rows in a batch, on a device.")
+    accumulate: Count = option(1, "Batches in a step: as one of all their rows, a short last one by its rows.")
+    optimiser: Optimiser = option(AdamW(), "What takes the steps: {names}.")
+    schedule: Schedule | None = option(
+        None, "Of the rate, after a linear warm-up: {names}. (default: the allocator's, else linear)"
+    )
+    warmup: PartShare = option(0.05, "Share of the steps.")
+    weight_decay: NotNegative = option(0.0, "Of all that trains but biases and norms: all factors too.")
+    max_grad_norm: NotNegative = option(1.0, "Clip gradients to this norm; 0: never.")
+    probe_batches: Count | None = option(None, "For a method that starts from data. (default: 8)", layers=True)
+
+    @staticmethod
+    def as_meant(name: str, value: Any) -> Any:
+        """What people write for a field, in its type: a list for a tuple, one name for a tuple of one, None for no
+        clipping; see `given.Checked`."""
+        if name in ("full", "exclude"):
+            return (value,) if isinstance(value, str) else tuple(value)
+        if name == "where":
+            return tuple(value) if isinstance(value, list) else value
+        if name == "max_grad_norm":
+            return 0.0 if value is None else value
+        if name == "overrides" and isinstance(value, Mapping):
+            return dict(value)
+        return int(value) if isinstance(value, float) and name == "max_steps" and value == value // 1 else value
+
+
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """What is trained on what, and how.
+
+    model: a folder, a name on the model hub, or `bundled:NAME`; data: a JSONL, CSV, TSV or Parquet file, a folder of
+    such files named after splits, of images in SPLIT/CLASS/, or saved by `datasets`, a name on the hub (`NAME:CONFIG`),
+    or `bundled:NAME`.
+    method None trains the task's head alone.
+    """
+
+    model: str = field(metadata=facts("A folder, a hub name, or bundled:NAME."))
+    data: str = field(metadata=facts("A file, a folder, a hub name, or bundled:NAME."))
+    task: Task = field(metadata=facts("{names}."))
+    method: Method | None = field(metadata=facts("See `undula methods`; none: the head alone.", options="--set"))
+    _: KW_ONLY
+    allocator: Allocator | None = option(
+        None, "Who gets how much rank, when: see `undula methods`.", options="--allocate"
+    )
+    lr: Positive = option(1e-3, "Learning rate, at the top of the schedule.")
+    seed: Seed32 = option(0, "Of the factors, a new head, the order of rows, dropout, the split.")
+    train_rows: Count | None = option(None, "So many training rows, sampled. (default: all)")
+    eval_rows: Count | None = option(1000, "Rows for the metric, sampled.", figures=False)
+    save_every: Count | None = option(None, "Steps between checkpoints. (default: a tenth)", figures=False)
+    dtype: torch.dtype = option(torch.float32, "Type of the frozen model; what trains is float32.")
+    bits: Bits | None = option(None, "4 or 8: quantise the frozen model (bitsandbytes).")
+    skip_faulty: PartShare | None = option(None, "Leave out rows with faults: this share of a file at most, as in 0.1.")
+    by_chance: bool | None = option(  # how a validation part is made, see `with_validation`: True for runs of version 1
+        None, "", offered=False
+    )
+
+    def __post_init__(self) -> None:
+        for _, why in refusals(self.allocator, self.method, self.overrides, self.optimiser):
+            raise ValueError(why)
+
+    @staticmethod
+    def as_meant(name: str, value: Any) -> Any:
+        """See `Settings.as_meant`.  Raises TypeError for what is no value of a field."""
+        kinds = {"task": (Task, "Classification()"), "method": (Method, "LoRA(r=8)")}
+        if name in kinds and not isinstance(value, kinds[name][0]) and (value is not None or name == "task"):
+            kind, such = kinds[name]
+            raise TypeError(f"{name} is a {kind.__name__} such as {such}, found {value!r:.80}")
+        if name in ("model", "data"):
+            return os.fspath(checked_path(name, value))
+        if name == "skip_faulty":  # no row is no share
+            return None if type(value) in (int, float) and value == 0 else value
+        if name == "dtype":
+            return dtype_called(value) if isinstance(value, str) else value
+        return Settings.as_meant(name, value)
+
+    def rates(self) -> Schedule:
+        """The schedule of the learning rate that applies."""
+        return self.schedule or self._brought() or Linear()
+
+    def _brought(self) -> Schedule | None:
+        return None if self.allocator is None else self.allocator.schedule()
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON values; paths that exist here are made absolute, and the schedule is the one that applies."""
+        said = {f.name: getattr(self, f.name) for f in told(Recipe)}
+        for name in ("model", "data"):
+            said[name] = str(Path(said[name]).resolve()) if Path(said[name]).exists() else said[name]
+        plain = self.rates() == Linear() and self._brought() is None
+        said["schedule"] = None if plain else self.rates()
+        kept = {f.name for f in told(Recipe) if f.name in FIRST or said[f.name] != default_of(f)}
+        return {name: _json(value) for name, value in said.items() if name in kept}
+
+
+def refusals(
+    allocator: Allocator | None, method: Method | None, overrides: Mapping[str, Method], optimiser: Optimiser
+) -> Iterator[tuple[str, str]]:
+    """(field, why) of what an allocator does not go with."""
+    if allocator is None:
+        return
+    for name, each in (("allocator", method), *(("overrides", m) for m in overrides.values())):
+        if each is None or not allocator.serves(each):
+            yield name, allocator.refusal(each)
+    if not optimiser.entrywise:
+        yield (
+            "optimiser",
+            f"{allocator!r} lets single entries of a factor begin again, and {optimiser!r} remembers sums of its rows "
+            "and columns, which have no entries: take another optimiser, such as AdamW()",
+        )
+
+
+def told(kind: type[Settings]) -> list[Field[Any]]:
+    """The fields in the order in which they are told: what has to be said first."""
+    return sorted(fields(kind), key=lambda f: f.kw_only is True)
+
+
+def default_of(f: Field[Any]) -> Any:
+    """The default of a field; MISSING where it has none."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def recipe_of(data: Mapping[str, Any]) -> Recipe:
+    """The inverse of `Recipe.encode`.  Raises LookupError or ValueError for what does not belong there."""
+    known = [f.name for f in told(Recipe)]
+    unknown = sorted(set(data) - set(known))
+    missing = sorted(f.name for f in told(Recipe) if default_of(f) is MISSING and f.name not in data)
+    if unknown or missing:
+        what = f"has no {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+        raise LookupError(f"a run {what}; its fields are: {', '.join(known)}")
+    values = {name: decoded(Recipe, name, value, name) for name, value in data.items()}
+    found = values.get("allocator")
+    if "schedule" not in data and found is not None and found.schedule() is not None:
+        values["schedule"] = Linear()  # such a run goes on as it was: it said its schedule where that was another
+    return Recipe(**values)
+
+
+def decoded(kind: type[Settings], name: str, value: Any, where: str) -> Any:
+    """The value of a field that is written as JSON or TOML values; numbers stay as they are, and are checked where the
+    recipe is made.  Raises LookupError or ValueError that names `where`."""
+    hint = bare(hints(kind)[name])
+    return value if hint in (int, float, torch.dtype) else from_json(value, hints(kind)[name], where)
+
+
+def bare(hint: Any) -> Any:
+    """A type without its range and without None."""
+    hint, _ = within(hint)
+    kinds = [k for k in typing.get_args(hint) if k is not type(None)] if is_union(hint) else [hint]
+    return within(kinds[0])[0] if len(kinds) == 1 else hint
+
+
+def is_union(hint: Any) -> bool:
+    """Whether it is one of several types."""
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _json(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else as_json(value)
+
+
+def checked_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """`value`, where it is a text or a path.  Raises TypeError."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is a text or a path, found {value!r:.80}")
+    return value
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The floating type of that name.  Raises LookupError that lists the known ones."""
+    if name not in DTYPES:
+        raise LookupError(f"no dtype is called {name!r}; there are: {', '.join(DTYPES)}")
+    return DTYPES[name]
