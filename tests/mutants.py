@@ -167,6 +167,7 @@ MUTANTS = [
     ("study/spec.py", "found[\"schedule\"] = None", "pass", RECIPE + "::test_relora_keeps_its_own_schedule_where_a_study_has_one_for_all"),
     ("study/sources.py", "choose(model, where, exclude)", "choose(model, where)", RECIPE + "::test_a_budget_counts_the_layers_that_an_arm_adapts"),
     ("train/fit.py", "exclude=run.exclude, overrides", "overrides", RECIPE + "::test_excluded_layers_stay_as_they_are"),
+    ("train/trainer.py", "run.lr * run.b_ratio", "run.lr", RECIPE + "::test_loraplus_is_a_setting"),
     ("optimisers.py", "\"scale_parameter\": False", "\"scale_parameter\": True", RECIPE + "::test_adafactors_step_is_the_papers"),
     ("train/trainer.py", "{\"lr\": run.lr, **constants}", "{\"lr\": run.lr}", RECIPE + "::test_every_optimiser_trains_and_resumes_to_the_bit"),
     ("methods/gated.py", "self.r if self.open is None else self.open, self.alpha", "self.r, self.alpha", GATED),

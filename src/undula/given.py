@@ -11,6 +11,7 @@ import math
 import operator
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -28,6 +29,12 @@ HINTS = {
     "lora_alpha": "it is called alpha",
     "use_rslora": "scaling=RankStabilised()",
     "use_dora": "DoRA is a method around a method: DoRA(LoRA(...))",
+    "optimizer": "it is called optimiser",
+    "learning_rate": "it is called lr",
+    "lr_scheduler_type": "it is called schedule: Linear(), Cosine() ... of undula.schedules",
+    "gradient_accumulation_steps": "it is called accumulate",
+    "num_train_epochs": "it is called epochs",
+    "warmup_ratio": "it is called warmup",
     "target_modules": "layers are chosen when it is attached: attach(model, method, where=[...])",
 }
 
@@ -39,17 +46,21 @@ class Checked(abc.ABCMeta):
     def __call__(cls, *args: Any, **options: Any) -> Any:
         if not dataclasses.is_dataclass(cls):
             return super().__call__(*args, **options)
-        names = [f.name for f in sorted(dataclasses.fields(cls), key=lambda f: f.kw_only is True) if f.init]
+        fields = [f for f in dataclasses.fields(cls) if f.init]
+        first = [f.name for f in fields if not f.kw_only]
+        names = [*first, *(f.name for f in fields if f.kw_only)]
         also = getattr(cls, "also", {})  # other names of fields
-        options = {also.get(name, name): found for name, found in options.items()}
-        unknown = [name for name in options if name not in names]
-        if unknown or len(args) > len(names):
-            what = no_option(cls.__name__, unknown, names) if unknown else f"{cls.__name__} has {len(names)} options"
-            raise TypeError(what)
-        twice = set(names[: len(args)]) & set(options)
-        if twice:
-            raise TypeError(f"{cls.__name__}: {', '.join(sorted(twice))} is given twice")
-        given = {**dict(zip(names, args, strict=False)), **options}
+        unknown = [name for name in options if also.get(name, name) not in names]
+        if unknown:
+            raise TypeError(no_option(cls.__name__, unknown, names))
+        if len(args) > len(first):
+            most = f"{len(first)} options without their names" if len(first) < len(names) else f"{len(names)} options"
+            raise TypeError(f"{cls.__name__} has {most}, found {len(args)}")
+        pairs = [*zip(first, args, strict=False), *((also.get(name, name), found) for name, found in options.items())]
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            twice = sorted(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+            raise TypeError(f"{cls.__name__}: {', '.join(twice)} is given twice")
         if as_meant := getattr(cls, "as_meant", None):  # what people write for a field and means a value of it
             given = {name: as_meant(name, found) for name, found in given.items()}
         return super().__call__(**{name: checked(cls, name, found) for name, found in given.items()})

@@ -21,17 +21,23 @@ def loraplus_groups(
 
     Raises ValueError where nothing that trains is a factor B.
     """
+    fast = factors_B(model)
+    slow = [p for n, p in model.named_parameters() if p.requires_grad and n not in fast]
+    rates = ((slow, lr), (list(fast.values()), lr * ratio))
+    return [{"params": found, "lr": rate, "weight_decay": weight_decay} for found, rate in rates]
+
+
+def factors_B(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The factors B that train, by their names.  Raises ValueError where there is none."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    fast = [n for n in trained if _is_B(n)]
+    fast = {n: p for n, p in trained.items() if _is_B(n)}
     if not fast:
         some = ", ".join(list(trained)[:3]) or "none"
         raise ValueError(
             f"LoRA+ gives the factor B its own rate; nothing that trains in this model is one (trained: {some}). "
             "LoRA, LoRAN, AuroRA and their like have it"
         )
-    slow = [n for n in trained if n not in fast]
-    rates = ((slow, lr), (fast, lr * ratio))
-    return [{"params": [trained[n] for n in names], "lr": rate, "weight_decay": weight_decay} for names, rate in rates]
+    return fast
 
 
 def _is_B(name: str) -> bool:

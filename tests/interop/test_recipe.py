@@ -87,6 +87,7 @@ except ValueError as error:
     fault = str(error)
 print(json.dumps({
     "help": [line for line in helped.splitlines() if "--colour" in line],
+    "arms": [cell.arm.name for cell in Plan(parse(study, check=False)).cells],
     "study": [cell.trial(1e-3, 1, False).run.colour for cell in Plan(parse(study, check=False)).cells],
     "fault": fault,
     "written": json.loads((room / "9" / "run.json").read_text())["run"].get("colour"),
@@ -113,6 +114,7 @@ def test_a_field_that_is_added_in_one_place_is_everywhere(tmp_path):
     assert "Of the adapter." in line
     assert "default: 7" in line
     assert found["study"] == [3, 5]
+    assert found["arms"] == ["LoRA", "AuroRA colour=5"]
     assert "line 3: colour is at least 1, found 0" in found["fault"]
     assert (found["written"], found["read"]) == (9, 9)
     assert found["key"][0] != found["key"][1]
@@ -321,6 +323,32 @@ def test_constants_that_do_nothing_are_refused():
         SGD(momentum=0.0, nesterov=True)
 
 
+def test_loraplus_is_a_setting(usual, tmp_path):
+    """The factors B at so many times the rate, the head at its own, all else at the run's; a method without B says so
+    before anything is measured."""
+    seen, run = Seen(), dataclasses.replace(usual, b_ratio=4.0, head_lr=1e-2, schedule=Constant(), warmup=0.0)
+    undula.train(dataclasses.replace(run, out=tmp_path / "plus"), callbacks=(seen,))
+    assert all(set(rates) == {usual.lr, 4 * usual.lr, 1e-2} for rates in seen.rates)
+    fast = [p for g in seen.optimizer.param_groups if g["lr"] == 4 * usual.lr for p in g["params"]]
+    assert {tuple(p.shape) for p in fast} == {(32, 2)}  # B of every query and value, and nothing else
+    assert len(fast) == 4
+    with pytest.raises(ValueError, match=r"LoRA\+ .* nothing that trains in this model is one"):
+        undula.train(dataclasses.replace(run, method=undula.SHiRA(r=1), out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_settings_have_one_name_each():
+    """`steps` is what a study file says for max_steps; what other libraries call a setting is told its name here."""
+    assert Training(steps=3) == Training(max_steps=3)
+    with pytest.raises(TypeError, match="max_steps is given twice"):
+        Training(steps=3, max_steps=3)
+    for name, told in (("optimizer", "optimiser"), ("learning_rate", "lr"), ("num_train_epochs", "epochs")):
+        with pytest.raises(TypeError, match=rf"Run has no option {name}; it has: model, data, .* called {told}"):
+            Run("m", "d", Classification(), undula.LoRA(), "o", **{name: 1})
+    with pytest.raises(TypeError, match="Run has 5 options without their names, found 6"):
+        Run("m", "d", Classification(), undula.LoRA(), "o", "query")
+
+
 # The layers
 
 
@@ -384,7 +412,7 @@ SAID = {
     "steps = 3": {"max_steps": 3},
 }
 ROOM = '[[models]]\nsource = "m"\n[[data]]\nsource = "d"\ntask = "classification"\n'
-TWO = '[[methods]]\nmethod = "lora"\n{own}\n[[methods]]\nmethod = "lora"\nname = "other"\n'
+TWO = '[[methods]]\nmethod = "lora"\nname = "LoRA"\n{own}\n[[methods]]\nmethod = "lora"\nname = "other"\n'
 
 
 @pytest.mark.parametrize("line", SAID)
@@ -413,6 +441,16 @@ def test_relora_keeps_its_own_schedule_where_a_study_has_one_for_all():
     text = f'[train]\nschedule = "cosine"\n{ROOM}{TWO.format(own="")}{arm}{own}'
     found = {name: t.run.rates() for (name, _), t in trials(text).items()}
     assert found == {"LoRA": Cosine(), "other": Cosine(), "LoRA + ReLoRA": Jagged(2), "own": Constant()}
+
+
+def test_an_arm_is_called_by_what_is_its_own():
+    """Two arms that differ by nothing but a setting are told apart in every table."""
+    text = (
+        ROOM
+        + '[[methods]]\nmethod = "lora"\n[[methods]]\nmethod = "lora"\noptimiser = { is = "sgd", momentum = 0.5 }\n'
+    )
+    text += 'steps = 9\nexclude = ["q"]\n'
+    assert [arm for arm, _ in trials(text)] == ["LoRA", 'LoRA optimiser=SGD(momentum=0.5) steps=9 exclude=["q"]']
 
 
 def fault(text, line):

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
-from ..choice import Choice, plain
+from ..choice import plain
 from ..io import files
-from ..method import Method
 from ..train.data import load_data, sample
 from ..train.faults import Faults
 from ..train.heads import Classes
@@ -23,6 +22,7 @@ from ..train.restored import Restored, restored
 from ..train.run import REPORT, Run
 from ..train.task import Examples
 from . import statistics as S
+from .brief import brief
 from .outcome import FINAL, Outcome
 from .summary import summarise
 from .table import Summary
@@ -154,18 +154,6 @@ def _arm(path: Path, run: Run, varied: Sequence[str], trained: bool) -> str:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def brief(choice: Choice) -> str:
-    """A choice without the options that have their default: `DoRA(LoRAN(r=8))`; a rank is always told."""
-    parts = []
-    for field in dataclasses.fields(choice):  # type: ignore[arg-type]
-        value = getattr(choice, field.name)
-        if isinstance(value, Method):
-            parts.append(brief(value))
-        elif field.name == "r" or value != field.default:
-            parts.append(f"{field.name}={brief(value) if isinstance(value, Choice) else value}")
-    return f"{choice.public().__name__}({', '.join(parts)})"
 
 
 def _comparable(entries: Sequence[Entry], split: str | None) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import json
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import given
-from ..choice import Choice
+from ..choice import Choice, as_json
 from ..given import hints
 from ..method import Method
 from ..options import build_from
@@ -32,6 +33,7 @@ from ..ranks import Allocator
 from ..train.recipe import Settings, bare, decoded, dtype_called, is_union
 from ..train.task import Task
 from . import splits
+from .brief import brief
 from .lines import DEEP, depth
 from .lines import Path as Place
 from .plan import impossible
@@ -39,12 +41,12 @@ from .reader import NUMBER, Faults, Reader
 from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training, faults
 
 SETTINGS = {f.name: f for f in fields(Settings)}
+KEYS = {name: key for key, name in Training.also.items()}  # of settings that a study file calls otherwise
 
 
 def kinds(kind: type[Settings]) -> dict[str, Any]:
     """{key of a study file: the types of TOML that it may have} for every setting."""
-    called = {name: key for key, name in Training.also.items()}
-    return {called.get(name, name): _kind(bare(hints(kind)[name])) for name in SETTINGS}
+    return {KEYS.get(name, name): _kind(bare(hints(kind)[name])) for name in SETTINGS}
 
 
 def _kind(hint: Any) -> Any:
@@ -180,7 +182,13 @@ def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
     if method is None or (allocator is None and "allocator" in t):
         return None
     called = " + ".join(type(part).public().__name__ for part in (method, allocator) if part is not None)
+    called = " ".join([called, *(f"{KEYS.get(name, name)}={_shown(value)}" for name, value in own.items())])
     return Arm(t.get("name", called), method, False, rates, allocator, own)
+
+
+def _shown(value: Any) -> str:
+    """A setting in the name of an arm."""
+    return brief(value) if isinstance(value, Choice) else json.dumps(as_json(value))
 
 
 def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None) -> Allocator | None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from ..extras import told
+from ..groups import factors_B
 from ..host import attach
 from ..io.files import TENSORS
 from ..making import chosen_parameters, fresh
@@ -198,6 +199,8 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
         adapter = attach(
             model, run.method, run.where, exclude=run.exclude, overrides=run.overrides, full=full, probe=Probe(batches)
         )
+    if run.b_ratio is not None:
+        factors_B(model)  # there are some: said before anything is measured
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
     return Prepared(run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked)))
 

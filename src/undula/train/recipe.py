@@ -73,6 +73,7 @@ class Settings(metaclass=Checked):
     )
     full: tuple[str, ...] = option((), "Parameters to train in full besides the head.")
     head_lr: Positive | None = option(None, "Of the task's head, where other parameters train too. (default: --lr)")
+    b_ratio: Positive | None = option(None, "LoRA+: the factors B learn so many times as fast.", layers=True)
     epochs: Positive = option(3.0, "Times through the rows.")
     max_steps: Count | None = option(None, "Optimiser steps, instead of epochs.")
     batch: Count = option(16, "Rows in a batch, on a device.")

@@ -21,6 +21,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..adapter import Adapter
+from ..groups import factors_B
 from ..host import attach, detach, selected
 from ..integrations.allocating import STATE, Allocating
 from ..io import files
@@ -37,8 +38,7 @@ class AdapterTrainer(Trainer):
 
     model: Any
     allocated = False  # whether an allocator may have changed the methods that a checkpoint holds
-    head: tuple[torch.nn.Parameter, ...] = ()
-    head_lr: float | None = None
+    own_rates: tuple[tuple[list[torch.nn.Parameter], float], ...] = ()  # of those that have one of their own
     rates: Schedule = Linear()
     rows = batches = 1  # of the update under way
 
@@ -56,8 +56,8 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args)
-        if self.head_lr is not None:
-            give_rate(made, self.head, self.head_lr)
+        for parameters, lr in self.own_rates:
+            give_rate(made, parameters, lr)
         return made
 
     def compute_loss(
@@ -88,9 +88,9 @@ def _rows(batch: Any) -> int:
     return len(batch["labels"]) if "labels" in batch else 1
 
 
-def give_rate(optimizer: torch.optim.Optimizer, head: tuple[torch.nn.Parameter, ...], lr: float) -> None:
-    """Moves the parameters `head` into groups of their own that have the learning rate `lr`."""
-    own = {id(p) for p in head}
+def give_rate(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], lr: float) -> None:
+    """Moves these parameters into groups of their own that have the learning rate `lr`."""
+    own = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in own]
         group["params"] = [p for p in group["params"] if id(p) not in own]
@@ -243,11 +243,17 @@ def trainer(
         made.model_accepts_loss_kwargs = False  # items and ignores it, and the Trainer then would not divide by batches
     made.rates = run.rates()
     made.allocated = run.allocator is not None
-    if run.method is not None or run.full:
-        names = set(run.task.head(model))
-        made.head = tuple(p for name, p in model.named_parameters() if name in names)
-        made.head_lr = run.head_lr
+    made.own_rates = tuple(own_rates(run, model))
     return made
+
+
+def own_rates(run: Run, model: Any) -> Iterator[tuple[list[torch.nn.Parameter], float]]:
+    """(parameters, learning rate) of what does not train at the run's: the head, and by LoRA+ the factors B."""
+    if run.head_lr is not None and (run.method is not None or run.full):
+        names = set(run.task.head(model))
+        yield [p for name, p in model.named_parameters() if name in names], run.head_lr
+    if run.b_ratio is not None:
+        yield list(factors_B(model).values()), run.lr * run.b_ratio
 
 
 def last_checkpoint(out: Path, allocated: bool = False) -> Path | None:
