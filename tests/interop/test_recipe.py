@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -349,6 +350,40 @@ def test_settings_have_one_name_each():
         Run("m", "d", Classification(), undula.LoRA(), "o", "query")
 
 
+WRONG = (
+    ({"where": re.compile("q")}, "where of a run is text"),
+    ({"where": ["query", 3]}, "where of a run is text.* found 3"),
+    ({"exclude": 3}, "exclude of a run is text"),
+    ({"full": [None]}, "full of a run is text"),
+    ({"overrides": {"q": "lora"}}, "overrides are methods by pattern"),
+    ({"overrides": undula.LoRA()}, "overrides are methods by pattern"),
+    ({"optimiser": torch.optim.SGD}, r"Run\.optimiser is a Optimiser"),
+    ({"optimiser": None}, r"Run\.optimiser is a Optimiser"),
+    ({"schedule": "cosine"}, r"Run\.schedule is a Schedule"),
+)
+
+
+@pytest.mark.parametrize(("changes", "told"), WRONG, ids=repr)
+def test_what_no_file_could_hold_is_refused_when_a_run_is_made(changes, told, usual):
+    with pytest.raises((TypeError, ValueError), match=told):
+        dataclasses.replace(usual, **changes)
+
+
+def test_what_does_nothing_is_said(usual):
+    """Settings of layers where none is adapted; another schedule than the allocator's; a recipe without a place."""
+    idle = {"exclude": "query", "overrides": {"*": undula.LoRA(r=1)}, "b_ratio": 2.0}
+    notes = "\n".join(prepare(dataclasses.replace(usual, method=None, **idle)).notes)
+    for name in ("where", *idle):
+        assert f"{name}=" in notes
+        assert notes.count("does nothing: without a method no layer is adapted") == 4
+    other = dataclasses.replace(usual, allocator=ranks.ReLoRA(cycles=2), schedule=Constant())
+    assert "brings the schedule Jagged(cycles=2" in "\n".join(prepare(other).notes)
+    recipe = Recipe(**{f.name: getattr(usual, f.name) for f in dataclasses.fields(Recipe)})
+    assert Run.of(recipe, usual.out) == usual
+    with pytest.raises(TypeError, match=r"Run\.of\(recipe, out\)"):
+        undula.train(recipe)
+
+
 # The layers
 
 
@@ -443,6 +478,14 @@ def test_relora_keeps_its_own_schedule_where_a_study_has_one_for_all():
     assert found == {"LoRA": Cosine(), "other": Cosine(), "LoRA + ReLoRA": Jagged(2), "own": Constant()}
 
 
+def test_an_arm_may_have_nothing_of_what_the_others_have():
+    own = "full = []\nexclude = []\noverrides = {}"
+    text = f'[train]\nfull = ["norm"]\nexclude = ["q"]\noverrides = {{ v = "aurora" }}\n{ROOM}{TWO.format(own=own)}'
+    found = {arm: t.run for (arm, _), t in trials(text).items()}
+    assert (found["LoRA"].full, found["LoRA"].exclude, found["LoRA"].overrides) == ((), (), {})
+    assert (found["other"].full, found["other"].exclude) == (("norm",), ("q",))
+
+
 def test_an_arm_is_called_by_what_is_its_own():
     """Two arms that differ by nothing but a setting are told apart in every table."""
     text = (
@@ -471,12 +514,13 @@ def fault(text, line):
         ('overrides = { "*.q" = "lorra" }', "no method is called 'lorra'"),
         ("probe_batches = 0", "probe_batches is at least 1, found 0"),
         ("optimizer = 3", "did you mean optimiser?"),
+        ("steps = 3\nepochs = 2", "steps = 3 decides how long a run is"),
     ],
 )
 @pytest.mark.parametrize("place", ["train", "methods"])
 def test_faults_of_settings_stand_at_their_line(line, told, place):
     text = ROOM + TWO.format(own=line) if place == "methods" else f"[train]\n{line}\n{ROOM}{TWO.format(own='')}"
-    assert told in fault(text, line)
+    assert told in fault(text, line.splitlines()[-1])
 
 
 def test_settings_that_an_arm_or_a_budget_cannot_have():
@@ -490,6 +534,8 @@ def test_settings_that_an_arm_or_a_budget_cannot_have():
     assert "what trains in full" in fault(counted, "full")
     head = f'{ROOM}[[methods]]\nmethod = "none"\nexclude = ["q"]\n{TWO.format(own="")}'
     assert "would do nothing" in fault(head, "exclude")
+    long = f"[train]\nsteps = 9\n{ROOM}{TWO.format(own='epochs = 2')}"
+    assert "LoRA: steps = 9 decides" in fault(long, "epochs")
     with pytest.raises(ValueError, match="an arm has no setting colour; there are: where, exclude"):
         Arm("a", undula.LoRA(), own={"colour": 3})
     with pytest.raises(ValueError, match=r"Training\.batch is at least 1"):

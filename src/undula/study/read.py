@@ -258,6 +258,8 @@ def _sweep(reader: Reader, data: dict[str, Any]) -> Sweep:
 def _train(reader: Reader, data: dict[str, Any]) -> Training:
     t = reader.table(("train",), data, TABLES["train"])
     rest = {"evaluations": t.pop("evaluations")} if "evaluations" in t else {}
+    if "steps" in t and "epochs" in t:
+        reader.fault(("train", "epochs"), f"steps = {t['steps']} decides how long a run is, not epochs")
     return Training(**_settings(reader, ("train",), t), **reader.within(("train",), Training, rest))
 
 
@@ -277,7 +279,8 @@ def _settings(reader: Reader, place: Place, t: dict[str, Any]) -> dict[str, Any]
 def _setting(key: str, name: str, found: Any) -> Any:
     """Raises ValueError or LookupError that names the key."""
     hint = hints(Training)[name]
-    if isinstance(found, list) and not (found and all(isinstance(each, str) for each in found)):
+    none = name == "where" and not found  # anything else may be a list of none: an arm has it back as it was
+    if isinstance(found, list) and (none or not all(isinstance(each, str) for each in found)):
         raise ValueError(f"{key} is a list of names and globs, found {found!r:.60}")
     return given.value(Training.as_meant(name, decoded(Training, name, found, key)), hint, key)
 

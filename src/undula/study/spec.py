@@ -193,6 +193,8 @@ def _unfit(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
             yield ("methods", i, name) if name == "allocator" else place(name), f"{arm.name}: {why}"
         sized = any(b.label != Budget().label for b in study.budgets)
         counted = any(b.parameters is not None or b.parameters_of is not None for b in study.budgets)
+        if "epochs" in arm.own and how["max_steps"] is not None:
+            yield place("epochs"), f"{arm.name}: steps = {how['max_steps']} decides how long a run is, not epochs"
         if how["overrides"] and sized:
             yield place("overrides"), f"{arm.name}: a budget would size the arm's method, and overrides stay as written"
         if how["full"] and counted and not arm.full:

@@ -9,7 +9,7 @@ import random
 import shlex
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from .base import called_elsewhere, lacking, model_folder, open_model
 from .doubts import doubts, finite
 from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
+from .recipe import Recipe, Settings, default_of
 from .rows import LOG, rows_of
 from .run import CHECKPOINTS, REPORT, RUN, Run, read_run, write_json
 from .task import Examples, Processor
@@ -71,6 +72,9 @@ def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback
     have changed, LookupError, ValueError or FileNotFoundError for bad input.
     """
     begun = time.perf_counter()
+    if not isinstance(run, Run):
+        what = "a recipe that says no place: Run.of(recipe, out)" if isinstance(run, Recipe) else f"{run!r:.80}"
+        raise TypeError(f"train takes a Run(model=..., data=..., task=..., method=..., out=...); found {what}")
     claim(run, resume)
     with PeakMemory() as memory:
         ready = prepare(run)
@@ -199,7 +203,7 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
         adapter = attach(
             model, run.method, run.where, exclude=run.exclude, overrides=run.overrides, full=full, probe=Probe(batches)
         )
-    if run.b_ratio is not None:
+    if run.b_ratio is not None and run.method is not None:
         factors_B(model)  # there are some: said before anything is measured
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
     return Prepared(run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked)))
@@ -213,6 +217,10 @@ def _idle(run: Run, model: PreTrainedModel, looked: bool) -> Iterator[str]:
         yield f"head_lr={run.head_lr:g} does nothing: this task has no head of its own; all that trains does so at lr"
     elif run.head_lr is not None and run.method is None and not run.full:
         yield f"head_lr={run.head_lr:g} does nothing: the head alone trains, and it does so at lr={run.lr:g}"
+    if run.method is None:
+        for f in fields(Settings):
+            if f.metadata["layers"] and f.name != "probe_batches" and getattr(run, f.name) != default_of(f):
+                yield f"{f.name}={getattr(run, f.name)!r} does nothing: without a method no layer is adapted"
     brought = None if run.allocator is None else run.allocator.schedule()
     if brought is not None and run.schedule is not None and run.schedule != brought:
         yield f"{run.allocator!r} brings the schedule {brought!r}; it trains by {run.schedule!r}, as this run says"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,33 @@ class Settings(metaclass=Checked):
     def as_meant(name: str, value: Any) -> Any:
         """What people write for a field, in its type: a list for a tuple, one name for a tuple of one, None for no
         clipping; see `given.Checked`."""
-        if name in ("full", "exclude"):
-            return (value,) if isinstance(value, str) else tuple(value)
-        if name == "where":
-            return tuple(value) if isinstance(value, list) else value
+        if name in ("full", "exclude", "where"):
+            return _names(name, value)
         if name == "max_grad_norm":
             return 0.0 if value is None else value
-        if name == "overrides" and isinstance(value, Mapping):
-            return dict(value)
+        if name == "overrides":
+            return _by_pattern(value)
         return int(value) if isinstance(value, float) and name == "max_steps" and value == value // 1 else value
+
+
+def _names(name: str, value: Any) -> str | tuple[str, ...]:
+    """One name or several; of `where` one stays one, being a rule too ("all-linear").  Raises TypeError."""
+    found = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if wrong := [each for each in found if not isinstance(each, str)]:
+        raise TypeError(
+            f"{name} of a run is text, which its file can hold: a name, its end, a glob, or a list of these; found "
+            f"{wrong[0]!r:.80}"
+        )
+    return value if name == "where" and isinstance(value, str) else found
+
+
+def _by_pattern(value: Any) -> dict[str, Method]:
+    """Raises TypeError for what is not {pattern: method}."""
+    found: dict[Any, Any] = dict(value) if isinstance(value, Mapping) else {None: value}
+    for pattern, method in found.items():
+        if not (isinstance(pattern, str) and isinstance(method, Method)):
+            raise TypeError(f'overrides are methods by pattern, such as {{"*.q_proj": LoRA(r=2)}}; found {value!r:.80}')
+    return found
 
 
 @dataclass(frozen=True)

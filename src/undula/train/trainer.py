@@ -252,7 +252,7 @@ def own_rates(run: Run, model: Any) -> Iterator[tuple[list[torch.nn.Parameter], 
     if run.head_lr is not None and (run.method is not None or run.full):
         names = set(run.task.head(model))
         yield [p for name, p in model.named_parameters() if name in names], run.head_lr
-    if run.b_ratio is not None:
+    if run.b_ratio is not None and run.method is not None:
         yield list(factors_B(model).values()), run.lr * run.b_ratio
 
 
