@@ -47,7 +47,15 @@ def usual(tmp_path_factory):
 # One place
 
 
-ONCE = '    colour: Count = option(7, "Of the adapter.")\n'
+ONCE = """
+    colour: Count = option(7, "Of the adapter.")
+    share: PartShare | None = option(None, "Of it.")
+    dark: bool = option(False, "Whether.")
+    names: tuple[str, ...] = option((), "Several.")
+    title: str | None = option(None, "One.")
+    second: Schedule = option(Linear(), "One of {names}.")
+    by_name: Mapping[str, Method] = field(default_factory=dict, metadata=facts("Several methods."))
+"""
 CHILD = """
 import json, sys
 from pathlib import Path
@@ -56,14 +64,33 @@ from typer.testing import CliRunner
 import undula
 from undula.cli import app
 from undula.study import parse
-from undula.study.compare import SETTINGS, _entries
+from undula.study.compare import _entries
 from undula.study.plan import Plan
 from undula.train import Run
+from undula.verbs import training
 
-helped = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+room, new = Path(sys.argv[1]), ("colour", "share", "dark", "names", "title", "second", "by_name")
+def new_of(run):
+    return {name: repr(getattr(run, name)) for name in new}
+
+def called(*words):
+    return CliRunner().invoke(app, ["train", *words], env={"COLUMNS": "200", "TERM": "dumb"})
+
+typed = []
+training._fit = lambda run, resume, to: typed.append(run)
+done = called("--model", "base", "--data", "rows", "--task", "classification", "--out", str(room / "9"),
+              "--colour", "9", "--share", "0.5", "--dark", "--names", "a", "--names", "b", "--title", "t",
+              "--second", "jagged,cycles=3", "--by-name", "q=lora,r=2")
+assert typed, done.output
 study = '''
 [train]
-colour = 3
+colour = 9
+share = 0.5
+dark = true
+names = ["a", "b"]
+title = "t"
+second = { is = "jagged", cycles = 3 }
+by_name = { q = { is = "lora", r = 2 } }
 [[models]]
 source = "base"
 [[data]]
@@ -74,26 +101,26 @@ method = "lora"
 [[methods]]
 method = "aurora"
 colour = 5
+dark = false
 '''
-room = Path(sys.argv[1])
-for number in (7, 9):
-    run = Run(model="base", data="rows", task=undula.train.Classification(), method=undula.LoRA(),
-              out=room / str(number), colour=number)
+plan = Plan(parse(study, check=False))
+plain = Run(model="base", data="rows", task=undula.train.Classification(), method=undula.LoRA(), out=room / "7")
+for run in (plain, *typed):
     run.save(None)
     undula.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), undula.LoRA(r=1)).save(run.out)
-wrong = study.replace("colour = 3", "colour = 0")
 try:
-    parse(wrong, check=False)
+    parse(study.replace("colour = 9", "colour = 0").replace("dark = true", "dark = 1"), check=False)
 except ValueError as error:
     fault = str(error)
 print(json.dumps({
-    "help": [line for line in helped.splitlines() if "--colour" in line],
-    "arms": [cell.arm.name for cell in Plan(parse(study, check=False)).cells],
-    "study": [cell.trial(1e-3, 1, False).run.colour for cell in Plan(parse(study, check=False)).cells],
+    "help": [line for line in called("--help").output.splitlines() if "--colour" in line],
+    "typed": new_of(typed[0]),
+    "arms": [cell.arm.name for cell in plan.cells],
+    "study": [new_of(cell.trial(1e-3, 1, False).run) for cell in plan.cells],
     "fault": fault,
-    "written": json.loads((room / "9" / "run.json").read_text())["run"].get("colour"),
-    "read": Run.load(room / "9").colour,
-    "key": [Plan(parse(study.replace("colour = 3", f"colour = {n}"), check=False)).cells[0].trial(1e-3, 1, False).key
+    "written": [json.loads((room / n / "run.json").read_text())["run"].get("colour") for n in "79"],
+    "read": [new_of(Run.load(room / n)) for n in "79"],
+    "key": [Plan(parse(study.replace("colour = 9", f"colour = {n}"), check=False)).cells[0].trial(1e-3, 1, False).key
             for n in (7, 3)],
     "compared": [e.arm for e in _entries([room / "7", room / "9"])],
 }))
@@ -101,11 +128,11 @@ print(json.dumps({
 
 
 def test_a_field_that_is_added_in_one_place_is_everywhere(tmp_path):
-    """The one line in a copy of the package: then the option, the key, the entry and the setting are there."""
+    """A line in a copy of the package, for each kind of field: then option, key, entry and setting are there."""
     shutil.copytree(PACKAGE, tmp_path / "undula")
     path = tmp_path / "undula" / "train" / "recipe.py"
     head, mark, rest = path.read_text().partition("    epochs: Positive")
-    path.write_text(head + ONCE + mark + rest)
+    path.write_text(head + ONCE.lstrip("\n") + mark + rest)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = [sys.executable, "-c", CHILD, str(tmp_path / "room")]
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
@@ -114,12 +141,22 @@ def test_a_field_that_is_added_in_one_place_is_everywhere(tmp_path):
     (line,) = found["help"]
     assert "Of the adapter." in line
     assert "default: 7" in line
-    assert found["study"] == [3, 5]
-    assert found["arms"] == ["LoRA", "AuroRA colour=5"]
+    new = {"colour": "9", "share": "0.5", "dark": "True", "names": "('a', 'b')", "title": "'t'",
+           "second": repr(Jagged(cycles=3)), "by_name": repr({"q": undula.LoRA(r=2)})}  # fmt: skip
+    old = {"colour": "7", "share": "None", "dark": "False", "names": "()", "title": "None", "second": "Linear()",
+           "by_name": "{}"}  # fmt: skip
+    assert found["typed"] == new
+    assert found["study"] == [new, new | {"colour": "5", "dark": "False"}]
+    assert found["arms"] == ["LoRA", "AuroRA colour=5 dark=false"]
     assert "line 3: colour is at least 1, found 0" in found["fault"]
-    assert (found["written"], found["read"]) == (9, 9)
+    assert "line 5: dark is true or false, found 1" in found["fault"]
+    assert found["written"] == [None, 9]
+    assert found["read"] == [old, new]
     assert found["key"][0] != found["key"][1]
-    assert found["compared"] == ["LoRA(r=8) from 7", "LoRA(r=8) colour=9 from 9"]
+    plain, other = found["compared"]
+    assert plain == "LoRA(r=8) from 7"
+    for told in ("colour=9", "share=0.5", "dark=true", 'names=["a", "b"]', "title=t", "second=", "by_name="):
+        assert told in other
 
 
 def test_every_setting_is_an_option_and_a_key():

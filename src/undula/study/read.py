@@ -13,53 +13,23 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 
 from __future__ import annotations
 
-import collections.abc
-import inspect
-import json
 import tomllib
-import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import given
-from ..choice import Choice, as_json
-from ..given import hints
 from ..method import Method
 from ..options import build_from
 from ..ranks import Allocator
-from ..train.recipe import Settings, bare, decoded, dtype_called, is_union
+from ..train.recipe import dtype_called
 from ..train.task import Task
 from . import splits
-from .brief import brief
 from .lines import DEEP, depth
-from .lines import Path as Place
 from .plan import impossible
 from .reader import NUMBER, Faults, Reader
+from .settings import KEYS, SETTINGS, kinds, read_settings, shown
 from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training, faults
-
-SETTINGS = {f.name: f for f in fields(Settings)}
-KEYS = {name: key for key, name in Training.also.items()}  # of settings that a study file calls otherwise
-
-
-def kinds(kind: type[Settings]) -> dict[str, Any]:
-    """{key of a study file: the types of TOML that it may have} for every setting."""
-    return {KEYS.get(name, name): _kind(bare(hints(kind)[name])) for name in SETTINGS}
-
-
-def _kind(hint: Any) -> Any:
-    """The types of TOML that stand for a type."""
-    if is_union(hint):
-        return tuple(_kind(each) for each in typing.get_args(hint))
-    simple = {float: NUMBER, int: int, str: str, bool: bool}
-    if hint in simple:
-        return simple[hint]
-    if inspect.isclass(hint) and issubclass(hint, Choice):
-        return (str, dict)
-    return {tuple: list, collections.abc.Mapping: dict}[typing.get_origin(hint)]
-
 
 TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
 TABLES: dict[str, dict[str, Any]] = {
@@ -165,7 +135,7 @@ def _rows(reader: Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[st
 
 def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
     rates = reader.numbers(("methods", i, "rates"), t["rates"], NUMBER) if "rates" in t else ()
-    own, name = _settings(reader, ("methods", i), t), t["method"]
+    own, name = read_settings(reader, ("methods", i), t), t["method"]
     if name in YARDSTICKS:
         if t.get("set"):
             reader.fault(("methods", i, "set"), f"method = {name!r} has no options")
@@ -182,13 +152,8 @@ def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
     if method is None or (allocator is None and "allocator" in t):
         return None
     called = " + ".join(type(part).public().__name__ for part in (method, allocator) if part is not None)
-    called = " ".join([called, *(f"{KEYS.get(name, name)}={_shown(value)}" for name, value in own.items())])
+    called = " ".join([called, *(f"{KEYS.get(name, name)}={shown(value)}" for name, value in own.items())])
     return Arm(t.get("name", called), method, False, rates, allocator, own)
-
-
-def _shown(value: Any) -> str:
-    """A setting in the name of an arm."""
-    return brief(value) if isinstance(value, Choice) else json.dumps(as_json(value))
 
 
 def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None) -> Allocator | None:
@@ -260,29 +225,7 @@ def _train(reader: Reader, data: dict[str, Any]) -> Training:
     rest = {"evaluations": t.pop("evaluations")} if "evaluations" in t else {}
     if "steps" in t and "epochs" in t:
         reader.fault(("train", "epochs"), f"steps = {t['steps']} decides how long a run is, not epochs")
-    return Training(**_settings(reader, ("train",), t), **reader.within(("train",), Training, rest))
-
-
-def _settings(reader: Reader, place: Place, t: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a table, by the names of their fields."""
-    made = {}
-    for key, found in t.items():
-        if (name := Training.also.get(key, key)) not in SETTINGS:
-            continue
-        before = len(reader.found)
-        value = reader.attempt((*place, key), partial(_setting, key, name, found))
-        if len(reader.found) == before:
-            made[name] = value
-    return made
-
-
-def _setting(key: str, name: str, found: Any) -> Any:
-    """Raises ValueError or LookupError that names the key."""
-    hint = hints(Training)[name]
-    none = name == "where" and not found  # anything else may be a list of none: an arm has it back as it was
-    if isinstance(found, list) and (none or not all(isinstance(each, str) for each in found)):
-        raise ValueError(f"{key} is a list of names and globs, found {found!r:.60}")
-    return given.value(Training.as_meant(name, decoded(Training, name, found, key)), hint, key)
+    return Training(**read_settings(reader, ("train",), t), **reader.within(("train",), Training, rest))
 
 
 def _opened(reader: Reader, study: Study) -> None:

@@ -56,7 +56,9 @@ class Reader:
                 close = difflib.get_close_matches(key, kinds, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 self.fault((*place, key), f"there is no {key!r} here; there are: {', '.join(kinds)}{hint}")
-            elif not isinstance(found, kinds[key]) or isinstance(found, bool) or _endless(found):
+            elif (
+                not isinstance(found, kinds[key]) or isinstance(found, bool) != (kinds[key] is bool) or _endless(found)
+            ):
                 self.fault((*place, key), f"{key} is {_called(kinds[key])}, found {found!r:.60}")
             else:
                 kept[key] = found
@@ -91,7 +93,14 @@ def _endless(value: Any) -> bool:
 
 
 def _called(kind: Any) -> str:
-    names = {str: "a text", int: "a whole number", list: "a list", dict: "a table", float: "a number"}
+    names = {
+        str: "a text",
+        int: "a whole number",
+        list: "a list",
+        dict: "a table",
+        float: "a number",
+        bool: "true or false",
+    }
     if kind is NUMBER:
         return "a number"
     return " or ".join(names[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
