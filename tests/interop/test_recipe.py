@@ -359,6 +359,8 @@ def test_adafactor_and_allocators_are_refused_together(usual):
 def test_constants_that_do_nothing_are_refused():
     with pytest.raises(ValueError, match=r"SGD\.nesterov .* momentum > 0"):
         SGD(momentum=0.0, nesterov=True)
+    with pytest.raises(TypeError, match=r"AdamW has no option betas, lr; .* beta1 and beta2\. .* Run\(lr=\.\.\.\)"):
+        AdamW(betas=(0.9, 0.99), lr=0.1)
 
 
 def test_loraplus_is_a_setting(usual, tmp_path):
@@ -396,13 +398,15 @@ WRONG = (
     ({"overrides": undula.LoRA()}, "overrides are methods by pattern"),
     ({"optimiser": torch.optim.SGD}, r"Run\.optimiser is a Optimiser"),
     ({"optimiser": None}, r"Run\.optimiser is a Optimiser"),
+    ({"dtype": 3}, "no dtype is called '3'; there are: float32"),
+    ({"dtype": torch.int8}, "no dtype is called 'int8'; there are: float32"),
     ({"schedule": "cosine"}, r"Run\.schedule is a Schedule"),
 )
 
 
 @pytest.mark.parametrize(("changes", "told"), WRONG, ids=repr)
 def test_what_no_file_could_hold_is_refused_when_a_run_is_made(changes, told, usual):
-    with pytest.raises((TypeError, ValueError), match=told):
+    with pytest.raises((TypeError, ValueError, LookupError), match=told):
         dataclasses.replace(usual, **changes)
 
 

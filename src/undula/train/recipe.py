@@ -166,7 +166,7 @@ class Recipe(Settings):
         if name == "skip_faulty":  # no row is no share
             return None if type(value) in (int, float) and value == 0 else value
         if name == "dtype":
-            return dtype_called(value) if isinstance(value, str) else value
+            return dtype_called(str(value).removeprefix("torch."))
         return Settings.as_meant(name, value)
 
     def rates(self) -> Schedule:
