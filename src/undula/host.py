@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,10 +23,11 @@ from . import bases, masters
 from .adapter import Adapter
 from .making import check_what, fitted, fresh
 from .method import Factors, Method
-from .routing import Rows
+from .pool import Pools
+from .routing import ROUTE, At, Base, Route, routes
 from .saving import guard, unguard
 from .sharded import is_fsdp
-from .sites import LinearView, adapted, view
+from .sites import Acts, LinearView, adapted, view
 from .where import Where, inner
 
 if TYPE_CHECKING:
@@ -39,15 +41,22 @@ def never_called(*_: Any) -> None:
 class Slot(nn.Module):
     """What hangs below an adapted layer: a method, the layer as a matrix, and the factors as parameters."""
 
-    def __init__(self, method: Method | Rows, layer: LinearView, factors: Factors):
+    def __init__(self, host: Host, path: str, method: Acts, layer: LinearView, factors: Factors):
         super().__init__()
-        self.method, self.layer = method, layer
+        self.host, self.path, self.method, self.layer = host, path, method, layer
         layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
         # the adapter's own dictionary: what replaces parameters here (FSDP2) replaces the adapter's
         self._parameters = factors  # type: ignore[assignment]
         # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
         # calls its layers in evaluation too, and does not compute from their weights past the adapter.
         self.register_forward_hook(never_called)
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether this is still the slot for what stands at its site."""
+        layer = self.layer
+        if self is module._modules.get("undula"):
+            return module is layer.module
+        return module is layer.module and type(module) is layer.cls and module.__dict__.get("forward") is layer.override
 
     def __repr__(self) -> str:
         held = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self._parameters.items() if t is not None)
@@ -72,7 +81,10 @@ class Adapted:
         layer = slot.layer
         if layer.override is not None and threading.get_ident() in layer.inside:  # of such a hook, within `layer`
             return layer.call(self, *args, **named)
-        return adapted(slot.method, layer, slot._parameters, args, named)  # type: ignore[arg-type]
+        method = slot.method
+        if slot.host.routes:
+            method = At(slot.host.route(), slot.path)
+        return adapted(method, layer, slot._parameters, args, named)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]
@@ -113,28 +125,13 @@ def take(slot: Slot) -> None:
 
 
 class Lock:
-    """A lock that one thread can take several times; a copy of it is a new one."""
+    """A lock that one thread can take several times, and wait in; a copy of it is a new one."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = threading.Condition(threading.RLock())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Lock, ()
-
-
-class Batch(Rows):
-    """The rows of one thread's batches."""
-
-    owner = 0
-
-    def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
-        # a recomputation (gradient checkpointing) may run in a thread of autograd's
-        if not torch.compiler.is_compiling() and threading.get_ident() != self.owner and _current_backward() == -1:
-            raise RuntimeError(
-                "another thread is inside `undula.rows` on this model: its names say which adapter each row goes "
-                "through. Compute within a `rows` of your own (it waits its turn), or give each thread its own copy"
-            )
-        return super().forward(x, layer, f)
 
 
 @dataclass
@@ -143,15 +140,36 @@ class Host:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     selected: str | None = None
-    slots: list[Slot] = field(default_factory=list)  # of the layers that are adapted now
+    slots: dict[str, Slot] = field(default_factory=dict)  # of the layers that are adapted now, by site
+    guests: dict[str, Slot] = field(default_factory=dict)  # those of them that are so for `rows` alone
+    spare: dict[str, Slot] = field(default_factory=dict)  # of the last `rows`, for the next
     merged: dict[str, nn.Parameter] | None = None  # the base's own weights, while merged
     untied: list[Any] = field(default_factory=list)  # configurations that said "tied", see `merging.untie`
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
     placed: dict[str, Tensor] = field(default_factory=dict)  # what was put in their places
     thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
     nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `_unnest`
-    names: tuple[str | None, ...] | None = None  # of the rows, within `rows`
-    lock: Lock = field(default_factory=Lock, repr=False)  # held within `rows` and while layers change
+    routes: list[Route] = field(default_factory=list)  # that somebody is inside
+    before: str | None = None  # what was selected before them
+    pools: Pools = field(default_factory=Pools)
+    lock: Lock = field(default_factory=Lock, repr=False)  # held while layers change
+
+    def route(self) -> Route:
+        """The rows of this context's batch.  Raises RuntimeError where others alone are inside `rows`."""
+        mine = self.mine()
+        # a recomputation (gradient checkpointing) may run in a thread of autograd's, and dynamo reads no contexts
+        if mine is None and len(self.routes) == 1 and (torch.compiler.is_compiling() or _current_backward() != -1):
+            mine = self.routes[0]
+        if mine is None:
+            raise RuntimeError(
+                "another thread is inside `undula.rows` on this model: its names say which adapter each row goes "
+                "through. Compute within a `rows` of your own, or give each thread its own copy"
+            )
+        return mine
+
+    def mine(self) -> Route | None:
+        """The route of this context, None outside of `rows`."""
+        return next((route for route in routes() if route.host is self), None)
 
 
 def host_of(model: nn.Module) -> Host:
@@ -185,7 +203,8 @@ def _check_live(model: nn.Module, host: Host) -> None:
         return
     adapter = host.adapters[host.selected]
     modules = dict(model.named_modules(remove_duplicate=False))
-    for slot, path in zip(host.slots, adapter.factors, strict=True):
+    for path in adapter.factors:
+        slot = host.slots[path]
         module, layer = modules.get(path), slot.layer
         if module is not layer.module or module._modules.get("undula") is not slot:
             raise RuntimeError(_replaced(path, "the layer is another one now"))
@@ -210,10 +229,11 @@ def _replaced(path: str, how: str) -> str:
 
 @contextlib.contextmanager
 def changing(host: Host, verb: str) -> Iterator[None]:
-    """No other thread is inside `rows` or changes the layers.  Raises RuntimeError within a `rows` of this thread."""
+    """Nobody is inside `rows` or changes the layers meanwhile.  Raises RuntimeError within a `rows` of this context."""
+    if host.mine() is not None:
+        raise RuntimeError(f"`{verb}` within `undula.rows`: leave the block first, its batches are routed by names")
     with host.lock.lock:
-        if host.names is not None:
-            raise RuntimeError(f"`{verb}` within `undula.rows`: leave the block first, its batches are routed by names")
+        host.lock.lock.wait_for(lambda: not host.routes)
         yield
 
 
@@ -302,6 +322,8 @@ def _attach(
     host.adapters[name] = adapter
     model.__dict__["_undula"] = host
     select(model, name)
+    for n in host.adapters if len(host.adapters) == 2 else [name] * (len(host.adapters) > 1):
+        host.pools.of(n, host.adapters[n])
     bases.keep_gradients(model)
     bases.warn_where_cut(model)
     return adapter
@@ -343,7 +365,7 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
         for t in f.values():
             if t.device != layer.device:
                 t.data = t.data.to(layer.device)
-        _adapt(host, Slot(adapter.methods[path], layer, f))
+        _adapt(host, Slot(host, path, adapter.methods[path], layer, f))
     _unnest(model, host)
     guard(model)
 
@@ -355,10 +377,11 @@ def change(model: nn.Module, site: str, method: Method, factors: Factors) -> Non
     host, adapter = _named(model, None)
     if site not in adapter.factors:
         raise LookupError(f"the adapter has no site {site!r}; it has: {', '.join(adapter.factors)}")
-    slot = next(s for s, path in zip(host.slots, adapter.factors, strict=True) if path == site)
+    slot = host.slots[site]
     live: dict[str, Any] = {
         k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()
     }
+    host.pools.forget(host.selected)  # type: ignore[arg-type]
     adapter.methods[site], adapter.factors[site] = method, live  # type: ignore[index]
     slot.method, slot._parameters = method, live
 
@@ -396,7 +419,7 @@ def _layer(model: nn.Module, path: str) -> LinearView:
 
 def _adapt(host: Host, slot: Slot) -> None:
     put(slot)
-    host.slots.append(slot)
+    host.slots[slot.path] = slot
 
 
 def exchange(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
@@ -419,7 +442,7 @@ def stand_in(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
 
 def _clear(model: nn.Module, host: Host) -> None:
     unguard(model)
-    for slot in host.slots:
+    for slot in host.slots.values():
         take(slot)
     for path, p in host.own.items():
         parent, _, leaf = path.rpartition(".")
@@ -429,7 +452,7 @@ def _clear(model: nn.Module, host: Host) -> None:
     if host.selected in host.adapters:
         object.__setattr__(host.adapters[host.selected], "full", dict(host.placed))
     nest(host)
-    host.slots, host.own, host.placed = [], {}, {}
+    host.slots, host.own, host.placed = {}, {}, {}
 
 
 def nest(host: Host) -> None:
@@ -473,6 +496,7 @@ def _detach(model: nn.Module, host: Host, name: str | None) -> None:
         if host.merged is not None:
             restore(model, host)
         _select(model, host, None)
+    host.pools.forget(name)  # type: ignore[arg-type]
     del host.adapters[name]  # type: ignore[arg-type]
     if not host.adapters:
         for p in host.thawed:
@@ -506,41 +530,76 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         with undula.rows(model, ["french", None, "german"]):
             model.generate(...)
 
-    Adapters of any methods mix; those on the LowRank rung share grouped products.  Layers must see the batch as their
-    first dimension.  An inner `rows` counts until it is left.  One thread at a time is inside: the `rows` of another
-    waits, its plain forward raises RuntimeError.  Raises LookupError for a name that is not attached, ValueError for
-    parameters trained in full (one model has one head), RuntimeError for an adapter that is merged.
+    Adapters of any methods mix; those on the LowRank rung share grouped products, in training too.  Layers must see the
+    batch as their first dimension.  An inner `rows` counts until it is left.  Threads and tasks may each be inside one
+    of their own; meanwhile a forward outside of any raises RuntimeError, and what changes the layers (`select`,
+    `attach`, `merge`) waits.  Raises LookupError for a name that is not attached, ValueError for parameters trained in
+    full (one model has one head), RuntimeError for an adapter that is merged.
     """
     model = inner(model)
     host = host_of(model)
     with host.lock.lock:
-        if host.merged is not None:
-            raise RuntimeError("an adapter is merged into this model: unmerge it before rows go through adapters")
-        outer, before = host.names, host.selected
-        try:
-            _route(model, host, tuple(names))
-            yield
-        finally:
-            host.names = None
-            if outer is None:
-                _select(model, host, before)
-            else:
-                _route(model, host, outer)
+        route = _enter(model, host, tuple(names))
+    token = ROUTE.set(route)
+    try:
+        yield
+    finally:
+        ROUTE.reset(token)
+        with host.lock.lock:
+            host.routes.remove(route)
+            if not host.routes:
+                _leave(model, host)
+                host.lock.lock.notify_all()
 
 
-def _route(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> None:
-    """Adapts the layers for batches whose row i goes through the adapter names[i]."""
+def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route:
+    """A route for batches whose row i goes through the adapter names[i], with the layers that it needs adapted."""
+    if host.merged is not None:
+        raise RuntimeError("an adapter is merged into this model: unmerge it before rows go through adapters")
+    if "torch.distributed.fsdp" in sys.modules and is_fsdp(model):
+        raise RuntimeError("this model is sharded (fully_shard): rows of different adapters are not possible there")
     used = {n: find(model, n)[1] for n in dict.fromkeys(names) if n is not None}
     held = [n for n, a in used.items() if a.full]
     if held:
         raise ValueError(f"{held[0]!r} trains parameters in full ({', '.join(used[held[0]].full)}): not row by row")
-    _select(model, host, None)
-    for path in dict.fromkeys(s for a in used.values() for s in a.factors):
-        layer = _layer(model, path)
-        laws = {n: (a.methods[path], a.factors[path]) for n, a in used.items() if path in a.factors}
-        batch = Batch(laws, names, layer.device)
-        batch.owner = threading.get_ident()
-        _adapt(host, Slot(batch, layer, {}))
+    route = Route(host, used, names, host.pools, ROUTE.get())
+    if not host.routes:
+        host.before = host.selected
+    try:
+        if not host.routes and host.before is not None and host.adapters[host.before].full:
+            _select(model, host, None)  # rows have the base's own head
+        _invite(model, host, route)
+    except BaseException:
+        if not host.routes:
+            _leave(model, host)
+        raise
+    host.routes.append(route)
+    return route
+
+
+def _invite(model: nn.Module, host: Host, route: Route) -> None:
+    """Adapts those layers of a route that no selected adapter has."""
+    for path, adapter in route.sites().items():
+        slot = host.slots.get(path) or host.spare.get(path)
+        module = model.get_submodule(path)
+        if slot is None or not slot.fits(module):
+            if path in host.slots:
+                raise RuntimeError(_replaced(path, "the layer is another one now"))
+            slot = host.spare[path] = Slot(host, path, Base(), _layer(model, path), {})
+        _check_shape(path, slot.layer, adapter)
+        if path not in host.slots:
+            _adapt(host, slot)
+            host.guests[path] = slot
     _unnest(model, host)
-    guard(model)
-    host.names = names
+
+
+def _leave(model: nn.Module, host: Host) -> None:
+    """Makes the layers what they were before somebody was inside `rows`."""
+    for path, slot in host.guests.items():
+        take(slot)
+        del host.slots[path]
+    host.guests = {}
+    nest(host)
+    if host.before != host.selected:
+        _select(model, host, host.before)
+    _unnest(model, host)

@@ -40,12 +40,14 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
 
 def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[str, float]:
     check_mergeable(adapter.methods)
-    check_whole((*(t for _, _, t in adapter.tensors()), *(s.layer.module.weight for s in host.slots)), "merging")
-    for slot, path in zip(host.slots, adapter.factors, strict=True):
+    check_whole(
+        (*(t for _, _, t in adapter.tensors()), *(s.layer.module.weight for s in host.slots.values())), "merging"
+    )
+    for path, slot in host.slots.items():
         check_writable(path, slot.layer)
     errors: dict[str, float] = {}
     weights: dict[str, nn.Parameter] = {}
-    for slot, path in zip(host.slots, adapter.factors, strict=True):
+    for path, slot in host.slots.items():
         method, layer = slot.method, slot.layer
         assert isinstance(method, Reweight)
         W_OI = layer.weight
@@ -53,11 +55,11 @@ def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[s
         weights[path] = layer.put(exact_OI)
         errors[path] = rounding(layer, weights[path], exact_OI, W_OI)
     own: dict[str, nn.Parameter] = {}
-    for slot, (path, weight) in zip(host.slots, weights.items(), strict=True):
+    for path, slot in host.slots.items():
         take(slot)
         parameters: dict = slot.layer.module._parameters
-        own[path], parameters["weight"] = parameters["weight"], weight
-    host.slots, host.merged = [], own
+        own[path], parameters["weight"] = parameters["weight"], weights[path]
+    host.slots, host.merged = {}, own
     unguard(model)
     nest(host)
     if not keep:

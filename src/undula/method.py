@@ -227,6 +227,10 @@ class LowRank(Additive):
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         """(B (O, R), A (R, I))."""
 
+    def plain(self) -> tuple[float, str, str] | None:
+        """(s, B, A) where the pair is (s f[B], f[A]), two factors as they are; None of any other."""
+        return None
+
     def delta(self, f: Factors) -> Tensor:
         B_OR, A_RI = self.pair(f)
         return B_OR @ A_RI

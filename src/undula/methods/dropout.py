@@ -100,6 +100,9 @@ class _LowRankDropout(Dropout, LowRank):
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         return self.inner.pair(f)  # type: ignore[attr-defined]
 
+    def plain(self) -> tuple[float, str, str] | None:
+        return self.inner.plain()  # type: ignore[attr-defined]
+
 
 class _AdditiveDropout(Dropout, Additive):
     def delta(self, f: Factors) -> Tensor:

@@ -76,3 +76,6 @@ class LoRA(LowRank):
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         return self.scaling(self.r, self.alpha) * f["B"], f["A"]
+
+    def plain(self) -> tuple[float, str, str]:
+        return self.scaling(self.r, self.alpha), "B", "A"

@@ -89,7 +89,8 @@ class _LoRASC(Cycles):
         super().before_update()
 
     def _exchange(self, new: Callable[[LinearView, str], Any]) -> None:
-        for slot, path in zip(host_of(self.model).slots, self.adapter.factors, strict=True):
+        slots = host_of(self.model).slots
+        for path, slot in ((path, slots[path]) for path in self.adapter.factors):
             clean = slot.layer.clean if isinstance(slot.layer, _Noisy) else slot.layer
             slot.layer = new(clean, path)
 

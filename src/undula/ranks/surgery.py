@@ -62,4 +62,4 @@ def _taken(adapter: Adapter, saved: Adapter) -> dict[int, Tensor]:
 
 def live_layers(model: nn.Module) -> dict[str, LinearView]:
     """The layers under the selected adapter, as they are without it."""
-    return {path: slot.layer for slot, path in zip(host_of(model).slots, selected(model).factors, strict=True)}
+    return {path: host_of(model).slots[path].layer for path in selected(model).factors}
