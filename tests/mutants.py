@@ -28,6 +28,8 @@ LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tes
 DAMAGE = DISK + "::test_damage_is_refused"
 WEIGHT = LAWS + "::test_forward_is_weight"
 FUSED, GRADIENTS = LAWS + "::test_fused_is_reference", LAWS + "::test_gradients"
+ROUTES = "tests/laws/test_routes.py"
+VALUES = "tests/laws/test_values.py"
 GROUPS = LAWS + "::test_rows_of_low_rank_adapters"
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
@@ -68,7 +70,22 @@ MUTANTS = [
     ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),
     ("methods/loran.py", "and start.at_base", "and False", METHODS),
     ("methods/aurora.py", "and A_RI.dtype == wide(A_RI.dtype)", "", "tests/laws/test_widths.py"),
-    ("routing.py", " or layer.training", "", "tests/laws/test_widths.py"),
+    ("routing.py", "linear and not (drops and layer.training)", "linear", ROUTES),
+    ("routing.py", "self.repeats = torch.tensor(repeats) if self.each else None", "self.repeats = None", GROUPS),
+    ("host.py", "if route.host is self", "if True", ROUTES),
+    ("host.py", "_select(model, host, None)  # rows have", "pass  # rows have", ROUTES),
+    ("host.py", "host.lock.lock.wait_for(lambda: not host.routes)", "pass", ROUTES),
+    ("host.py", '{**self.__dict__, "routes": []}', "self.__dict__", ROUTES),
+    ("pool.py", "and self.at[name][0].holds(self.at[name][1])", "", ROUTES),
+    ("pool.py", "p.data = p.data.clone()", "pass", ROUTES),
+    ("pool.py", "flat[:before] = stack.flat", "pass", ROUTES),
+    ("pool.py", "return Pools, ()", "return object.__reduce_ex__(self, 4)", ROUTES),
+    ("adapter.py", "[(w, a.copy() if isinstance(a, Live) else a) for w, a in terms]", "terms", VALUES),
+    ("adapter.py", "MappingProxyType(dict(f)) for s, f", "dict(f) for s, f", VALUES),
+    ("adapter.py", "not 0 < weight < 1 + 1e-6", "False", VALUES),
+    ("methods/sum.py", "flat.get(key, (0.0,))[0] + v", "v", VALUES),
+    ("methods/sum.py", "if B_OR.shape[1] <= min(shape):", "if True:", VALUES),
+    ("making.py", "resumed = isinstance(adapter, Live) and not adapter.attached", "resumed = True", VALUES),
     ("methods/dora.py", "shift = (1 - gain) * layer.bias", "shift = layer.bias", WEIGHT + " -k DoRA"),
     ("methods/dora.py", "LOST = 16", "LOST = 0", DORA),
     ("methods/dora.py", "return y if cancelled is None else", "return y if True else", DORA),
@@ -93,7 +110,6 @@ MUTANTS = [
     ("kernels/spline.py", "cardinal(d + 0.5, ctx.k - 1)", "cardinal(d, ctx.k - 1)", GRADIENTS + " -k 'embedding-AuroRA'"),
     ("kernels/grouped.py", "x_NTI.split(list(counts))", "x_NTI.split(list(reversed(counts)))", GROUPS),
     ("routing.py", "self.order = None if order == list(range(self.count)) else", "self.order = None if True else", GROUPS),
-    ("routing.py", "self._kept = None\n            return", "return", LAWS + "::test_rows_follow_training"),
     ("sites.py", "return bases.dense(self.module).flatten(1)", "return bases.dense(self.module).transpose(0, 1).flatten(1)", WEIGHT + " -k conv-LoRA"),
     ("where.py", "inside = isinstance(body, nn.Module)", "inside = False", "tests/laws/test_host.py"),
     ("host.py", "model.requires_grad_(False)", "pass", LAWS + "::test_only_the_declared_factors_train -k 'LoRA and not TensLoRA'"),

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import html
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from .method import RUNGS, Additive, Factors, Method
 from .methods.dropout import bare
-from .methods.sum import Sum
+from .methods.sum import added
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """methods[site] is the law of a site, factors[site][name] its tensors, shapes[site] the layer's (O, I);
-    full[name] replaces a parameter of the model (a classification head, a norm).  A live adapter's tensors are the
-    model's own trainable parameters.  kernels[site] is there for layers that are not linear, which other formats write
-    differently: (C_in/groups, kh, kw) of a convolution, () of an embedding, (i,) of one whose row i is padding, which
-    stays the base's whatever dW says.  `about` is what a directory says beside
+    full[name] replaces a parameter of the model (a classification head, a norm).  These mappings are the value's own
+    and read-only; what is attached to a model is a `Live` one.  kernels[site] is there for layers that are not linear,
+    which other formats write differently: (C_in/groups, kh, kw) of a convolution, () of an embedding, (i,) of one whose
+    row i is padding, which stays the base's whatever dW says.  `about` is what a directory says beside
     (`base_model_name_or_path`, `task_type` ...): it comes with loading and goes with saving.  apart[site] says why no
-    plain LoRA of PEFT's computes W + dW at that layer, or that the factors are such a LoRA's (see `undula.apart`)."""
+    plain LoRA of PEFT's computes W + dW at that layer, or that the factors are such a LoRA's (see `undula.apart`).
+    `weight` is the sum of the weights of the adapters that a combination is made of: what is in `full` has a meaning
+    where it is 1, an average."""
 
     methods: Mapping[str, Method]
     factors: Mapping[str, Factors]
@@ -34,12 +39,22 @@ class Adapter:
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     apart: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "full", dict(self.full))  # of its own: a live one's is read in the model
+        own = {s: MappingProxyType(dict(f)) for s, f in self.factors.items()}
+        object.__setattr__(self, "factors", MappingProxyType(own))
+        for name in ("methods", "shapes", "full", "kernels", "about", "apart"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         if not set(self.methods) == set(self.factors) == set(self.shapes):
             odd = sorted(set(self.methods) ^ set(self.factors) | set(self.methods) ^ set(self.shapes))
             raise ValueError(f"methods, factors and shapes name different sites: {', '.join(odd[:5])}")
+
+    def __reduce__(self) -> Any:
+        return _value, tuple(_plain(getattr(self, f.name)) for f in fields(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        return _value(*(copy.deepcopy(_plain(getattr(self, f.name)), memo) for f in fields(self)))
 
     def __repr__(self) -> str:
         return f"Adapter({', '.join(f'{name}: {value}' for name, value in self._told().items())})"
@@ -89,7 +104,7 @@ class Adapter:
 
     def map(self, fn: Callable[[Factors], Factors]) -> Adapter:
         """The same adapter with `fn` applied to every site's factors."""
-        return replace(self, methods=dict(self.methods), factors={s: fn(f) for s, f in self.factors.items()})
+        return replace(self, factors={s: fn(f) for s, f in self.factors.items()})
 
     def copy(self) -> Adapter:
         """A detached copy that no training changes; tensors that sites share stay shared."""
@@ -100,7 +115,8 @@ class Adapter:
 
         factors = {s: {k: once(t) for k, t in f.items()} for s, f in self.factors.items()}
         full = {k: once(t) for k, t in self.full.items()}
-        return replace(self, methods=dict(self.methods), factors=factors, full=full)
+        others = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Adapter(**{**others, "factors": factors, "full": full})
 
     @torch.no_grad()
     def delta(self, site: str) -> Tensor:
@@ -148,16 +164,25 @@ class Adapter:
 
         return load(path)
 
+    def check_usable(self) -> None:
+        """Raises ValueError for a combination whose parameters in full are not an average."""
+        if self.full and not math.isclose(self.weight, 1.0, abs_tol=1e-6):
+            raise ValueError(
+                f"this combination holds {', '.join(list(self.full)[:5])} in full with weights that sum to "
+                f"{self.weight:g}: parameters in full have an average, with weights that sum to 1, and no other sum. "
+                "Drop them (dataclasses.replace(adapter, full={})), or give weights that sum to 1"
+            )
+
     # Arithmetic: exact, on the Additive rung; lazily, as a Sum of the parts.
 
     def __add__(self, other: Adapter) -> Adapter:
-        return _sum([(1.0, self), (1.0, other)])
+        return combined([(1.0, self), (1.0, other)])
 
     def __sub__(self, other: Adapter) -> Adapter:
-        return _sum([(1.0, self), (-1.0, other)])
+        return combined([(1.0, self), (-1.0, other)])
 
     def __mul__(self, weight: float) -> Adapter:
-        return _sum([(float(weight), self)])
+        return combined([(float(weight), self)])
 
     __rmul__ = __mul__
 
@@ -165,15 +190,48 @@ class Adapter:
         return self * -1.0
 
 
-def _sum(terms: list[tuple[float, Adapter]]) -> Adapter:
-    held = [a for _, a in terms if a.full]
-    if held:
-        raise ValueError(
-            f"adapters that train parameters in full cannot be added: {', '.join(sorted(held[0].full)[:5])}. "
-            "Their updates are relative to no common base; drop `full` first (dataclasses.replace(adapter, full={}))"
-        )
-    methods: dict[str, Method] = {}
+class Live(Adapter):
+    """An adapter on a model: its tensors are the model's own parameters, and what an allocator changes changes here.
+    What is made of it (`copy`, `dataclasses.replace`, sums) is a value that later training does not touch.  Detached,
+    it can be attached again as the object that it is, for an optimiser that knows its parameters."""
+
+    attached = False
+    methods: dict[str, Method]
+    factors: dict[str, dict[str, Tensor]]  # type: ignore[assignment]  # a layer's own dictionary, see `host.Slot`
+    full: Mapping[str, Tensor]
+
+    def __new__(cls, *parts: Any, **named: Any) -> Any:
+        return Adapter(*parts, **named).copy() if parts or named else object.__new__(cls)
+
+    __setattr__ = object.__setattr__
+    __reduce__ = object.__reduce__
+    __deepcopy__ = None  # type: ignore[assignment]  # as any object's: a copied model's adapter is its own
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Self:
+        """A live adapter with the tensors of `adapter`."""
+        live = object.__new__(cls)
+        for f in fields(adapter):
+            setattr(live, f.name, _plain(getattr(adapter, f.name)))
+        return live
+
+
+def _plain(part: Any) -> Any:
+    """A field of an adapter with dictionaries in the place of read-only mappings."""
+    return {k: _plain(v) for k, v in part.items()} if isinstance(part, MappingProxyType) else part
+
+
+def _value(*parts: Any) -> Adapter:
+    return Adapter(*parts)
+
+
+def combined(terms: list[tuple[float, Adapter]]) -> Adapter:
+    """The weighted sum of adapters.  Sums of sums are one sum, with each part once; where its rank passes that of the
+    layer it becomes the layer's own, so that no chain of averages grows without end.  Parameters in full are averaged,
+    see `Adapter.weight`."""
+    terms = [(w, a.copy() if isinstance(a, Live) else a) for w, a in terms]
     factors: dict[str, Factors] = {}
+    methods: dict[str, Method] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for site in dict.fromkeys(s for _, a in terms for s in a.factors):
         found = {a.shapes[site] for _, a in terms if site in a.factors}
@@ -181,10 +239,25 @@ def _sum(terms: list[tuple[float, Adapter]]) -> Adapter:
             raise ValueError(f"the adapters are for different models: {site} is {' and '.join(map(str, found))} (O, I)")
         shapes[site] = found.pop()
         parts = [(w, a._additive(site), a.factors[site]) for w, a in terms if site in a.factors]
-        methods[site] = Sum(tuple(m for _, m, _ in parts), tuple(w for w, _, _ in parts))  # type: ignore[abstract]
-        factors[site] = {f"{i}_{k}": t for i, (_, _, f) in enumerate(parts) for k, t in f.items()}
+        methods[site], factors[site] = added(parts, shapes[site])
     kernels = {site: kernel for _, a in terms for site, kernel in a.kernels.items()}
     apart = {site: why for _, a in terms for site, why in a.apart.items()}
     first = terms[0][1].about
     agreed = {k: v for k, v in first.items() if all(k in a.about and a.about[k] == v for _, a in terms)}
-    return Adapter(methods, factors, shapes, kernels=kernels, about=agreed, apart=apart)
+    weight = sum(w * a.weight for w, a in terms)
+    return Adapter(methods, factors, shapes, _averaged(terms, weight), kernels, agreed, apart, weight)
+
+
+def _averaged(terms: list[tuple[float, Adapter]], weight: float) -> dict[str, Tensor]:
+    """`full` of a combination.  Raises ValueError where it is on the way to no average."""
+    names = sorted({n for _, a in terms for n in a.full})
+    lacking = [n for n in names if any(n not in a.full for _, a in terms)]
+    if lacking or (names and not 0 < weight < 1 + 1e-6):
+        raise ValueError(
+            f"adapters that train parameters in full cannot be added: {', '.join(lacking[:5] or names[:5])}. They have "
+            "an average, of adapters that all have them and with weights that sum to 1 (0.5 * a + 0.5 * b); else drop "
+            "`full` first (dataclasses.replace(adapter, full={}))"
+        )
+    with torch.no_grad():
+        sums = {n: sum((w * a.full[n] for w, a in terms[1:]), terms[0][0] * terms[0][1].full[n]) for n in names}
+    return {n: t.requires_grad_(terms[0][1].full[n].requires_grad) for n, t in sums.items()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bases, masters
-from .adapter import Adapter
+from .adapter import Adapter, Live
 from .making import check_what, fitted, fresh
 from .method import Factors, Method
 from .pool import Pools
@@ -138,7 +138,7 @@ class Lock:
 class Host:
     """The adapters of one model.  Kept on the model itself, so that copies and pickles keep it."""
 
-    adapters: dict[str, Adapter] = field(default_factory=dict)
+    adapters: dict[str, Live] = field(default_factory=dict)
     selected: str | None = None
     slots: dict[str, Slot] = field(default_factory=dict)  # of the layers that are adapted now, by site
     guests: dict[str, Slot] = field(default_factory=dict)  # those of them that are so for `rows` alone
@@ -153,6 +153,10 @@ class Host:
     before: str | None = None  # what was selected before them
     pools: Pools = field(default_factory=Pools)
     lock: Lock = field(default_factory=Lock, repr=False)  # held while layers change
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: nobody is inside that."""
+        return {**self.__dict__, "routes": []}
 
     def route(self) -> Route:
         """The rows of this context's batch.  Raises RuntimeError where others alone are inside `rows`."""
@@ -177,7 +181,7 @@ def host_of(model: nn.Module) -> Host:
     return inner(model).__dict__.get("_undula") or Host()
 
 
-def find(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
+def find(model: nn.Module, name: str | None) -> tuple[Host, Live]:
     """The host and one of its adapters, the selected one where no name is given.  Raises LookupError, and RuntimeError
     where the model no longer computes with what the selected adapter trains."""
     host, adapter = _named(model, name)
@@ -186,7 +190,7 @@ def find(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
     return host, adapter
 
 
-def _named(model: nn.Module, name: str | None) -> tuple[Host, Adapter]:
+def _named(model: nn.Module, name: str | None) -> tuple[Host, Live]:
     host = host_of(model)
     name = host.selected if name is None else name
     if name not in host.adapters:
@@ -234,6 +238,7 @@ def changing(host: Host, verb: str) -> Iterator[None]:
         raise RuntimeError(f"`{verb}` within `undula.rows`: leave the block first, its batches are routed by names")
     with host.lock.lock:
         host.lock.lock.wait_for(lambda: not host.routes)
+        dismiss(host)  # those of a copy that was made within `rows`
         yield
 
 
@@ -308,22 +313,25 @@ def _attach(
     before = host.selected
     select(model, None)
     try:
-        adapter = (
+        adapter = Live.of(
             fitted(model, what)
             if isinstance(what, Adapter)
             else fresh(model, what, "all-linear" if where is None else where, overrides, full, probe, exclude)
         )
+        if isinstance(what, Live) and not what.attached:
+            vars(what).update(vars(adapter))
+            adapter = what
     except BaseException:
         select(model, before)
         raise
     if not host.adapters:
         host.thawed = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-    host.adapters[name] = adapter
+    host.adapters[name], adapter.attached = adapter, True
     model.__dict__["_undula"] = host
     select(model, name)
-    for n in host.adapters if len(host.adapters) == 2 else [name] * (len(host.adapters) > 1):
-        host.pools.of(n, host.adapters[n])
+    if len(host.adapters) > 1:  # the first stays where it is until `rows` is entered
+        host.pools.of(name, adapter)
     bases.keep_gradients(model)
     bases.warn_where_cut(model)
     return adapter
@@ -359,7 +367,7 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
     host.selected = name
     for path, p in adapter.full.items():
         host.own[path], host.placed[path] = stand_in(model, path, p), p
-    object.__setattr__(adapter, "full", InPlace(model, adapter.full))
+    adapter.full = InPlace(model, adapter.full)
     for path, f in adapter.factors.items():
         layer = layers[path]
         for t in f.values():
@@ -382,7 +390,7 @@ def change(model: nn.Module, site: str, method: Method, factors: Factors) -> Non
         k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()
     }
     host.pools.forget(host.selected)  # type: ignore[arg-type]
-    adapter.methods[site], adapter.factors[site] = method, live  # type: ignore[index]
+    adapter.methods[site], adapter.factors[site] = method, live
     slot.method, slot._parameters = method, live
 
 
@@ -450,7 +458,7 @@ def _clear(model: nn.Module, host: Host) -> None:
             masters.narrow(model.get_submodule(parent), leaf)
             exchange(model, path, p)
     if host.selected in host.adapters:
-        object.__setattr__(host.adapters[host.selected], "full", dict(host.placed))
+        host.adapters[host.selected].full = dict(host.placed)
     nest(host)
     host.slots, host.own, host.placed = {}, {}, {}
 
@@ -497,7 +505,7 @@ def _detach(model: nn.Module, host: Host, name: str | None) -> None:
             restore(model, host)
         _select(model, host, None)
     host.pools.forget(name)  # type: ignore[arg-type]
-    del host.adapters[name]  # type: ignore[arg-type]
+    host.adapters.pop(name).attached = False  # type: ignore[arg-type]
     if not host.adapters:
         for p in host.thawed:
             p.requires_grad_(True)
@@ -593,12 +601,17 @@ def _invite(model: nn.Module, host: Host, route: Route) -> None:
     _unnest(model, host)
 
 
-def _leave(model: nn.Module, host: Host) -> None:
-    """Makes the layers what they were before somebody was inside `rows`."""
+def dismiss(host: Host) -> None:
+    """Makes the layers plain that are adapted for `rows` alone."""
     for path, slot in host.guests.items():
         take(slot)
         del host.slots[path]
     host.guests = {}
+
+
+def _leave(model: nn.Module, host: Host) -> None:
+    """Makes the layers what they were before somebody was inside `rows`."""
+    dismiss(host)
     nest(host)
     if host.before != host.selected:
         _select(model, host, host.before)

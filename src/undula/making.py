@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, Live
 from .apart import apart, check_theirs
 from .choice import plain
 from .masters import wide
@@ -210,7 +210,9 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
-    """`adapter` as parameters that fit `model` (types and devices adjusted).  Raises ValueError where it does not."""
+    """`adapter` as parameters of its own that fit `model` (types and devices adjusted); those of a detached live one go
+    on.  Raises ValueError where it does not fit."""
+    adapter.check_usable()
     layers = {n: layer for n, layer in views(model).items() if n in adapter.factors}
     missing = [n for n in adapter.factors if n not in layers]
     if missing:
@@ -220,12 +222,12 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     # a parameter under each of its names: one that is tied to another (an output head) may be replaced alone
     parameters = dict(model.named_parameters(remove_duplicate=False))
     once: dict[int, nn.Parameter] = {}
+    resumed = isinstance(adapter, Live) and not adapter.attached
 
     def live(t: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
         if id(t) not in once:
-            as_is = isinstance(t, nn.Parameter) and t.device == device and t.dtype == dtype
-            fresh_copy = t if as_is else nn.Parameter(t.detach().to(device, dtype, copy=True), t.requires_grad)
-            once[id(t)] = fresh_copy  # type: ignore[assignment]
+            again = resumed and isinstance(t, nn.Parameter) and (t.device, t.dtype) == (device, dtype)
+            once[id(t)] = t if again else nn.Parameter(t.detach().to(device, dtype, copy=True), t.requires_grad)  # type: ignore[assignment]
         return once[id(t)]
 
     factors: dict[str, Factors] = {}
@@ -245,16 +247,8 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
         factors[path] = {k: live(t, where.device, dtypes[k]) for k, t in f.items()}
     in_full = _tied(adapter.full, parameters).items()
     full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in in_full}
-    methods, shapes = dict(adapter.methods), dict(adapter.shapes)  # of its own: allocators write into a live adapter's
-    return replace(
-        adapter,
-        methods=methods,
-        shapes=shapes,
-        factors=factors,
-        full=full,
-        kernels=kernels(layers),
-        apart={**adapter.apart, **odd},
-    )
+    here = {**adapter.apart, **odd}
+    return Adapter(adapter.methods, factors, adapter.shapes, full, kernels(layers), adapter.about, here)
 
 
 def _tied(full: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

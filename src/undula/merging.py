@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import masters
-from .adapter import Adapter
+from .adapter import Live
 from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
 from .method import Method, Reweight
 from .saving import unguard
@@ -38,7 +38,7 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
         return _merge(model, host, adapter, keep)
 
 
-def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[str, float]:
+def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str, float]:
     check_mergeable(adapter.methods)
     check_whole(
         (*(t for _, _, t in adapter.tensors()), *(s.layer.module.weight for s in host.slots.values())), "merging"
@@ -66,9 +66,12 @@ def _merge(model: nn.Module, host: Host, adapter: Adapter, keep: bool) -> dict[s
         thawed = {id(p) for p in host.thawed}
         for p in (*host.thawed, *(weights[path] for path, p in own.items() if id(p) in thawed)):
             p.requires_grad_(True)
-        object.__setattr__(adapter, "full", dict(adapter.full))  # its own again
+        adapter.full = dict(adapter.full)  # its own again
         settle(model, adapter.full, host.own)
         del model.__dict__["_undula"]
+        for name, every in host.adapters.items():
+            host.pools.forget(name)
+            every.attached = False
     host.untied = untie(model)
     return errors
 

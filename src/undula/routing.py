@@ -96,7 +96,6 @@ class Rows:
         """(pairs, their stacks); kept where no gradient is wanted for as long as the factors stay, else made anew for
         every graph."""
         if torch.is_grad_enabled():
-            self._kept = None
             return self._make()
         now = [(t.data_ptr(), None if t.is_inference() else t._version) for _, f in self.low for t in f.values()]
         if self._kept is None or self._kept[0] != now:

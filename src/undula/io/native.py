@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def save(adapter: Adapter, path: str | Path, base: str | None = None, task: str 
     where they are not given `adapter.about` says them.  Over another adapter: see `undula.io.files.write`.  Raises
     ValueError for what `load` would refuse (a name that no file can hold), OSError where nothing can be written.
     """
+    adapter.check_usable()
     data, tensors = laid_out(adapter, base, task)
     _check_sizes(data["undula"]["methods"], str(path))
     named: list[tuple[str, tuple[str | None, str]]] = [(key_of(s, n), (s, n)) for s, n, _ in adapter.tensors()]
@@ -310,8 +312,8 @@ def _mark_frozen(factors: Mapping[str, Factors], still: Any, path: str) -> None:
             t.requires_grad_(t.is_floating_point() and f"{site}.{name}" not in frozen_ones)
 
 
-def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> None:
-    """Checks new factors against the shapes in a config, and gives them its ties and frozen marks."""
+def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> Adapter:
+    """The adapter with the ties and frozen marks of a config, whose shapes it must have."""
     apart = texts(own, "apart", path)
     for site, shape in read_sites(own, path)[1].items():
         if adapter.shapes[site] != shape:
@@ -322,11 +324,13 @@ def as_recorded(adapter: Adapter, own: Mapping[str, Any], path: str) -> None:
     for _ in _rebuild(adapter.methods, adapter.shapes, own.get("rebuilt", {}), path):
         pass  # the checksums hold
     every = {key_of(s, k): t for s, k, t in adapter.tensors()}
+    factors = {s: dict(f) for s, f in adapter.factors.items()}
     for key, target in own.get("tied", {}).items():
         if key not in every or target not in every or every[key].shape != every[target].shape:
             raise ValueError(f"{path}: {key!r:.100} is tied to {target!r:.100}, which does not fit")
         at, factor = split(key)
-        adapter.factors[str(at)][factor] = every[target]  # type: ignore[index]
+        factors[str(at)][factor] = every[target]
+    return replace(adapter, factors=factors)
 
 
 def _kernels(found: Any, shapes: Shapes, path: str) -> dict[str, tuple[int, ...]]:

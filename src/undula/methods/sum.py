@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..method import RUNGS, Additive, Factors, LowRank, Method, Site, Wrapper, on_rung
 from ..ranges import Finite
+from .lora import Fixed, LoRA
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,3 +69,32 @@ class _AdditiveSum(Sum, Additive):
     def delta(self, f: Factors) -> Tensor:
         deltas = [w * m.delta(own) for w, m, own in self.terms(f) if isinstance(m, Additive)]
         return torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
+
+
+def added(parts: list[tuple[float, Additive, Factors]], shape: tuple[int, int]) -> tuple[Method, Factors]:
+    """The sum of weighted updates of one layer (O, I).  What is a sum already gives its parts; equal parts (the same
+    method and tensors) are one; low-rank parts of more rank than the layer become one pair of the layer's rank."""
+    flat: dict[tuple, tuple[float, Method, Factors]] = {}
+    for w, method, f in parts:
+        inner = [(w * v, m, own) for v, m, own in method.terms(f)] if isinstance(method, Sum) else [(w, method, f)]
+        for v, m, own in inner:
+            key = m, tuple((k, id(t)) for k, t in own.items())
+            flat[key] = flat.get(key, (0.0,))[0] + v, m, own
+    terms = list(flat.values())
+    total = Sum(tuple(m for _, m, _ in terms), tuple(v for v, _, _ in terms))  # type: ignore[abstract]
+    factors = {f"{i}_{k}": t for i, (_, _, own) in enumerate(terms) for k, t in own.items()}
+    return _bounded(total, factors, shape)
+
+
+@torch.no_grad()
+def _bounded(total: Method, f: Factors, shape: tuple[int, int]) -> tuple[Method, Factors]:
+    """The same update with no more rank than the layer has: dW as a pair of itself and the identity."""
+    if not isinstance(total, LowRank) or len(total.parts) == 1:  # type: ignore[attr-defined]
+        return total, f
+    B_OR, A_RI = total.pair(f)
+    if B_OR.shape[1] <= min(shape):
+        return total, f
+    dW_OI, r = B_OR @ A_RI, min(shape)
+    one = torch.eye(r, dtype=dW_OI.dtype, device=dW_OI.device)
+    pair = {"A": one, "B": dW_OI} if shape[1] == r else {"A": dW_OI, "B": one}
+    return LoRA(r=r, alpha=1.0, scaling=Fixed(1.0)), {k: t.requires_grad_() for k, t in pair.items()}

@@ -56,7 +56,7 @@ def by_record(
     own = _part(record, layers)
     seeded = own.get("rebuilt", {})
     new = _apart(outlined(layers, methods) if meta else again(layers, methods, _floats(layers, live)), seeded)
-    native.as_recorded(new, own, files.CONFIG)
+    new = native.as_recorded(new, own, files.CONFIG)
     if live is not None and not meta:
         _take_frozen(new, live)
     new = replace(new, apart={**own["apart"], **new.apart})
