@@ -115,7 +115,7 @@ MUTANTS = [
     ("host.py", "model.requires_grad_(False)", "pass", LAWS + "::test_only_the_declared_factors_train -k 'LoRA and not TensLoRA'"),
     ("host.py", "p.requires_grad_(True)", "pass", "tests/laws/test_host.py"),
     ("merging.py", "return float(lost / change)", "return 0.0", "tests/laws/test_host.py"),
-    ("adapter.py", "_sum([(1.0, self), (-1.0, other)])", "_sum([(1.0, self), (1.0, other)])", LAWS + "::test_arithmetic -k RankStab"),
+    ("adapter.py", "combined([(1.0, self), (-1.0, other)])", "combined([(1.0, self), (1.0, other)])", LAWS + "::test_arithmetic -k RankStab"),
     ("making.py", "dict(model.named_parameters(remove_duplicate=False))", "dict(model.named_parameters())", FILES + "::test_a_parameter_that_is_tied_may_be_held_in_full"),
     ("making.py", "check_theirs(path, odd.get(path), adapter.apart.get(path))", "pass", LAYERS),
     ("apart.py", "any(d != 1 and w for d, w in", "any(d > 2 and w for d, w in", LAYERS),

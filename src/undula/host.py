@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import bases, masters
 from .adapter import Adapter, Live
-from .making import check_what, fitted, fresh
+from .making import check_what, fitted, fresh, narrowed
 from .method import Factors, Method
 from .pool import Pools
 from .routing import ROUTE, At, Base, Route, routes
@@ -252,16 +252,19 @@ def attach(
     overrides: Mapping[str, Method] | None = None,
     full: Sequence[str] = (),
     probe: Probe | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Adapter:
     """Puts a new adapter of the method `what` (or an existing Adapter) on `model` and selects it.
 
     Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `where.choose`;
-    "all-linear" where nothing is said), `exclude` leaves some of them out;
-    `overrides` gives other methods to the layers that match a pattern, the first match counts; `full` names parameters
-    or modules to train in full beside them (a new classification head); `probe` tells gradients and activations to
-    methods that start from them (see `undula.Probe`).  Factors and what trains in full are float32 (float64 over a
-    float64 base); layers whose own parameters train go on computing in the base's type.  Raises LookupError for names
-    that match nothing, ValueError for an adapter that does not fit the model; the model is then unchanged.
+    "all-linear" where nothing is said), `exclude` leaves some of them out; `overrides` gives other methods to the
+    layers that match a pattern, the first match counts; `full` names parameters or modules to train in full beside them
+    (a new classification head); `probe` tells gradients and activations to methods that start from them (see
+    `undula.Probe`).  Factors and what trains in full are float32 (float64 over a float64 base); with `dtype` the
+    factors are of that type (torch.bfloat16 for many adapters that only serve: in training small steps would be lost in
+    it).  Layers whose own parameters train go on computing in the base's type.  An Adapter that is given is copied; a
+    live one that was detached goes on as the object that it is.  Raises LookupError for names that match nothing,
+    ValueError for an adapter that does not fit the model; the model is then unchanged.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"an adapter is called by a text, found name={name!r}")
@@ -274,7 +277,7 @@ def attach(
     model = inner(model)
     host = host_of(model)
     with changing(host, "attach"):
-        return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe)
+        return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype)
 
 
 def _in_parallel(model: nn.Module) -> bool:
@@ -297,6 +300,7 @@ def _attach(
     overrides: Mapping[str, Method],
     full: Sequence[str],
     probe: Probe | None,
+    dtype: torch.dtype | None,
 ) -> Adapter:
     check_what(what, overrides)
     if isinstance(what, Adapter) and (where is not None or exclude or overrides or full or probe is not None):
@@ -313,11 +317,12 @@ def _attach(
     before = host.selected
     select(model, None)
     try:
-        adapter = Live.of(
+        made = (
             fitted(model, what)
             if isinstance(what, Adapter)
             else fresh(model, what, "all-linear" if where is None else where, overrides, full, probe, exclude)
         )
+        adapter = Live.of(narrowed(made, dtype))
         if isinstance(what, Live) and not what.attached:
             vars(what).update(vars(adapter))
             adapter = what

@@ -46,6 +46,28 @@ def fresh(
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
 
 
+def narrowed(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
+    """The adapter with its floating-point factors in `dtype`; None leaves them.  Raises TypeError for another kind of
+    type, ValueError where numbers are beyond its range."""
+    if dtype is None:
+        return adapter
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(
+            f"factors are floating-point numbers of 16 bits or more (torch.bfloat16, torch.float32 ...); found {dtype}"
+        )
+    once: dict[int, Tensor] = {}
+
+    def cast(key: str, t: Tensor) -> Tensor:
+        if not t.is_floating_point() or t.dtype == dtype:
+            return t
+        check_range(key, t, dtype)
+        return once.setdefault(id(t), nn.Parameter(t.detach().to(dtype), t.requires_grad))
+
+    return replace(
+        adapter, factors={s: {k: cast(f"{s}.{k}", t) for k, t in f.items()} for s, f in adapter.factors.items()}
+    )
+
+
 def check_what(what: Any, overrides: Mapping[str, Any]) -> None:
     """Raises TypeError that says what to write where something else than a method or an Adapter is given."""
     for found in (what, *overrides.values()):

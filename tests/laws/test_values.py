@@ -198,3 +198,41 @@ def test_combinations_whose_weights_sum_to_one_average_what_trains_in_full(tmp_p
     for sum_ in (lambda: a + b, lambda: a - b, lambda: 0.5 * a + 0.5 * plain, lambda: 2 * a, lambda: -a):
         with pytest.raises(ValueError, match=r"in full cannot be added: 4.bias, 4.weight. They have an average"):
             sum_()
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), LoRAN(r=2), undula.DoRA(LoRA(r=2)), undula.AuroRA(r=2)], ids=repr)
+@pytest.mark.parametrize("given", ["a method", "a value", "a file"])
+def test_factors_keep_a_type_that_was_asked_for(method, given, tmp_path):
+    """bf16 stays bf16: attached, saved, loaded and attached again, alone and among rows; what trains in full and
+    integer factors are as ever."""
+    model = net().float()
+    adapter = undula.attach(model, method, full=["4.bias"], dtype=torch.bfloat16)
+    if given != "a method":
+        for p in adapter.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        value = adapter.copy()
+        if given == "a file":
+            value.save(tmp_path / "a")
+            value = Adapter.load(tmp_path / "a")
+        model = net().float()
+        adapter = undula.attach(model, value, dtype=torch.bfloat16)
+        assert_same(numbers(adapter), numbers(value))
+    assert {t.dtype for _, _, t in adapter.tensors() if t.is_floating_point()} == {torch.bfloat16}
+    assert {t.dtype for t in adapter.full.values()} == {torch.float32}
+    x = torch.randn(3, 6)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    narrow = model(x)
+    wide = net().float()
+    undula.attach(wide, adapter.copy())
+    torch.testing.assert_close(narrow, wide(x), rtol=0.05, atol=0.05)
+
+
+def test_a_type_that_factors_cannot_have_is_refused():
+    for dtype in (torch.int8, "bfloat16", torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match="factors are floating-point numbers of 16 bits or more"):
+            undula.attach(net(), LoRA(r=2), dtype=dtype)
+    value = undula.attach(net(), LoRA(r=2)).copy()
+    big = value.map(lambda f: {k: t.detach() + 1e6 for k, t in f.items()})
+    with pytest.raises(ValueError, match=r"the adapter's 0.A holds numbers beyond the range of torch.float16"):
+        undula.attach(net(), big, dtype=torch.float16)

@@ -176,8 +176,8 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
         if not names:
             return
         names = [*self.merged_adapters, *names]
+        check_mergeable({n: self.undula_factors[n].method for n in names})
         method, factors = self.law(names)
-        check_mergeable({"this layer": method})
         if self.merged:
             self.unmerge()
         W_OI = self.layer.stays(self.layer.weight, method.weight(self.layer.weight, factors))
