@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import bases
-from .sites import STOCK, Conv2dView, EmbeddingView, LinearView
+from .sites import CONVOLUTIONS, STOCK, ConvView, EmbeddingView, LinearView
 
 THEIRS = "trained as PEFT's LoRA"  # in `Adapter.apart`, of factors that a LoRA of PEFT's had
 
@@ -34,13 +35,13 @@ def unlike(layer: LinearView) -> str | None:
     if takes_more or not layer.product:
         how = "whose forward takes more than x" if takes_more else "which has a forward of its own"
         return f"a {type(module).__name__}, {how}"
-    if isinstance(layer, Conv2dView):
+    if isinstance(layer, ConvView):
         wide = [k > 1 for k in module.kernel_size]
         if any(d != 1 and w for d, w in zip(module.dilation, wide, strict=True)):
             return f"a convolution with dilation={tuple(module.dilation)}"
         if module.padding_mode != "zeros" and _pads(module, wide):
             return f"a convolution with padding_mode={module.padding_mode!r}"
-        stock, theirs = nn.Conv2d, _convolved
+        stock, theirs = next(c for c in CONVOLUTIONS if isinstance(module, c)), _convolved
     elif isinstance(layer, EmbeddingView):
         stock, theirs = nn.Embedding, _looked_up
     else:
@@ -49,7 +50,7 @@ def unlike(layer: LinearView) -> str | None:
     return f"a {type(module).__name__}, which has a forward of its own" if own else None
 
 
-def _pads(conv: nn.Conv2d, wide: list[bool]) -> bool:
+def _pads(conv: Any, wide: list[bool]) -> bool:
     return any(wide) if conv.padding == "same" else conv.padding != "valid" and any(conv.padding)
 
 
@@ -68,8 +69,8 @@ def _differ(layer: LinearView, theirs: Callable[[LinearView, Tensor], tuple[Tens
 def _convolved(layer: LinearView, x: Tensor) -> tuple[Tensor, Tensor]:
     conv = layer.module
     A = type(conv)(conv.in_channels, 1, conv.kernel_size, conv.stride, conv.padding, bias=False).to(conv.weight)
-    B = type(conv)(1, conv.out_channels, (1, 1), (1, 1), bias=False).to(conv.weight)
-    return layer.project(x, A.weight.flatten(1)) @ B.weight.flatten(1).T, B(A(x)).movedim(-3, -1)
+    B = type(conv)(1, conv.out_channels, 1, bias=False).to(conv.weight)
+    return layer.project(x, A.weight.flatten(1)) @ B.weight.flatten(1).T, B(A(x)).movedim(layer.channel, -1)
 
 
 def _looked_up(layer: LinearView, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ class Layer(Protocol):
 
     @property
     def channel(self) -> int:
-        """Where the output keeps its channels: -1 (linear, embedding) or -3 (convolution)."""
+        """Where the output keeps its channels: -1 (linear, embedding), -2, -3 or -4 (convolutions)."""
 
     @property
     def plain(self) -> bool:

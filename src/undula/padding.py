@@ -93,8 +93,10 @@ class Watch:
     def of(self, site: str, x: Tensor, channel: int = -1) -> Tensor | None:
         """The flat mask of a layer's input; None where nothing in it is known to be padding.  Warns, once for a site,
         where there is padding and it cannot be told which values are."""
-        if channel != -1:
+        if channel < -2:
             return None  # an image
+        if channel == -2:
+            return self._convolved(site)
         known = self.came.get(x.untyped_storage().data_ptr())
         scope = self.scopes[-1] if known is None else known[1]
         positions = x.shape[:-1] if x.is_floating_point() else x.shape
@@ -111,6 +113,16 @@ class Watch:
                 stacklevel=2,
             )
         return None
+
+    def _convolved(self, site: str) -> None:
+        """A convolution along a sequence sees windows of it, at positions of its own."""
+        if site not in self.told and any(not mask.all() for mask in self.scopes[-1]):
+            self.told.add(site)
+            warnings.warn(
+                f"padding counts at {site}: a convolution along a sequence sees it within its windows. Batches without "
+                "padding leave it out",
+                stacklevel=3,
+            )
 
     def enter(self, name: str, module: nn.Module, given: dict[str, Any]) -> None:
         states = given.get(STATES)

@@ -1,7 +1,7 @@
 """Layers as matrices W (O x I), and what an adapted one computes.
 
-Linear, GPT-2's Conv1D (stored transposed), Conv2d (one row per output channel, I = C_in/groups * kh * kw) and
-Embedding (W = table', the input a one-hot vector).
+Linear, GPT-2's Conv1D (stored transposed), Conv1d, Conv2d and Conv3d (one row per output channel, I = C_in/groups times
+the kernel's size) and Embedding (W = table', the input a one-hot vector).
 """
 
 from __future__ import annotations
@@ -202,11 +202,14 @@ class EmbeddingView(LinearView):
         return torch.arange(min(2, self.module.weight.shape[0]), device=self.module.weight.device)
 
 
-class Conv2dView(LinearView):
-    """An `nn.Conv2d`: W is the kernel, flattened to (C_out, C_in/groups * kh * kw)."""
+class ConvView(LinearView):
+    """An `nn.Conv1d`, `Conv2d` or `Conv3d`: W is the kernel, flattened to (C_out, C_in/groups * its size)."""
 
-    channel = -3
     plain = False  # type: ignore[assignment]
+
+    @property
+    def channel(self) -> int:  # type: ignore[override]
+        return -1 - len(self.module.kernel_size)
 
     @property
     def kernel(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -217,7 +220,7 @@ class Conv2dView(LinearView):
         return bases.dense(self.module).flatten(1)
 
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
-        return self.through(x, M_KI).movedim(-3, -1)
+        return self.through(x, M_KI).movedim(self.channel, -1)
 
     def example(self) -> Tensor:
         conv = self.module
@@ -228,12 +231,15 @@ class Conv2dView(LinearView):
         return W_OI.reshape(W_OI.shape[0], *self.module.weight.shape[1:])
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def view(module: nn.Module) -> LinearView | None:
     """The module as a matrix, or None where it is not one."""
     if isinstance(module, nn.Embedding):
         return EmbeddingView(module)
-    if isinstance(module, nn.Conv2d):
-        return Conv2dView(module)
+    if isinstance(module, CONVOLUTIONS):
+        return ConvView(module)
     if isinstance(module, nn.Linear):
         return LinearView(module)
     if type(module).__name__.endswith("Conv1D") and hasattr(module, "nf"):  # transformers, not imported here
@@ -241,13 +247,13 @@ def view(module: nn.Module) -> LinearView | None:
     return None
 
 
-STOCK = (nn.Linear.forward, nn.Embedding.forward, nn.Conv2d.forward)
+STOCK = (nn.Linear.forward, nn.Embedding.forward, *(conv.forward for conv in CONVOLUTIONS))
 
 
 def _is_stock(layer: LinearView) -> bool:
     """Whether the class computes as torch's or transformers' own does."""
-    padded = getattr(layer.cls, "_conv_forward", nn.Conv2d._conv_forward)
-    own = padded is not nn.Conv2d._conv_forward or layer.computes_weight
+    stock = (None, *(conv._conv_forward for conv in CONVOLUTIONS))
+    own = getattr(layer.cls, "_conv_forward", None) not in stock or layer.computes_weight
     return not own and (layer.call in STOCK or layer.call.__module__ == "transformers.pytorch_utils")
 
 

@@ -49,10 +49,13 @@ class Same(nn.Conv2d):
 
 
 IMAGE = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+SOUND, FILM = IMAGE[:, :, 0], IMAGE.view(2, 3, 9, 3, 3)
 WORDS = torch.arange(11)[None]
 SAME = {
     "plain": (lambda: nn.Conv2d(3, 4, 3), IMAGE),
     "stride, padding": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2)), IMAGE),
+    "one dimension": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), SOUND),
+    "three dimensions": (lambda: nn.Conv3d(3, 4, (3, 2, 1), stride=2), FILM),
     "padding same": (lambda: nn.Conv2d(3, 4, 3, padding="same"), IMAGE),
     "dilated points": (lambda: nn.Conv2d(3, 4, 1, dilation=2), IMAGE),
     "a mode without padding": (lambda: nn.Conv2d(3, 4, 3, padding_mode="reflect"), IMAGE),
@@ -75,6 +78,11 @@ APART = {
         IMAGE,
         "a convolution with dilation=(2, 2)",
     ),
+    "dilation in one dimension": (
+        lambda: nn.Conv1d(3, 4, 3, dilation=2, padding=2),
+        SOUND,
+        "a convolution with dilation=(2,)",
+    ),
     "reflect": (
         lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
         IMAGE,
@@ -89,7 +97,11 @@ APART = {
     "a class that scales": (lambda: Tripled(11, 6), WORDS, "a Tripled, which has a forward of its own"),
 }
 
-LOUD = {"dilation, other sizes", "a class that pads"}  # PEFT's own forward fails there, over sizes
+LOUD = {
+    "dilation, other sizes",
+    "dilation in one dimension",
+    "a class that pads",
+}  # PEFT's own forward fails there, over sizes
 
 
 def net(make):

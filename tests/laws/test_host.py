@@ -530,13 +530,15 @@ class Mixed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patch = nn.ModuleDict({"proj": nn.Conv3d(3, 8, 2)})
+        self.patch = nn.ModuleDict({"proj": nn.ConvTranspose2d(3, 8, 2)})
         self.attn = nn.ModuleDict({"proj": nn.Linear(8, 8)})
 
 
 def test_layers_that_cannot_be_adapted_are_named():
     """A pattern that names a layer of another kind says so; one that names nothing else is refused."""
-    with pytest.warns(UserWarning, match=r"left out of where='proj': patch.proj \(no adapter acts on a Conv3d\)"):
+    with pytest.warns(
+        UserWarning, match=r"left out of where='proj': patch.proj \(no adapter acts on a ConvTranspose2d\)"
+    ):
         assert list(undula.attach(Mixed(), LoRA(r=2), ["proj"]).factors) == ["attn.proj"]
     with pytest.raises(
         TypeError, match=r"where='patch.proj' names only layers that cannot be adapted: patch.proj \(no"

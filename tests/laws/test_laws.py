@@ -33,6 +33,7 @@ LAYERS = {
     "no bias": (lambda: nn.Linear(12, 7, bias=False), lambda: torch.randn(4, 12)),
     "conv1d": (lambda: Conv1D(16, 12), lambda: torch.randn(3, 5, 12)),
     "conv": (lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 3, 6, 6)),
+    "conv in one dimension": (lambda: nn.Conv1d(4, 8, 3, padding=2, dilation=2), lambda: torch.randn(2, 4, 7)),
     "embedding": (lambda: nn.Embedding(11, 6), lambda: torch.randint(0, 11, (3, 5))),
 }
 

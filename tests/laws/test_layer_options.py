@@ -203,6 +203,8 @@ FORWARDS = [
 STOCK = [
     (nn.Linear(6, 6), torch.randn(3, 6)),
     (nn.Conv2d(6, 4, 3), torch.randn(2, 6, 7, 7)),
+    (nn.Conv1d(6, 4, 3), torch.randn(2, 6, 7)),
+    (nn.Conv3d(2, 4, 2), torch.randn(2, 2, 4, 3, 3)),
     (nn.Embedding(6, 4), torch.arange(6)),
 ]
 METHODS = [LoRA(r=2), undula.DoRA(LoRA(r=2)), undula.LoRAN(r=2), undula.SHiRA(r=1)]
@@ -452,6 +454,8 @@ COMPUTED = {
 }
 UNDER = {
     "Conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)),
+    "Conv1d": (lambda: nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), torch.randn(2, 3, 5)),
+    "Conv3d": (lambda: nn.Conv3d(2, 4, 2, stride=2), torch.randn(2, 2, 4, 4, 4)),
     "Conv2d in groups": (lambda: nn.Conv2d(4, 4, 3, groups=2), torch.randn(2, 4, 5, 5)),
     "a class that pads": (lambda: Padded(3, 4, 3), torch.randn(2, 3, 5, 5)),
     "Linear": (lambda: nn.Linear(3, 4), torch.randn(2, 3)),

@@ -132,6 +132,7 @@ def test_untrained_is_exactly_nothing():
 def test_convolutions_and_embeddings_truncate():
     for layer, x in (
         (nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.randn(2, 3, 6, 6)),
+        (nn.Conv1d(3, 8, 3, stride=2, padding=1), torch.randn(2, 3, 9)),
         (nn.Embedding(11, 6), torch.randint(0, 11, (3, 5))),
     ):
         model = adapted(BENT, nn.Sequential(layer))
@@ -196,7 +197,9 @@ class Below(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
-@pytest.mark.parametrize("conv", [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(6, 8, 1), Below(3, 8, 2)])
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(6, 8, 1), Below(3, 8, 2), nn.Conv1d(3, 8, 3, padding=1)]
+)
 def test_least_squares_on_convolutions_is_lstsq_on_patches(conv):
     """At full rank against torch.linalg.lstsq on the patches that F.unfold gives; a linear method comes back whole."""
     model = adapted(AuroRA(r=3), nn.Sequential(copy.deepcopy(conv).double()))

@@ -297,6 +297,34 @@ def test_the_loss_of_a_language_model():
         torch.testing.assert_close(G, layers[n].module.weight.grad)
 
 
+class Whole(nn.Module):
+    """A model of no parts that would be given the mask."""
+
+    def __init__(self, conv=False):
+        super().__init__()
+        self.table, self.first, self.conv = nn.Embedding(40, 8), nn.Linear(8, 6), nn.Conv1d(8, 6, 3, padding=1)
+        self.through_conv = conv
+
+    def forward(self, input_ids, attention_mask):
+        h = self.table(input_ids)
+        return self.conv(h.mT).mT if self.through_conv else self.first(h)
+
+
+def test_the_mask_of_a_batch_counts_where_the_model_alone_is_given_it():
+    model, batches = Whole(), texts(labels=False)
+    layers = choose(model, ["first"])
+    xx, _, count = Probe(batches, hold=0).on(model, layers).moments("first")
+    x = torch.cat([model.table(b["input_ids"])[b["attention_mask"].bool()] for b in batches]).double()
+    assert count == len(x)
+    torch.testing.assert_close(xx, x.T @ x)
+
+
+def test_padding_within_the_windows_of_a_convolution_is_told():
+    model, batches = Whole(conv=True), texts(labels=False)
+    with pytest.warns(UserWarning, match="padding counts at conv: a convolution along a sequence"):
+        Probe(batches, hold=0).on(model, choose(model, ["conv"])).moments("conv")
+
+
 def test_moments_leave_padding_out_and_need_no_labels():
     model, batches = tiny(), texts(labels=False)
     layers = choose(model, "all-linear")

@@ -76,7 +76,7 @@ def _check_groups(model: nn.Module, adapter: Adapter) -> None:
     """A LoRA on a grouped convolution would have no common bottleneck."""
     for site in adapter.factors:
         module = model.get_submodule(site)
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
+        if getattr(module, "groups", 1) > 1:
             raise TypeError(
                 f"{site} is a convolution in {module.groups} groups, which see different inputs: no LowRank adapter "
                 "stands on it. Merge the adapter, or leave that layer out"

@@ -337,14 +337,14 @@ def _kernels(found: Any, shapes: Shapes, path: str) -> dict[str, tuple[int, ...]
     if not isinstance(found, dict):
         raise ValueError(f"{path}: `kernels` maps sites to sizes; found {found!r:.80}")
     for site, kernel in found.items():
-        sizes = isinstance(kernel, list) and len(kernel) in (0, 1, 3) and all(type(n) is int for n in kernel)
+        sizes = isinstance(kernel, list) and len(kernel) <= 4 and all(type(n) is int for n in kernel)
         if site not in shapes or not sizes or not _fits(kernel, shapes[site][1]):
             raise ValueError(f"{path}: the kernel {kernel!r:.80} of {site!r:.100} does not fit its sites")
     return {site: tuple(kernel) for site, kernel in found.items()}
 
 
 def _fits(kernel: list[int], I: int) -> bool:
-    if len(kernel) == 3:
+    if len(kernel) > 1:
         return min(kernel) > 0 and math.prod(kernel) == I
     return all(0 <= row < I for row in kernel)
 

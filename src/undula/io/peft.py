@@ -117,7 +117,10 @@ def _leaves(kernel: tuple[int, ...] | None, B_OR: Tensor, A_RI: Tensor) -> list[
         return [("lora_A.weight", A_RI), ("lora_B.weight", B_OR)]
     if len(kernel) < 2:
         return [("lora_embedding_A", A_RI), ("lora_embedding_B", B_OR)]
-    return [("lora_A.weight", A_RI.reshape(-1, *kernel)), ("lora_B.weight", B_OR[:, :, None, None])]
+    return [
+        ("lora_A.weight", A_RI.reshape(-1, *kernel)),
+        ("lora_B.weight", B_OR.reshape(*B_OR.shape, *(1,) * (len(kernel) - 1))),
+    ]
 
 
 def described(ranks: Mapping[str, int], full: list[str], base: str | None, task: str | None) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: st
     for site, leaves in found.items():
         f = {{"A": "A", "B": "B", "r": "m"}[leaf[-1]]: t for leaf, t in leaves.items()}
         wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
-        if len(f) < len(leaves) or set(f) != wanted or f["A"].ndim not in (2, 4) or f["B"].ndim != f["A"].ndim:
+        if len(f) < len(leaves) or set(f) != wanted or f["A"].ndim not in (2, 3, 4, 5) or f["B"].ndim != f["A"].ndim:
             seen = {k: tuple(t.shape) for k, t in leaves.items()}
             raise ValueError(f"{path}: {site} needs the factors {sorted(wanted)} of a layer; found {seen}")
         if f["A"].ndim > 2 or "lora_embedding_A" in leaves:

@@ -32,7 +32,9 @@ UNDULA: Any = _PeftType(native.TYPE)
 _IN_THE_METHOD = "it is part of the method here, as in undula.peft_config({})"
 INSTEAD = {
     "bias": "biases are not trained with an adapter; modules_to_save=[layer] trains a layer in full",
-    "target_parameters": "undula adapts Linear, Conv1D, Conv2d and Embedding layers; name those in target_modules",
+    "target_parameters": (
+        "undula adapts Linear, Conv1D, convolutional and Embedding layers; name those in target_modules"
+    ),
     "trainable_token_indices": (
         "modules_to_save=['embed_tokens'] trains the whole table, target_modules=['embed_tokens'] adapts it"
     ),

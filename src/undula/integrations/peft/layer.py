@@ -242,6 +242,6 @@ def matrix(name: str, module: nn.Module) -> LinearView:
             "into one PeftModel"
         )
     raise TypeError(
-        f"target_modules chooses {name}, a {type(module).__name__}: undula adapts Linear, Conv1D, Conv2d and "
-        "Embedding layers. Narrow target_modules, or name it in exclude_modules"
+        f"target_modules chooses {name}, a {type(module).__name__}: undula adapts Linear, Conv1D, "
+        "convolutional and Embedding layers. Narrow target_modules, or name it in exclude_modules"
     )
