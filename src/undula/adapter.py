@@ -108,10 +108,16 @@ class Adapter:
 
     def copy(self) -> Adapter:
         """A detached copy that no training changes; tensors that sites share stay shared."""
-        fresh: dict[int, Tensor] = {}
+        return self._with(_copied)
+
+    def _with(self, fn: Callable[[Tensor], Tensor]) -> Adapter:
+        """A value with fn(t) in the place of each tensor t; those that are one stay one."""
+        made: dict[int, Tensor] = {}
 
         def once(t: Tensor) -> Tensor:
-            return fresh.setdefault(id(t), t.detach().clone().requires_grad_(t.requires_grad))
+            if id(t) not in made:
+                made[id(t)] = fn(t)
+            return made[id(t)]
 
         factors = {s: {k: once(t) for k, t in f.items()} for s, f in self.factors.items()}
         full = {k: once(t) for k, t in self.full.items()}
@@ -201,7 +207,9 @@ class Live(Adapter):
     full: Mapping[str, Tensor]
 
     def __new__(cls, *parts: Any, **named: Any) -> Any:
-        return Adapter(*parts, **named).copy() if parts or named else object.__new__(cls)
+        """What `dataclasses.replace` makes of a live adapter: a value that shares no memory with it.  Computed tensors
+        stay what they are, with their graphs."""
+        return Adapter(*parts, **named)._with(_apart_from) if parts or named else object.__new__(cls)
 
     __setattr__ = object.__setattr__
     __reduce__ = object.__reduce__
@@ -214,6 +222,20 @@ class Live(Adapter):
         for f in fields(adapter):
             setattr(live, f.name, _plain(getattr(adapter, f.name)))
         return live
+
+
+def _copied(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_(t.requires_grad)
+
+
+def _apart_from(t: Tensor) -> Tensor:
+    """t, or a copy where it is a live adapter's parameter or shows a part of one."""
+    if t.is_leaf and not isinstance(t, torch.nn.Parameter) and not t._is_view():
+        return t
+    if t.grad_fn is not None:
+        return t.clone() if t._is_view() else t
+    copy = t.detach().clone()
+    return copy.requires_grad_() if t.requires_grad else copy
 
 
 def _plain(part: Any) -> Any:

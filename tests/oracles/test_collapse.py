@@ -203,9 +203,12 @@ class Below(nn.Conv2d):
 def test_least_squares_on_convolutions_is_lstsq_on_patches(conv):
     """At full rank against torch.linalg.lstsq on the patches that F.unfold gives; a linear method comes back whole."""
     model = adapted(AuroRA(r=3), nn.Sequential(copy.deepcopy(conv).double()))
-    x = torch.randn(4, conv.in_channels, 7, 7) + 0.5
+    x = torch.randn(4, conv.in_channels, *(40,) if isinstance(conv, nn.Conv1d) else (7, 7)) + 0.5
     padded = F.pad(x, (0, 1, 0, 1)) if isinstance(conv, Below) else x
-    X = F.unfold(padded, conv.kernel_size, padding=conv.padding, stride=conv.stride).mT.flatten(0, 1)
+    if isinstance(conv, nn.Conv1d):
+        X = F.unfold(x[:, :, None], (1, *conv.kernel_size), padding=(0, *conv.padding)).mT.flatten(0, 1)
+    else:
+        X = F.unfold(padded, conv.kernel_size, padding=conv.padding, stride=conv.stride).mT.flatten(0, 1)
     undula.select(model, None)
     base = model(x)
     undula.select(model, "default")

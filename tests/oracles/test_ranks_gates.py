@@ -1,5 +1,6 @@
 """SoRA, ALoRA, DyLoRA and DiffoRA: what their sources' equations say, and planted problems."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -532,8 +533,10 @@ def test_a_shared_pair_moves_as_a_tied_one():
     """One step of SGD, against a model in which the three sites have the same parameters."""
     *_, (model, adapter, course, _, target) = sharing(until=35)
     tied = adapter.copy()
-    for i in (2, 3):
-        tied.factors[f"m.{i}"] |= {k: tied.factors["m.0"][k] for k in "AB"}
+    first = {k: tied.factors["m.0"][k] for k in "AB"}
+    tied = dataclasses.replace(
+        tied, factors={s: {**f, **first} if s in ("m.2", "m.3") else f for s, f in tied.factors.items()}
+    )
     undula.detach(model)
     x, found = torch.randn(16, 6), []
     for one in (adapter, tied):
