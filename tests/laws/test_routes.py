@@ -153,6 +153,20 @@ def test_numbers_that_move_are_seen(move, grad, site):
                 torch.testing.assert_close(model(x), want)
 
 
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.VeRA(r=4), undula.S2LoRA(r=2)], ids=repr)
+def test_numbers_that_move_within_a_block_are_seen(method):
+    """What is stacked for one forward without gradients is not kept for the next where it has changed."""
+    model, x = body([method] * 2)
+    with torch.no_grad(), undula.rows(model, ["0", "1"] * 3):
+        before = model(x)
+        for p in undula.adapters(model)["1"].parameters():
+            p.mul_(3)
+        after = model(x)
+    torch.testing.assert_close(after, wanted(model, x, ["0", "1"] * 3))
+    assert not torch.allclose(after[1::2], before[1::2])
+    torch.testing.assert_close(after[::2], before[::2])
+
+
 def test_a_model_that_changes_its_type_between_batches():
     model, x = body([LoRA(r=2)] * 3)
     names = ["0", "1", "2"] * 2
@@ -214,10 +228,12 @@ def alone_base(x):
     return body([])[0](x)
 
 
-@pytest.mark.parametrize("names", [["0", "1"] * 3, ["0", "0", "1", None, "2", "0"], ["1"] * 6])
-def test_low_rank_rows_are_grouped_while_they_train(names):
+@pytest.mark.parametrize("methods", [ALIKE, [undula.VeRA(r=4)] * 3], ids=["plain pairs", "others"])
+@pytest.mark.parametrize("names", [["0", "1"] * 3, ["0", "0", "1", None, "2", "0"], ["1"] * 6, ["1", "1", "0", "0"]])
+def test_low_rank_rows_are_grouped_while_they_train(names, methods):
     """One frozen product a layer, as in evaluation; the gradients are those of each row alone."""
-    model, x = body()
+    model, x = body(methods)
+    x = x[: len(names)]
     model.train()
     want = wanted(model, x, names)
     used = dict.fromkeys(n for n in names if n is not None)
