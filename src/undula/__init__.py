@@ -6,7 +6,7 @@ An adapter is a value; a method is a law W -> W'.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import bundled, io, ranks
+from . import io, ranks
 from .adapter import Adapter
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .diagnose import diagnose
@@ -42,22 +42,22 @@ from .methods.vera import VeRA
 from .probe import Probe
 from .ranks.prune import prune
 from .switching import Switch
-from .train import Run, evaluate
 
 if TYPE_CHECKING:  # three packages are verbs too, which a checker sees as objects with a __call__
+    from . import bundled
     from .integrations.allocating import Allocating
     from .integrations.peft import enable_peft as enable_peft
     from .integrations.peft import peft_config as peft_config
     from .methods import _Methods
     from .study import _Study
-    from .train import _Train
+    from .train import Run, _Train, evaluate
 
     allocating = Allocating
     methods: _Methods
     study: _Study
     train: _Train
 else:
-    from . import methods, study, train
+    from . import methods
 
 __all__ = [
     "NOLA",
@@ -125,7 +125,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 if not TYPE_CHECKING:
-    LATE = {  # what imports PEFT or transformers
+    LATE = {  # what most programs never ask for, or what imports PEFT or transformers
+        "bundled": ("undula.bundled", None),
+        "study": ("undula.study", None),
+        "train": ("undula.train", None),
+        "Run": ("undula.train", "Run"),
+        "evaluate": ("undula.train", "evaluate"),
         "peft_config": ("undula.integrations.peft", "peft_config"),
         "enable_peft": ("undula.integrations.peft", "enable_peft"),
         "allocating": ("undula.integrations.allocating", "Allocating"),
@@ -139,7 +144,8 @@ if not TYPE_CHECKING:
                 return method
         if name in LATE:
             module, what = LATE[name]
-            return getattr(importlib.import_module(module), what)
+            found = importlib.import_module(module)
+            return found if what is None else getattr(found, what)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
