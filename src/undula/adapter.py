@@ -202,7 +202,7 @@ class Live(Adapter):
     it can be attached again as the object that it is, for an optimiser that knows its parameters."""
 
     attached = False
-    methods: dict[str, Method]
+    _methods: dict[str, Method]  # what `host.change` writes into
     factors: dict[str, dict[str, Tensor]]  # type: ignore[assignment]  # a layer's own dictionary, see `host.Slot`
     full: Mapping[str, Tensor]
 
@@ -220,8 +220,31 @@ class Live(Adapter):
         """A live adapter with the tensors of `adapter`."""
         live = object.__new__(cls)
         for f in fields(adapter):
-            setattr(live, f.name, _plain(getattr(adapter, f.name)))
+            setattr(live, "_methods" if f.name == "methods" else f.name, _plain(getattr(adapter, f.name)))
         return live
+
+    @property
+    def methods(self) -> Mapping[str, Method]:  # type: ignore[override]
+        return MappingProxyType(self._methods)
+
+    def resumed(self, new: Live) -> Self:
+        """This adapter, detached before, as `new`, which was made of it: its parameters go on with the new numbers."""
+        own: dict[tuple[str, str], Tensor] = {(s, k): t for s, k, t in self.tensors()}
+        own |= {("", n): t for n, t in self.full.items()}
+
+        def going_on(key: tuple[str, str], t: Tensor) -> Tensor:
+            if not isinstance(own[key], torch.nn.Parameter):
+                return t
+            own[key].data = t.data
+            return own[key]
+
+        factors = {s: {k: going_on((s, k), t) for k, t in f.items()} for s, f in new.factors.items()}
+        full = {n: going_on(("", n), t) for n, t in new.full.items()}
+        vars(self).update({**vars(new), "factors": factors, "full": full})
+        return self
+
+    def __copy__(self) -> Adapter:
+        return self.copy()
 
 
 def _copied(t: Tensor) -> Tensor:
@@ -229,8 +252,9 @@ def _copied(t: Tensor) -> Tensor:
 
 
 def _apart_from(t: Tensor) -> Tensor:
-    """t, or a copy where it is a live adapter's parameter or shows a part of one."""
-    if t.is_leaf and not isinstance(t, torch.nn.Parameter) and not t._is_view():
+    """A copy of t, which may be a live adapter's parameter or share its memory; computed tensors keep their graphs, and
+    those of torch.func's transforms are left to them."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
         return t
     if t.grad_fn is not None:
         return t.clone() if t._is_view() else t

@@ -23,8 +23,7 @@ from . import bases, masters
 from .adapter import Adapter, Live
 from .making import check_what, fitted, fresh, narrowed
 from .method import Factors, Method
-from .pool import Pools
-from .routing import ROUTE, At, Base, Route, routes
+from .routing import ROUTES, At, Base, Form, Route, form, innermost
 from .saving import guard, unguard
 from .sharded import is_fsdp
 from .sites import Acts, LinearView, adapted, view
@@ -44,6 +43,7 @@ class Slot(nn.Module):
     def __init__(self, host: Host, path: str, method: Acts, layer: LinearView, factors: Factors):
         super().__init__()
         self.host, self.path, self.method, self.layer = host, path, method, layer
+        self.last = 0  # the number of the route of its last forward, 0 outside of `rows`
         layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
         # the adapter's own dictionary: what replaces parameters here (FSDP2) replaces the adapter's
         self._parameters = factors  # type: ignore[assignment]
@@ -82,8 +82,9 @@ class Adapted:
         if layer.override is not None and threading.get_ident() in layer.inside:  # of such a hook, within `layer`
             return layer.call(self, *args, **named)
         method = slot.method
-        if slot.host.routes:
-            method = At(slot.host.route(), slot.path)
+        if slot.host.routed:
+            route = slot.host.route(slot)
+            method = method if route is None else At(route, slot.path)
         return adapted(method, layer, slot._parameters, args, named)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -150,30 +151,48 @@ class Host:
     thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
     nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `_unnest`
     routes: list[Route] = field(default_factory=list)  # that somebody is inside
-    before: str | None = None  # what was selected before them
-    pools: Pools = field(default_factory=Pools)
+    routed: bool = False  # whether anybody ever was
+    waiting: int = 0  # verbs that wait until nobody is
+    forms: dict[str, Form] = field(default_factory=dict)  # of the adapters that went through `rows`
     lock: Lock = field(default_factory=Lock, repr=False)  # held while layers change
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: nobody is inside that."""
-        return {**self.__dict__, "routes": []}
+        return {**self.__dict__, "routes": [], "waiting": 0}
 
-    def route(self) -> Route:
-        """The rows of this context's batch.  Raises RuntimeError where others alone are inside `rows`."""
+    def mine(self) -> list[Route]:
+        """The routes of this context that are not left yet, the innermost last."""
+        return [route for route in ROUTES.get() if route.host is self and route in self.routes]
+
+    def route(self, slot: Slot) -> Route | None:
+        """The route of a forward; None outside of `rows`.  Raises RuntimeError where it is not known."""
+        if torch.compiler.is_compiling():  # dynamo reads no contexts
+            return self.routes[-1] if self.routes else None
         mine = self.mine()
-        # a recomputation (gradient checkpointing) may run in a thread of autograd's, and dynamo reads no contexts
-        if mine is None and len(self.routes) == 1 and (torch.compiler.is_compiling() or _current_backward() != -1):
-            mine = self.routes[0]
-        if mine is None:
+        again = _current_backward() != -1  # gradient checkpointing, maybe in a thread of autograd's
+        route = innermost(mine) if mine else None
+        if again and route is None and len(self.routes) == 1 and self.routes[0].number == slot.last:
+            route = self.routes[0]
+        if again and slot.last != (0 if route is None else route.number):
             raise RuntimeError(
-                "another thread is inside `undula.rows` on this model: its names say which adapter each row goes "
-                "through. Compute within a `rows` of your own, or give each thread its own copy"
+                f"{slot.path} is computed again in a backward (gradient checkpointing) within another `undula.rows` "
+                "than its forward, or outside of it: call backward within the block of the forward"
             )
-        return mine
+        if route is None and self.routes:
+            raise RuntimeError(
+                "another thread or task is inside `undula.rows` on this model: its names say which adapter each row "
+                "goes through. Compute within a `rows` of your own, or give each thread its own copy"
+            )
+        if not again:
+            slot.last = 0 if route is None else route.number
+        return route
 
-    def mine(self) -> Route | None:
-        """The route of this context, None outside of `rows`."""
-        return next((route for route in routes() if route.host is self), None)
+    def formed(self, name: str) -> Form:
+        """`routing.form` of an adapter, one object for equal ones."""
+        if name not in self.forms:
+            new = form(self.adapters[name])
+            self.forms[name] = next((f for f in self.forms.values() if f == new), new)
+        return self.forms[name]
 
 
 def host_of(model: nn.Module) -> Host:
@@ -231,13 +250,28 @@ def _replaced(path: str, how: str) -> str:
     )
 
 
+PATIENCE = 60.0  # seconds that a verb or a `rows` waits for others to leave
+
+
 @contextlib.contextmanager
 def changing(host: Host, verb: str) -> Iterator[None]:
-    """Nobody is inside `rows` or changes the layers meanwhile.  Raises RuntimeError within a `rows` of this context."""
-    if host.mine() is not None:
+    """Nobody is inside `rows` or changes the layers meanwhile.  Raises RuntimeError within a `rows` of this context,
+    and where waiting for others would never end."""
+    if host.mine():
         raise RuntimeError(f"`{verb}` within `undula.rows`: leave the block first, its batches are routed by names")
     with host.lock.lock:
-        host.lock.lock.wait_for(lambda: not host.routes)
+        if host.routes and (ROUTES.get() or any(r.thread == threading.get_ident() for r in host.routes)):
+            raise RuntimeError(
+                f"`{verb}` while another task of this thread, or a block of another model around it, is inside "
+                "`undula.rows`: nobody could leave while it waits. Leave that block first"
+            )
+        host.waiting += 1
+        try:
+            if not host.lock.lock.wait_for(lambda: not host.routes, PATIENCE):
+                raise RuntimeError(f"`{verb}` waited {PATIENCE:g} s for other threads to leave `undula.rows`")
+        finally:
+            host.waiting -= 1
+            host.lock.lock.notify_all()
         dismiss(host)  # those of a copy that was made within `rows`
         yield
 
@@ -275,9 +309,13 @@ def attach(
             stacklevel=2,
         )
     model = inner(model)
-    host = host_of(model)
-    with changing(host, "attach"):
-        return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype)
+    host = model.__dict__.setdefault("_undula", Host())
+    try:
+        with changing(host, "attach"):
+            model.__dict__["_undula"] = host  # where another thread's refused attach took it away
+            return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype)
+    finally:
+        _forget(model, host)
 
 
 def _in_parallel(model: nn.Module) -> bool:
@@ -324,8 +362,7 @@ def _attach(
         )
         adapter = Live.of(narrowed(made, dtype))
         if isinstance(what, Live) and not what.attached:
-            vars(what).update(vars(adapter))
-            adapter = what
+            adapter = what.resumed(adapter)
     except BaseException:
         select(model, before)
         raise
@@ -335,8 +372,6 @@ def _attach(
     host.adapters[name], adapter.attached = adapter, True
     model.__dict__["_undula"] = host
     select(model, name)
-    if len(host.adapters) > 1:  # the first stays where it is until `rows` is entered
-        host.pools.of(name, adapter)
     bases.keep_gradients(model)
     bases.warn_where_cut(model)
     return adapter
@@ -394,8 +429,10 @@ def change(model: nn.Module, site: str, method: Method, factors: Factors) -> Non
     live: dict[str, Any] = {
         k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()
     }
-    host.pools.forget(host.selected)  # type: ignore[arg-type]
-    adapter.methods[site], adapter.factors[site] = method, live
+    if host.routes:
+        raise RuntimeError("an allocator changes an adapter within `undula.rows`: train with it outside of the block")
+    host.forms.pop(host.selected, None)  # type: ignore[arg-type]
+    adapter._methods[site], adapter.factors[site] = method, live
     slot.method, slot._parameters = method, live
 
 
@@ -497,10 +534,10 @@ def detach(model: nn.Module, name: str | None = None) -> Adapter:
     """Removes an adapter (the selected one by default) and returns it.  When the last one goes, the model is as it was
     before the first came, its trainable parameters included."""
     model = inner(model)
-    host, adapter = _named(model, name)
-    name = name if name is not None else host.selected
+    host = _named(model, name)[0]
     with changing(host, "detach"):
-        _detach(model, host, name)
+        host, adapter = _named(model, name)
+        _detach(model, host, name if name is not None else host.selected)
     return adapter
 
 
@@ -509,7 +546,7 @@ def _detach(model: nn.Module, host: Host, name: str | None) -> None:
         if host.merged is not None:
             restore(model, host)
         _select(model, host, None)
-    host.pools.forget(name)  # type: ignore[arg-type]
+    host.forms.pop(name, None)  # type: ignore[arg-type]
     host.adapters.pop(name).attached = False  # type: ignore[arg-type]
     if not host.adapters:
         for p in host.thawed:
@@ -546,53 +583,84 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     Adapters of any methods mix; those on the LowRank rung share grouped products, in training too.  Layers must see the
     batch as their first dimension.  An inner `rows` counts until it is left.  Threads and tasks may each be inside one
     of their own; meanwhile a forward outside of any raises RuntimeError, and what changes the layers (`select`,
-    `attach`, `merge`) waits.  Raises LookupError for a name that is not attached, ValueError for parameters trained in
-    full (one model has one head), RuntimeError for an adapter that is merged.
+    `attach`, `merge`) waits.  A generator that yields within the block leaves it in force for its caller.  With
+    gradient checkpointing the backward belongs into the block too.  Raises LookupError for a name that is not attached,
+    ValueError for parameters trained in full (one model has one head), in the batch's adapters or in the selected one,
+    RuntimeError for an adapter that is merged.
     """
     model = inner(model)
-    host = host_of(model)
-    with host.lock.lock:
-        route = _enter(model, host, tuple(names))
-    token = ROUTE.set(route)
+    host = model.__dict__.setdefault("_undula", Host())  # also a bare model's: nothing is attached within the block
     try:
-        yield
-    finally:
-        ROUTE.reset(token)
         with host.lock.lock:
-            host.routes.remove(route)
-            if not host.routes:
-                _leave(model, host)
-                host.lock.lock.notify_all()
+            route = _enter(model, host, tuple(names))
+        ROUTES.set((*ROUTES.get(), route))
+        try:
+            yield
+        finally:
+            ROUTES.set(tuple(r for r in ROUTES.get() if r is not route))
+            with host.lock.lock:
+                host.routes.remove(route)
+                if not host.routes:
+                    _leave(model, host)
+                    host.lock.lock.notify_all()
+    finally:
+        _forget(model, host)
+
+
+def _forget(model: nn.Module, host: Host) -> None:
+    """Takes a host away that holds nothing."""
+    if not host.adapters and not host.routes and model.__dict__.get("_undula") is host:
+        del model.__dict__["_undula"]
 
 
 def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route:
     """A route for batches whose row i goes through the adapter names[i], with the layers that it needs adapted."""
+    inside = any(r.thread == threading.get_ident() for r in host.routes) or bool(ROUTES.get())
+    if not inside and not host.lock.lock.wait_for(lambda: not host.waiting, PATIENCE):  # verbs come first
+        raise RuntimeError(f"`undula.rows` waited {PATIENCE:g} s for another thread's verb, which waits itself")
     if host.merged is not None:
         raise RuntimeError("an adapter is merged into this model: unmerge it before rows go through adapters")
     if "torch.distributed.fsdp" in sys.modules and is_fsdp(model):
         raise RuntimeError("this model is sharded (fully_shard): rows of different adapters are not possible there")
     used = {n: find(model, n)[1] for n in dict.fromkeys(names) if n is not None}
-    held = [n for n, a in used.items() if a.full]
-    if held:
-        raise ValueError(f"{held[0]!r} trains parameters in full ({', '.join(used[held[0]].full)}): not row by row")
-    route = Route(host, used, names, host.pools, ROUTE.get())
-    if not host.routes:
-        host.before = host.selected
+    for n in dict.fromkeys([*used, *([host.selected] if host.selected else [])]):
+        if host.adapters[n].full:
+            raise ValueError(
+                f"{n!r} trains parameters in full ({', '.join(host.adapters[n].full)}): not row by row, one model has "
+                "one head. Give rows to adapters without; if it is the selected one, call undula.select(model, None)"
+            )
+    for name, adapter in used.items():
+        _move_beside(model, host, name, adapter)
+    route = Route(host, used, names, host.formed)
     try:
-        if not host.routes and host.before is not None and host.adapters[host.before].full:
-            _select(model, host, None)  # rows have the base's own head
         _invite(model, host, route)
     except BaseException:
         if not host.routes:
             _leave(model, host)
         raise
     host.routes.append(route)
+    host.routed = True
     return route
+
+
+def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None:
+    """Puts factors where their layers are: `model.to` moves those of the selected adapter alone."""
+    first = next(iter(adapter.factors), None)
+    if first is None or _device(model, first) == next(iter(adapter.factors[first].values())).device:
+        return
+    for path, f in adapter.factors.items():
+        for t in f.values():
+            t.data = t.data.to(_device(model, path))
+    host.forms.pop(name, None)
+
+
+def _device(model: nn.Module, path: str) -> torch.device:
+    return model.get_submodule(path).weight.device  # type: ignore[union-attr,return-value]
 
 
 def _invite(model: nn.Module, host: Host, route: Route) -> None:
     """Adapts those layers of a route that no selected adapter has."""
-    for path, adapter in route.sites().items():
+    for path, adapter in route.sites():
         slot = host.slots.get(path) or host.spare.get(path)
         module = model.get_submodule(path)
         if slot is None or not slot.fits(module):
@@ -618,6 +686,4 @@ def _leave(model: nn.Module, host: Host) -> None:
     """Makes the layers what they were before somebody was inside `rows`."""
     dismiss(host)
     nest(host)
-    if host.before != host.selected:
-        _select(model, host, host.before)
     _unnest(model, host)

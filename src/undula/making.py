@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Live
+from .adapter import Adapter
 from .apart import apart, check_theirs
 from .choice import plain
 from .masters import wide
@@ -232,8 +232,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
-    """`adapter` as parameters of its own that fit `model` (types and devices adjusted); those of a detached live one go
-    on.  Raises ValueError where it does not fit."""
+    """`adapter` as parameters of its own that fit `model` (types and devices adjusted).  Raises ValueError where it
+    does not fit."""
     adapter.check_usable()
     layers = {n: layer for n, layer in views(model).items() if n in adapter.factors}
     missing = [n for n in adapter.factors if n not in layers]
@@ -244,12 +244,10 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     # a parameter under each of its names: one that is tied to another (an output head) may be replaced alone
     parameters = dict(model.named_parameters(remove_duplicate=False))
     once: dict[int, nn.Parameter] = {}
-    resumed = isinstance(adapter, Live) and not adapter.attached
 
     def live(t: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
         if id(t) not in once:
-            again = resumed and isinstance(t, nn.Parameter) and (t.device, t.dtype) == (device, dtype)
-            once[id(t)] = t if again else nn.Parameter(t.detach().to(device, dtype, copy=True), t.requires_grad)  # type: ignore[assignment]
+            once[id(t)] = nn.Parameter(t.detach().to(device, dtype, copy=True), t.requires_grad)
         return once[id(t)]
 
     factors: dict[str, Factors] = {}

@@ -69,8 +69,7 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
         adapter.full = dict(adapter.full)  # its own again
         settle(model, adapter.full, host.own)
         del model.__dict__["_undula"]
-        for name, every in host.adapters.items():
-            host.pools.forget(name)
+        for every in host.adapters.values():
             every.attached = False
     host.untied = untie(model)
     return errors

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+import itertools
+import math
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,7 +21,6 @@ from .kernels import reference
 from .kernels.grouped import grouped, stacked
 from .method import Factors, LowRank, Method
 from .methods.dropout import bare
-from .pool import Pool, Pools
 from .sites import LinearView, adapted
 
 
@@ -49,7 +55,6 @@ class Rows:
                 self.other.append((method, f, torch.tensor(rows[name], device=device)))
         # None: the rows are sorted already and all of them low-rank, nothing need be moved
         self.order = None if order == list(range(self.count)) else torch.tensor(order, device=device)
-        self._kept: tuple | None = None
 
     def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
         if not together(x, layer, self.count, self.drops):
@@ -59,7 +64,8 @@ class Rows:
     def added(self, y: Tensor, x: Tensor, layer: LinearView) -> Tensor:
         """y, the frozen layer's output for x, with what these laws change."""
         if self.low:
-            pairs, stacks = self._pairs()
+            pairs = [method.pair(f) for method, f in self.low]
+            stacks = stacked(pairs, self.counts)
             mine = x if self.order is None else x[self.order]
             y = changed(y, grouped(_flat(mine, pairs[0][1].dtype), pairs, self.counts, stacks), self.order)
         for method, own, index in self.other:
@@ -92,20 +98,6 @@ class Rows:
             )
         return given[index]
 
-    def _pairs(self) -> tuple:
-        """(pairs, their stacks); kept where no gradient is wanted for as long as the factors stay, else made anew for
-        every graph."""
-        if torch.is_grad_enabled():
-            return self._make()
-        now = [(t.data_ptr(), None if t.is_inference() else t._version) for _, f in self.low for t in f.values()]
-        if self._kept is None or self._kept[0] != now:
-            self._kept = now, self._make()
-        return self._kept[1]
-
-    def _make(self) -> tuple:
-        pairs = [method.pair(f) for method, f in self.low]
-        return pairs, stacked(pairs, self.counts)
-
 
 def rows_of(names: Sequence[str | None]) -> dict[str, list[int]]:
     """The rows of each name, in the order in which the names come."""
@@ -129,7 +121,7 @@ def together(x: Tensor, layer: LinearView, count: int, drops: bool) -> bool:
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of any number of dimensions as (N, T, I)."""
-    return x.reshape(x.shape[0], -1 if x.numel() else 1, x.shape[-1]).to(dtype)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
 
 
 def changed(y: Tensor, change: Tensor, order: Tensor | None) -> Tensor:
@@ -142,52 +134,74 @@ def changed(y: Tensor, change: Tensor, order: Tensor | None) -> Tensor:
     return y.index_copy(0, order, reference.added(y[order], change))
 
 
-class Share:
-    """The rows of a batch that go through the adapters of one pool, sorted by adapter."""
+@dataclass(frozen=True)
+class Plain:
+    """A pair (s f[B], f[A]) of one site in words that compare."""
 
-    def __init__(self, pool: Pool, count: int):
-        self.pool, self.count = pool, count
+    path: str
+    s: float
+    B: str
+    A: str
+    shapes: tuple[torch.Size, torch.Size]
+    drops: bool  # whether dropout acts on it while it trains
+
+
+Form = tuple[Plain, ...]
+
+
+def form(adapter: Adapter) -> Form:
+    """The sites at which the adapter is a plain pair; adapters of equal forms go through one product each time."""
+    found = []
+    for path, method in adapter.methods.items():
+        named = method.plain() if isinstance(method, LowRank) else None
+        if named is not None:
+            s, B, A = named
+            f = adapter.factors[path]
+            found.append(Plain(path, s, B, A, (f[B].shape, f[A].shape), bare(method) is not method))
+    return tuple(found)
+
+
+class Share:
+    """The rows of a batch that go through adapters of one form, sorted by adapter."""
+
+    def __init__(self, form: Form, count: int):
+        self.sites = {plain.path: plain for plain in form}
+        self.count = count
         self.order: list[int] = []
         self.counts: list[int] = []
-        self.at: list[int] = []  # rows of the pool
         self.adapters: list[Adapter] = []
 
-    def add(self, adapter: Adapter, at: int, rows: list[int]) -> None:
+    def add(self, adapter: Adapter, rows: list[int]) -> None:
         self.order += rows
         self.counts.append(len(rows))
-        self.at.append(at)
         self.adapters.append(adapter)
 
     def settle(self) -> None:
         """What all layers will read: how the rows lie, and of which adapters' pairs a product is made."""
-        K, N = len(self.at), len(self.order)
         self.equal = len(set(self.counts)) == 1
-        self.each = not self.equal and N <= 2 * K  # mostly rows of their own: a pair for every row
-        repeats = [k for k, n in enumerate(self.counts) for _ in range(n)] if self.each else list(range(K))
-        at = [self.at[k] for k in repeats]
-        self.index = None if self.order == list(range(self.count)) else torch.tensor(self.order)
-        self.chosen = slice(at[0], at[-1] + 1) if at == list(range(at[0], at[0] + len(at))) else torch.tensor(at)
-        self.repeats = torch.tensor(repeats) if self.each else None
-        self._there: dict[torch.device, tuple[Tensor | None, Any, Tensor | None]] = {}
+        self.each = not self.equal and len(self.order) <= 2 * len(self.counts)  # mostly rows of their own: a pair each
+        self.moved = self.order != list(range(self.count))
+        self._there: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
 
-    def positions(self, device: torch.device) -> tuple[Tensor | None, Any, Tensor | None]:
-        """(rows of the batch, rows of the pool, the adapter of each pair) on a device."""
+    def positions(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """(rows of the batch, the adapter of each row) on a device; None for all of them in turn, and where one pair
+        serves several rows."""
         if device not in self._there:
-            every = (self.index, self.chosen, self.repeats)
-            self._there[device] = tuple(t.to(device) if isinstance(t, Tensor) else t for t in every)  # type: ignore[assignment]
+            with torch.inference_mode(False):  # a later forward of the batch may want gradients
+                order = torch.tensor(self.order, device=device) if self.moved else None
+                repeats = [k for k, n in enumerate(self.counts) for _ in range(n)]
+                self._there[device] = order, torch.tensor(repeats, device=device) if self.each else None
         return self._there[device]
 
     def change(self, path: str, x: Tensor) -> Tensor:
-        """s B A x of these rows at one site, (N, T, O)."""
-        plain, (index, chosen, repeats) = self.pool.sites[path], self.positions(x.device)
-        mine = _flat(x if index is None else x[index], plain.dtype)
-        if torch.is_grad_enabled():
-            A_KRI = torch.stack([a.factors[path][plain.A] for a in self.adapters])
-            B_KOR = torch.stack([a.factors[path][plain.B] for a in self.adapters])
-            if repeats is not None:
-                A_KRI, B_KOR = A_KRI[repeats], B_KOR[repeats]
-        else:
-            A_KRI, B_KOR = self.pool.A[path].rows(chosen), self.pool.B[path].rows(chosen)
+        """s B A x of these rows at one site, (N, T, O).  The pairs are stacked anew for every product: whatever changes
+        a parameter counts at once, and a copy of skinny matrices is cheap beside it."""
+        plain, (order, repeats) = self.sites[path], self.positions(x.device)
+        A_KRI = torch.stack([a.factors[path][plain.A] for a in self.adapters])
+        B_KOR = torch.stack([a.factors[path][plain.B] for a in self.adapters])
+        mine = _flat(x if order is None else x[order], A_KRI.dtype)
+        if repeats is not None:
+            A_KRI, B_KOR = A_KRI[repeats], B_KOR[repeats]
         if self.equal or self.each:
             z_KTR = torch.bmm(mine.reshape(len(A_KRI), -1, mine.shape[2]), A_KRI.transpose(1, 2))
             return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(*mine.shape[:2], B_KOR.shape[1])
@@ -195,58 +209,62 @@ class Share:
         return torch.cat([p @ A.t() * plain.s @ B.t() for p, A, B in parts])
 
 
+numbers = itertools.count(1)
+
+
 class Route:
     """The rows of one batch, for all layers of one model: made when `undula.rows` is entered, and found by whatever
     computes in that context."""
 
     def __init__(
-        self, host: Any, used: Mapping[str, Adapter], names: tuple[str | None, ...], pools: Pools, outer: Route | None
+        self, host: Any, used: Mapping[str, Adapter], names: tuple[str | None, ...], formed: Callable[[str], Form]
     ):
-        self.host, self.used, self.names, self.outer = host, used, names, outer
-        self.loose: dict[str, set[str]] = {}  # {adapter: its sites outside of a pool}
+        self.host, self.used, self.names = host, used, names
+        self.number, self.thread = next(numbers), threading.get_ident()
+        self.frame = _entering()
+        self.loose: dict[str, set[str]] = {}  # {adapter: its sites that are no plain pair}
         self.laws: dict[tuple[str, bool], Rows | None] = {}
-        shares: dict[int, Share] = {}
+        shares: dict[Form, Share] = {}
         rows = rows_of(names)
         for name, adapter in used.items():
-            pooled = pools.of(name, adapter)
-            if pooled is None:
-                self.loose[name] = set(adapter.factors)
-                continue
-            pool, at = pooled
-            if len(pool.sites) < len(adapter.factors):
-                self.loose[name] = set(adapter.factors) - set(pool.sites)
-            if id(pool) not in shares:
-                shares[id(pool)] = Share(pool, len(names))
-            shares[id(pool)].add(adapter, at, rows[name])
+            plain = formed(name)
+            if plain:
+                shares.setdefault(plain, Share(plain, len(names))).add(adapter, rows[name])
+            if len(plain) < len(adapter.factors):
+                self.loose[name] = set(adapter.factors) - {p.path for p in plain}
         self.shares = list(shares.values())
         for share in self.shares:
             share.settle()
 
     def forward(self, x: Tensor, layer: LinearView, path: str) -> Tensor:
         """What the layer at `path` computes of the batch."""
-        here = [share for share in self.shares if path in share.pool.sites]
+        here = [share for share in self.shares if path in share.sites]
         loose = self._rows(path, layer, loose=True) if self.loose else None
-        drops = any(share.pool.sites[path].drops for share in here) or (loose is not None and loose.drops)
+        if not here and loose is None:
+            return layer(x)
+        drops = any(share.sites[path].drops for share in here) or (loose is not None and loose.drops)
         if not together(x, layer, len(self.names), drops):
             every = self._rows(path, layer, loose=False)
-            return layer(x) if every is None else every.forward(x, layer, {})
+            assert every is not None
+            return every.forward(x, layer, {})
         y = layer(x)
         for share in here:
             y = changed(y, share.change(path, x), share.positions(x.device)[0])
         return y if loose is None else loose.added(y, x, layer)
 
-    def sites(self) -> dict[str, Adapter]:
-        """The sites of the batch's adapters, each with one that has it."""
-        loose = {path: self.used[name] for name, sites in self.loose.items() for path in sites}
-        return loose | {path: share.adapters[0] for share in self.shares for path in share.pool.sites}
+    def sites(self) -> list[tuple[str, Adapter]]:
+        """The sites of the batch's adapters, of equal forms those of the first."""
+        loose = [(path, self.used[name]) for name, sites in self.loose.items() for path in sites]
+        return loose + [(path, share.adapters[0]) for share in self.shares for path in share.sites]
 
     def _rows(self, path: str, layer: LinearView, loose: bool) -> Rows | None:
-        """The laws at one site, of all adapters or of those in no pool there; None where there are none."""
+        """The laws at one site, of all adapters or of those that are no plain pair; None where there are none."""
         if (path, loose) not in self.laws:
             names = [n for n, sites in self.loose.items() if path in sites] if loose else list(self.used)
             here = {n: self.used[n] for n in names if path in self.used[n].factors}
             laws = {n: (a.methods[path], a.factors[path]) for n, a in here.items()}
-            self.laws[path, loose] = Rows(laws, self.names, layer.device) if laws else None
+            with torch.inference_mode(False):
+                self.laws[path, loose] = Rows(laws, self.names, layer.device) if laws else None
         return self.laws[path, loose]
 
 
@@ -260,12 +278,36 @@ class At:
         return self.route.forward(x, layer, self.path)
 
 
-ROUTE: ContextVar[Route | None] = ContextVar("undula.rows", default=None)
+ROUTES: ContextVar[tuple[Route, ...]] = ContextVar("undula.rows", default=())  # of this context, the last entered last
+
+GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
-def routes() -> Iterator[Route]:
-    """The routes of this context, the innermost first."""
-    route = ROUTE.get()
-    while route is not None:
-        yield route
-        route = route.outer
+def _frames() -> list[FrameType]:
+    frame, found = sys._getframe(1), []
+    while frame is not None:
+        found.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _entering() -> int | None:
+    """The generator that enters `rows`, None where no generator does: it may be left and come back to."""
+    here = str(inspect.getsourcefile(_entering))
+    own = ("contextlib.py", here, here.replace("routing.py", "host.py"))
+    outside = next((f for f in _frames() if not f.f_code.co_filename.endswith(own)), None)
+    return id(outside) if outside is not None and outside.f_code.co_flags & GENERATOR else None
+
+
+def innermost(routes: Sequence[Route]) -> Route:
+    """The route that counts.  Raises RuntimeError where that is one of a generator that waits while another's block is
+    gone on with: both share the context of their caller."""
+    last = routes[-1]
+    if last.frame is not None and len(routes) > 1:
+        running = {id(frame) for frame in _frames()}
+        if last.frame not in running and any(r.frame in running for r in routes):
+            raise RuntimeError(
+                "two generators are inside `undula.rows` of one model in turns, and the one that goes on now is not "
+                "the one that entered last: collect each one's outputs within its block, or give each a thread or task"
+            )
+    return last

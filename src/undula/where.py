@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -135,6 +137,9 @@ def barriers(model: nn.Module) -> dict[str, str]:
             barred[name] = f"the model (model_type='{kind}') reads its weight without calling it"
             continue
         parent = parents.get(name.rpartition(".")[0]) if name else None
+        if isinstance(module, nn.modules.conv._ConvNd) and _reads(parent, name.rpartition(".")[2]):
+            barred[name] = f"{type(parent).__name__} reads its weight without calling it"
+            continue
         if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module and _reads_weights(parent):
             barred[name] = "nn.MultiheadAttention computes from its weight and never calls it"
         elif name.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding) and _looked_up(module, parents):
@@ -144,6 +149,21 @@ def barriers(model: nn.Module) -> dict[str, str]:
         elif view(module) is None and any(p.ndim > 1 for p in module._parameters.values() if p is not None):
             barred[name] = f"no adapter acts on a {type(module).__name__}"
     return barred
+
+
+@functools.cache
+def _reading(parent: type[nn.Module]) -> frozenset[str]:
+    """The parts that a class reads by `self.<name>.weight`, as hybrid language models do with their convolutions for
+    kernels of their own; none where there is no source."""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", source))
+
+
+def _reads(parent: nn.Module | None, leaf: str) -> bool:
+    return parent is not None and leaf in _reading(type(parent))  # type: ignore[arg-type]
 
 
 def _looked_up(shared: nn.Embedding, modules: Mapping[str, nn.Module]) -> bool:

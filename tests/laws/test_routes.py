@@ -1,7 +1,10 @@
 """Rows of a batch on their ways: threads and tasks beside each other, training, adapters whose numbers move."""
 
 import asyncio
+import contextlib
+import contextvars
 import copy
+import gc
 import pickle
 import threading
 
@@ -11,7 +14,7 @@ from torch import nn
 
 import undula
 from undula import LoRA
-from undula.host import host_of
+from undula.host import change, host_of
 
 ALIKE = [LoRA(r=2), LoRA(r=2), LoRA(r=3)]  # two in one pool, one apart
 MIXED = [LoRA(r=2), LoRA(r=2), undula.AuroRA(r=2), undula.DoRA(LoRA(r=2)), undula.VeRA(r=4)]
@@ -300,13 +303,320 @@ def test_entering_again_makes_nothing_anew():
     torch.testing.assert_close(got, alone(model, x, "0"))
 
 
-def test_the_head_of_a_selected_adapter_is_not_that_of_the_rows():
+def test_rows_beside_a_head_are_refused():
+    """Rows have the base's own parameters; an adapter that is selected with others in their places stays selected."""
     model, x = body()
-    base = alone(model, x, None)
     with torch.no_grad():
         undula.attach(model, LoRA(r=2), ["0"], full=["2.bias"], name="head").full["2.bias"].add_(1)
     live = model(x)
-    assert not torch.allclose(live, base)
+    for names in ([None] * 6, ["head"] * 6):
+        with pytest.raises(ValueError, match="'head' trains parameters in full"), undula.rows(model, names):
+            pass
+    assert torch.equal(model(x), live)
+
+
+def test_generators_in_turns_do_not_get_each_others_rows():
+    """They share the context of their caller.  One after another is right; in turns is refused."""
+    model, x = body()
+
+    def stream(name):
+        with undula.rows(model, [name] * 6):
+            for _ in range(2):
+                yield model(x)
+
+    for name in ("0", "1"):
+        for y in stream(name):
+            torch.testing.assert_close(y, wanted(body()[0], x, [name] * 6))
+    with pytest.raises(RuntimeError, match=r"two generators are inside `undula.rows`"):
+        for _ in zip(stream("0"), stream("1"), strict=True):
+            pass
+    gc.collect()  # the generators are closed
+    torch.testing.assert_close(model(x), alone(model, x, "2"))
+
+
+def test_a_generator_that_is_closed_elsewhere_leaves():
+    """In another task, or in another copy of a context: nobody is inside afterwards, and verbs do not wait."""
+    model, x = body()
+
+    async def stream():
+        with undula.rows(model, ["0"] * 6):
+            for _ in range(3):
+                yield model(x)
+                await asyncio.sleep(0)
+
+    async def first():
+        async for y in stream():
+            return y
+
+    async def both():
+        return await asyncio.create_task(first())
+
+    torch.testing.assert_close(asyncio.run(both()), alone(body()[0], x, "0"))
+    gc.collect()
+
+    def plain():
+        with undula.rows(model, ["1"] * 6):
+            yield model(x)
+
+    steps = plain()
+    contextvars.copy_context().run(next, steps)
+    contextvars.copy_context().run(steps.close)
+    undula.select(model, "1")
+    torch.testing.assert_close(model(x), alone(model, x, "1"))
+
+
+def test_blocks_may_be_left_in_any_order():
+    model, x = body()
+    a, b = undula.rows(model, ["0"] * 6), undula.rows(model, ["1"] * 6)
+    a.__enter__()
+    b.__enter__()
+    a.__exit__(None, None, None)
+    torch.testing.assert_close(model(x), wanted(body()[0], x, ["1"] * 6))
+    b.__exit__(None, None, None)
+    undula.select(model, "0")
+    torch.testing.assert_close(model(x), alone(model, x, "0"))
+
+
+def test_a_task_that_outlives_its_block_is_outside():
+    model, x = body()
+
+    async def late(left):
+        await left.wait()
+        if host_of(model).routes:
+            with pytest.raises(RuntimeError, match="another thread or task is inside"):
+                model(x)
+            return None
+        undula.select(model, "1")
+        return model(x)
+
+    async def main(again):
+        left = asyncio.Event()
+        with undula.rows(model, ["0"] * 6):
+            task = asyncio.create_task(late(left))
+            await asyncio.sleep(0)
+        left.set()
+        if again:
+            with undula.rows(model, ["0"] * 6):
+                return await task
+        return await task
+
+    assert asyncio.run(main(True)) is None
+    torch.testing.assert_close(asyncio.run(main(False)), alone(model, x, "1"))
+
+
+def test_verbs_of_a_task_of_the_same_thread_do_not_wait_for_ever():
+    (model, x), (other, _) = body(), body()
+
+    async def inside():
+        with undula.rows(model, ["0"] * 6):
+            await asyncio.sleep(0.05)
+
+    async def main():
+        task = asyncio.create_task(inside())
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="nobody could leave while it waits"):
+            undula.select(model, "0")
+        await task
+        undula.select(model, "0")
+
+    asyncio.run(main())
+    met, done = threading.Event(), threading.Event()
+
+    def elsewhere():
+        with undula.rows(model, ["0"] * 6):
+            met.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    met.wait(20)
+    with (
+        undula.rows(other, ["0"] * 6),
+        pytest.raises(RuntimeError, match="a block of another model around it"),
+    ):
+        undula.select(model, "1")
+    done.set()
+    thread.join(20)
+    torch.testing.assert_close(model(x), alone(model, x, "0"))
+
+
+def test_verbs_come_in_though_blocks_overlap():
+    """Threads that always have one of them inside: a verb that waits goes before the blocks that come later."""
+    model, x = body()
+    stop, done = threading.Event(), []
+
+    def busy():
+        while not stop.is_set():
+            with torch.no_grad(), undula.rows(model, ["0"] * 6):
+                model(x)
+
+    threads = [threading.Thread(target=busy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    verb = threading.Thread(target=lambda: (undula.select(model, "1"), done.append(True)))
+    verb.start()
+    verb.join(20)
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert done == [True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("where", ["outside", "another block"])
+def test_a_recomputation_within_other_rows_is_refused(reentrant, where):
+    model, x = body()
+    undula.select(model, "2")
+    x.requires_grad_()
+    with undula.rows(model, ["0", "1", "1", "1", "1", "1"]):
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+    block = undula.rows(model, ["1", "0", "0", "0", "0", "0"]) if where == "another block" else contextlib.nullcontext()
+    with block, pytest.raises(RuntimeError, match="computed again in a backward"):
+        y.square().sum().backward()
+
+
+def test_a_recomputation_does_not_take_another_threads_rows():
+    model, x = body()
+    undula.select(model, "0")
+    x.requires_grad_()
+    with undula.rows(model, ["1"] * 6):
+        pass
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)
+    met, done = threading.Event(), threading.Event()
+
+    def elsewhere():
+        with undula.rows(model, ["1"] * 6):
+            met.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    met.wait(20)
+    with pytest.raises(RuntimeError, match="another thread or task is inside"):
+        y.square().sum().backward()
+    done.set()
+    thread.join(20)
+
+
+REPLACED = {
+    "load_state_dict": lambda model, live: model.load_state_dict(
+        {k: v * 3 for k, v in model.state_dict().items()}, assign=True
+    ),
+    "a dictionary": lambda model, live: live.factors["0"].__setitem__("B", nn.Parameter(live.factors["0"]["B"] * 3)),
+    "parts of both": lambda model, live: [
+        setattr(live.factors["0"][k], "data", live.factors["0"][k].data[at])
+        for k, at in (("A", slice(1)), ("B", (slice(None), slice(1))))
+    ],
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_parameters_that_are_replaced_are_seen(how):
+    model, x = body()
+    undula.select(model, "1")
+    with torch.no_grad():
+        with undula.rows(model, ["1"] * 6):
+            before = model(x)
+        REPLACED[how](model, undula.adapters(model)["1"])
+        want = model(x)
+        assert not torch.allclose(want, before)
+        with undula.rows(model, ["1"] * 6):
+            torch.testing.assert_close(model(x), want)
+
+
+def test_a_live_adapters_methods_are_changed_by_allocators_alone():
+    live = undula.attach(body()[0], LoRA(r=2), name="new")
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        live.methods["0"] = LoRA(r=2, alpha=64.0)
+
+
+def test_an_adapter_that_changes_its_rank_between_blocks():
+    """An allocator's change is seen by the next block, and refused within one."""
+    model, x = body()
+    undula.select(model, "1")
+    with undula.rows(model, ["0", "1"] * 3):
+        model(x)
+        with pytest.raises(RuntimeError, match="an allocator changes an adapter within"):
+            change(model, "0", LoRA(r=4), dict(undula.selected(model).factors["0"]))
+    wide = {"A": torch.randn(4, 8).double(), "B": torch.randn(8, 4).double()}
+    change(model, "0", LoRA(r=4, alpha=3.0), wide)
+    want = wanted(model, x, ["0", "1"] * 3)
+    with undula.rows(model, ["0", "1"] * 3):
+        torch.testing.assert_close(model(x), want)
+
+
+def test_inference_leaves_nothing_behind():
+    """What a block made in inference mode, or an adapter that came in it, can be trained later."""
+    for methods in (ALIKE, [undula.VeRA(r=4)] * 3):
+        model, x = body(methods)
+        with undula.rows(model, ["0", "1", "2"] * 2):
+            with torch.inference_mode():
+                model(x)
+            model(x).square().sum().backward()
+        assert all(p.grad is not None for p in undula.adapters(model)["1"].parameters())
+        for live in undula.adapters(model).values():
+            assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in live.parameters())
+
+
+def test_a_bare_model_within_a_block():
+    model, x = body([])
+    base = model(x)
     with undula.rows(model, [None] * 6):
         torch.testing.assert_close(model(x), base)
-    torch.testing.assert_close(model(x), live)
+        with pytest.raises(RuntimeError, match=r"`attach` within `undula.rows`"):
+            undula.attach(model, LoRA())
+    assert "_undula" not in model.__dict__
+    undula.attach(model, LoRA())
+
+
+def test_threads_that_attach_to_a_bare_model():
+    for _ in range(5):
+        model, _ = body([])
+        threads = [threading.Thread(target=undula.attach, args=(model, LoRA(r=2)), kwargs={"name": n}) for n in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert sorted(undula.adapters(model)) == ["a", "b"]
+        for name in "ab":
+            undula.detach(model, name)
+        assert [type(layer) for layer in model] == [nn.Linear] * 3
+
+
+class Positions(nn.Module):
+    """Its first layer sees one row whatever the batch is."""
+
+    def __init__(self):
+        super().__init__()
+        self.places, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(x + self.places(torch.ones(1, 8).to(x)))
+
+
+def test_a_layer_with_no_law_of_the_batch_may_see_any():
+    torch.manual_seed(0)
+    model, x = Positions().double(), torch.randn(6, 8).double()
+    for name, where in (("a", ["last"]), ("p", ["places"])):
+        for p in undula.attach(model, LoRA(r=2), where, name=name).parameters():
+            p.data.normal_()
+    want = alone(model, x, "a")
+    assert host_of(model).selected == "p"
+    with undula.rows(model, ["a"] * 6):
+        torch.testing.assert_close(model(x), want)
+
+
+def test_rows_of_nothing():
+    model, _ = body()
+    with undula.rows(model, ["0", "1"] * 3):
+        assert model(torch.zeros(6, 0, 8).double()).shape == (6, 0, 8)
+
+
+def test_a_layer_that_was_resized_between_two_adapters_is_told():
+    model = nn.Sequential(nn.Linear(8, 1))
+    undula.attach(model, undula.AuroRA(r=2), name="old")
+    undula.select(model, None)
+    model[0] = nn.Linear(8, 5)
+    undula.attach(model, LoRA(r=2), name="new")
+    with pytest.raises(RuntimeError, match=r"0 was changed after the adapter was attached"):
+        undula.rows(model, ["old", "new"]).__enter__()

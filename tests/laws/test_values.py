@@ -90,6 +90,9 @@ def test_what_is_made_of_a_live_adapter_is_untouched_by_its_training(held, tmp_p
         "map": live.map(dict),
         "half and half": 0.5 * live + 0.5 * live,
         "pickle": pickle.loads(pickle.dumps(live.copy())),
+        "shallow copy": copy.copy(live),
+        "data": live.map(lambda f: {k: t.data for k, t in f.items()}),
+        "arrays": live.map(lambda f: {k: torch.from_numpy(t.detach().numpy()) for k, t in f.items()}),
         "deepcopy": copy.deepcopy(live),
     }
     before = {name: numbers(value) for name, value in made.items()}
@@ -137,6 +140,19 @@ def test_a_detached_adapter_goes_on_where_its_optimiser_left_it():
     second = net()
     assert undula.attach(second, live) is live
     assert all(a is b for a, b in zip(live.parameters(), parameters, strict=True))
+    undula.detach(second)
+    for dtype in (torch.bfloat16, None):  # the parameters stay whatever becomes of their type
+        third = net().float()
+        assert undula.attach(third, live, dtype=dtype) is live
+        assert all(a is b for a, b in zip(live.parameters(), parameters, strict=True))
+        optimiser = torch.optim.SGD(parameters, lr=1.0)
+        x = torch.randn(3, 6)
+        before = third(x)
+        before.square().sum().backward()
+        optimiser.step()
+        assert not torch.equal(third(x), before)
+        undula.detach(third)
+    undula.attach(second, live)
     other = undula.attach(net(), live)
     assert other is not live
     assert not {id(p) for p in other.parameters()} & {id(p) for p in parameters}

@@ -16,9 +16,7 @@ def imports(tree):
     for node in tree.body if hasattr(tree, "body") else ():
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
-            yield from imports(node)
-        elif isinstance(node, ast.Try):
+        elif isinstance(node, ast.Try) or (isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test)):
             yield from imports(node)
 
 

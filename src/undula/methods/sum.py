@@ -86,15 +86,20 @@ def added(parts: list[tuple[float, Additive, Factors]], shape: tuple[int, int]) 
     return _bounded(total, factors, shape)
 
 
-@torch.no_grad()
 def _bounded(total: Method, f: Factors, shape: tuple[int, int]) -> tuple[Method, Factors]:
-    """The same update with no more rank than the layer has: dW as a pair of itself and the identity."""
-    if not isinstance(total, LowRank) or len(total.parts) == 1:  # type: ignore[attr-defined]
+    """The same update with no more rank than the layer has, dW as a pair of itself and the identity, in float32 or
+    wider: where all parts are plain pairs of numbers, not of something that is still to be differentiated."""
+    parts = getattr(total, "parts", ())
+    plain = all(isinstance(m, LowRank) and m.plain() is not None for m in parts)
+    if len(parts) < 2 or not plain or any(t.grad_fn is not None for t in f.values()):
         return total, f
-    B_OR, A_RI = total.pair(f)
-    if B_OR.shape[1] <= min(shape):
-        return total, f
-    dW_OI, r = B_OR @ A_RI, min(shape)
-    one = torch.eye(r, dtype=dW_OI.dtype, device=dW_OI.device)
+    assert isinstance(total, LowRank)
+    with torch.no_grad(), torch.autocast(next(iter(f.values())).device.type, enabled=False):
+        wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in f.items()}
+        B_OR, A_RI = total.pair(wide)
+        if B_OR.shape[1] <= min(shape):
+            return total, f
+        dW_OI, r = B_OR @ A_RI, min(shape)
+        one = torch.eye(r, dtype=dW_OI.dtype, device=dW_OI.device)
     pair = {"A": one, "B": dW_OI} if shape[1] == r else {"A": dW_OI, "B": one}
     return LoRA(r=r, alpha=1.0, scaling=Fixed(1.0)), {k: t.requires_grad_() for k, t in pair.items()}

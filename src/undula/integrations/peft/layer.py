@@ -129,6 +129,7 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
             h.check(n)
         if len(hosted) == 1:
             return hosted[0].method, hosted[0].factors()
+        self.check_together(names)
         methods = tuple(h.method for h in hosted)
         every = {f"{i}_{k}": t for i, h in enumerate(hosted) for k, t in h.factors().items()}
         return Sum(methods, (1.0,) * len(methods)), every  # type: ignore[abstract]
