@@ -12,7 +12,7 @@ from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .diagnose import diagnose
 from .extras import told
 from .groups import loraplus_groups
-from .host import adapters, attach, detach, rows, select, selected
+from .host import adapters, attach, detach, select, selected
 from .merging import merge, unmerge
 from .method import Additive, Layer, LowRank, Method, Reweight, Site
 from .methods.adalora import AdaLoRA
@@ -39,6 +39,7 @@ from .methods.tenslora import TensLoRA
 from .methods.tera import TeRA
 from .methods.unilora import UniLoRA
 from .methods.vera import VeRA
+from .mixing import rows
 from .probe import Probe
 from .ranks.prune import prune
 from .switching import Switch

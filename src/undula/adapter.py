@@ -275,7 +275,8 @@ def combined(terms: list[tuple[float, Adapter]]) -> Adapter:
     """The weighted sum of adapters.  Sums of sums are one sum, with each part once; where its rank passes that of the
     layer it becomes the layer's own, so that no chain of averages grows without end.  Parameters in full are averaged,
     see `Adapter.weight`."""
-    terms = [(w, a.copy() if isinstance(a, Live) else a) for w, a in terms]
+    values = {id(a): a.copy() if isinstance(a, Live) else a for _, a in terms}
+    terms = [(w, values[id(a)]) for w, a in terms]
     factors: dict[str, Factors] = {}
     methods: dict[str, Method] = {}
     shapes: dict[str, tuple[int, int]] = {}

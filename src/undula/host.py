@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,106 +22,18 @@ from . import bases, masters
 from .adapter import Adapter, Live
 from .making import check_what, fitted, fresh, narrowed
 from .method import Factors, Method
-from .routing import ROUTES, At, Base, Form, Route, form, innermost
+from .routing import ROUTES, Form, Route, form, innermost
 from .saving import guard, unguard
 from .sharded import is_fsdp
-from .sites import Acts, LinearView, adapted, view
+from .sites import LinearView, view
+from .slots import Slot, install, remove
 from .where import Where, inner
 
 if TYPE_CHECKING:
     from .probe import Probe
 
 
-def never_called(*_: Any) -> None:
-    """The hook of a module that nothing calls, see `Slot`."""
-
-
-class Slot(nn.Module):
-    """What hangs below an adapted layer: a method, the layer as a matrix, and the factors as parameters."""
-
-    def __init__(self, host: Host, path: str, method: Acts, layer: LinearView, factors: Factors):
-        super().__init__()
-        self.host, self.path, self.method, self.layer = host, path, method, layer
-        self.last = 0  # the number of the route of its last forward, 0 outside of `rows`
-        layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
-        # the adapter's own dictionary: what replaces parameters here (FSDP2) replaces the adapter's
-        self._parameters = factors  # type: ignore[assignment]
-        # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
-        # calls its layers in evaluation too, and does not compute from their weights past the adapter.
-        self.register_forward_hook(never_called)
-
-    def fits(self, module: nn.Module) -> bool:
-        """Whether this is still the slot for what stands at its site."""
-        layer = self.layer
-        if self is module._modules.get("undula"):
-            return module is layer.module
-        return module is layer.module and type(module) is layer.cls and module.__dict__.get("forward") is layer.override
-
-    def __repr__(self) -> str:
-        held = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self._parameters.items() if t is not None)
-        return f"{self.method!r}: {held}" if held else repr(self.method)
-
-
-class Adapted:
-    """Mixed into the class of a layer while an adapter is selected."""
-
-    undula: Slot
-    original: type[nn.Module]
-
-    def forward(self, *args: Any, **named: Any) -> Tensor:
-        slot: Slot | None = self._modules.get("undula")  # type: ignore[attr-defined]
-        if "_is_replica" in self.__dict__:
-            raise RuntimeError(
-                "nn.DataParallel copies an adapted model wrongly (its copies have no parameters): use one device "
-                "(CUDA_VISIBLE_DEVICES=0), or DistributedDataParallel (torchrun)"
-            )
-        if slot is None:  # of a hook that was put over an adapted layer, which is none now
-            return type(self).forward(self, *args, **named)
-        layer = slot.layer
-        if layer.override is not None and threading.get_ident() in layer.inside:  # of such a hook, within `layer`
-            return layer.call(self, *args, **named)
-        method = slot.method
-        if slot.host.routed:
-            route = slot.host.route(slot)
-            method = method if route is None else At(route, slot.path)
-        return adapted(method, layer, slot._parameters, args, named)  # type: ignore[arg-type]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]
-
-
 _current_backward = torch._C._current_graph_task_id  # -1 outside of a backward
-
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _adapted(original: type[nn.Module]) -> type[nn.Module]:
-    if original not in _classes:
-        _classes[original] = type(f"Adapted{original.__name__}", (Adapted, original), {"original": original})
-    return _classes[original]
-
-
-def _revive(narrow: type[nn.Module], leaves: tuple[str, ...] = ()) -> nn.Module:
-    cls = _adapted(masters.cast_class(narrow, leaves))
-    return cls.__new__(cls)
-
-
-def put(slot: Slot) -> None:
-    """Adapts the slot's layer."""
-    module = slot.layer.module
-    module.__dict__.pop("forward", None)  # an accelerate hook: `slot.layer` holds and calls it
-    module.__class__ = _adapted(type(module))
-    module._modules["undula"] = slot
-    slot.train(module.training)
-
-
-def take(slot: Slot) -> None:
-    """Makes the slot's layer what it was."""
-    module = slot.layer.module
-    del module._modules["undula"]
-    module.__class__ = type(module).original  # type: ignore[attr-defined]
-    if slot.layer.override is not None:
-        module.__dict__["forward"] = slot.layer.override
 
 
 class Lock:
@@ -149,7 +60,7 @@ class Host:
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
     placed: dict[str, Tensor] = field(default_factory=dict)  # what was put in their places
     thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
-    nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `_unnest`
+    nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `unnest`
     routes: list[Route] = field(default_factory=list)  # that somebody is inside
     routed: bool = False  # whether anybody ever was
     waiting: int = 0  # verbs that wait until nobody is
@@ -180,8 +91,8 @@ class Host:
             )
         if route is None and self.routes:
             raise RuntimeError(
-                "another thread or task is inside `undula.rows` on this model: its names say which adapter each row "
-                "goes through. Compute within a `rows` of your own, or give each thread its own copy"
+                "another thread is inside `undula.rows` on this model, or another task: its names say which adapter "
+                "each row goes through. Compute within a `rows` of your own, or give each thread its own copy"
             )
         if not again:
             slot.last = 0 if route is None else route.number
@@ -230,20 +141,20 @@ def _check_live(model: nn.Module, host: Host) -> None:
         slot = host.slots[path]
         module, layer = modules.get(path), slot.layer
         if module is not layer.module or module._modules.get("undula") is not slot:
-            raise RuntimeError(_replaced(path, "the layer is another one now"))
-        _check_shape(path, layer, adapter)
-    for path, put in () if is_fsdp(model) else host.placed.items():
-        if parameter(model, path) is not put:
-            raise RuntimeError(_replaced(path, "the parameter is another one now"))
+            raise RuntimeError(replaced(path, "the layer is another one now"))
+        check_shape(path, layer, adapter)
+    for path, placed in () if is_fsdp(model) else host.placed.items():
+        if parameter(model, path) is not placed:
+            raise RuntimeError(replaced(path, "the parameter is another one now"))
 
 
-def _check_shape(path: str, layer: LinearView, adapter: Adapter) -> None:
+def check_shape(path: str, layer: LinearView, adapter: Adapter) -> None:
     if bases.is_plain(layer.module.weight) and tuple(layer.weight.shape) != adapter.shapes[path]:
         change = f"its weight is {tuple(layer.weight.shape)} now, it was {adapter.shapes[path]} (O, I)"
-        raise RuntimeError(_replaced(path, change))
+        raise RuntimeError(replaced(path, change))
 
 
-def _replaced(path: str, how: str) -> str:
+def replaced(path: str, how: str) -> str:
     return (
         f"{path} was changed after the adapter was attached: {how}, and what the adapter trained there no longer "
         "counts. Detach the adapter (`undula.detach`) before layers are replaced or resized, and attach it afterwards"
@@ -315,7 +226,7 @@ def attach(
             model.__dict__["_undula"] = host  # where another thread's refused attach took it away
             return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype)
     finally:
-        _forget(model, host)
+        forget(model, host)
 
 
 def _in_parallel(model: nn.Module) -> bool:
@@ -401,9 +312,9 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
     host.selected = None
     if name is None:
         return
-    layers = {path: _layer(model, path) for path in adapter.factors}
+    layers = {path: layer_at(model, path) for path in adapter.factors}
     for path, layer in layers.items():
-        _check_shape(path, layer, adapter)
+        check_shape(path, layer, adapter)
     host.selected = name
     for path, p in adapter.full.items():
         host.own[path], host.placed[path] = stand_in(model, path, p), p
@@ -413,8 +324,8 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
         for t in f.values():
             if t.device != layer.device:
                 t.data = t.data.to(layer.device)
-        _adapt(host, Slot(host, path, adapter.methods[path], layer, f))
-    _unnest(model, host)
+        adapt(host, Slot(host, path, adapter.methods[path], layer, f))
+    unnest(model, host)
     guard(model)
 
 
@@ -457,18 +368,18 @@ class InPlace(Mapping[str, Tensor]):
         return dict, (dict(self),)
 
 
-def _layer(model: nn.Module, path: str) -> LinearView:
+def layer_at(model: nn.Module, path: str) -> LinearView:
     try:
         layer = view(model.get_submodule(path))
     except AttributeError:
         layer = None
     if layer is None:
-        raise RuntimeError(_replaced(path, "there is no such layer now"))
+        raise RuntimeError(replaced(path, "there is no such layer now"))
     return layer
 
 
-def _adapt(host: Host, slot: Slot) -> None:
-    put(slot)
+def adapt(host: Host, slot: Slot) -> None:
+    install(slot)
     host.slots[slot.path] = slot
 
 
@@ -493,7 +404,7 @@ def stand_in(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
 def _clear(model: nn.Module, host: Host) -> None:
     unguard(model)
     for slot in host.slots.values():
-        take(slot)
+        remove(slot)
     for path, p in host.own.items():
         parent, _, leaf = path.rpartition(".")
         if parameter(model, path) is host.placed[path]:  # a parameter that was put there since then stays
@@ -506,13 +417,13 @@ def _clear(model: nn.Module, host: Host) -> None:
 
 
 def nest(host: Host) -> None:
-    """Undoes `_unnest`."""
+    """Undoes `unnest`."""
     for encoder in host.nested:
         encoder.use_nested_tensor = True
     host.nested = []
 
 
-def _unnest(model: nn.Module, host: Host) -> None:
+def unnest(model: nn.Module, host: Host) -> None:
     """torch's encoder gives its layers nested tensors where the fast path is to take them.  Adapted layers leave the
     fast path (see `Slot`), so above them it must not."""
     encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
@@ -573,117 +484,15 @@ def restore(model: nn.Module, host: Host) -> None:
     host.merged, host.untied = None, []
 
 
-@contextlib.contextmanager
-def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """Within the context, row i of every batch goes through the adapter names[i]; None: the base alone.
-
-        with undula.rows(model, ["french", None, "german"]):
-            model.generate(...)
-
-    Adapters of any methods mix; those on the LowRank rung share grouped products, in training too.  Layers must see the
-    batch as their first dimension.  An inner `rows` counts until it is left.  Threads and tasks may each be inside one
-    of their own; meanwhile a forward outside of any raises RuntimeError, and what changes the layers (`select`,
-    `attach`, `merge`) waits.  A generator that yields within the block leaves it in force for its caller.  With
-    gradient checkpointing the backward belongs into the block too.  Raises LookupError for a name that is not attached,
-    ValueError for parameters trained in full (one model has one head), in the batch's adapters or in the selected one,
-    RuntimeError for an adapter that is merged.
-    """
-    model = inner(model)
-    host = model.__dict__.setdefault("_undula", Host())  # also a bare model's: nothing is attached within the block
-    try:
-        with host.lock.lock:
-            route = _enter(model, host, tuple(names))
-        ROUTES.set((*ROUTES.get(), route))
-        try:
-            yield
-        finally:
-            ROUTES.set(tuple(r for r in ROUTES.get() if r is not route))
-            with host.lock.lock:
-                host.routes.remove(route)
-                if not host.routes:
-                    _leave(model, host)
-                    host.lock.lock.notify_all()
-    finally:
-        _forget(model, host)
-
-
-def _forget(model: nn.Module, host: Host) -> None:
+def forget(model: nn.Module, host: Host) -> None:
     """Takes a host away that holds nothing."""
     if not host.adapters and not host.routes and model.__dict__.get("_undula") is host:
         del model.__dict__["_undula"]
 
 
-def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route:
-    """A route for batches whose row i goes through the adapter names[i], with the layers that it needs adapted."""
-    inside = any(r.thread == threading.get_ident() for r in host.routes) or bool(ROUTES.get())
-    if not inside and not host.lock.lock.wait_for(lambda: not host.waiting, PATIENCE):  # verbs come first
-        raise RuntimeError(f"`undula.rows` waited {PATIENCE:g} s for another thread's verb, which waits itself")
-    if host.merged is not None:
-        raise RuntimeError("an adapter is merged into this model: unmerge it before rows go through adapters")
-    if "torch.distributed.fsdp" in sys.modules and is_fsdp(model):
-        raise RuntimeError("this model is sharded (fully_shard): rows of different adapters are not possible there")
-    used = {n: find(model, n)[1] for n in dict.fromkeys(names) if n is not None}
-    for n in dict.fromkeys([*used, *([host.selected] if host.selected else [])]):
-        if host.adapters[n].full:
-            raise ValueError(
-                f"{n!r} trains parameters in full ({', '.join(host.adapters[n].full)}): not row by row, one model has "
-                "one head. Give rows to adapters without; if it is the selected one, call undula.select(model, None)"
-            )
-    for name, adapter in used.items():
-        _move_beside(model, host, name, adapter)
-    route = Route(host, used, names, host.formed)
-    try:
-        _invite(model, host, route)
-    except BaseException:
-        if not host.routes:
-            _leave(model, host)
-        raise
-    host.routes.append(route)
-    host.routed = True
-    return route
-
-
-def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None:
-    """Puts factors where their layers are: `model.to` moves those of the selected adapter alone."""
-    first = next(iter(adapter.factors), None)
-    if first is None or _device(model, first) == next(iter(adapter.factors[first].values())).device:
-        return
-    for path, f in adapter.factors.items():
-        for t in f.values():
-            t.data = t.data.to(_device(model, path))
-    host.forms.pop(name, None)
-
-
-def _device(model: nn.Module, path: str) -> torch.device:
-    return model.get_submodule(path).weight.device  # type: ignore[union-attr,return-value]
-
-
-def _invite(model: nn.Module, host: Host, route: Route) -> None:
-    """Adapts those layers of a route that no selected adapter has."""
-    for path, adapter in route.sites():
-        slot = host.slots.get(path) or host.spare.get(path)
-        module = model.get_submodule(path)
-        if slot is None or not slot.fits(module):
-            if path in host.slots:
-                raise RuntimeError(_replaced(path, "the layer is another one now"))
-            slot = host.spare[path] = Slot(host, path, Base(), _layer(model, path), {})
-        _check_shape(path, slot.layer, adapter)
-        if path not in host.slots:
-            _adapt(host, slot)
-            host.guests[path] = slot
-    _unnest(model, host)
-
-
 def dismiss(host: Host) -> None:
     """Makes the layers plain that are adapted for `rows` alone."""
     for path, slot in host.guests.items():
-        take(slot)
+        remove(slot)
         del host.slots[path]
     host.guests = {}
-
-
-def _leave(model: nn.Module, host: Host) -> None:
-    """Makes the layers what they were before somebody was inside `rows`."""
-    dismiss(host)
-    nest(host)
-    _unnest(model, host)

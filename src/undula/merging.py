@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import masters
 from .adapter import Live
-from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select, take
+from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select
 from .method import Method, Reweight
 from .saving import unguard
 from .sharded import check_whole
 from .sites import LinearView, check_writable
+from .slots import remove
 from .where import inner
 
 
@@ -56,7 +57,7 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
         errors[path] = rounding(layer, weights[path], exact_OI, W_OI)
     own: dict[str, nn.Parameter] = {}
     for path, slot in host.slots.items():
-        take(slot)
+        remove(slot)
         parameters: dict = slot.layer.module._parameters
         own[path], parameters["weight"] = parameters["weight"], weights[path]
     host.slots, host.merged = {}, own

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .host import Host, Slot, host_of, select, selected
+from .host import Host, host_of, select, selected
 from .masters import Cast
 from .masters import wide as master_type
 from .method import Factors, Layer, Method
 from .padding import watching
 from .sites import check_product
+from .slots import Slot
 from .where import inner
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor

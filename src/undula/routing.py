@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,7 @@ class Rows:
                 self.other.append((method, f, torch.tensor(rows[name], device=device)))
         # None: the rows are sorted already and all of them low-rank, nothing need be moved
         self.order = None if order == list(range(self.count)) else torch.tensor(order, device=device)
+        self._kept = Kept()
 
     def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
         if not together(x, layer, self.count, self.drops):
@@ -64,8 +66,7 @@ class Rows:
     def added(self, y: Tensor, x: Tensor, layer: LinearView) -> Tensor:
         """y, the frozen layer's output for x, with what these laws change."""
         if self.low:
-            pairs = [method.pair(f) for method, f in self.low]
-            stacks = stacked(pairs, self.counts)
+            pairs, stacks = self._kept.of([t for _, f in self.low for t in f.values()], self._stacked)
             mine = x if self.order is None else x[self.order]
             y = changed(y, grouped(_flat(mine, pairs[0][1].dtype), pairs, self.counts, stacks), self.order)
         for method, own, index in self.other:
@@ -97,6 +98,32 @@ class Rows:
                 "`rows` it is not known whether each is of a row or of a channel"
             )
         return given[index]
+
+    def _stacked(self) -> tuple:
+        pairs = [method.pair(f) for method, f in self.low]
+        return pairs, stacked(pairs, self.counts)
+
+
+class Kept:
+    """What was made of some tensors, for as long as they stay: without gradients, for the next forward of a batch.  A
+    tensor that is another one, lies elsewhere or was written into by an operation that counts is seen; writing into
+    `t.data` leaves no trace in torch."""
+
+    def __init__(self) -> None:
+        self.marks: tuple | None = None
+        self.made: Any = None
+
+    def of(self, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
+        if torch.is_grad_enabled() or any(map(Tensor.is_inference, tensors)):
+            return make()
+        now = (
+            list(map(id, tensors)),
+            list(map(Tensor.data_ptr, tensors)),
+            [t._version for t in tensors],
+        )
+        if self.marks != now:
+            self.marks, self.made = now, make()
+        return self.made
 
 
 def rows_of(names: Sequence[str | None]) -> dict[str, list[int]]:
@@ -182,6 +209,7 @@ class Share:
         self.each = not self.equal and len(self.order) <= 2 * len(self.counts)  # mostly rows of their own: a pair each
         self.moved = self.order != list(range(self.count))
         self._there: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+        self._here: dict[str, tuple[list[Factors], Kept]] = {}
 
     def positions(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """(rows of the batch, the adapter of each row) on a device; None for all of them in turn, and where one pair
@@ -194,14 +222,19 @@ class Share:
         return self._there[device]
 
     def change(self, path: str, x: Tensor) -> Tensor:
-        """s B A x of these rows at one site, (N, T, O).  The pairs are stacked anew for every product: whatever changes
-        a parameter counts at once, and a copy of skinny matrices is cheap beside it."""
+        """s B A x of these rows at one site, (N, T, O)."""
         plain, (order, repeats) = self.sites[path], self.positions(x.device)
-        A_KRI = torch.stack([a.factors[path][plain.A] for a in self.adapters])
-        B_KOR = torch.stack([a.factors[path][plain.B] for a in self.adapters])
+        if path not in self._here:
+            self._here[path] = [a.factors[path] for a in self.adapters], Kept()
+        every, kept = self._here[path]
+        A, B = [f[plain.A] for f in every], [f[plain.B] for f in every]
+
+        def stacks() -> tuple[Tensor, Tensor]:
+            A_KRI, B_KOR = torch.stack(A), torch.stack(B)
+            return (A_KRI, B_KOR) if repeats is None else (A_KRI[repeats], B_KOR[repeats])
+
+        A_KRI, B_KOR = kept.of(A + B, stacks)
         mine = _flat(x if order is None else x[order], A_KRI.dtype)
-        if repeats is not None:
-            A_KRI, B_KOR = A_KRI[repeats], B_KOR[repeats]
         if self.equal or self.each:
             z_KTR = torch.bmm(mine.reshape(len(A_KRI), -1, mine.shape[2]), A_KRI.transpose(1, 2))
             return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(*mine.shape[:2], B_KOR.shape[1])
@@ -293,8 +326,7 @@ def _frames() -> list[FrameType]:
 
 def _entering() -> int | None:
     """The generator that enters `rows`, None where no generator does: it may be left and come back to."""
-    here = str(inspect.getsourcefile(_entering))
-    own = ("contextlib.py", here, here.replace("routing.py", "host.py"))
+    own = (f"{os.sep}contextlib.py", f"{os.sep}undula{os.sep}mixing.py", f"{os.sep}undula{os.sep}routing.py")
     outside = next((f for f in _frames() if not f.f_code.co_filename.endswith(own)), None)
     return id(outside) if outside is not None and outside.f_code.co_flags & GENERATOR else None
 

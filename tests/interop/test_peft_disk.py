@@ -74,6 +74,7 @@ def test_shared_tensors(shared, low, tmp_path):
 
 def test_an_adapter_added_to_itself_stays_tied(tmp_path):
     """Ties that no method makes, as arithmetic does: they are in the directory."""
+    undula.enable_peft()
     own = llama()
     adapter = undula.attach(own, LoRA(r=2), ["q_proj"])
     shake(adapter.parameters())

@@ -383,7 +383,7 @@ def test_a_task_that_outlives_its_block_is_outside():
     async def late(left):
         await left.wait()
         if host_of(model).routes:
-            with pytest.raises(RuntimeError, match="another thread or task is inside"):
+            with pytest.raises(RuntimeError, match="another thread is inside"):
                 model(x)
             return None
         undula.select(model, "1")
@@ -492,7 +492,7 @@ def test_a_recomputation_does_not_take_another_threads_rows():
     thread = threading.Thread(target=elsewhere)
     thread.start()
     met.wait(20)
-    with pytest.raises(RuntimeError, match="another thread or task is inside"):
+    with pytest.raises(RuntimeError, match="another thread is inside"):
         y.square().sum().backward()
     done.set()
     thread.join(20)

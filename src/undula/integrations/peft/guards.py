@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ...host import never_called
+from ...slots import never_called
 from ...where import READ, barriers
 
 
