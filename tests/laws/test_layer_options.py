@@ -626,3 +626,24 @@ def test_what_a_forward_writes_is_the_models_and_attach_writes_nothing():
 def test_a_weight_without_a_shape_or_with_two_parts_is_refused(layer, why, where):
     with pytest.raises(ValueError, match=why):
         undula.attach(nn.Sequential(layer()), LoRA(r=2), where)
+
+
+class Mixing(nn.Module):
+    """Reads a convolution's kernel for a product of its own, as hybrid language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.last = nn.Conv1d(6, 6, 3, groups=6, padding=2, bias=False), nn.Conv1d(6, 4, 1)
+        self.dtype = self.last.weight.dtype
+
+    def forward(self, x):
+        x = x.to(self.last.weight.dtype)
+        return self.last(nn.functional.conv1d(x, self.mix.weight, groups=6, padding=2))
+
+
+def test_a_convolution_whose_weight_its_parent_reads_is_refused():
+    model = Mixing()
+    with pytest.raises(TypeError, match=r"mix \(Mixing reads its weight without calling it\)"):
+        undula.attach(model, undula.LoRAN(r=2), ["mix"])
+    with pytest.warns(UserWarning, match="left out of where"):
+        assert list(undula.attach(model, undula.LoRAN(r=2), "*").factors) == ["last"]
