@@ -196,7 +196,7 @@ def test_a_layer_at_two_places_does_not_leave_as_a_lora(tmp_path):
     assert not torch.allclose(other(ROW), other.merge_and_unload()(ROW), atol=1e-3)
     with pytest.raises(ValueError, match="first is one layer at several places"):
         undula.attach(twice(), undula.Adapter.load(tmp_path / "theirs"))
-    renamed = {k: {"second": vars(adapter)[k]["first"]} for k in ("methods", "factors", "shapes")}
+    renamed = {k: {"second": getattr(adapter, k)["first"]} for k in ("methods", "factors", "shapes")}
     with pytest.raises(ValueError, match=r"sites that this model has not: second \(known as first here\)"):
         undula.attach(twice(), dataclasses.replace(adapter, **renamed))
 
