@@ -145,6 +145,7 @@ def test_a_detached_adapter_goes_on_where_its_optimiser_left_it():
         third = net().float()
         assert undula.attach(third, live, dtype=dtype) is live
         assert all(a is b for a, b in zip(live.parameters(), parameters, strict=True))
+        assert {p.dtype for p in parameters} == {dtype or torch.float32}
         optimiser = torch.optim.SGD(parameters, lr=1.0)
         x = torch.randn(3, 6)
         before = third(x)
