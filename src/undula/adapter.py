@@ -27,10 +27,10 @@ class Adapter:
     and read-only; what is attached to a model is a `Live` one.  kernels[site] is there for layers that are not linear,
     which other formats write differently: (C_in/groups, kh, kw) of a convolution in two dimensions, () of an embedding,
     (i,) of one whose row i is padding, which stays the base's whatever dW says.  `about` is what a directory says
-    beside (`base_model_name_or_path`, `task_type` ...): it comes with loading and goes with saving.  apart[site] says
-    why no plain LoRA of PEFT's computes W + dW at that layer, or that the factors are such a LoRA's (see
-    `undula.apart`).  `weight` is the sum of the weights of the adapters that a combination is made of: what is in
-    `full` has a meaning where it is 1, an average."""
+    beside (`base_model_name_or_path`, `task_type`, a head's `classes` in order ...): it comes with loading and goes
+    with saving.  apart[site] says why no plain LoRA of PEFT's computes W + dW at that layer, or that the factors are
+    such a LoRA's (see `undula.apart`).  `weight` is the sum of the weights of the adapters that a combination is made
+    of: what is in `full` has a meaning where it is 1, an average."""
 
     methods: Mapping[str, Method]
     factors: Mapping[str, Factors]
@@ -192,6 +192,10 @@ class Adapter:
 
     __rmul__ = __mul__
 
+    def __radd__(self, other: object) -> Adapter:
+        """`sum` begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # type: ignore[return-value]
+
     def __neg__(self) -> Adapter:
         return self * -1.0
 
@@ -304,6 +308,13 @@ def _averaged(terms: list[tuple[float, Adapter]], weight: float) -> dict[str, Te
             f"adapters that train parameters in full cannot be added: {', '.join(lacking[:5] or names[:5])}. They have "
             "an average, of adapters that all have them and with weights that sum to 1 (0.5 * a + 0.5 * b); else drop "
             "`full` first (dataclasses.replace(adapter, full={}))"
+        )
+    orders = {tuple(a.about["classes"]) for _, a in terms if a.full and "classes" in a.about}
+    if len(orders) > 1:
+        raise ValueError(
+            "the adapters' heads answer other classes, or the same in another order: "
+            f"{' and '.join(str(list(order)[:8]) for order in sorted(orders))}. Train them with the same names "
+            "(Classification(names=...)), or drop `full` first (dataclasses.replace(adapter, full={}))"
         )
     with torch.no_grad():
         sums = {n: sum((w * a.full[n] for w, a in terms[1:]), terms[0][0] * terms[0][1].full[n]) for n in names}

@@ -45,6 +45,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     ValueError for parameters trained in full (one model has one head), in the batch's adapters or in the selected one,
     RuntimeError for an adapter that is merged.
     """
+    if isinstance(names, str):
+        raise TypeError(f"rows takes a name for each row of the batch, as [{names!r}] * len(batch); found a text")
     model = inner(model)
     host = model.__dict__.setdefault("_undula", Host())  # also a bare model's: nothing is attached within the block
     try:

@@ -534,3 +534,33 @@ def test_the_umask_counts(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+
+
+def test_names_of_classes_go_from_training_through_an_average_to_a_merge(bert, data, tmp_path):
+    """The head of an average answers its parts' classes, by their names; of parts in another order there is none."""
+    made = {}
+    for seed, names in ((1, NAMES), (2, NAMES), (3, NAMES[::-1])):
+        run = Run(model=bert, data=data, task=Classification(names=names), method=undula.LoRA(r=2),
+                  out=tmp_path / str(seed), where=("query",), max_steps=2, batch=4, seed=seed)  # fmt: skip
+        undula.train(run)
+        made[seed] = undula.Adapter.load(run.out)
+        assert made[seed].about["classes"] == list(names)
+    (0.5 * made[1] + 0.5 * made[2]).save(tmp_path / "mean")
+    with pytest.raises(ValueError, match="other classes, or the same in another order"):
+        0.5 * made[1] + 0.5 * made[3]
+    call("merge", tmp_path / "mean", "--model", bert, "--out", tmp_path / "merged")
+    assert config_of(tmp_path / "merged", "config.json")["id2label"] == {str(i): n for i, n in enumerate(NAMES)}
+
+
+def test_an_evaluation_on_data_whose_columns_are_called_otherwise(bert, data, tmp_path):
+    left(tmp_path / "a", bert, data, undula.LoRA(r=2))
+    rows = [{"review": f"the film was {w}", "verdict": name} for w, name in zip(tiny.WORDS, NAMES * 9, strict=False)]
+    other = tiny.jsonl(tmp_path / "other.jsonl", rows)
+    columns = ("--column", "text=review", "--column", "label=verdict")
+    told = json.loads(
+        CliRunner().invoke(app, ["eval", str(tmp_path / "a"), "--data", other, *columns, "--json", "-"]).stdout
+    )
+    found = undula.evaluate(tmp_path / "a", data=other, columns={"text": "review", "label": "verdict"})
+    assert told["accuracy"] == found["accuracy"]
+    _, errors = call("eval", tmp_path / "a", "--data", other, "--column", "prompt=review", code=2)
+    assert "Classification has no column prompt; it has:" in errors

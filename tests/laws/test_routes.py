@@ -606,6 +606,12 @@ def test_a_layer_with_no_law_of_the_batch_may_see_any():
         torch.testing.assert_close(model(x), want)
 
 
+def test_one_text_is_no_list_of_names():
+    model, _ = body()
+    with pytest.raises(TypeError, match=r"a name for each row of the batch, as \['012'\]"):
+        undula.rows(model, "012").__enter__()
+
+
 def test_rows_of_nothing():
     model, _ = body()
     with undula.rows(model, ["0", "1"] * 3):

@@ -253,3 +253,45 @@ def test_a_type_that_factors_cannot_have_is_refused():
     big = value.map(lambda f: {k: t.detach() + 1e6 for k, t in f.items()})
     with pytest.raises(ValueError, match=r"the adapter's 0.A holds numbers beyond the range of torch.float16"):
         undula.attach(net(), big, dtype=torch.float16)
+
+
+def test_heads_of_other_classes_are_not_averaged(tmp_path):
+    """The same classes in another order are other numbers of the head; their names go with the value."""
+    live = undula.attach(net(), LoRA(r=2), ["0"], full=["4"])
+    a, b, c = (
+        dataclasses.replace(live, about={"classes": names} if names else {})
+        for names in (["good", "bad"], ["bad", "good"], None)
+    )
+    with pytest.raises(
+        ValueError, match=r"other classes, or the same in another order: \['bad', 'good'\] and \['good'"
+    ):
+        0.5 * a + 0.5 * b
+    mean = 0.5 * a + 0.5 * a
+    mean.save(tmp_path / "mean")
+    assert Adapter.load(tmp_path / "mean").about["classes"] == ["good", "bad"]
+    assert "classes" not in (0.5 * a + 0.5 * c).about
+
+
+def test_sum_adds():
+    a = undula.attach(net(), LoRA(r=2)).copy()
+    torch.testing.assert_close(sum([0.5 * a, 0.25 * a]).delta("0"), 0.75 * a.delta("0"))
+    with pytest.raises(TypeError):
+        sum([a], 1)
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), LoRAN(r=2), undula.DoRA(LoRA(r=2))], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_error_of_a_merge_is_that_against_float64(dtype, method):
+    """Also where the exact weight has no more digits than the stored one: small updates cost much of themselves."""
+    model = nn.Sequential(nn.Linear(12, 16)).to(dtype)
+    live = undula.attach(model, method)
+    with torch.no_grad():
+        for p in live.parameters():
+            p.add_(1e-3 * torch.randn_like(p))
+    W, f = model[0].weight.detach().double(), {k: t.detach().double() for k, t in live.factors["0"].items()}
+    exact = live.methods["0"].weight(W, f)
+    errors = undula.merge(model)
+    true = float((model[0].weight.double() - exact).norm() / (exact - W).norm())
+    assert errors["0"] == pytest.approx(true, rel=1e-6, abs=1e-12)
+    if dtype != torch.float64:
+        assert true > 1e-6

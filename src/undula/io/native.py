@@ -33,7 +33,7 @@ Load it with `undula.Adapter.load(path)`, or, after `import undula` and `undula.
 # What this module writes at the top of a configuration, and what PEFT does besides; the rest is `Adapter.about`.
 WRITTEN = {"peft_type", files.MARKED, "inference_mode", "target_modules", "modules_to_save", "undula"}
 WRITTEN |= {"method", "overrides", "exclude_modules", "layers_to_transform", "layers_pattern"}
-OWN = {"version", "methods", "sites", "order", "kernels", "apart", "tied", "rebuilt", "frozen"}
+OWN = {"version", "methods", "sites", "order", "kernels", "apart", "tied", "rebuilt", "frozen", "classes"}
 LARGEST_SIDE = 1 << 31  # rows or columns of a layer
 MOST_CHOICES, DEEPEST = 20_000, 100  # methods within methods, and what they are made of
 
@@ -79,7 +79,7 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
             first[id(t)], tensors[key] = key, t
     kinds = {m: i for i, m in enumerate(dict.fromkeys(adapter.methods.values()))}
     config = {
-        **adapter.about,
+        **{k: v for k, v in adapter.about.items() if k != "classes"},
         "peft_type": TYPE,
         "task_type": adapter.about.get("task_type") if task is None else task,
         "base_model_name_or_path": adapter.about.get("base_model_name_or_path") if base is None else base,
@@ -100,6 +100,8 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
     apart = {s: why for s, why in adapter.apart.items() if s in adapter.methods}
     if apart:  # versions before this field read what has none
         config["undula"]["apart"] = apart
+    if adapter.about.get("classes"):
+        config["undula"]["classes"] = list(adapter.about["classes"])
     return config, tensors | {files.PREFIX + name: t for name, t in adapter.full.items()}
 
 
@@ -257,7 +259,17 @@ def _assemble(
     for t in full.values():
         t.requires_grad_()
     kernels, apart = _kernels(own.get("kernels", {}), shapes, path), texts(own, "apart", path)
-    return Adapter(methods, factors, shapes, full, kernels, said, apart)
+    named = classes(own, path)
+    return Adapter(methods, factors, shapes, full, kernels, {**said, "classes": named} if named else said, apart)
+
+
+def classes(own: Mapping[str, Any], path: str) -> list[str]:
+    """The names of a head's classes, in order, in the config's `undula` object; empty where there are none.  Raises
+    ValueError."""
+    found = own.get("classes", [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path}: `classes` lists texts; found {found!r:.80}")
+    return found
 
 
 def _checked(

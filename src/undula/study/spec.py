@@ -161,7 +161,11 @@ def faults(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
             if label in labels[:i]:
                 yield (part, i), f"two of the {part} are called {label!r}: give them different names"
     if names and study.baseline not in names:
-        yield ("baseline",), f"no method is called {study.baseline!r}; there are: {', '.join(names)}"
+        why = f"no method is called {study.baseline!r}; there are: {', '.join(names)}"
+        default = next(f.default for f in fields(Study) if f.name == "baseline")
+        if study.baseline == default:
+            why += f". `baseline` is {default!r} where it is not said: name one of them"
+        yield ("baseline",), why
     counted = [arm.name for arm in study.arms if arm.method is not None]
     for i, budget in enumerate(study.budgets):
         if budget.parameters_of is not None and budget.parameters_of not in counted:

@@ -128,6 +128,7 @@ def _unopened(source: str, folder: str, error: Exception) -> str:
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, 1)
     hint = f" Did you mean '{path.parent / close[0]}'?" if close else ""
+    hint += " A base that lies elsewhere is named by model=..., or --model (a folder, or bundled:NAME)"
     return f"model={source!r} is no folder here, and the hub gave no model of that name ({reason}).{hint}"
 
 

@@ -203,6 +203,8 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
         adapter = attach(
             model, run.method, run.where, exclude=run.exclude, overrides=run.overrides, full=full, probe=Probe(batches)
         )
+    if names := getattr(run.task, "names", ()):
+        adapter.about = {**adapter.about, "classes": list(names)}  # type: ignore[misc]
     if run.b_ratio is not None and run.method is not None:
         factors_B(model)  # there are some: said before anything is measured
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED

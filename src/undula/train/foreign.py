@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..adapter import Adapter
+from ..io import files
 from ..ranges import Count
 from .base import config_of
 from .causal_lm import CausalLM
@@ -139,7 +140,10 @@ def _classification(path: Path, adapter: Adapter, of_base: PretrainedConfig) -> 
 
 def _names(path: Path, of_base: PretrainedConfig, count: int) -> dict[int, str] | None:
     """The names of so many classes that stand beside the adapter, else those of the base; None where there are none."""
-    for found in (_json(path / CONFIG).get("id2label"), of_base.id2label):
+    own = _json(path / files.CONFIG).get("undula")
+    classes = own.get("classes") if isinstance(own, Mapping) else None
+    ours = dict(enumerate(classes)) if isinstance(classes, list) else None
+    for found in (_json(path / CONFIG).get("id2label"), ours, of_base.id2label):
         if isinstance(found, Mapping) and sorted(map(str, found)) == sorted(map(str, range(count))):
             return {int(i): str(name) for i, name in sorted(found.items(), key=lambda pair: int(pair[0]))}
     return None

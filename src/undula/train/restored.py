@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +35,16 @@ def evaluate(
     split: str | None = None,
     rows: int | None = None,
     skip_faulty: float | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """The metrics of the adapter that a run left in `path`; which rows: see `Restored.examples`.
 
     skip_faulty: see `Run`; None: of the training's own data what the training left out, of others nothing.
+    columns: {role: column}, where other data call theirs otherwise than the training's.
 
     Raises LookupError for a split that does not exist, and what `restored` raises.
     """
-    return restored(path).score(data, split, rows, skip_faulty)
+    return restored(path).reading(columns or {}).score(data, split, rows, skip_faulty)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class Restored:
     def folder(self) -> str:
         """The base, as `from_pretrained` takes it."""
         return model_folder(self.run.model)
+
+    def reading(self, columns: Mapping[str, str]) -> Restored:
+        """The same, its task reading these columns, {role: column}.  Raises LookupError for a role that it has not."""
+        unknown = [role for role in columns if role not in self.run.task.roles]
+        if unknown:
+            name, there = type(self.run.task).__name__, ", ".join(self.run.task.roles)
+            raise LookupError(f"{name} has no column {', '.join(unknown)}; it has: {there}")
+        return replace(self, run=replace(self.run, task=replace(self.run.task, **columns))) if columns else self  # type: ignore[type-var]
 
     def examples(
         self,

@@ -129,11 +129,13 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="(default: the rows of the training's own metric)")] = None,
     rows: Annotated[int | None, typer.Option(help="So many rows at most. (default: as in training)", min=1)] = None,
     skip_faulty: shell.Skip = None,
+    column: COLUMN = [],  # noqa: B006 (typer's)
     model: shell.Base = None,
     to: shell.Json = None,
 ) -> None:
     """Measure a trained adapter."""
-    found = restored(path, model).score(data, split, rows, skip_faulty)
+    columns = dict(split_pair(pair, "a column") for pair in column)
+    found = restored(path, model).reading(columns).score(data, split, rows, skip_faulty)
     shell.write(to, found)
     if str(to) != "-":
         shell.show([found])

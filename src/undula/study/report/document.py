@@ -91,7 +91,7 @@ def _against(c: Comparison | None) -> tuple[str | Mark, ...]:
         return ("",) * 6
     return (
         *(signed(c.difference), interval(c.low, c.high), f"{c.ahead} of {c.pairs}"),
-        *(words.chance(c.p), words.chance(c.p_holm), Mark(c.verdict, words.look(c.verdict))),
+        *(words.chance(c.p if c.pairs > 1 else None), words.chance(c.p_holm), Mark(c.verdict, words.look(c.verdict))),
     )
 
 
@@ -147,7 +147,7 @@ def _fronts(summary: Summary) -> Iterator[Block]:
             if sum((r.model, r.data) == (model, data) and bool(r.parameters) for r in summary.rows) > plots.NAMED:
                 caption += ". Named: the front, the baseline, and arms with a verdict; every figure stands below"
             alone = {r.arm for r in summary.rows if (r.model, r.data, r.parameters) == (model, data, 0)}
-            caption += f". Not shown, because only a head trains: {words.listed(sorted(alone))}" if alone else ""
+            caption += f". Not shown, because no adapter trains: {words.listed(sorted(alone))}" if alone else ""
             figures.append(Figure(f"front-{i}", f"{model}, {data}", caption, (canvas,)))
     if figures:
         yield Drawn(tuple(figures))
@@ -204,6 +204,8 @@ def _line(row: Row, summary: Summary) -> tuple[str | Mark, ...]:
     c, counts = row.against, (row.parameters, row.wanted_parameters, row.head_parameters)
     rate = " ".join(f"{lr:g}" for lr in row.rates)
     rate += {None: "", True: "", False: " unbracketed"}[row.bracketed]
+    if not row.parameters and not row.head_parameters:  # nothing was trained
+        rate = ""
     return (
         *row.group,
         _named(row, summary),
