@@ -49,7 +49,7 @@ def stand_ins(tmp_path_factory):
 
 def short(study):
     """The same arms, models and options, two kinds of data, at one rate and seed, for two steps."""
-    train = dataclasses.replace(study.train, steps=2, batch=4, evaluations=1)
+    train = dataclasses.replace(study.train, max_steps=2, batch=4, evaluations=1)
     sweep = dataclasses.replace(study.sweep, rates=study.sweep.rates[:1], extend=0, halving=None)
     arms = tuple(dataclasses.replace(a, rates=a.rates[:1]) for a in study.arms)
     data = study.data[2::3] or study.data  # of GLUE one regression (STS-B) and one of pairs (QNLI)
