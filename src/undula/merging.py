@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import masters
+from . import bases, masters
 from .adapter import Live
 from .host import Host, changing, exchange, find, host_of, nest, parameter, restore, select
-from .method import Factors, Method, Reweight
+from .method import Method, Reweight
 from .saving import unguard
 from .sharded import check_whole
 from .sites import LinearView, check_writable
@@ -52,9 +52,11 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
         method, layer = slot.method, slot.layer
         assert isinstance(method, Reweight)
         W_OI = layer.weight
-        wide_OI, f = widened(W_OI, adapter.factors[path])
-        exact_OI = layer.stays(wide_OI, method.weight(wide_OI, f))
+        exact_OI = layer.stays(W_OI, method.weight(W_OI, adapter.factors[path]))
         weights[path] = layer.put(exact_OI)
+        if measurable(layer):
+            wide_OI, f = W_OI.double(), {k: _double(t) for k, t in adapter.factors[path].items()}
+            exact_OI = layer.stays(wide_OI, method.weight(wide_OI, f))
         errors[path] = rounding(layer, weights[path], exact_OI, W_OI)
     own: dict[str, nn.Parameter] = {}
     for path, slot in host.slots.items():
@@ -119,14 +121,19 @@ def check_mergeable(methods: Mapping[str, Method]) -> None:
         )
 
 
-LARGEST = 2**27  # entries of a matrix that is merged in float64: of a larger one the copies would fill the memory
+LARGEST = (
+    2**27
+)  # entries of a matrix whose merge is compared with float64: copies of a larger one would fill the memory
 
 
-def widened(W_OI: Tensor, f: Factors) -> tuple[Tensor, Factors]:
-    """W and the factors in float64, where the device has it and memory allows; else as they are."""
-    if W_OI.numel() > LARGEST or W_OI.device.type == "mps":
-        return W_OI, f
-    return W_OI.double(), {k: t.double() if t.is_floating_point() else t for k, t in f.items()}
+def measurable(layer: LinearView) -> bool:
+    """Whether the exact weight is computed in float64 too: quantised ones are off by far more than float32 is."""
+    W = layer.module.weight
+    return bases.is_plain(W) and W.numel() <= LARGEST and W.device.type != "mps"
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
 
 
 def rounding(layer: LinearView, weight: nn.Parameter, exact_OI: Tensor, W_OI: Tensor) -> float:
