@@ -94,6 +94,8 @@ class Host:
                 "another thread is inside `undula.rows` on this model, or another task: its names say which adapter "
                 "each row goes through. Compute within a `rows` of your own, or give each thread its own copy"
             )
+        if again and route is not None:
+            route.owed = False
         if not again:
             slot.last = 0 if route is None else route.number
         return route

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -55,6 +56,13 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         ROUTES.set((*ROUTES.get(), route))
         try:
             yield
+            if route.owed:
+                warnings.warn(
+                    "layers were computed without gradients from inputs that want them, as reentrant gradient "
+                    "checkpointing does, and no backward followed within `undula.rows`: outside of the block they "
+                    "would be computed again without the rows' adapters. Call backward within it",
+                    stacklevel=3,
+                )
         finally:
             ROUTES.set(tuple(r for r in ROUTES.get() if r is not route))
             with host.lock.lock:

@@ -255,6 +255,7 @@ class Route:
         self.host, self.used, self.names = host, used, names
         self.number, self.thread = next(numbers), threading.get_ident()
         self.frame = _entering()
+        self.owed = False  # whether layers wait to be computed again, see `forward`
         self.loose: dict[str, set[str]] = {}  # {adapter: its sites that are no plain pair}
         self.laws: dict[tuple[str, bool], Rows | None] = {}
         shares: dict[Form, Share] = {}
@@ -271,6 +272,8 @@ class Route:
 
     def forward(self, x: Tensor, layer: LinearView, path: str) -> Tensor:
         """What the layer at `path` computes of the batch."""
+        # reentrant gradient checkpointing: first without gradients, from inputs that want them, then in the backward
+        self.owed |= x.requires_grad and not torch.is_grad_enabled()
         here = [share for share in self.shares if path in share.sites]
         loose = self._rows(path, layer, loose=True) if self.loose else None
         if not here and loose is None:

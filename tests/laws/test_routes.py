@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
@@ -473,6 +474,21 @@ def test_a_recomputation_within_other_rows_is_refused(reentrant, where):
     block = undula.rows(model, ["1", "0", "0", "0", "0", "0"]) if where == "another block" else contextlib.nullcontext()
     with block, pytest.raises(RuntimeError, match="computed again in a backward"):
         y.square().sum().backward()
+
+
+def test_a_checkpointed_forward_without_its_backward_is_told():
+    """With nothing selected the layers are plain again after the block: a backward there could not be refused."""
+    model, x = body()
+    undula.select(model, None)
+    x.requires_grad_()
+    for within in (True, False):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with undula.rows(model, ["0"] * 6):
+                y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)
+                if within:
+                    y.sum().backward()
+        assert [("no backward followed" in str(w.message)) for w in told] == [True] * (not within)
 
 
 def test_a_recomputation_does_not_take_another_threads_rows():

@@ -3,6 +3,7 @@ one."""
 
 import copy
 import dataclasses
+import json
 import pickle
 
 import pytest
@@ -207,7 +208,12 @@ def test_combinations_whose_weights_sum_to_one_average_what_trains_in_full(tmp_p
     undula.attach(model, Adapter.load(tmp_path / "mean"))
     torch.testing.assert_close(model[4].weight, mean.full["4.weight"])
     half = 0.5 * a
-    for use in (lambda: undula.attach(net(), half), lambda: half.save(tmp_path / "half")):
+    for use in (
+        lambda: undula.attach(net(), half),
+        lambda: half.save(tmp_path / "half"),
+        lambda: undula.io.export_lora(half, tmp_path / "half"),
+        lambda: undula.collapse(half, undula.Truncate(1)),
+    ):
         with pytest.raises(ValueError, match=r"4.bias, 4.weight in full with weights that sum to 0.5"):
             use()
     assert not (tmp_path / "half").exists()
@@ -270,6 +276,17 @@ def test_heads_of_other_classes_are_not_averaged(tmp_path):
     mean.save(tmp_path / "mean")
     assert Adapter.load(tmp_path / "mean").about["classes"] == ["good", "bad"]
     assert "classes" not in (0.5 * a + 0.5 * c).about
+    for place, odd in (("undula", 3), ("undula", [1]), (None, 3)):  # of the whole file nothing of that name is read
+        config = json.loads((tmp_path / "mean" / "adapter_config.json").read_text())
+        (config if place is None else config[place])["classes"] = odd
+        (tmp_path / "mean" / "adapter_config.json").write_text(json.dumps(config))
+        if place is None:
+            config["undula"].pop("classes")
+            (tmp_path / "mean" / "adapter_config.json").write_text(json.dumps(config))
+            assert "classes" not in Adapter.load(tmp_path / "mean").about
+        else:
+            with pytest.raises(ValueError, match="`classes` lists texts"):
+                Adapter.load(tmp_path / "mean")
 
 
 def test_sum_adds():

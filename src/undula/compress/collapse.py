@@ -56,6 +56,7 @@ def collapse(
     there to measure the error by, TypeError or ValueError, naming the site, where `how` cannot serve a site.
     """
     model, adapter = (None, what) if isinstance(what, Adapter) else (inner(what), live(what, "collapsing"))
+    adapter.check_usable()
     if model is None and (held_out is not None or evaluate is not None):
         raise TypeError("held_out and evaluate need a model: give the model with the adapter selected, not the adapter")
     if model is not None:

@@ -259,7 +259,7 @@ def _assemble(
     for t in full.values():
         t.requires_grad_()
     kernels, apart = _kernels(own.get("kernels", {}), shapes, path), texts(own, "apart", path)
-    named = classes(own, path)
+    said, named = {k: v for k, v in said.items() if k != "classes"}, classes(own, path)
     return Adapter(methods, factors, shapes, full, kernels, {**said, "classes": named} if named else said, apart)
 
 

@@ -60,6 +60,7 @@ def lora_state(adapter: Adapter, base: str | None, task: str | None) -> tuple[di
             "undula.collapse makes one and reports the error"
         )
     check_whole(adapter.parameters(), "exporting")
+    adapter.check_usable()
     _check_same(adapter)
     inside = [n for n in adapter.full if n.rpartition(".")[0] in adapter.factors]
     if inside:
