@@ -173,6 +173,8 @@ MUTANTS = [
     ("study/cell.py", "tuple(Search(self, (s,), (s,)) for s in seeds)", "(Search(self, seeds, seeds),)", SWEPT),
     ("study/cell.py", "asked[: asked.index(trial.run.lr)]", "asked", HALVED_ALONE),
     ("study/watch.py", "if step < self.counts_from:", "if False:", COUNTS),
+    ("study/watch.py", "if rung > len(rival) or behind(rival, rung):", "if rung > len(rival) or behind(rival, rung) < 0:", CHOICES),
+    ("study/watch.py", "max(len(there) // reduction, 1) - 1", "len(there) // reduction", CHOICES),
     ("study/watch.py", "or found == self.best:", "or False:", LAST),
     ("study/sources.py", "made.update(file.read(BLOCK))", "pass", MODEL),
     ("study/statistics.py", "ranked.shape)), axis=2)", "ranked.shape)), axis=1)", STATISTICS),

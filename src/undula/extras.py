@@ -12,8 +12,7 @@ T = TypeVar("T")
 BROUGHT = {
     "hf": ("transformers", "accelerate", "datasets", "tokenizers", "huggingface_hub", "peft", "sklearn", "rouge_score"),
     "plot": ("matplotlib",),
-    "study": ("scipy", "pyarrow", "optuna"),
-    "ray": ("ray",),
+    "study": ("scipy", "pyarrow"),
     "bits": ("bitsandbytes",),
 }
 EXTRAS = {package: extra for extra, packages in BROUGHT.items() for package in packages} | {"PIL": "hf"}

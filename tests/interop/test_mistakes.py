@@ -180,9 +180,9 @@ def test_a_damaged_base_is_said_to_be_one(spoil, adapter, tmp_path):
     ("words", "named"),
     [
         (("study", "s.toml", "--no-pilot"), "--pilot/--no-pilot"),
-        (("study", "s.toml", "--workers", 3), "--workers"),
         (("study", "s.toml", "--dry-run", "--retry-failed"), "--retry-failed"),
-        (("study", "s.toml", "--report", "--executor", "ray"), "--executor"),
+        (("study", "s.toml", "--executor", "ray"), "those with one --out share its runs"),
+        (("study", "s.toml", "--workers", 3), "those with one --out share its runs"),
         (("study", "s.toml", "--dry-run", "--report"), "--report"),
         (("train", "--method", "none", "--set", "r=2"), "--set"),
         (("train", "--method", "none", "--override", "*.query=lora", "--where", "query"), "--override, --where"),

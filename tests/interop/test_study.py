@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 import undula
 from undula.cli import app
-from undula.study import FINAL, SWEEP, Faults, Ray, parse, read
+from undula.study import FINAL, SWEEP, Faults, parse, read
 from undula.study.drive import counted, estimate, report, run, warnings
 from undula.study.plan import Plan
 from undula.study.splits import opened
 from undula.study.store import Record, Store
 from undula.study.trial import Trial, perform
-from undula.study.watch import Watch, pruned
+from undula.study.watch import Watch
 from undula.train.base import open_model
 from undula.train.task import Examples
 
@@ -392,17 +392,8 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(text, tmp_path):
     assert Counter(o.stage for o in found.outcomes if not o.error and o.arm == "LoRA") == {SWEEP: 1, FINAL: 1}
 
 
-def test_ray_gives_the_same_table(whole, one, tmp_path):
-    pytest.importorskip("ray")
-    assert table(run(parse(one), tmp_path, executor=Ray(slots=2))) == table(whole[1], "LoRA")
-
-
 def test_successive_halving_prunes_the_hopeless(one, tmp_path, monkeypatch):
     """And the training ends there.  The figures are given: what so few steps come to may hang on rounding."""
-    curves = [[(1, 0.2), (2, 0.3), (3, 0.4)], [(1, 0.5), (2, 0.6), (3, 0.9)], [(1, 0.4), (2, 0.5), (3, 0.6)]]
-    assert pruned([(1, 0.1)], curves, 2, True)
-    assert not pruned([(1, 0.95)], curves, 2, True)
-    assert pruned([(1, 0.95)], curves, 2, False)
 
     def evaluate(watch, step):
         watch.best = {1e-2: 0.9, 1e-1: 0.8}[watch.ready.run.lr]

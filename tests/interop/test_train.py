@@ -244,12 +244,12 @@ def test_regression(bert, tmp_path):
 def test_correlations_against_scipy():
     from scipy.stats import pearsonr, spearmanr
 
-    from undula.train.classification import _correlation, _ranks
+    from undula.train.classification import _correlations
 
     a, b = torch.tensor([1.0, 2, 2, 5, -3]), torch.tensor([0.0, 1, 1, 1, 7])
-    assert _correlation(a, b) == pytest.approx(pearsonr(a, b).statistic)
-    assert _correlation(_ranks(a), _ranks(b)) == pytest.approx(spearmanr(a, b).statistic)
-    assert _correlation(a, torch.ones(5)) == 0
+    expected = {"pearson": pearsonr(a, b).statistic, "spearman": spearmanr(a, b).statistic}
+    assert _correlations(a, b) == pytest.approx(expected)
+    assert _correlations(a, torch.ones(5)) == _correlations(torch.ones(5), a) == {"pearson": 0, "spearman": 0}
 
 
 def test_pairs_of_texts(bert, tmp_path):

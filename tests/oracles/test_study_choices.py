@@ -15,7 +15,6 @@ from undula.options import build_from
 from undula.sites import site
 from undula.study import Faults, read, spec
 from undula.study.alive import LOOK, SILENCE, Owner, Watchman, birth
-from undula.study.executors import Ray
 from undula.study.lines import line_of, lines
 from undula.study.plan import Plan
 from undula.study.rates import Decision, decide
@@ -23,6 +22,7 @@ from undula.study.sizes import at_rank, count, with_parameters
 from undula.study.spec import Rows
 from undula.study.store import Store
 from undula.study.trial import Trial
+from undula.study.watch import pruned
 from undula.train.task import Task
 from undula.where import choose
 
@@ -246,9 +246,93 @@ def test_a_study_built_as_a_value_is_checked_before_it_runs():
         dataclasses.replace(wrong, seeds=(0, -1))
 
 
-def test_no_run_at_a_time_is_refused():
-    with pytest.raises(ValueError, match="found slots=0"):
-        Ray(slots=0)
+# (reduction, more is better, the run's curve, the curves before it, whether it ends), a digit an evaluation.  Decided
+# by Optuna 5.0.0, SuccessiveHalvingPruner(min_resource=1, reduction_factor=reduction), which is no dependency any more.
+HALVED = (
+    (4, False, "342040053", "4 2324 24 21 92411 578156593", False),
+    (2, False, "043", "51 33 210012101 50424 89", False),
+    (3, False, "355", "00 47112 02 684833969", False),
+    (3, True, "201", "5330", True),
+    (2, True, "2", "", False),
+    (2, True, "91", "2", False),
+    (4, True, "20", "0", False),
+    (4, True, "6", "", False),
+    (2, False, "1043", "21", False),
+    (2, False, "4599", "25 2302 121021200 6984 35214503 12021001", True),
+    (2, False, "12", "50041521 21 9606 960271427 44003 303", True),
+    (2, True, "76582369", "002 222000220 251033500 021 51240003 42240554", False),
+    (3, True, "1", "225 4", True),
+    (2, True, "22030533", "412 5 10 146546118", False),
+    (2, True, "8477", "96 111330601", False),
+    (2, True, "4104", "41 1002 7 317643039 01", False),
+    (4, True, "202220210", "68757738 01221 041241342 71180132 0 211532434", False),
+    (3, False, "0433", "344105051 945 2 333015112 00331345 2", False),
+    (4, True, "02", "002202102 53671 7 51942 5504 011101120 1 222", False),
+    (4, False, "1", "43", False),
+    (2, True, "0552", "11210112 100", False),
+    (2, False, "01", "041101555 0 504", False),
+    (2, True, "01", "01 224 14004421 0012", True),
+    (3, True, "06", "", False),
+    (2, False, "58066065", "4351 25201", False),
+    (4, True, "1", "0010 27626 0112 35", True),
+    (3, True, "420", "01205 926 05314325 1 01122211 4 514 0", True),
+    (2, False, "16", "2 298", False),
+    (4, False, "63778570", "245 02 3 14522", False),
+    (4, True, "3351", "3 3 2020 60501904 432943167 31235531 2852 11", False),
+    (2, True, "22222221", "06031 102220021 22111", False),
+    (4, True, "01", "20 0 120 12 68 12 20112 2040", False),
+    (3, True, "11110000", "448 232510240 3", False),
+    (2, False, "22", "1201 01131", True),
+    (4, True, "55", "34789 4430 1 63", False),
+    (2, False, "45", "012102210 84331845 53 220 55902 0200", True),
+    (2, True, "77", "112202102 221111002", False),
+    (3, False, "23", "212", False),
+    (2, True, "0121", "35734524 4 22010 0030 2", True),
+    (2, False, "0202", "1221 55330324 70916", True),
+    (2, True, "0", "000222020 1972 04560", False),
+    (3, True, "22212011", "2102 223302424", False),
+    (2, True, "2122", "1 12222120 856431953 85225 090925544 343 02 1", False),
+    (3, False, "203", "6 200 29188966", True),
+    (3, False, "2102", "210 202221110 54102 20212 05514121", False),
+    (4, False, "6446", "10", False),
+    (3, False, "33", "101", False),
+    (4, False, "41452203", "", False),
+    (2, False, "7568", "51340404 001", True),
+    (4, False, "9", "0 21121133 269 020212000 4 0", True),
+    (2, False, "04", "112212001 21001 51663 1315 4022 40443", True),
+    (3, False, "4", "20021012 305343112 1424 2 57 03429546", True),
+    (3, False, "1", "0112 1473", True),
+    (2, False, "53", "2 11 1010 04252 535144020 10202201", True),
+    (4, False, "4038", "212 00052052", True),
+    (2, False, "88", "22455210 3965 3132 559669684 33634828", True),
+    (2, False, "62", "30069 2 11122 305254779 503 021221211", True),
+    (3, True, "0", "0081 4 20", True),
+    (4, False, "5978", "21211221", True),
+    (2, True, "5411", "18272", True),
+    (2, True, "00", "0566 22220 12122101 00 04535", True),
+    (3, True, "121", "0 02002 66246 4013 20 4446 4 005", True),
+    (2, False, "1022", "8 122122111 1", True),
+    (4, False, "3", "20210 010 72 3513 325451024 454 1 00100", True),
+    (4, True, "1", "2 5331 1201", True),
+    (2, False, "1212", "1 1220 22121 1 202002112", True),
+    (4, False, "5", "01111 472406179 01 50 9480", True),
+    (4, False, "5", "022002201 413 220102010", True),
+    (2, True, "21", "78974591", True),
+    (2, False, "22", "100", True),
+    (4, True, "0", "2222 54114242 44034413 415 48477 4 165 02120202", True),
+    (2, False, "2021", "6 10000 454 112 210 37806508 18 22", True),
+)
+
+
+@pytest.mark.parametrize("case", HALVED, ids=lambda case: "-".join(map(str, case[:4])).replace(" ", "."))
+def test_successive_halving_decides_as_optuna_does(case):
+    """On random curves with ties, rivals that end early, and curves that end between two rungs."""
+    reduction, more_is_better, curve, rivals, ends = case
+
+    def line(digits):
+        return [(10 * i, int(d) / 10) for i, d in enumerate(digits, 1)]
+
+    assert pruned(line(curve), [line(r) for r in rivals.split()], reduction, more_is_better) is ends
 
 
 def test_only_what_was_read_is_forgotten(tmp_path):

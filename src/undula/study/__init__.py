@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..extras import told
 from .drive import Estimate, Finished, View, counted, estimate, report, run, warnings
-from .executors import Executor, Local, Ray
+from .executors import Executor, Local
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
 from .read import Faults, parse, read, text_of
 from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
@@ -30,7 +30,6 @@ __all__ = [
     "Finished",
     "Local",
     "Outcome",
-    "Ray",
     "Rows",
     "Study",
     "Sweep",
@@ -54,7 +53,7 @@ class _Study(types.ModuleType):
 
     if TYPE_CHECKING:  # what a checker, for which `undula.study` is an object of this class, finds on it
         from .drive import Estimate, Finished, View
-        from .executors import Executor, Local, Ray
+        from .executors import Executor, Local
         from .outcome import ChosenRate, Outcome
         from .read import Faults
         from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training

@@ -1,9 +1,8 @@
-"""Where the runs of a study are made: in this process, or on a Ray cluster."""
+"""Where the runs of a study are made.  Several processes on one folder share its runs, each with its own executor."""
 
 from __future__ import annotations
 
 import abc
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,51 +78,3 @@ class Local(Executor):
 
     def close(self) -> None:
         self.orders.clear()
-
-
-class Ray(Executor):
-    """Runs as Ray tasks of `cpus` (and `gpus`) each, `slots` at a time.
-
-    `address`: of a cluster (None: the one that RAY_ADDRESS names, else a new local one with `slots` workers).  Models
-    and data must be readable where the tasks run.  Needs the package `ray` (extra `undula[ray]`).
-    """
-
-    def __init__(self, slots: int = 2, cpus: float = 1, gpus: float = 0, address: str | None = None):
-        if slots < 1:
-            raise ValueError(f"at least one run at a time, found slots={slots}")
-        import ray
-
-        self.ray, self.slots = ray, slots
-        self.own = not ray.is_initialized()
-        if self.own:
-            where: dict[str, Any] = {"address": address} if address else {}
-            if not address and "RAY_ADDRESS" not in os.environ:
-                where = {"num_cpus": max(1, round(slots * cpus)), "include_dashboard": False}
-            ray.init(log_to_driver=False, configure_logging=False, **where)
-        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_remote)
-        self.running: dict[Any, Order] = {}
-
-    def submit(self, order: Order) -> None:
-        self.running[self.task.remote(order.trial.encode(), order.halving, order.rivals)] = order
-
-    def wait(self, heard: Heard) -> Ended:
-        (ready, *_), _ = self.ray.wait(list(self.running), num_returns=1)
-        order = self.running.pop(ready)
-        try:
-            result, error = self.ray.get(ready)
-        except self.ray.exceptions.RayError as broken:  # the worker died
-            result, error = None, f"{type(broken).__name__}: {broken}"
-        return Ended(order, result, error)
-
-    def close(self) -> None:
-        for task in self.running:
-            self.ray.cancel(task, force=True)
-        if self.own:
-            self.ray.shutdown()
-
-
-def _remote(
-    encoded: dict[str, Any], halving: int | None, rivals: Rivals
-) -> tuple[Mapping[str, Any] | None, str | None]:
-    ended = make(Order(Trial.decode(encoded), halving, rivals))
-    return ended.result, ended.error

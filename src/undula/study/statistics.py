@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -71,15 +70,9 @@ def spread(values: Sequence[float], confidence: float = 0.95) -> Spread:
         return Spread(1, float(x[0]))
     if _alike(x):
         return Spread(x.size, float(x.mean()), 0.0)
-    error = float(x.std(ddof=1)) / math.sqrt(x.size)
-    half = _quantile((1 + confidence) / 2, x.size - 1) * error
-    return Spread(x.size, float(x.mean()), error, float(x.mean()) - half, float(x.mean()) + half)
-
-
-@cache
-def _quantile(share: float, freedom: int) -> float:
-    """Of Student's distribution."""
-    return float(stats.t.ppf(share, freedom))
+    mean, error = float(x.mean()), float(stats.sem(x))
+    low, high = stats.t.interval(confidence, x.size - 1, loc=mean, scale=error)
+    return Spread(x.size, mean, error, float(low), float(high))
 
 
 def _alike(x: np.ndarray) -> bool:
@@ -94,6 +87,9 @@ def sign_flip(terms: Sequence[float], rule: Rule = Rule()) -> float:
     Exact when, without an effect, a difference is as likely as its negative; that holds when the labels `arm` and
     `baseline` of a pair could be exchanged.  Nothing need be normal.  Beyond EXACT terms `resamples` random choices of
     signs stand for all: p = (1 + hits) / (1 + resamples).
+
+    `scipy.stats.permutation_test(permutation_type="samples")` gives the same exact p.  It takes 12 s for 20 terms where
+    this takes 5 ms, and its random signs would not be those of `interval`, which must say the same.
     """
     d = np.asarray(terms, float)
     seen = abs(float(d.sum())) * (1 - 1e-9)  # sums in another order differ in their last bits
@@ -253,10 +249,8 @@ def ranks(arms: Sequence[str], table: Sequence[Sequence[float]], rule: Rule = Ru
     n, k = values.shape
     ranked = stats.rankdata(-values, axis=1)
     average = ranked.mean(0)
-    tied = sum(float(c**3 - c) for row in ranked for c in np.unique(row, return_counts=True)[1])
-    correction = 1 - tied / (n * k * (k * k - 1))
-    raw = 12 * n / (k * (k + 1)) * float(np.sum(average**2)) - 3 * n * (k + 1)
-    chi2 = raw / correction if correction > 0 else 0.0
+    alike = bool((ranked == ranked[:, :1]).all())  # every arm ties with every other in every group: 0 / 0
+    chi2 = 0.0 if alike else float(stats.friedmanchisquare(*ranked.T).statistic)
     order = sorted(range(k), key=lambda i: (average[i], arms[i]))
     names, means = tuple(arms[i] for i in order), tuple(float(average[i]) for i in order)
     critical = (

@@ -22,7 +22,7 @@ class Watch(TrainerCallback):
     """Evaluates on the validation rows at even steps and keeps the numbers of the best point.
 
     `heard(step, steps)` is told of every step.  `rivals` are the curves of the runs that came before in the same sweep:
-    with `halving` the run ends early when Optuna's successive halving would prune it against them.
+    with `halving` the run ends early where it falls behind them (`pruned`).
     """
 
     def __init__(
@@ -90,23 +90,26 @@ class Watch(TrainerCallback):
 
 
 def pruned(curve: Curve, rivals: Sequence[Curve], reduction: int, more_is_better: bool) -> bool:
-    """Whether Optuna's successive halving (Jamieson, Talwalkar 2016; asynchronous form: Li et al. 2020,
-    arXiv:1810.05934) would end the run with this curve, given those of earlier runs.  One evaluation is one unit of
-    resource."""
-    import optuna
+    """Whether asynchronous successive halving ends the run with this curve at its last evaluation, given the curves of
+    the runs before it (Jamieson, Talwalkar 2016; Li et al. 2020, arXiv:1810.05934).
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=reduction)
-    study = optuna.create_study(direction="maximize" if more_is_better else "minimize", pruner=pruner)
-    for rival in (*rivals, curve):
-        trial = study.ask()
-        for number, (_, value) in enumerate(rival, 1):
-            trial.report(value, number)
-            stop = trial.should_prune()  # also notes which rungs the run has reached
-            if stop and rival is not curve:
+    Evaluations number 1, reduction, reduction^2, ... are the rungs.  At a rung a run ends unless it is among the best
+    1 / reduction of those that have reached it so far, itself included (rounded down, but one at least; equals go on).
+    The decisions are those of Optuna's `SuccessiveHalvingPruner(min_resource=1, reduction_factor=reduction)`.
+    """
+    reached: dict[int, list[float]] = {}  # by rung
+
+    def behind(line: Curve, rung: int) -> bool:
+        value = line[rung - 1][1] if more_is_better else -line[rung - 1][1]
+        there = sorted([*reached.get(rung, []), value], reverse=True)
+        reached[rung] = there
+        return value < there[max(len(there) // reduction, 1) - 1]
+
+    rungs = [1]
+    while rungs[-1] < len(curve):
+        rungs.append(rungs[-1] * reduction)
+    for rival in rivals:
+        for rung in rungs:
+            if rung > len(rival) or behind(rival, rung):
                 break
-        if rival is curve:
-            return stop
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED if stop else optuna.trial.TrialState.COMPLETE,
-                   values=None if stop else rival[-1][1])  # fmt: skip
-    return False
+    return len(curve) == rungs[-1] and behind(curve, rungs[-1])

@@ -111,19 +111,15 @@ class Regression(TextTask):
         labels = torch.tensor(examples.rows["label"][:])
         return {
             "mse": float((guesses - labels).square().mean()),
-            "pearson": _correlation(guesses, labels),
-            "spearman": _correlation(_ranks(guesses), _ranks(labels)),
+            **_correlations(guesses, labels),
         }
 
 
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks from 0, equal values at their mean rank."""
-    _, group, size = values.unique(return_inverse=True, return_counts=True)
-    return (size.cumsum(0) - (size + 1) / 2)[group]
+def _correlations(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """Pearson's and Spearman's; 0 where one side is constant."""
+    from scipy import stats
 
-
-def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Pearson's correlation; 0 where one side is constant."""
-    a, b = (t.double() - t.double().mean() for t in (a, b))
-    norm = a.norm() * b.norm()
-    return float(a @ b / norm) if norm > 0 else 0.0
+    a, b = a.double(), b.double()
+    if (a == a[0]).all() or (b == b[0]).all():
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {"pearson": float(stats.pearsonr(a, b).statistic), "spearman": float(stats.spearmanr(a, b).statistic)}

@@ -21,7 +21,10 @@ from ..options import split_pair
 from ..train.measure import versions
 from . import shell
 
-EXECUTORS = ("local", "ray")
+ALONE = (
+    "a study starts no processes any more; begin the same command several times, those with one --out share its runs "
+    "(docs/study.md)"
+)
 
 
 def study(
@@ -38,15 +41,17 @@ def study(
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Make failed runs again.")] = False,
     replace: Annotated[list[str], typer.Option(help="SOURCE=OTHER: other models or data. Repeatable.")] = [],
-    executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    workers: Annotated[int, typer.Option(help="Runs at a time (ray).", min=1)] = 2,
+    executor: Annotated[str | None, typer.Option(hidden=True)] = None,
+    workers: Annotated[int | None, typer.Option(hidden=True)] = None,
     to: shell.Json = None,
 ) -> None:
     """Compare methods honestly: sweep each one's rate, run fresh seeds, report.  Stop it when you like: the same
     command goes on."""
     from .. import study as room
 
-    _check_together(ctx, dry_run, report_only, executor)
+    if executor is not None or workers is not None:
+        raise ValueError(f"--{'workers' if executor is None else 'executor'} is gone: {ALONE}")
+    _check_together(ctx, dry_run, report_only)
     made = room.read(path, dict(split_pair(pair, "a replacement") for pair in replace))
     out = Path(f"{path.stem}-study") if out is None else out
     if dry_run:
@@ -56,36 +61,27 @@ def study(
     if report_only:
         found = room.report(made, out, about)
     else:
-        chosen = _executor(room, executor, workers)
         with _View() as view:
-            found = room.run(made, out, executor=chosen, view=view, about=about, retry_failed=retry_failed)
+            found = room.run(made, out, view=view, about=about, retry_failed=retry_failed)
     failed = sum(o.error is not None for o in found.outcomes)
     shell.write(to, {"report": str(found.report), "runs": len(found.outcomes), "failed": failed})
     if str(to) != "-":
         shell.note(f"{len(found.outcomes)} runs have ended, {failed} of them failed. Report: {found.report}")
 
 
-def _check_together(ctx: typer.Context, dry_run: bool, report_only: bool, executor: str) -> None:
+def _check_together(ctx: typer.Context, dry_run: bool, report_only: bool) -> None:
     """Refuses options that would do nothing beside the others.  Raises ValueError."""
     runs_nothing = "--dry-run" if dry_run else "--report" if report_only else None
     idle = {
         "pilot": None if dry_run else "it goes with --dry-run",
         "report_only": "--dry-run writes no report" if dry_run else None,
         "retry_failed": f"{runs_nothing} runs nothing" if runs_nothing else None,
-        "executor": f"{runs_nothing} runs nothing" if runs_nothing else None,
-        "workers": None if executor == "ray" and not runs_nothing else "it goes with --executor ray",
     }
     for name, why in idle.items():
         source = ctx.get_parameter_source(name)
         if why and source is not None and source.name == "COMMANDLINE":
             option = {"pilot": "pilot/--no-pilot", "report_only": "report"}.get(name, name.replace("_", "-"))
             raise ValueError(f"--{option} would do nothing here: {why}")
-
-
-def _executor(room: Any, name: str, workers: int) -> Any:
-    if name not in EXECUTORS:
-        raise LookupError(f"no executor is called {name!r}; there are: {', '.join(EXECUTORS)}")
-    return room.Local() if name == "local" else room.Ray(slots=workers)
 
 
 def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
