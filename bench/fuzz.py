@@ -33,7 +33,14 @@ from safetensors.torch import load, save
 from torch import nn
 
 import undula
-from undula import DoRA, Dropout, LoRA, LoRAN, Method, Sum
+from undula import (
+    DoRA,
+    Dropout,
+    LoRA,
+    LoRAN,
+    Method,
+    Sum,
+)
 from undula.io import diffusers, files, gguf
 
 DOCUMENTED = (FileNotFoundError, ValueError, LookupError)

@@ -26,8 +26,17 @@ from torch import nn
 import undula
 from undula import Centred, LoRA, Probe
 from undula.kernels.solver import Randomised
-from undula.probe import loss_of
-from undula.starts import EVA, Kaiming, LoRAGA, LoRASB, MiLoRA, OLoRA, Orthogonal, PiSSA
+from undula.observe.probe import loss_of
+from undula.starts import (
+    EVA,
+    Kaiming,
+    LoRAGA,
+    LoRASB,
+    MiLoRA,
+    OLoRA,
+    Orthogonal,
+    PiSSA,
+)
 
 DEFAULT, UNLIMITED = 1 << 28, 1 << 60
 VARIANTS = {  # name: (start, bytes to hold, batches)

@@ -15,8 +15,8 @@ from record import record
 from torch import nn
 
 from undula import LoRA, Restarted
+from undula.host.views import site, view
 from undula.kernels.bottleneck import bottleneck
-from undula.sites import site, view
 
 
 class Stacked(Restarted):

@@ -25,9 +25,19 @@ from record import record
 from torch import nn
 
 import undula
-from undula import AuroRA, AuroRAStatic, DoRA, Dropout, LoRA, LoRAN, LoRANActivation, Method, SineLoRA
+from undula import (
+    AuroRA,
+    AuroRAStatic,
+    DoRA,
+    Dropout,
+    LoRA,
+    LoRAN,
+    LoRANActivation,
+    Method,
+    SineLoRA,
+)
+from undula.core.method import Wrapper
 from undula.kernels import frozen, mixture
-from undula.method import Wrapper
 from undula.study.sizes import at_rank
 
 CASES = {"lm-4x128": (4, 128), "lm-1x512": (1, 512), "layer-4096": (1, 512)}
@@ -114,7 +124,7 @@ def variant(name: str, model: nn.Module, batch: torch.Tensor) -> tuple[Step, Ste
         undula.select(model, None)
         where = "*" if isinstance(model, Layer) else "all-linear"
         undula.attach(model, LoRA(r=8), where, name=name)
-        shapes = [undula.sites.site(n, layer).shape for n, layer in undula.sites.choose(model, where).items()]
+        shapes = [undula.host.views.site(n, layer).shape for n, layer in undula.host.views.choose(model, where).items()]
 
         def both() -> None:
             step(model, batch, leaf=isinstance(model, Layer))
@@ -145,7 +155,7 @@ def draw(shapes: list[tuple[int, int]], nola: Method) -> None:
 
 def toggle(model: nn.Module, on: bool) -> None:
     """Weight gradients of every adapted matrix: computed, then dropped at once."""
-    for layer in undula.sites.choose(model, "*" if isinstance(model, Layer) else "all-linear").values():
+    for layer in undula.host.views.choose(model, "*" if isinstance(model, Layer) else "all-linear").values():
         weight = layer.module.weight
         weight.requires_grad_(on)
         if on and not weight._post_accumulate_grad_hooks:

@@ -10,7 +10,7 @@ import comparison
 from comparison import Entry
 
 import undula
-from undula.activations import Sinter
+from undula.methods.activations import Sinter
 from undula.train import Classification, Run
 
 ENTRIES = (  # rates that did well in short trials with one rate for head and adapter; not swept beside head_lr

@@ -6,15 +6,23 @@ An adapter is a value; a method is a law W -> W'.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import io, ranks
-from .adapter import Adapter
+from . import io, ranks, starts
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
-from .diagnose import diagnose
-from .extras import told
-from .groups import loraplus_groups
-from .host import adapters, attach, detach, select, selected
-from .merging import merge, unmerge
-from .method import Additive, Layer, LowRank, Method, Reweight, Site
+from .core.adapter import Adapter
+from .core.extras import told
+from .core.method import (
+    Additive,
+    Layer,
+    LowRank,
+    Method,
+    Reweight,
+    Site,
+)
+from .host.host import adapters, attach, detach, select, selected
+from .host.merging import merge, unmerge
+from .host.mixing import rows
+from .host.switching import Switch
+from .methods import activations
 from .methods.adalora import AdaLoRA
 from .methods.aurora import AuroRA, AuroRAStatic
 from .methods.blocklora import BlockLoRA
@@ -39,10 +47,10 @@ from .methods.tenslora import TensLoRA
 from .methods.tera import TeRA
 from .methods.unilora import UniLoRA
 from .methods.vera import VeRA
-from .mixing import rows
-from .probe import Probe
+from .observe.diagnose import diagnose
+from .observe.probe import Probe
+from .optim.groups import loraplus_groups
 from .ranks.prune import prune
-from .switching import Switch
 
 if TYPE_CHECKING:  # three packages are verbs too, which a checker sees as objects with a __call__
     from . import bundled
@@ -103,6 +111,7 @@ __all__ = [
     "Truncate",
     "UniLoRA",
     "VeRA",
+    "activations",
     "adapters",
     "attach",
     "bundled",
@@ -119,6 +128,7 @@ __all__ = [
     "rows",
     "select",
     "selected",
+    "starts",
     "study",
     "train",
     "unmerge",

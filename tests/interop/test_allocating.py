@@ -24,13 +24,20 @@ from typer.testing import CliRunner
 
 import undula
 from undula import ranks, starts
-from undula.cli import app
+from undula.cli.main import app
 from undula.ranks import diffora
 from undula.study import Faults, parse
 from undula.study.plan import Plan
 from undula.study.trial import perform
 from undula.study.watch import Watch
-from undula.train import CausalLM, Classification, Examples, Interrupted, Run, evaluate
+from undula.train import (
+    CausalLM,
+    Classification,
+    Examples,
+    Interrupted,
+    Run,
+    evaluate,
+)
 from undula.train.fit import prepare
 
 from ..support.courses import COURSES

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import undula
-from undula.cli import app
-from undula.options import build
+from undula.cli import shell
+from undula.cli.main import app
+from undula.core.options import build
 from undula.train import Classification, Task
 from undula.train.worries import worries
-from undula.verbs import shell
 
 from . import tiny
 
@@ -222,7 +222,7 @@ def test_mistakes_around_a_run(trained, tmp_path):
 
 
 def test_errors_of_others_say_so(trained, monkeypatch):
-    monkeypatch.setattr("undula.verbs.training.restored", lambda *_: json.loads("{"))
+    monkeypatch.setattr("undula.cli.training.restored", lambda *_: json.loads("{"))
     assert "JSONDecodeError" in fails("eval", trained["lora"], code=1)
 
 

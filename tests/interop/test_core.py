@@ -133,7 +133,7 @@ CALLS = [
     ("undula.enable_peft()", "hf"),
     ("undula.allocating(undula.ranks.AdaLoRA(target=1))", "hf"),
     ("undula.bundled.enable()", "hf"),
-    ("undula.figure.draw([{'site': 'x', 'spectrum': [1.0], 'effective_rank': None}], 'x.svg')", "plot"),
+    ("undula.observe.figure.draw([{'site': 'x', 'spectrum': [1.0], 'effective_rank': None}], 'x.svg')", "plot"),
 ]
 PYTHON = """
 import pathlib

@@ -30,7 +30,15 @@ from transformers import (
 
 import undula
 from undula.starts import LoRAGA
-from undula.train import CausalLM, Classification, Examples, Plain, Regression, Run, evaluate
+from undula.train import (
+    CausalLM,
+    Classification,
+    Examples,
+    Plain,
+    Regression,
+    Run,
+    evaluate,
+)
 from undula.train.base import open_model
 from undula.train.conversation import tokens
 from undula.train.data import read_file, with_validation

@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import undula
-from undula.cli import app
+from undula.cli.main import app
 from undula.io.diffusers import METADATA, WEIGHTS
 
 

@@ -9,7 +9,14 @@ import pytest
 import undula
 from undula.study import parse
 from undula.study.drive import warnings
-from undula.train import CausalLM, Classification, ImageClassification, Regression, Run, evaluate
+from undula.train import (
+    CausalLM,
+    Classification,
+    ImageClassification,
+    Regression,
+    Run,
+    evaluate,
+)
 from undula.train.data import load_data, read_file
 from undula.train.faults import Faults
 from undula.train.rows import rows_of
@@ -277,7 +284,7 @@ def test_the_command_line_tells_faults_before_it_imports_the_trainer(holed, tmp_
     """Faults of data came after ten seconds of imports; now nothing that only a training needs is there yet."""
     from typer.testing import CliRunner
 
-    from undula.cli import app
+    from undula.cli.main import app
 
     words = [
         "train",

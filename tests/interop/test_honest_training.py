@@ -19,7 +19,7 @@ from transformers import (
 
 import undula
 from undula import ranks
-from undula.schedules import Constant, Cosine, Linear
+from undula.optim.schedules import Constant, Cosine, Linear
 from undula.study import parse
 from undula.study.plan import Plan
 from undula.study.trial import Diverged, perform
@@ -238,7 +238,7 @@ def test_a_training_that_is_stopped_at_once_says_what_is_kept(when, usual, monke
     """Ctrl-C before the first step, and twice within one: in one line, with what to type."""
     from typer.testing import CliRunner
 
-    from undula.cli import app
+    from undula.cli.main import app
     from undula.train import fit, trainer
 
     seen = []

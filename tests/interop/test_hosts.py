@@ -12,11 +12,22 @@ from safetensors.torch import load_file
 from torch import nn
 
 import undula
-from undula import AuroRA, AuroRAStatic, Centred, DoRA, Dropout, LoRA, LoRAN, Reweight, SineLoRA, Sum
-from undula.activations import Sinter
-from undula.making import made
+from undula import (
+    AuroRA,
+    AuroRAStatic,
+    Centred,
+    DoRA,
+    Dropout,
+    LoRA,
+    LoRAN,
+    Reweight,
+    SineLoRA,
+    Sum,
+)
+from undula.host.build import made
+from undula.host.views import view
+from undula.methods.activations import Sinter
 from undula.methods.aurora import PerChannel
-from undula.sites import view
 from undula.starts import Gaussian
 
 from .models import gpt2, llama, shake, tokens, trained

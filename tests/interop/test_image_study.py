@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import undula
-from undula.cli import app
+from undula.cli.main import app
 from undula.study import FINAL, parse, read
 from undula.study.drive import run, warnings
 from undula.study.spec import Base, Rows

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 import undula
-from undula.cli import app
+from undula.cli.main import app
 from undula.train import ImageClassification, Run, evaluate, restored, trainer
 from undula.train.data import load_data
 from undula.train.images import fingerprint, opened

@@ -14,13 +14,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import undula
-from undula.choice import Choice
-from undula.cli import VERBS, app
+from undula.cli import shell
+from undula.cli.main import VERBS, app
+from undula.core.choice import Choice
 from undula.train import worries
 from undula.train.base import open_model
 from undula.train.classification import Classification
 from undula.train.run import Run
-from undula.verbs import shell
 
 from . import tiny
 
@@ -135,7 +135,7 @@ def test_whatever_is_raised_is_one_line(error, adapter, monkeypatch):
     def broken(*_):
         raise error
 
-    monkeypatch.setattr("undula.verbs.adapters.diagnose", broken)
+    monkeypatch.setattr("undula.cli.adapters.diagnose", broken)
     code, _, said = run("show", adapter)
     assert code == 1
     assert type(error).__name__ in said
@@ -280,7 +280,7 @@ def test_a_training_that_failed_is_told_by_its_report(change, named, adapter, tm
 def test_a_training_that_diverged_ends_in_a_failure(adapter, tmp_path, monkeypatch):
     report = REPORT | {"after": {"loss": 7195.0}, "peak_memory_bytes": 1, "ranks": None, "method": "LoRA", "out": "o"}
     report |= {"trainable_parameters": 1, "steps": 1, "seconds": 1.0}
-    monkeypatch.setattr("undula.verbs.training.fit", lambda *_, **__: report)
+    monkeypatch.setattr("undula.cli.training.fit", lambda *_, **__: report)
     words = ("--model", "m", "--data", "d", "--task", "classification", "--out", tmp_path / "o")
     code, _, said = run("train", *words)
     assert code == 1

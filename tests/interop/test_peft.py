@@ -11,9 +11,16 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import undula
-from undula import AuroRA, Centred, DoRA, Dropout, LoRA, LoRAN
-from undula.activations import ReLU
-from undula.sites import outline
+from undula import (
+    AuroRA,
+    Centred,
+    DoRA,
+    Dropout,
+    LoRA,
+    LoRAN,
+)
+from undula.host.views import outline
+from undula.methods.activations import ReLU
 from undula.starts import Gaussian
 
 from .models import PREFIX, Picture, gpt2, hosted, llama, shake, sites, tokens, trained

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import undula
-from undula import AuroRAStatic, Centred, DoRA, Dropout, LoRA, Sum
+from undula import (
+    AuroRAStatic,
+    Centred,
+    DoRA,
+    Dropout,
+    LoRA,
+    Sum,
+)
 from undula.starts import Gaussian
 
 from .models import Picture, gpt2, llama, shake, tokens, trained

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 import undula
-from undula import NOLA, LoRASB, LoRAXS, TeRA, UniLoRA, VeRA
+from undula import (
+    NOLA,
+    LoRASB,
+    LoRAXS,
+    TeRA,
+    UniLoRA,
+    VeRA,
+)
 
 from .models import PREFIX, hosted, llama, shake, tokens, trained
 from .test_peft_disk import configure, edit

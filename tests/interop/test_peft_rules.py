@@ -12,7 +12,16 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import undula
-from undula import AuroRA, AuroRAStatic, Centred, DoRA, LoRA, LoRAN, Method, VeRA
+from undula import (
+    AuroRA,
+    AuroRAStatic,
+    Centred,
+    DoRA,
+    LoRA,
+    LoRAN,
+    Method,
+    VeRA,
+)
 
 from .models import Picture, gpt2, hosted, llama, shake, sites, tokens, trained
 

@@ -9,7 +9,14 @@ import torch
 import transformers
 
 import undula
-from undula import AuroRA, AuroRAStatic, DoRA, Dropout, LoRA, LoRAN
+from undula import (
+    AuroRA,
+    AuroRAStatic,
+    DoRA,
+    Dropout,
+    LoRA,
+    LoRAN,
+)
 from undula.bundled import model_path
 
 from .models import llama, shake, tokens, trained

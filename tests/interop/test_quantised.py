@@ -22,8 +22,17 @@ from torchao.quantization import (
 import undula
 from tests.laws.conftest import _evidence, _tiny  # noqa: F401 (fixtures: what the methods of the zoo start from)
 from tests.laws.zoo import ZOO
-from undula import AuroRA, DoRA, LeastSquares, LoRA, LoRAN, Reweight, bases, collapse
-from undula.sites import view
+from undula import (
+    AuroRA,
+    DoRA,
+    LeastSquares,
+    LoRA,
+    LoRAN,
+    Reweight,
+    collapse,
+)
+from undula.host import quantised as bases
+from undula.host.views import view
 
 # Making the bases
 
@@ -71,9 +80,9 @@ def net(base, dtype=torch.float32):
     plain = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32, bias=False)).to(dtype).eval()
     model = BASES[base](copy.deepcopy(plain)).eval().requires_grad_(False)
     with torch.no_grad():
-        for quantised, dense in zip(model, plain, strict=True):
+        for layer, dense in zip(model, plain, strict=True):
             if isinstance(dense, nn.Linear):
-                dense.weight.copy_(bases.dense(quantised))
+                dense.weight.copy_(bases.dense(layer))
     return model, plain
 
 

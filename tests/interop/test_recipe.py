@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import undula
 from tests.support.courses import COURSES
 from undula import ranks
-from undula.cli import app
-from undula.optimisers import SGD, Adafactor, AdamW
+from undula.cli.main import app
+from undula.optim.optimisers import SGD, Adafactor, AdamW
+from undula.optim.schedules import Constant, Cosine, Linear
 from undula.ranks.memory import moments
 from undula.ranks.relora import Jagged
-from undula.schedules import Constant, Cosine, Linear
 from undula.study import Arm, Faults, Training, parse
 from undula.study.plan import Plan
 from undula.study.trial import Trial
@@ -67,7 +67,7 @@ from undula.study import parse
 from undula.study.compare import _entries
 from undula.study.plan import Plan
 from undula.train import Run
-from undula.verbs import training
+from undula.cli import training
 
 room, new = Path(sys.argv[1]), ("colour", "share", "dark", "names", "title", "second", "by_name")
 def new_of(run):

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import undula
-from undula.cli import app
+from undula.cli.main import app
 from undula.study import FINAL, SWEEP, Faults, parse, read
 from undula.study.drive import counted, estimate, report, run, warnings
 from undula.study.plan import Plan

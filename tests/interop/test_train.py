@@ -15,7 +15,17 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import undula
-from undula.train import CausalLM, Chat, Classification, Interrupted, Plain, Regression, Run, evaluate, restored
+from undula.train import (
+    CausalLM,
+    Chat,
+    Classification,
+    Interrupted,
+    Plain,
+    Regression,
+    Run,
+    evaluate,
+    restored,
+)
 from undula.train.data import load_data, with_validation
 from undula.train.fit import Diverged
 from undula.train.trainer import last_checkpoint

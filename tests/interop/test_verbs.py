@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import undula
-from undula.cli import app
+from undula.cli.main import app
 from undula.train.base import open_model
 from undula.train.classification import Classification
 from undula.train.run import Run
@@ -441,7 +441,7 @@ def test_an_export_whose_base_is_not_here_says_what_is_missing(elsewhere, tmp_pa
 
 def test_show_says_whether_rows_were_run(gated, monkeypatch):
     """Rows tell something of AuroRA alone: for others none is run, and only the option that was given is named."""
-    from undula.verbs import adapters
+    from undula.cli import adapters
 
     seen, real = [], adapters.diagnose
     monkeypatch.setattr(adapters, "diagnose", lambda model, rows=None: seen.append(rows) or real(model, rows))

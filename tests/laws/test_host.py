@@ -12,7 +12,7 @@ from torch import nn
 
 import undula
 from undula import LoRA
-from undula.where import choose
+from undula.host.where import choose
 
 
 class Block(nn.Module):

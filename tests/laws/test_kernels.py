@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import undula
-from undula.activations import Sinter, Tanh
+from undula.host.views import site, view
 from undula.kernels import elementwise as kernel
 from undula.kernels import reference
 from undula.kernels.spline import basis
-from undula.sites import site, view
+from undula.methods.activations import Sinter, Tanh
 
 
 @pytest.mark.parametrize("bias", [True, False])

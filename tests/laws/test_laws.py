@@ -11,9 +11,9 @@ from torch import nn
 
 import undula
 from undula import DoRA, LowRank, Reweight
-from undula.host import fresh
+from undula.host.host import fresh
+from undula.host.views import outline, site, view
 from undula.kernels import frozen, reference
-from undula.sites import outline, site, view
 
 from .zoo import ADDITIVE, LOW_RANK, MERGEABLE, ZOO
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import undula
-from undula.activations import Sine, Sinter
+from undula.methods.activations import Sine, Sinter
 
 from .test_laws import shake
 from .zoo import ZOO
@@ -167,5 +167,5 @@ def test_dora_where_the_update_takes_the_weight_away(inner, left):
 @pytest.mark.parametrize("method", [undula.AuroRAStatic(), undula.LoRAN(r=2)], ids=repr)
 def test_outlines_have_an_update_too(method):
     """The meta device has no autocast to turn off: shapes are counted there."""
-    f = method.init(undula.sites.outline("l", (6, 4)))
+    f = method.init(undula.host.views.outline("l", (6, 4)))
     assert method.delta(f).shape == (6, 4)

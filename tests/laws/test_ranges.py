@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import undula
-from undula import given, options
-from undula.choice import Choice
-from undula.given import Checked
-from undula.ranges import FLOAT32, INT64, Among, Range
+from undula.core import given, options
+from undula.core.choice import Choice
+from undula.core.given import Checked
+from undula.core.ranges import FLOAT32, INT64, Among, Range
 from undula.train.run import Run
 
 WHOLE = (-(10**30), -1, 0, 2**62, 2**63, 10**30, math.nan, math.inf)

@@ -9,9 +9,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import undula
-from undula import NOLA, Dropout, Sum, TeRA, UniLoRA, VeRA
+from undula import (
+    NOLA,
+    Dropout,
+    Sum,
+    TeRA,
+    UniLoRA,
+    VeRA,
+)
+from undula.host.build import rebuilt
 from undula.kernels import frozen
-from undula.making import rebuilt
 
 from .test_disk import edit_config, edit_tensors, put
 from .test_laws import shake

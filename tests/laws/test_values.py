@@ -13,7 +13,7 @@ from torch import nn
 
 import undula
 from undula import Adapter, LoRA, LoRAN
-from undula.adapter import Live
+from undula.core.adapter import Live
 
 from ..support import courses
 

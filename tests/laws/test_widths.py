@@ -9,10 +9,10 @@ from torch import nn
 
 import undula
 from undula import Restarted, Sum, activations
+from undula.host.views import site, view
 from undula.kernels import elementwise, reference
 from undula.kernels.spline import basis
 from undula.methods import tera
-from undula.sites import site, view
 
 from .zoo import ZOO
 

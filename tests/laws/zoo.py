@@ -1,10 +1,20 @@
 """Every registered method, and wrappers around methods of every rung: what the laws run over."""
 
 import undula
-from undula import Additive, Centred, DoRA, Dropout, LoRA, LoRAN, Method, Reweight, Sum
-from undula.activations import ReLU, Sinter
+from undula import (
+    Additive,
+    Centred,
+    DoRA,
+    Dropout,
+    LoRA,
+    LoRAN,
+    Method,
+    Reweight,
+    Sum,
+)
 from undula.kernels.solver import Randomised
 from undula.methods import lorta, tenslora
+from undula.methods.activations import ReLU, Sinter
 from undula.methods.aurora import PerChannel
 from undula.methods.dylora import Frozen
 from undula.methods.lora import Fixed

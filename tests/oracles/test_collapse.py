@@ -13,11 +13,22 @@ import undula
 from tests.laws.conftest import _evidence, _tiny  # noqa: F401 (fixtures: what the methods of the zoo start from)
 from tests.laws.test_laws import Conv1D, net, shake
 from tests.laws.zoo import LOW_RANK, MERGEABLE
-from undula import AuroRA, DoRA, Dropout, LeastSquares, LoRA, LoRAN, Substitute, Truncate, collapse, observe
-from undula.activations import Sinter
+from undula import (
+    AuroRA,
+    DoRA,
+    Dropout,
+    LeastSquares,
+    LoRA,
+    LoRAN,
+    Substitute,
+    Truncate,
+    collapse,
+)
 from undula.compress import Exact, Randomised
+from undula.host.views import view
 from undula.kernels import svd
-from undula.sites import view
+from undula.methods.activations import Sinter
+from undula.observe import listen
 
 
 @pytest.fixture(autouse=True)
@@ -540,7 +551,7 @@ def test_calibration_that_no_ridge_helps_is_told_apart(make, bias, message):
 def test_what_looks_at_a_model_leaves_its_modes_as_they_were():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     model[1].eval()
-    with observe.still(model):
+    with listen.still(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == [True, True, False]
 
@@ -549,5 +560,5 @@ def test_a_change_is_heard_as_it_is_and_not_as_a_narrow_output_rounds_it():
     heard, m = [], LoRA(r=2)
     layer, x = view(nn.Linear(6, 4).bfloat16().eval()), torch.randn(3, 6).bfloat16()
     f = {"A": torch.randn(2, 6, dtype=torch.float32), "B": 1e-3 * torch.randn(4, 2, dtype=torch.float32)}
-    observe.Ear(m, lambda layer, x, u: heard.append(u)).forward(x, layer, f)
+    listen.Ear(m, lambda layer, x, u: heard.append(u)).forward(x, layer, f)
     torch.testing.assert_close(heard[0], x.float() @ m.delta(f).T)

@@ -13,11 +13,21 @@ import undula
 from tests.laws.conftest import _evidence, _tiny  # noqa: F401 (fixtures: what the methods of the zoo start from)
 from tests.laws.test_laws import net, shake
 from tests.laws.zoo import ZOO
-from undula import AuroRA, AuroRAStatic, Centred, DoRA, Dropout, LoRA, LoRAN, SineLoRA, diagnose
-from undula.activations import Identity, Sine, Sinter, Tanh
-from undula.diagnose import effective_rank, plot
+from undula import (
+    AuroRA,
+    AuroRAStatic,
+    Centred,
+    DoRA,
+    Dropout,
+    LoRA,
+    LoRAN,
+    SineLoRA,
+    diagnose,
+)
 from undula.kernels import svd
+from undula.methods.activations import Identity, Sine, Sinter, Tanh
 from undula.methods.aurora import PerChannel
+from undula.observe.diagnose import effective_rank, plot
 
 
 @pytest.fixture(autouse=True)

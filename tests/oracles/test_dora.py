@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import undula
-from undula.activations import Identity
-from undula.sites import view
+from undula.host.views import view
+from undula.methods.activations import Identity
 
 LORA = undula.LoRA(r=2, alpha=2.0)
 INNER = [

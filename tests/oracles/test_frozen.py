@@ -10,13 +10,20 @@ import torch
 from torch import nn
 
 import undula
-from undula import NOLA, LoRASB, LoRAXS, TeRA, UniLoRA, VeRA
+from undula import (
+    NOLA,
+    LoRASB,
+    LoRAXS,
+    TeRA,
+    UniLoRA,
+    VeRA,
+)
+from undula.host.views import site, view
 from undula.kernels import frozen
 from undula.kernels import mixture as kernel
 from undula.kernels.mixture import mixture
 from undula.methods.tera import split
 from undula.methods.unilora import Balanced, Independent
-from undula.sites import site, view
 from undula.starts.first_step import first_step, leading
 
 O, I = 10, 7

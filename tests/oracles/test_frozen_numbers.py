@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from undula import Site
+from undula.host.views import outline
 from undula.kernels import frozen
-from undula.sites import outline
 
 WORD = 0xFFFFFFFF
 

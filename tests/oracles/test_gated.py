@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import undula
+from undula.host.views import site, view
 from undula.methods.dylora import Frozen
 from undula.methods.lora import Fixed
-from undula.sites import site, view
 
 O, I = 10, 7
 

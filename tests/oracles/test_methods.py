@@ -9,9 +9,9 @@ from torch import nn
 
 import undula
 from undula import activations as act
+from undula.host.views import site, view
 from undula.kernels.spline import basis, cardinal
 from undula.methods.aurora import PerChannel
-from undula.sites import site, view
 from undula.starts import Gaussian, Kaiming
 
 O, I = 10, 7

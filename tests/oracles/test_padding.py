@@ -9,7 +9,7 @@ from torch import nn
 
 import undula
 from undula import AuroRA, Centred, LeastSquares, LoRA, collapse
-from undula.padding import matched
+from undula.observe.padding import matched
 from undula.starts import EVA
 
 ROWS, LENGTH, VOCABULARY = 8, 12, 40

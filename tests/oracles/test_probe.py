@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 import undula
 from tests.interop.test_quantised import BASES
-from undula import Centred, LoRA, Probe, bases
-from undula.probe import weight_gradient
-from undula.sites import site
+from undula import Centred, LoRA, Probe
+from undula.host import quantised
+from undula.host.views import site
+from undula.host.where import choose
+from undula.observe.probe import weight_gradient
 from undula.starts import EVA, LoRAGA, Start
-from undula.where import choose
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +193,7 @@ class Alive:
 
     def __init__(self, monkeypatch):
         self.most, self.passes, self._refs = 0, 0, []
-        monkeypatch.setattr("undula.probe.weight_gradient", self.weight_gradient)
+        monkeypatch.setattr("undula.observe.probe.weight_gradient", self.weight_gradient)
 
     def weight_gradient(self, layer, x, g):
         G = weight_gradient(layer, x, g)
@@ -370,9 +371,9 @@ def test_over_a_quantised_base(base):
     plain = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32, bias=False)).eval()
     model = BASES[base](copy.deepcopy(plain)).eval().requires_grad_(False)
     with torch.no_grad():
-        for quantised, dense in zip(model, plain, strict=True):
+        for layer, dense in zip(model, plain, strict=True):
             if isinstance(dense, nn.Linear):
-                dense.weight.copy_(bases.dense(quantised))
+                dense.weight.copy_(quantised.dense(layer))
     x, target = torch.randn(16, 64), torch.randn(16, 32)
     probe, layers = bound(model, [x], ["0", "2"], 0, lambda m, b: F.mse_loss(m(b), target))
     found = {n: probe.gradient(n) for n in layers}
@@ -513,7 +514,7 @@ PEAK = """
 import resource, sys, torch
 from torch import nn
 import undula
-from undula.where import choose
+from undula.host.where import choose
 
 def peak():
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM")) / 1024

@@ -14,6 +14,7 @@ from torch import nn
 
 import undula
 from undula import Centred, Dropout, LoRA, Restarted
+from undula.host.views import site, view
 from undula.kernels import reference
 from undula.kernels.frozen_pair import beside_frozen
 from undula.methods.restarted import _Merged as Merged
@@ -22,7 +23,6 @@ from undula.ranks.relora import jagged
 from undula.ranks.restart import Cleared, Pruned, ends
 from undula.ranks.surgery import adopt
 from undula.ranks.xgblora import layer_of
-from undula.sites import site, view
 from undula.starts import Gaussian
 
 
@@ -113,7 +113,7 @@ def test_the_effective_weight_is_continuous_and_the_base_untouched(allocator):
     assert [id(p) for p in adapter.parameters()] == [id(p) for p in trained]  # what the optimiser knows
     assert torch.equal(torch.get_rng_state(), state)
     assert any((W - base[f"{s}.weight"]).norm() > 1e-2 for s, W in weights(model).items())
-    assert not any(getattr(slot.layer, "clean", None) for slot in undula.host.host_of(model).slots.values())
+    assert not any(getattr(slot.layer, "clean", None) for slot in undula.host.host.host_of(model).slots.values())
 
 
 @each

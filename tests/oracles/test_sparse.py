@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import undula
+from undula.host.switching import Switch
+from undula.host.views import site, view
 from undula.kernels import elementwise, frozen, reference, sparse
 from undula.methods.shira import interference
-from undula.sites import site, view
 from undula.starts.channels import (
     Activation,
     ByName,
@@ -30,7 +31,6 @@ from undula.starts.channels import (
 )
 from undula.starts.masks import SNIP, Magnitude, Rand, Struct
 from undula.starts.masks import Gradient as GradientMask
-from undula.switching import Switch
 
 O, I = 60, 40  # K = 100 of 2400 at r = 1: sampled products, not dense ones
 

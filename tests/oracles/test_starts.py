@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 import undula
 from tests.interop.test_quantised import BASES
-from undula import Centred, Dropout, LoRA, LoRAN, Probe, bases
+from undula import Centred, Dropout, LoRA, LoRAN, Probe
+from undula.host import quantised
+from undula.host.views import site, view
 from undula.kernels.solver import Exact, Randomised
-from undula.sites import site, view
 from undula.starts import (
     EVA,
     A2rBr,
@@ -424,11 +425,11 @@ def test_over_a_quantised_base(base, start):
     torch.set_default_dtype(torch.float32)
     model = BASES[base](nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32))).eval().requires_grad_(False)
     x, target = torch.randn(80, 64), torch.randn(80, 32)
-    W = bases.dense(model[0]).clone()
+    W = quantised.dense(model[0]).clone()
     y = model(x)
     adapter = undula.attach(model, Centred(LoRA(r=R, alpha=R), start), probe=probed(x, target))
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
-    assert torch.equal(bases.dense(model[0]), W)
+    assert torch.equal(quantised.dense(model[0]), W)
     if isinstance(start, PiSSA):
         f = adapter.factors["0"]
         torch.testing.assert_close(f["B"] @ f["A"], best(W, R), rtol=1e-3, atol=1e-4)

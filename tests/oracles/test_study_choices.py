@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import undula
-from undula.method import Method
-from undula.options import build_from
-from undula.sites import site
+from undula.core.method import Method
+from undula.core.options import build_from
+from undula.host.views import site
+from undula.host.where import choose
 from undula.study import Faults, read, spec
 from undula.study.alive import LOOK, SILENCE, Owner, Watchman, birth
 from undula.study.lines import line_of, lines
@@ -24,7 +25,6 @@ from undula.study.store import Store
 from undula.study.trial import Trial
 from undula.study.watch import pruned
 from undula.train.task import Task
-from undula.where import choose
 
 GRID = (1e-3, 1e-2)
 

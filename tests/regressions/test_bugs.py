@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import undula
-from undula.activations import Sinter
+from undula.methods.activations import Sinter
 
 
 def shaken(model, method, **options):

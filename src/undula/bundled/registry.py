@@ -4,7 +4,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..extras import told
+from ..core.extras import told
 from ..io.whole import whole
 from . import kept
 from .asset import Asset, AssetError, Progress

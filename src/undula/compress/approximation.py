@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..choice import Choice
+from ..core.adapter import Adapter
+from ..core.choice import Choice
+from ..core.method import Additive, Factors, LowRank, Method, Reweight
+from ..core.ranges import Rank
+from ..host.views import view
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
-from ..method import Additive, Factors, LowRank, Method, Reweight
 from ..methods.aurora import AuroRA
 from ..methods.dropout import Dropout
-from ..ranges import Rank
-from ..sites import view
 
 
 @dataclass(frozen=True)

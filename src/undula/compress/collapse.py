@@ -11,14 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..host import attach, detach, host_of, select
+from ..core.adapter import Adapter
+from ..core.method import Factors, Layer, Method
+from ..host.host import attach, detach, host_of, select
+from ..host.where import inner
 from ..kernels import reference
-from ..method import Factors, Layer, Method
 from ..methods.lora import LoRA
-from ..observe import Batch, batches, listening, live, run, still, wide, widened
-from ..padding import kept, of_outputs
-from ..where import inner
+from ..observe.listen import (
+    Batch,
+    batches,
+    listening,
+    live,
+    run,
+    still,
+    wide,
+    widened,
+)
+from ..observe.padding import kept, of_outputs
 from .approximation import Approximation, Fit
 
 ROOM = "undula.collapse."  # names of adapters that are attached while measuring

@@ -15,14 +15,14 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
+from ..core.method import Layer
+from ..core.ranges import INT64, NotNegative, Range, Rank
+from ..host.views import EmbeddingView, LinearView, view
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
-from ..method import Layer
-from ..observe import Batch, batches, listening, still
-from ..padding import kept
-from ..ranges import INT64, NotNegative, Range, Rank
-from ..sites import EmbeddingView, LinearView, view
+from ..observe.listen import Batch, batches, listening, still
+from ..observe.padding import kept
 from .approximation import Approximation, Fit
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..adapter import Adapter
-from ..host import selected
+from ..core.adapter import Adapter
+from ..host.host import selected
 from ..io import files
 from ..ranks import Allocator, Course, Quality
 from ..ranks.surgery import adopt

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
 from . import files, tensorfile
 from .draft import Draft, clean
 from .peft import LEAF, lora_state, read_lora

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..apart import check_theirs
+from ..core.adapter import Adapter
+from ..core.method import Factors, Method
+from ..host.apart import check_theirs
+from ..host.build import check_shapes, rebuilt
+from ..host.views import outline
 from ..kernels import frozen
-from ..making import check_shapes, rebuilt
-from ..method import Factors, Method
-from ..sites import outline
 from . import diffusers, files
 from .peft import about, read_lora
 

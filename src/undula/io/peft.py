@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..apart import THEIRS
-from ..making import check_shapes
-from ..method import LowRank, Method
+from ..core.adapter import Adapter
+from ..core.method import LowRank, Method
+from ..host.apart import THEIRS
+from ..host.build import check_shapes
+from ..host.sharded import check_whole
+from ..host.views import outline
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA, RankStabilised
-from ..sharded import check_whole
-from ..sites import outline
 from . import files, lora_config
 from .lora_config import about
 

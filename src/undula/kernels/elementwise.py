@@ -24,7 +24,7 @@ from torch.autograd import Function
 from .autocast import exact, exact_backward, wide
 
 if TYPE_CHECKING:
-    from ..activations import Activation
+    from ..methods.activations import Activation
 
 BLOCK = 1 << 20  # elements of W per block: 4 MiB in float32
 LEAST_ROWS = 64  # thinner blocks make slow products

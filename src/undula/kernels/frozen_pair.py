@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..layer import Layer
+from ..core.layer import Layer
 from .autocast import exact_backward
 from .bottleneck import bottleneck, fusible
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layer import Layer
+from ..core.layer import Layer
 
 
 def channels(v_O: Tensor, layer: Layer) -> Tensor:

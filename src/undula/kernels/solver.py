@@ -8,8 +8,8 @@ from typing import Annotated
 
 from torch import Tensor
 
-from ..choice import Choice
-from ..ranges import Extra, Range, Seed
+from ..core.choice import Choice
+from ..core.ranges import Extra, Range, Seed
 from . import svd
 
 

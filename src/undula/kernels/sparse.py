@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ..layer import Layer
+from ..core.layer import Layer
 from . import reference
 from .autocast import exact_backward, hand_written
 from .bottleneck import fusible

@@ -5,7 +5,7 @@ import pkgutil
 import sys
 import types
 
-from ..method import Method, load_installed
+from ..core.method import Method, load_installed
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..method import Site
+from ..core.method import Site
 
 
 class Place(NamedTuple):

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..method import Site
-from ..ranges import Positive, Rank
+from ..core.method import Site
+from ..core.ranges import Positive, Rank
 from .gated import _Gated
 from .lora import Classic, Scaling
 

@@ -23,13 +23,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..choice import Choice
+from ..core.choice import Choice
+from ..core.method import Factors, Layer, LowRank, Method, Site
+from ..core.ranges import Finite, Positive, Range, Rank
 from ..kernels import reference
 from ..kernels.autocast import exact, wide
 from ..kernels.bottleneck import bottleneck, fusible
 from ..kernels.spline import basis
-from ..method import Factors, Layer, LowRank, Method, Site
-from ..ranges import Finite, Positive, Range, Rank
 from ..starts import Kaiming, Start
 from .lora import Classic, Scaling
 

@@ -19,8 +19,8 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method import Factors, LowRank, Site
-from ..ranges import Positive, Rank
+from ..core.method import Factors, LowRank, Site
+from ..core.ranges import Positive, Rank
 from ..starts import Kaiming
 from .lora import Classic, LoRA, Scaling
 

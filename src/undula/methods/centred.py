@@ -15,7 +15,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..method import Additive, Factors, LowRank, Method, Site, Wrapper, on_rung
+from ..core.method import (
+    Additive,
+    Factors,
+    LowRank,
+    Method,
+    Site,
+    Wrapper,
+    on_rung,
+)
 from ..starts import Gaussian, Start
 
 

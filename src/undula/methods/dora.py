@@ -18,9 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.method import (
+    Additive,
+    Factors,
+    Layer,
+    LowRank,
+    Method,
+    Reweight,
+    Site,
+)
 from ..kernels import reference
 from ..kernels.autocast import exact, hand_written, wide
-from ..method import Additive, Factors, Layer, LowRank, Method, Reweight, Site
 from .dropout import Dropout
 from .lora import LoRA
 

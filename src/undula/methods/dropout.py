@@ -14,9 +14,19 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..core.method import (
+    Additive,
+    Factors,
+    Layer,
+    LowRank,
+    Method,
+    Reweight,
+    Site,
+    Wrapper,
+    on_rung,
+)
+from ..core.ranges import PartShare
 from ..kernels import reference
-from ..method import Additive, Factors, Layer, LowRank, Method, Reweight, Site, Wrapper, on_rung
-from ..ranges import PartShare
 
 LEVELS = 1 << 16  # that 16 random bits tell apart
 

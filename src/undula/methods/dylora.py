@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..choice import Choice
-from ..method import Factors, LowRank, Site, check_within
-from ..ranges import Positive, Rank
+from ..core.choice import Choice
+from ..core.method import Factors, LowRank, Site, check_within
+from ..core.ranges import Positive, Rank
 from ..starts import Kaiming, Start
 from .lora import Classic, Fixed, LoRA, Scaling
 

@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..method import Factors, LowRank, Site
-from ..ranges import Positive, Rank
+from ..core.method import Factors, LowRank, Site
+from ..core.ranges import Positive, Rank
 from ..starts import Kaiming, Start
 from .lora import Classic, Scaling
 

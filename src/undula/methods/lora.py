@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..choice import Choice
-from ..method import Factors, LowRank, Site
-from ..ranges import NotZero, Positive, Rank
+from ..core.choice import Choice
+from ..core.method import Factors, LowRank, Site
+from ..core.ranges import NotZero, Positive, Rank
 from ..starts import Kaiming, Start
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations import Activation, Sine, Sinter, gain_at_zero
+from ..core.method import Additive, Factors, Layer, Method, Site
+from ..core.ranges import Positive, Rank
 from ..kernels import reference
 from ..kernels.autocast import exact, hand_written, wide
 from ..kernels.bottleneck import fusible
 from ..kernels.elementwise import bent, elementwise
-from ..method import Additive, Factors, Layer, Method, Site
-from ..ranges import Positive, Rank
 from ..starts import Kaiming, Start
+from .activations import Activation, Sine, Sinter, gain_at_zero
 from .lora import Classic, Scaling
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Site
-from ..ranges import Positive, Rank
+from ..core.method import Site
+from ..core.ranges import Positive, Rank
 from ..starts.first_step import first_step
 from .loraxs import _Between
 

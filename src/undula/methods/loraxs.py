@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.method import Factors, Layer, LowRank, Site
+from ..core.ranges import NotNegative, Positive, Rank
 from ..kernels.bottleneck import bottleneck
-from ..method import Factors, Layer, LowRank, Site
-from ..ranges import NotNegative, Positive, Rank
 from ..starts.first_step import leading
 from .lora import Classic, Scaling
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..choice import Choice
-from ..method import Factors, LowRank, Site
-from ..ranges import Count, Positive, Rank
+from ..core.choice import Choice
+from ..core.method import Factors, LowRank, Site
+from ..core.ranges import Count, Positive, Rank
 from ._stacks import by_head, divisor, place
 from .lora import Classic, Scaling
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.method import Factors, LowRank, Site
+from ..core.ranges import Count, Positive, Rank, Seed
 from ..kernels import frozen
 from ..kernels.mixture import mixture
-from ..method import Factors, LowRank, Site
-from ..ranges import Count, Positive, Rank, Seed
 from .lora import Classic, Scaling
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.method import Factors, Layer, LowRank, Site
+from ..core.ranges import Extra
 from ..kernels.bottleneck import bottleneck
 from ..kernels.frozen_pair import beside_frozen
-from ..method import Factors, Layer, LowRank, Site
-from ..ranges import Extra
 from .dropout import bare
 from .lora import LoRA
 

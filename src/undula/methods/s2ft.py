@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.method import Factors, Layer, LowRank, Site
+from ..core.ranges import Count, SomeShare
 from ..kernels import sparse
-from ..method import Factors, Layer, LowRank, Site
-from ..ranges import Count, SomeShare
 from ..starts.channels import ByName, Random, Selection, Side
 
 MANY = 100_000_000  # trained numbers: with AdamW's moments 1.6 GB

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.method import Additive, Factors, Layer, Site, check_within
+from ..core.ranges import NotZero, Rank
 from ..kernels import sparse
-from ..method import Additive, Factors, Layer, Site, check_within
-from ..ranges import NotZero, Rank
 from ..starts.masks import Mask, Rand
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
 
 
 @dataclass(frozen=True)

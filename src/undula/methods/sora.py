@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..method import Site
-from ..ranges import Positive, Rank
+from ..core.method import Site
+from ..core.ranges import Positive, Rank
 from ..starts import Kaiming, Start
 from .gated import _Gated
 from .lora import Classic, Scaling

@@ -14,8 +14,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..method import RUNGS, Additive, Factors, LowRank, Method, Site, Wrapper, on_rung
-from ..ranges import Finite
+from ..core.method import (
+    RUNGS,
+    Additive,
+    Factors,
+    LowRank,
+    Method,
+    Site,
+    Wrapper,
+    on_rung,
+)
+from ..core.ranges import Finite
 from .lora import Fixed, LoRA
 
 

@@ -30,9 +30,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..choice import Choice
-from ..method import Factors, LowRank, Site
-from ..ranges import Count, NotZero, Rank
+from ..core.choice import Choice
+from ..core.method import Factors, LowRank, Site
+from ..core.ranges import Count, NotZero, Rank
 from ._stacks import by_head, divisor, place, places
 
 Modes = Mapping[str, int]  # of a factor: its length at one site, or its rank

@@ -23,9 +23,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ..core.method import Factors, Layer, LowRank, Site
+from ..core.ranges import NotZero, Range, Rank, Seed
 from ..kernels import reference
-from ..method import Factors, Layer, LowRank, Site
-from ..ranges import NotZero, Range, Rank, Seed
 
 DEAD = "at d = 0, with D_1 = 0 at the start, nothing has a gradient: it could never learn; the default is d=0.5"
 

@@ -21,10 +21,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..choice import Choice
+from ..core.choice import Choice
+from ..core.method import Factors, LowRank, Site, check_within
+from ..core.ranges import Count, Positive, Rank, Seed
 from ..kernels import frozen
-from ..method import Factors, LowRank, Site, check_within
-from ..ranges import Count, Positive, Rank, Seed
 
 DEAD = "theta = 0 has no gradient, so it could never learn"
 

@@ -17,9 +17,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ..core.method import Factors, Layer, LowRank, Site
+from ..core.ranges import NotZero, Rank, Seed
 from ..kernels.bottleneck import bottleneck
-from ..method import Factors, Layer, LowRank, Site
-from ..ranges import NotZero, Rank, Seed
 
 DEAD = "at d = 0, with b = 0 at the start, nothing has a gradient: it could never learn; the paper has d=0.1"
 

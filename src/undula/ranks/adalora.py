@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..choice import Choice
+from ..core.adapter import Adapter
+from ..core.choice import Choice
+from ..core.ranges import Count, NotNegative, PartShare, Positive
 from ..methods import adalora as law
-from ..ranges import Count, NotNegative, PartShare, Positive
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse
 

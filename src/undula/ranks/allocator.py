@@ -30,13 +30,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..choice import Choice
-from ..host import selected
-from ..method import Factors, Method
-from ..schedules import Schedule
-from ..sharded import check_whole
-from ..where import inner
+from ..core.adapter import Adapter
+from ..core.choice import Choice
+from ..core.method import Factors, Method
+from ..host.host import selected
+from ..host.sharded import check_whole
+from ..host.where import inner
+from ..optim.schedules import Schedule
 from .memory import correct_steps, finite_gradients
 
 Quality = Callable[[], float]  # of the model as it is, on fixed data, in evaluation mode: higher is better

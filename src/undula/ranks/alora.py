@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
+from ..core.ranges import Count, Few, PartShare, Seed
 from ..kernels import frozen
 from ..methods.gated import GatedLoRA
-from ..ranges import Count, Few, PartShare, Seed
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, agreed, spread
 from .memory import forget

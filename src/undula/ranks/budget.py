@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..core.ranges import Count
+from ..host.where import matches
 from ..methods.gated import GatedLoRA
-from ..ranges import Count
-from ..where import matches
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, spread
 

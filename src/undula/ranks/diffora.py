@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..choice import Choice
-from ..host import change
+from ..core.adapter import Adapter
+from ..core.choice import Choice
+from ..core.ranges import Inside, PartShare, Positive, SomeShare
+from ..host.host import change
 from ..methods.gated import GatedLoRA
-from ..ranges import Inside, PartShare, Positive, SomeShare
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..choice import Choice
+from ..core.choice import Choice
+from ..core.ranges import Inside, Rank, Seed
 from ..kernels import frozen
 from ..methods import dylora as law
 from ..methods.dropout import bare
-from ..ranges import Inside, Rank, Seed
 from .allocator import Allocator, Course, Quality
 from .gates import GateAllocator
 from .memory import moments, stand_still

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..method import LowRank, Method
+from ..core.adapter import Adapter
+from ..core.method import LowRank, Method
 from ..methods.dropout import bare
 from .allocator import Allocator, Course
 

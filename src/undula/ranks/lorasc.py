@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..host import host_of
+from ..core.adapter import Adapter
+from ..core.method import LowRank
+from ..core.ranges import Count, Few, NotNegative, Seed, Share
+from ..host.host import host_of
+from ..host.views import LinearView, check_product
 from ..kernels import frozen, reference
-from ..method import LowRank
-from ..ranges import Count, Few, NotNegative, Seed, Share
-from ..sites import LinearView, check_product
 from .allocator import Allocator, Course, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 from .surgery import live_layers

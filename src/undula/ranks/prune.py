@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from ..adapter import Adapter
-from ..method import LowRank, Method
+from ..core.adapter import Adapter
+from ..core.method import LowRank, Method
 from ..methods.dropout import Dropout, bare
 from ..methods.lora import Fixed, LoRA
 from .gates import gate_of

@@ -16,12 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapter import Adapter
-from ..method import LowRank
-from ..ranges import Count, Few, Seed, Share
-from ..schedules import Schedule
+from ..core.adapter import Adapter
+from ..core.method import LowRank
+from ..core.ranges import Count, Few, Seed, Share
+from ..optim.schedules import Schedule
 from .allocator import Allocator, Course, Quality
-from .restart import Cycles, Moments, Pruned, check_cycles, ends, last_begins
+from .restart import (
+    Cycles,
+    Moments,
+    Pruned,
+    check_cycles,
+    ends,
+    last_begins,
+)
 
 
 @Allocator.register

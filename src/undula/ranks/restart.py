@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..choice import Choice
-from ..host import change
+from ..core.choice import Choice
+from ..core.method import Factors, LowRank
+from ..core.ranges import Share
+from ..host.build import peers_of
+from ..host.host import change
+from ..host.views import site
 from ..kernels import frozen, svd
-from ..making import peers_of
-from ..method import Factors, LowRank
 from ..methods.restarted import Restarted
-from ..ranges import Share
-from ..sites import site
 from .allocator import Allocator, Course, Place
 from .memory import begin_again, moments
 from .surgery import live_layers

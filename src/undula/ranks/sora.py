@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..choice import Choice
-from ..method import Method
+from ..core.adapter import Adapter
+from ..core.choice import Choice
+from ..core.method import Method
+from ..core.ranges import Few, NotNegative, Positive, Share
+from ..host.views import outline
 from ..methods import sora as law
-from ..ranges import Few, NotNegative, Positive, Share
-from ..sites import outline
 from .allocator import Allocator, Quality
 from .gates import GateAllocator, GateCourse, gate_of
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
+from ..core.ranges import PartShare, Rank, SomeShare
+from ..host.views import site
 from ..kernels import svd
 from ..methods.lora import LoRA
 from ..methods.restarted import Restarted
-from ..ranges import PartShare, Rank, SomeShare
-from ..sites import site
 from .allocator import Allocator, Course, Place, Quality, places_of
 from .memory import forget
 from .restart import inner_of, push

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..host import change, host_of, selected
-from ..sites import LinearView, site
+from ..core.adapter import Adapter
+from ..host.host import change, host_of, selected
+from ..host.views import LinearView, site
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
+from ..core.method import LowRank
+from ..core.ranges import Count, Few, NotNegative, Seed
 from ..kernels import frozen
-from ..method import LowRank
-from ..ranges import Count, Few, NotNegative, Seed
 from .allocator import Allocator, Course, Place, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 

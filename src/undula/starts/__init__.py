@@ -1,7 +1,19 @@
 """Where training begins.  One file, one start."""
 
 from .eva import EVA, explained
-from .loraga import A2rBr, ArB2r, ArBr, Directions, FullStep, LoRAGA, Magnitude, OfWeight, Shuffled, Stable, Unit
+from .loraga import (
+    A2rBr,
+    ArB2r,
+    ArBr,
+    Directions,
+    FullStep,
+    LoRAGA,
+    Magnitude,
+    OfWeight,
+    Shuffled,
+    Stable,
+    Unit,
+)
 from .lorasb import LoRASB
 from .milora import MiLoRA
 from .olora import OLoRA

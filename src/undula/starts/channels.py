@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..choice import Choice
+from ..core.choice import Choice
+from ..core.method import Site
+from ..core.ranges import Seed
 from ..kernels import frozen
-from ..method import Site
-from ..ranges import Seed
 
 # The last parts of the names of layers that read what heads or channels made.
 READERS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..core.method import Site
 from ..kernels import svd
-from ..method import Site
 
 
 def leading(site: Site, M_OI: Tensor, r: int) -> svd.Triple:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..choice import Choice
+from ..core.choice import Choice
+from ..core.method import Site
+from ..core.ranges import Positive, Seed
 from ..kernels import frozen
 from ..kernels.solver import Randomised, Solver
-from ..method import Site
-from ..ranges import Positive, Seed
 from .start import Start, check_fits
 
 Indices = list[int]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.method import Site
+from ..core.ranges import Positive
 from ..kernels import svd
-from ..method import Site
-from ..ranges import Positive
 from .first_step import first_step
 from .start import Start, check_alive, check_fits
 

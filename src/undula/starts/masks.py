@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..choice import Choice
+from ..core.choice import Choice
+from ..core.method import Site
+from ..core.ranges import Natural, Seed
 from ..kernels import frozen
-from ..method import Site
-from ..ranges import Natural, Seed
 
 
 class Mask(Choice):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.method import Site
 from ..kernels import svd
-from ..method import Site
 from .start import Start, check_alive, check_fits
 
 

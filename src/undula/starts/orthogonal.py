@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Site
+from ..core.method import Site
 from .start import Start, check_fits
 
 

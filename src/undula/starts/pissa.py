@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.method import Site
 from ..kernels import svd
 from ..kernels.solver import Exact, Solver
-from ..method import Site
 from .start import Start, check_alive, check_fits
 
 

@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from ..choice import Choice
-from ..method import Site
-from ..ranges import Positive
+from ..core.choice import Choice
+from ..core.method import Site
+from ..core.ranges import Positive
 
 
 class Start(Choice):

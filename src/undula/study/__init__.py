@@ -10,12 +10,29 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..extras import told
-from .drive import Estimate, Finished, View, counted, estimate, report, run, warnings
+from ..core.extras import told
+from .drive import (
+    Estimate,
+    Finished,
+    View,
+    counted,
+    estimate,
+    report,
+    run,
+    warnings,
+)
 from .executors import Executor, Local
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
 from .read import Faults, parse, read, text_of
-from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
+from .spec import (
+    Arm,
+    Base,
+    Budget,
+    Rows,
+    Study,
+    Sweep,
+    Training,
+)
 
 __all__ = [
     "FINAL",
@@ -56,7 +73,15 @@ class _Study(types.ModuleType):
         from .executors import Executor, Local
         from .outcome import ChosenRate, Outcome
         from .read import Faults
-        from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training
+        from .spec import (
+            Arm,
+            Base,
+            Budget,
+            Rows,
+            Study,
+            Sweep,
+            Training,
+        )
 
         counted = staticmethod(_counted)
         estimate = staticmethod(_estimate)

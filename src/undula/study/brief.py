@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..choice import Choice
-from ..method import Method
+from ..core.choice import Choice
+from ..core.method import Method
 
 
 def brief(choice: Choice) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
 
-from ..method import Method
+from ..core.method import Method
 from ..train.recipe import Recipe, dtype_called
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
 from .rates import Decision, decide, reachable

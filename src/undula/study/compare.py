@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter
-from ..choice import plain
+from ..core.adapter import Adapter
+from ..core.choice import plain
 from ..io import files
 from ..train.data import load_data, sample
 from ..train.faults import Faults

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import observe, padding
 from ..compress import LeastSquares, Substitute, collapse
 from ..compress.approximation import Approximation
-from ..host import attach, detach, host_of, select
-from ..merging import merge, unmerge
-from ..method import Method, Reweight
+from ..core.method import Method, Reweight
+from ..host.host import attach, detach, host_of, select
+from ..host.merging import merge, unmerge
 from ..methods.aurora import AuroRA
+from ..observe import listen, padding
 from ..train.fit import Prepared
 from ..train.task import Examples
 
@@ -80,7 +80,7 @@ def _outputs(ready: Prepared, batches: list[dict[str, torch.Tensor]]) -> torch.T
     """The logits of these batches, padding left out, one after another."""
     training = ready.model.training
     ready.model.eval()
-    outputs = ((batch, observe.run(ready.model, batch)) for batch in batches)
+    outputs = ((batch, listen.run(ready.model, batch)) for batch in batches)
     kept = [padding.kept(y, padding.of_outputs(ready.model, batch, y)).flatten() for batch, y in outputs]
     ready.model.train(training)
     return torch.cat(kept).float()

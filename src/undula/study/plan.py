@@ -6,12 +6,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..method import Method
+from ..core.method import Method
 from .cell import Cell, Search
 from .outcome import ChosenRate, Outcome
 from .sizes import Shapes, at_rank, count, with_parameters
 from .sources import Sources
-from .spec import Arm, Base, Budget, Rows, Study, faults
+from .spec import (
+    Arm,
+    Base,
+    Budget,
+    Rows,
+    Study,
+    faults,
+)
 from .store import Record, Store
 from .trial import Trial
 

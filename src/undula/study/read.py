@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..method import Method
-from ..options import build_from
+from ..core.method import Method
+from ..core.options import build_from
 from ..ranks import Allocator
 from ..train.recipe import dtype_called
 from ..train.task import Task
@@ -29,7 +29,16 @@ from .lines import DEEP, depth
 from .plan import impossible
 from .reader import NUMBER, Faults, Reader
 from .settings import KEYS, SETTINGS, kinds, read_settings, shown
-from .spec import Arm, Base, Budget, Rows, Study, Sweep, Training, faults
+from .spec import (
+    Arm,
+    Base,
+    Budget,
+    Rows,
+    Study,
+    Sweep,
+    Training,
+    faults,
+)
 
 TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
 TABLES: dict[str, dict[str, Any]] = {

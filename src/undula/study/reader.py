@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..given import hints, value
+from ..core.given import hints, value
 from .lines import Path as Place
 from .lines import line_of, lines
 from .sources import Sources
@@ -78,7 +78,7 @@ class Reader:
         return tuple(float(v) if kind is NUMBER else v for v in values)
 
     def within(self, place: Place, kind: type, t: dict[str, Any]) -> dict[str, Any]:
-        """The entries that `kind` can have, as it declares its fields (see `undula.ranges`)."""
+        """The entries that `kind` can have, as it declares its fields (see `undula.core.ranges`)."""
         kept = {}
         for key, found in t.items():
             try:

@@ -10,9 +10,9 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from .. import given
-from ..choice import Choice, as_json
-from ..given import hints
+from ..core import given
+from ..core.choice import Choice, as_json
+from ..core.given import hints
 from ..train.recipe import Settings, bare, decoded, is_union
 from .brief import brief
 from .lines import Path as Place

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..method import Method
-from ..sites import outline
+from ..core.method import Method
+from ..host.views import outline
 
 Shapes = Mapping[str, tuple[int, int]]
 SLACK = 0.25  # an arm that misses an equal-parameter budget by more than this share cannot be part of it

@@ -7,11 +7,11 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..sites import site
+from ..host.views import site
+from ..host.where import choose
 from ..train.base import model_folder, open_model, quiet
 from ..train.recipe import dtype_called
 from ..train.task import Task
-from ..where import choose
 from . import splits
 from .sizes import Shapes
 from .spec import Arm, Base, Rows, Study

@@ -6,9 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
 
-from ..given import Checked, checked
-from ..method import Method
-from ..ranges import Bits, Count, Natural, PartShare, Positive, Range, Rank, Seed32
+from ..core.given import Checked, checked
+from ..core.method import Method
+from ..core.ranges import (
+    Bits,
+    Count,
+    Natural,
+    PartShare,
+    Positive,
+    Range,
+    Rank,
+    Seed32,
+)
 from ..ranks import Allocator
 from ..train.recipe import Settings, default_of, refusals
 from ..train.task import Task

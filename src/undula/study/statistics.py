@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ..given import Checked
-from ..ranges import Count, Inside, Seed32
+from ..core.given import Checked
+from ..core.ranges import Count, Inside, Seed32
 
 EXACT = 20  # signs of so many differences are flipped in every combination; of more, at random
 WIN, LOSS = "win", "loss"

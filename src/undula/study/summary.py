@@ -10,7 +10,15 @@ from typing import Any
 
 from . import statistics as S
 from .outcome import FINAL, ChosenRate, Outcome
-from .table import Comparison, Group, Pooled, Row, Summary, failed, measured
+from .table import (
+    Comparison,
+    Group,
+    Pooled,
+    Row,
+    Summary,
+    failed,
+    measured,
+)
 
 Figures = Mapping[tuple[Group, str], Mapping[int, float]]  # of a group's arm, by seed
 

@@ -33,7 +33,7 @@ from .spent import Spent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..adapter import Adapter
+    from ..core.adapter import Adapter
     from .watch import Watch
 
 PROTOCOL = 3  # raise it when the same configuration would give other figures

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..adapter import Adapter
-from ..host import attach, detach
+from ..core.adapter import Adapter
+from ..host.host import attach, detach
 from ..train.fit import Prepared
 from .spent import Spent
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..choice import Choice
-from ..ranges import Count, Natural
+from ..core.choice import Choice
+from ..core.ranges import Count, Natural
 from .columns import named_columns, texts
 from .conversation import conversations, rendered, tokens
 from .faults import Faults

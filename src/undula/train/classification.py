@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..ranges import Count
+from ..core.ranges import Count
 from .columns import numbers, texts
 from .faults import Faults
 from .heads import Classes, HeadTask

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapter import Adapter
-from ..extras import told
-from ..groups import factors_B
-from ..host import attach
+from ..core.adapter import Adapter
+from ..core.extras import told
+from ..host.build import chosen_parameters, fresh
+from ..host.host import attach
 from ..io.files import TENSORS
-from ..making import chosen_parameters, fresh
 from ..methods.lora import LoRA
-from ..probe import Probe
+from ..observe.probe import Probe
+from ..optim.groups import factors_B
 from ..ranks.gates import in_use
 from .base import called_elsewhere, lacking, model_folder, open_model
 from .doubts import doubts, finite
@@ -31,7 +31,14 @@ from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
 from .recipe import Recipe, Settings, default_of
 from .rows import LOG, rows_of
-from .run import CHECKPOINTS, REPORT, RUN, Run, read_run, write_json
+from .run import (
+    CHECKPOINTS,
+    REPORT,
+    RUN,
+    Run,
+    read_run,
+    write_json,
+)
 from .task import Examples, Processor
 
 if TYPE_CHECKING:
@@ -306,7 +313,16 @@ def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) ->
     """Trains.  Returns what it trained, and the report's part on its course."""
     from transformers import set_seed
 
-    from .trainer import Stop, as_left, last_checkpoint, progress, quality_of, set_aside, stopping, trainer
+    from .trainer import (
+        Stop,
+        as_left,
+        last_checkpoint,
+        progress,
+        quality_of,
+        set_aside,
+        stopping,
+        trainer,
+    )
 
     out, stop, aside = ready.run.out, Stop(), None
     if ready.run.allocator is not None and ready.run.allocator.needs_quality:

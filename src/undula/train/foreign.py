@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..adapter import Adapter
+from ..core.adapter import Adapter
+from ..core.ranges import Count
 from ..io import files
-from ..ranges import Count
 from .base import config_of
 from .causal_lm import CausalLM
 from .classification import Classification, Regression

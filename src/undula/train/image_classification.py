@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 
-from ..ranges import Range
+from ..core.ranges import Range
 from .faults import Faults
 from .heads import Classes
 from .images import frames, images, opened

@@ -18,13 +18,20 @@ from typing import Any
 
 import torch
 
-from ..choice import as_json, from_json
-from ..given import Checked, hints, within
-from ..method import Method
-from ..optimisers import AdamW, Optimiser
-from ..ranges import Bits, Count, NotNegative, PartShare, Positive, Seed32
+from ..core.choice import as_json, from_json
+from ..core.given import Checked, hints, within
+from ..core.method import Method
+from ..core.ranges import (
+    Bits,
+    Count,
+    NotNegative,
+    PartShare,
+    Positive,
+    Seed32,
+)
+from ..optim.optimisers import AdamW, Optimiser
+from ..optim.schedules import Linear, Schedule
 from ..ranks import Allocator
-from ..schedules import Linear, Schedule
 from .task import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

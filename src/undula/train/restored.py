@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapter import Adapter
-from ..extras import told
-from ..host import attach, detach
+from ..core.adapter import Adapter
+from ..core.extras import told
+from ..host.host import attach, detach
 from ..io import files
 from .base import config_of, lacking, model_folder, open_model, same_base
 from .data import load_data, sample, split_of, with_validation
 from .faults import Faults
-from .foreign import CONFIG, Unmeasured, base_of, named_as, own_name, task_of
+from .foreign import (
+    CONFIG,
+    Unmeasured,
+    base_of,
+    named_as,
+    own_name,
+    task_of,
+)
 from .heads import HeadTask
 from .rows import LOG
 from .run import RUN, Run

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..choice import Choice
+from ..core.choice import Choice
 from .columns import named_columns
 from .data import split_of
 from .faults import Faults

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..adapter import Adapter
-from ..groups import factors_B
-from ..host import attach, detach, selected
+from ..core.adapter import Adapter
+from ..host.host import attach, detach, selected
 from ..integrations.allocating import STATE, Allocating
 from ..io import files
-from ..observe import moved
+from ..observe.listen import moved
+from ..optim.groups import factors_B
+from ..optim.schedules import Linear, Schedule
 from ..ranks.surgery import adopt
-from ..schedules import Linear, Schedule
 from .run import CHECKPOINTS, Run
 from .task import Examples
 

@@ -16,8 +16,8 @@ from typing import Any
 import peft
 from peft import PeftConfig
 
-from ...method import Method
-from ...probe import Probe
+from ...core.method import Method
+from ...observe.probe import Probe
 from .config import UNDULA, UndulaConfig, refuse
 from .layer import Hosted, UndulaLayer, UndulaLinear, hosts
 from .model import UndulaModel

@@ -10,9 +10,9 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ...core.method import Method
 from ...io import files, native
-from ...method import Method
-from ...probe import Probe
+from ...observe.probe import Probe
 
 
 class _PeftType(str):

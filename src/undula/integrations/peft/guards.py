@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ...slots import never_called
-from ...where import READ, barriers
+from ...host.slots import never_called
+from ...host.where import READ, barriers
 
 
 def check_called(model: nn.Module, sites: Iterable[str]) -> None:

@@ -10,12 +10,12 @@ import torch
 from peft.tuners import tuners_utils
 from torch import Tensor, nn
 
+from ...core.method import Additive, Factors, Method
+from ...host.merging import check_mergeable
+from ...host.route import Rows
+from ...host.views import Conv1DView, LinearView, adapted, outline, view
 from ...io import files
-from ...merging import check_mergeable
-from ...method import Additive, Factors, Method
 from ...methods.sum import Sum
-from ...routing import Rows
-from ...sites import Conv1DView, LinearView, adapted, outline, view
 
 
 class Hosted(nn.Module):

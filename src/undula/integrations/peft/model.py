@@ -16,11 +16,11 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ... import bases
+from ...host import quantised
+from ...host.merging import check_mergeable, untie
+from ...host.views import EmbeddingView, LinearView, check_writable, view
+from ...host.where import aliases
 from ...io import files, native
-from ...merging import check_mergeable, untie
-from ...sites import EmbeddingView, LinearView, check_writable, view
-from ...where import aliases
 from . import starting, storing
 from .config import UndulaConfig
 from .guards import check_called, keep_slow
@@ -74,7 +74,7 @@ class UndulaModel(tuners_utils.BaseTuner):
             self._take_away(model, adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         keep_slow(model, UndulaLayer)
-        bases.keep_gradients(model)
+        quantised.keep_gradients(model)
         self.new = self.record = self.verdicts = None
         config.target_modules, config.rule = rule, None  # PEFT has written names over "all-linear"
 

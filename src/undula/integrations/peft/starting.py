@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapter import Adapter
+from ...core.adapter import Adapter
+from ...core.method import Factors, Method
+from ...host.build import again, assigned, made, outlined
+from ...host.views import LinearView, site
 from ...io import files, native
-from ...making import again, assigned, made, outlined
-from ...method import Factors, Method
-from ...sites import LinearView, site
 from .config import UndulaConfig
 from .layer import hosts
 

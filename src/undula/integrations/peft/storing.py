@@ -10,9 +10,9 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
 
+from ...host.build import check_range, check_shapes
+from ...host.views import site
 from ...io import files, native
-from ...making import check_range, check_shapes
-from ...sites import site
 from .config import UndulaConfig
 from .layer import UndulaLayer, hosts
 from .starting import factors_of, methods_of, record_of
@@ -83,7 +83,7 @@ def checked(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) ->
 
 
 def _check_numbers(at: str, layer: UndulaLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """What `undula.making.fitted` asks of the numbers of a given adapter.  Raises ValueError."""
+    """What `undula.host.build.fitted` asks of the numbers of a given adapter.  Raises ValueError."""
     hosted = layer.undula_factors[adapter]
     try:
         for k, t in tensors.items():

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 
 from ..outcome import ChosenRate, Outcome
 from ..table import Group, Summary
-from .svg import Canvas, Scale, beside, labelled, labels, linear, logarithmic, with_labels
+from .svg import (
+    Canvas,
+    Scale,
+    beside,
+    labelled,
+    labels,
+    linear,
+    logarithmic,
+    with_labels,
+)
 
 WIDTH, HEIGHT, RIGHT, TOP, BOTTOM, LETTERS = 212.0, 136.0, 10.0, 21.0, 28.0, 25
 TICKS = 4

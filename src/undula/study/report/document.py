@@ -6,9 +6,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .. import statistics as S
 from ..outcome import Outcome
-from ..table import Comparison, Group, Pooled, Row, Summary, why
+from ..table import (
+    Comparison,
+    Group,
+    Pooled,
+    Row,
+    Summary,
+    why,
+)
 from . import curves, plots, words
-from .content import Block, Bullets, Code, Drawn, Mark, Section, Table, Text
+from .content import (
+    Block,
+    Bullets,
+    Code,
+    Drawn,
+    Mark,
+    Section,
+    Table,
+    Text,
+)
 from .plots import Figure
 from .svg import Canvas
 

@@ -7,7 +7,15 @@ from functools import singledispatch
 from html import escape
 from pathlib import Path
 
-from .content import Bullets, Code, Drawn, Mark, Section, Table, Text
+from .content import (
+    Bullets,
+    Code,
+    Drawn,
+    Mark,
+    Section,
+    Table,
+    Text,
+)
 from .plots import Figure
 from .svg import STYLE
 

@@ -6,7 +6,15 @@ import re
 from collections.abc import Sequence
 from functools import singledispatch
 
-from .content import Bullets, Code, Drawn, Mark, Section, Table, Text
+from .content import (
+    Bullets,
+    Code,
+    Drawn,
+    Mark,
+    Section,
+    Table,
+    Text,
+)
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 FOLDER = "plots"

@@ -8,9 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...extras import told
+from ...core.extras import told
 from ...io import files
-from .svg import STYLE, Canvas, Circle, Shape, Words, grid
+from .svg import (
+    STYLE,
+    Canvas,
+    Circle,
+    Shape,
+    Words,
+    grid,
+)
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

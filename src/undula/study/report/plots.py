@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..table import Group, Row, Summary
-from .svg import WIDE, Canvas, Scale, apart, beside, labelled, labels, linear, logarithmic, with_labels
+from .svg import (
+    WIDE,
+    Canvas,
+    Scale,
+    apart,
+    beside,
+    labelled,
+    labels,
+    linear,
+    logarithmic,
+    with_labels,
+)
 from .words import look
 
 WIDTH, LEFT, RIGHT, TOP, ROW, LETTERS = 450.0, 166.0, 16.0, 8.0, 22.0, 21

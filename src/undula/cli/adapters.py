@@ -1,0 +1,152 @@
+"""`undula show`, `merge`, `prune` and `cut`: what can be done with a trained adapter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import ranks
+from ..core.adapter import Adapter
+from ..host import merging
+from ..io.whole import whole
+from ..methods.aurora import AuroRA
+from ..observe.diagnose import COLUMNS, bare, diagnose
+from ..observe.figure import draw
+from ..train import dense as unquantised
+from ..train import restored
+from ..train.worries import reported, worries
+from . import shell
+from .carry import carry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def show(
+    path: shell.Directory,
+    *,
+    rows: Annotated[
+        int | None, typer.Option(help="Run so many rows through the model too (AuroRA's numbers).", min=1)
+    ] = None,
+    data: shell.Data = None,
+    model: shell.Base = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw spectra, ranks and nonlinearity into this file.")] = None,
+    to: shell.Json = None,
+) -> None:
+    """Tell what an adapter really is: ranks, norms, how nonlinear; and what should worry its owner."""
+    adapter = Adapter.load(path)
+    if rows is None and data is None and model is None:
+        found = diagnose(adapter)
+    else:
+        opened = restored(path, model)
+        asked = [option for option, given in (("--rows", rows), ("--data", data)) if given is not None]
+        tell = any(isinstance(bare(m), AuroRA) for m in adapter.methods.values())
+        found = diagnose(opened.model, opened.batches(opened.examples(data, None, rows)) if asked and tell else None)
+        if asked and not tell:
+            shell.note(
+                f"{' and '.join(asked)}: no row was run, since rows tell something of AuroRA alone. What is shown "
+                "comes from the factors and from the base, as with --model"
+            )
+    shell.write(to, found)
+    if plot is not None:
+        draw(found, plot)
+    if str(to) == "-":
+        return
+    sites, whole = found[:-1], found[-1]
+    told = [c for c in COLUMNS if any(row[c] is not None for row in found)]
+    below = _shared([row["site"] for row in sites])
+    shown = [{c: row[c] for c in told} | {"site": row["site"].removeprefix(below)} for row in found]
+    shell.out.print(shell.table(shown, f"below {below[:-1]}" if below else None))
+    shell.note(f"{whole['method']}: {whole['parameters']:,} parameters, rung {whole['rung']}")
+    for warning in [*whole["warnings"], *worries(reported(path))]:
+        shell.remark(warning)
+
+
+def _shared(names: list[str]) -> str:
+    """The modules, with a dot behind, in which all of these are."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
+    return "".join(f"{level[0]}." for level in shared)
+
+
+LOST = 0.1  # the share of the change that storing may cost before it is worth a warning
+
+
+def merge(
+    path: shell.Directory,
+    *,
+    out: shell.Out,
+    model: shell.Base = None,
+    dense: Annotated[
+        bool,
+        typer.Option("--dense", help="Write dense float32 weights: of a quantised or 16-bit base, all that counts."),
+    ] = False,
+) -> None:
+    """Write the base with the adapter merged in, as an ordinary Hugging Face folder."""
+    shell.fresh(out)
+    opened = restored(path, model)
+    rounded = _rounds(opened.model)
+    if dense and not rounded:
+        shell.note("--dense changes nothing: the base is neither quantised nor of 16 bits")
+    if dense:
+        opened = unquantised(opened)
+        opened.model.float()
+    errors = merging.merge(opened.model, keep=False)
+    with whole(out) as folder:
+        try:
+            opened.model.save_pretrained(folder)
+        except NotImplementedError as error:  # what transformers raises for quantisation that it only reads
+            raise RuntimeError("transformers cannot write this quantised base: merge with --dense") from error
+        if opened.processor is not None:
+            opened.processor.save_pretrained(folder)
+    worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
+    shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
+    lost = [site for site, error in errors.items() if not error < LOST]
+    if lost:
+        shell.remark(
+            f"rounding takes {_share(max(errors.values()))} of what the adapter does at {lost[0]}, and over "
+            f"{LOST:.0%} at {len(lost)} of {len(errors)} layers: the merged model is not what was trained. "
+            + ("Merge with --dense" if rounded else "Keep the adapter beside the base")
+        )
+
+
+def _rounds(model: PreTrainedModel) -> bool:
+    """Whether the base holds its weights in fewer bits than a merge needs."""
+    if getattr(model, "is_quantized", False):
+        return True
+    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+
+
+def _share(error: float) -> str:
+    return "all" if error >= 0.995 else f"{error:.0%}"
+
+
+def prune(path: shell.Directory, *, out: shell.Out) -> None:
+    """Leave the live ranks of a gated adapter as a plain LoRA; what it computes stays."""
+    _lessened(path, out, ranks.prune.prune)
+
+
+def cut(
+    path: shell.Directory,
+    *,
+    rank: Annotated[int, typer.Option(help="How many of the first ranks to keep.")],
+    out: shell.Out,
+) -> None:
+    """Keep the first ranks of an adapter that was trained at every rank (DyLoRA), as a plain LoRA."""
+    _lessened(path, out, lambda adapter: adapter.at_rank(rank))
+
+
+def _lessened(path: Path, out: Path, less: Callable[[Adapter], Adapter]) -> None:
+    shell.fresh(out)
+    adapter = Adapter.load(path)
+    made = less(adapter)
+    with whole(out) as folder:
+        made.save(folder)
+        carry(path, made, folder)
+    before, after = adapter.num_parameters(), made.num_parameters()
+    sites = f"{len(made.methods)} of {len(adapter.methods)} layers"
+    shell.note(f"{sites}, {after:,} of {before:,} parameters stay. Saved in {out}")

@@ -1,0 +1,143 @@
+"""The options of a command line from the fields of a dataclass (see `train.recipe`), and its values from what was
+typed."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+
+from ..core.choice import Choice, plain
+from ..core.given import hints
+from ..core.options import build, split_pair
+from ..train.recipe import Settings, bare, default_of, is_union, told
+from . import shell
+
+Texts = list[str]
+C = TypeVar("C", bound=Choice)
+
+
+def flag(f: Field[Any]) -> str:
+    """The option of a field."""
+    return f.metadata["flag"] or f"--{f.name.replace('_', '-')}"
+
+
+def options_flag(f: Field[Any]) -> str:
+    """The option of the options of a choice."""
+    return f.metadata["options"] or f"{flag(f)}-set"
+
+
+def own(f: Field[Any]) -> str:
+    """The parameter that holds the options of a choice."""
+    return f"{f.name}_set"
+
+
+def offered(kind: type[Settings]) -> list[Field[Any]]:
+    """The fields that people may set."""
+    return [f for f in told(kind) if f.metadata["offered"]]
+
+
+def parameters(kind: type[Settings], usual: Mapping[str, str]) -> list[inspect.Parameter]:
+    """A parameter for each field that people may set, two for a choice.  `usual`: what stands for a field that has no
+    default where nothing is typed."""
+    made = []
+    for f in offered(kind):
+        hint, default = bare(hints(kind)[f.name]), default_of(f)
+        help = f.metadata["help"]
+        if _is_choice(hint):
+            told = usual.get(f.name) if default is MISSING else None if default is None else shell.called(type(default))
+            made += [_parameter(f.name, str | None, told, flag(f), help.format(names=_names(hint)))]
+            made += [
+                _parameter(own(f), Texts, [], options_flag(f), f"An option of {_called_in_words(hint)}, {EXAMPLE}")
+            ]
+        else:
+            made.append(_parameter(f.name, *_typed(f, hint, default), flag(f), help))
+    return made
+
+
+EXAMPLE = "NAME=VALUE; of one in it: ITS.NAME=VALUE. Repeatable."
+
+
+def values(kind: type[Settings], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of fields from the parameters' own; those without one are left out.  Raises ValueError or LookupError
+    for text that is none."""
+    return {f.name: made for f in offered(kind) if (made := _value(f, hints(kind)[f.name], typed)) is not MISSING}
+
+
+def _value(f: Field[Any], declared: Any, typed: Mapping[str, Any]) -> Any:
+    found, hint = typed[f.name], bare(declared)
+    if _is_choice(hint):
+        none = found is not None and found.strip().lower() == "none" and type(None) in typing.get_args(declared)
+        return None if none else _choice(f, hint, found, typed[own(f)])
+    if typing.get_origin(hint) is collections.abc.Mapping:
+        return _by_pattern(f, typing.get_args(hint)[1], found)
+    if isinstance(found, list):
+        return found[0] if len(found) == 1 and is_union(hint) else tuple(found)
+    return MISSING if found is None and default_of(f) is MISSING else found
+
+
+def _choice(f: Field[Any], family: type[Choice], text: str | None, pairs: Texts) -> Any:
+    if text is None:
+        if pairs:
+            raise ValueError(
+                f"{options_flag(f)} has the options of {_called_in_words(family)}: name one with {flag(f)}"
+            )
+        return default_of(f)
+    name, *more = text.split(",")
+    if "{names}" in f.metadata["help"]:
+        member(family, name)
+    return build(family, name.strip(), [*more, *pairs])
+
+
+def member(family: type[C], name: str) -> type[C]:
+    """The member of that name.  Raises LookupError that lists them as the help does."""
+    if plain(name.strip()) not in family.registry:
+        raise LookupError(f"no {family.__name__.lower()} is called {name.strip()!r}; there are: {_names(family)}")
+    return family.named(name.strip())
+
+
+def _by_pattern(f: Field[Any], family: type[Choice], texts: Texts) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        pattern, spec = split_pair(text, "an override")
+        if pattern in found:
+            raise ValueError(f"{flag(f)} {pattern} is given twice: a pattern has one {family.__name__.lower()}")
+        name, *pairs = spec.split(",")
+        found[pattern] = build(family, name.strip(), pairs)
+    return found
+
+
+def _typed(f: Field[Any], hint: Any, default: Any) -> tuple[Any, Any]:
+    """(type, default) of a parameter."""
+    if hint is torch.dtype:
+        return str, str(default).removeprefix("torch.")
+    if hint in (int, float, bool, str, Path):
+        return hint | None, None if default is MISSING else default
+    if typing.get_origin(hint) is None:
+        raise TypeError(f"a command line has no option for {f.name}, which is a {hint}")
+    return Texts, [default] if isinstance(default, str) else list(default)
+
+
+def _parameter(name: str, kind: Any, default: Any, flag: str, help: str) -> inspect.Parameter:
+    declared = Annotated[kind, typer.Option(flag, help=help)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
+
+
+def _is_choice(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, Choice)
+
+
+def _names(family: type[Choice]) -> str:
+    return ", ".join(sorted(shell.called(kind) for kind in family.registry.values()))
+
+
+def _called_in_words(family: type[Choice]) -> str:
+    name = family.__name__.lower()
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,141 @@
+"""`undula train` and `undula eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..core.options import split_pair
+from ..train import Run, Task, restored
+from ..train.fit import left_behind
+from ..train.fit import train as fit
+from ..train.worries import diverged, worries
+from . import declared, shell
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+USUAL = {"method": "lora"}  # what stands where nothing is typed for a field that has no default
+COLUMN = Annotated[declared.Texts, typer.Option("--column", help="ROLE=COLUMN, as in text=review. Repeatable.")]
+RESUME = Annotated[Path | None, typer.Option("--resume", help="Go on with the training in this directory.")]
+
+
+def train(ctx: typer.Context, **typed: Any) -> None:
+    """Fine-tune a model with an adapter.  Ctrl-C saves a checkpoint and says how to go on."""
+    resume, to = typed["resume"], typed["to"]
+    if resume is not None:
+        _check_alone(ctx)
+        _fit(Run.load(resume), True, to)
+        return
+    if None in (needed := {f"--{name}": typed[name] for name in ("model", "data", "task", "out")}).values():
+        raise ValueError(f"train needs {', '.join(k for k, v in needed.items() if v is None)} (or --resume DIRECTORY)")
+    if typed["method"].lower() == "none":
+        _check_none(ctx)
+    columns = _columns(typed["task"], typed["column"])
+    made = declared.values(Run, typed | {"task_set": [*columns, *typed["task_set"]]})
+    _fit(Run(**made), False, to)
+
+
+def _signature() -> inspect.Signature:
+    """The options of `train`: the fields of a run, and what is no part of one."""
+    only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *declared.parameters(Run, USUAL),
+        inspect.Parameter("column", only, default=[], annotation=COLUMN),
+        inspect.Parameter("resume", only, default=None, annotation=RESUME),
+        inspect.Parameter("to", only, default=None, annotation=shell.Json),
+    ])  # fmt: skip
+
+
+train.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def _given(ctx: typer.Context) -> dict[str, str]:
+    """{parameter: option} of those that were typed."""
+    names = {p.name: p.opts[0] for p in ctx.command.params if p.name is not None}
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return {n: names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _check_alone(ctx: typer.Context) -> None:
+    """A resumed training is what it was: options that would change it are refused.  Raises ValueError."""
+    given = [option for name, option in _given(ctx).items() if name not in ("resume", "to")]
+    if given:
+        raise ValueError(f"--resume takes everything from the run.json that is there: leave out {', '.join(given)}")
+
+
+def _check_none(ctx: typer.Context) -> None:
+    """Without a method nothing is adapted: options of what would be are refused.  Raises ValueError."""
+    idle = {f.name for f in declared.offered(Run) if f.metadata["layers"]} | {"method_set"}
+    given = sorted(option for name, option in _given(ctx).items() if name in idle)
+    if given:
+        raise ValueError(f"--method none adapts no layers, so these would do nothing: leave out {', '.join(given)}")
+
+
+def _columns(task: str, pairs: list[str]) -> list[str]:
+    kind = declared.member(Task, task.partition(",")[0])
+    unknown = [p for p in pairs if split_pair(p, "a column")[0] not in kind.roles]
+    if unknown:
+        raise LookupError(f"{kind.__name__} has no column {', '.join(unknown)}; it has: {', '.join(kind.roles)}")
+    return pairs
+
+
+def _fit(run: Run, resume: bool, to: Path | None) -> None:
+    from ..train.base import quiet
+
+    try:
+        with quiet(), contextlib.ExitStack() as bars:
+            report = fit(run, resume=resume, callbacks=_bar(bars))
+    except KeyboardInterrupt:
+        shell.say(left_behind(run.out), "yellow")
+        raise typer.Exit(130) from None
+    shell.write(to, report)
+    if str(to) != "-":
+        before = report["before"]
+        shell.show([{"metric": k, "before": before.get(k), "after": v} for k, v in report["after"].items()])
+        shell.note(_summary(report))
+    for text in worries(report):
+        shell.remark(text)
+    if diverged(report):
+        raise typer.Exit(1)
+
+
+def _bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:
+    """A bar, made when the training begins: faults of data are told before the trainer is imported."""
+    from ..train.bar import Bar
+
+    yield bars.enter_context(Bar(shell.err))
+
+
+def _summary(report: dict[str, Any]) -> str:
+    memory, ranks = report["peak_memory_bytes"] / 2**20, report["ranks"]
+    told = "" if ranks is None else f"{ranks['total']} ranks ({ranks['least']} to {ranks['most']} at a site), "
+    return (
+        f"{report['method']}: {report['trainable_parameters']:,} parameters, {told}{report['steps']} steps in "
+        f"{report['seconds']:.1f} s, {memory:.0f} MiB at most. Saved in {report['out']}"
+    )
+
+
+def evaluate(
+    path: shell.Directory,
+    *,
+    data: shell.Data = None,
+    split: Annotated[str | None, typer.Option(help="(default: the rows of the training's own metric)")] = None,
+    rows: Annotated[int | None, typer.Option(help="So many rows at most. (default: as in training)", min=1)] = None,
+    skip_faulty: shell.Skip = None,
+    column: COLUMN = [],  # noqa: B006 (typer's)
+    model: shell.Base = None,
+    to: shell.Json = None,
+) -> None:
+    """Measure a trained adapter."""
+    columns = dict(split_pair(pair, "a column") for pair in column)
+    found = restored(path, model).reading(columns).score(data, split, rows, skip_faulty)
+    shell.write(to, found)
+    if str(to) != "-":
+        shell.show([found])

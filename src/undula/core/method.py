@@ -1,0 +1,279 @@
+"""The ladder of laws: what a method can name decides what it gets for free.
+
+    Method       forward(x, layer, f)   train, save, load, route rows
+      Reweight   weight(W, f) -> W'     + exact merge and unmerge, export of the merged model
+        Additive delta(f) -> dW         + combine, subtract, collapse by truncation
+          LowRank pair(f) -> (B, A)     + batched serving, exact truncation, export as a plain PEFT LoRA
+
+A method is a frozen dataclass: it *is* its configuration.  It stands on the highest rung that it can honestly name,
+and the rung is the only place that says what can be merged, combined or exported.
+
+Shape suffixes: O = d_out, I = d_in, R = rank, T = tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ..kernels import frozen, reference
+from ..kernels.bottleneck import bottleneck
+from .choice import Choice, plain
+from .layer import Layer, Outline
+
+Factors = Mapping[str, Tensor]
+
+
+class Evidence(Protocol):
+    """What the model and data tell about a site, for starts that want to know (see `undula.Probe`)."""
+
+    def gradient(self, name: str) -> Tensor:
+        """dL/dW (O, I), averaged over the batches."""
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor, int]:
+        """(sum of x x' (I, I), sum of x (I), count) of the layer's inputs."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where: one matrix of the model.
+
+    `shared` is one dictionary per attach, for tied tensors and frozen bases.  `peers` has the shapes (O, I) of all
+    sites of this attach that have the same method, in the model's order; the values that a method makes may depend on
+    them, their shapes may not.
+    """
+
+    name: str
+    layer: Layer
+    shape: tuple[int, int]  # (O, I)
+    dtype: torch.dtype  # of the factors: float32, or float64 over a float64 base
+    device: torch.device
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    peers: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+    evidence: Evidence | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.peers:
+            object.__setattr__(self, "peers", {self.name: self.shape})
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the layer is an embedding: its input is a one-hot vector."""
+        kernel = getattr(self.layer, "kernel", None)
+        return kernel is not None and len(kernel) < 2  # (i,): row i is padding
+
+    @property
+    def W(self) -> Tensor:
+        """The frozen matrix (O, I), detached and dense, in the factors' type."""
+        return self.layer.weight.detach().to(self.dtype)
+
+    def outline(self) -> Site:
+        """The same site without numbers (on the meta device): `init` on it tells names and shapes of factors."""
+        return replace(self, layer=Outline(self.shape, self.dtype), device=torch.device("meta"), shared={})
+
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor that all sites of one attach share under `key`; `make` is called for the first of them."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def frozen(self, seed: int, *key: frozen.Key, shape: tuple[int, ...], bound: float = 1.0) -> Tensor:
+        """Numbers uniform within `bound` that (seed, key, shape, bound) alone determine, bit for bit on any machine."""
+        if self.device.type == "meta":  # arithmetic there would import torch's compiler, for seconds
+            return torch.empty(shape, dtype=self.dtype, device="meta")
+        return (frozen.uniform(seed, key, shape, self.device) * bound).to(self.dtype)
+
+    def gradient(self) -> Tensor:
+        """dL/dW (O, I) at this matrix, averaged over the batches of the probe.  Raises RuntimeError without one."""
+        if self.device.type == "meta":
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self._evidence("gradients").gradient(self.name).to(self.device, self.dtype)
+
+    def moments(self) -> tuple[Tensor, Tensor, int]:
+        """(sum of x x' (I, I), sum of x (I), count) of the layer's inputs over the batches of the probe, float64."""
+        if self.device.type == "meta":
+            I = self.shape[1]
+            return *(torch.empty(s, dtype=torch.float64, device="meta") for s in ((I, I), (I,))), 1  # type: ignore[return-value]
+        xx_II, x_I, n = self._evidence("activations").moments(self.name)
+        return xx_II.to(self.device, torch.float64), x_I.to(self.device, torch.float64), n
+
+    def _evidence(self, what: str) -> Evidence:
+        if self.evidence is None:
+            raise NoEvidence(
+                f"this method starts from {what} ({self.name} asks for them): give it data, as in "
+                "attach(model, method, probe=undula.Probe(batches)). `undula train` does so by itself"
+            )
+        return self.evidence
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        return self.zeros(*shape).uniform_(-bound, bound)
+
+    def normal(self, *shape: int, std: float) -> Tensor:
+        made = self.zeros(*shape)
+        return made if made.is_meta else made.normal_(0.0, std)  # as in `frozen`
+
+
+class NoEvidence(RuntimeError):
+    """A start asks for data that nobody gave."""
+
+
+class Method(Choice):
+    """A law of one adapted layer: y = forward(x, layer, f)."""
+
+    formula: ClassVar[str] = ""
+    parameters: ClassVar[str] = ""  # per site, in O, I and the fields: an expression that the tests evaluate
+    source: ClassVar[str] = ""  # authors, year, arXiv number
+    grade: ClassVar[str] = "exact"  # or "interpretation": what the sources leave open is said in the docstring
+    size: ClassVar[str] = "r"  # the field that the number of parameters follows: what an equal-parameter budget changes
+    beside: ClassVar[tuple[str, ...]] = ("alpha",)  # fields that stay in proportion to it
+    starts_at_base: ClassVar[bool] = True  # whether the layer is unchanged until training moves it
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__ != __name__ and not cls.__name__.startswith("_"):  # neither a rung nor a helper
+            Method.register(cls)
+
+    @abc.abstractmethod
+    def init(self, site: Site) -> dict[str, Tensor]:
+        """Factors at which the layer is unchanged (see `starts_at_base`); `requires_grad` marks what trains."""
+
+    def rebuilt(self, site: Site) -> dict[str, Tensor]:
+        """Those of the frozen factors that this configuration and the site's name, shape and peers determine, bit for
+        bit (see `Site.frozen`).  `init` returns them too; files hold their checksums only."""
+        return {}
+
+    def check(self, site: Site, f: Factors) -> None:
+        """Raises ValueError where integer factors, which a file may hold, cannot be: an index outside the layer.
+        Names, shapes, types and finiteness are checked already."""
+
+    def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
+        """Factors of a second adapter beside `f`, a live one of this method at this site: what trains stands at a
+        start, what is frozen is f's."""
+        return {k: t if t.requires_grad else f[k] for k, t in self.init(site).items()}
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        """The adapted layer's output for x."""
+
+    def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """The largest value of the field `size` that makes sense over sites of these shapes (O, I)."""
+        return max(min(shape) for shape in shapes.values())
+
+    @classmethod
+    def named(cls, name: str) -> type[Self]:
+        """The method called `name`, those of other installed packages included.  Raises LookupError."""
+        if plain(name) not in cls.registry:
+            load_installed()
+        return super().named(name)
+
+    @classmethod
+    def rung(cls) -> str:
+        """The name of the highest rung that this method stands on."""
+        return next(r.__name__ for r in (LowRank, Additive, Reweight, Method) if issubclass(cls, r))
+
+
+@functools.cache
+def load_installed() -> None:
+    """Imports the methods of other installed packages, which registers them: the entry points in the group
+    `undula.methods`.  One that cannot be imported is left out, with a warning."""
+    for point in importlib.metadata.entry_points(group="undula.methods"):
+        try:
+            point.load()
+        except Exception as error:  # another package's code: whatever it raises, the others still load
+            where = f"{point.name} = {point.value}"
+            warnings.warn(f"the method {where} of another package did not load: {error!r}", stacklevel=2)
+
+
+class Reweight(Method):
+    """W' = weight(W, f): merges exactly."""
+
+    @abc.abstractmethod
+    def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
+        """The adapted weight (O, I)."""
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        return reference.reweighted(x, layer, self.weight(layer.weight, f))
+
+
+class Additive(Reweight):
+    """W' = W + delta(f): adapters of this rung can be added and subtracted."""
+
+    @abc.abstractmethod
+    def delta(self, f: Factors) -> Tensor:
+        """The update dW (O, I)."""
+
+    def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
+        return W_OI + self.delta(f)
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        return reference.additive(x, layer, self.delta(f))
+
+
+class LowRank(Additive):
+    """W' = W + B A, every scale folded in: leaves as a plain LoRA."""
+
+    @abc.abstractmethod
+    def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
+        """(B (O, R), A (R, I))."""
+
+    def plain(self) -> tuple[float, str, str] | None:
+        """(s, B, A) where the pair is (s f[B], f[A]), two factors as they are; None of any other."""
+        return None
+
+    def delta(self, f: Factors) -> Tensor:
+        B_OR, A_RI = self.pair(f)
+        return B_OR @ A_RI
+
+    def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
+        B_OR, A_RI = self.pair(f)
+        return bottleneck(x, layer, A_RI, B_OR)
+
+
+def check_within(what: str, t: Tensor, least: int, most: int) -> None:
+    """Raises ValueError where integers lie outside least .. most."""
+    if t.numel() and not (least <= int(t.min()) and int(t.max()) <= most):
+        raise ValueError(f"{what} has numbers from {int(t.min())} to {int(t.max())}; they lie in {least} .. {most}")
+
+
+RUNGS: tuple[type[Method], ...] = (LowRank, Additive, Reweight, Method)
+
+
+class Wrapper(Method):
+    """A method around methods.  It stands where they stand: `Dropout(LoRA())` is LowRank, `Dropout(DoRA())` Reweight.
+
+    A public wrapper chooses its variant in `__new__` by `on_rung`; copies and files name the public class alone.
+    """
+
+    @classmethod
+    def public(cls) -> type:
+        """The wrapper that this class is a variant of, or is."""
+        return cls.__mro__[1].public() if cls.__name__.startswith("_") else super().public()  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.public(), tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{self.public().__name__}({shown})"
+
+
+def on_rung(wrapper: type[Method], inner: Method) -> type[Method]:
+    """The variant of `wrapper` for the rung of `inner`: the one of its subclasses that stands there."""
+    variants = {variant.rung(): variant for variant in wrapper.__subclasses__()}
+    for rung in RUNGS:
+        if isinstance(inner, rung) and rung.__name__ in variants:
+            return variants[rung.__name__]
+    raise TypeError(
+        f"{wrapper.__name__} takes methods on the rungs {', '.join(variants)}; {inner!r} stands on {inner.rung()}"
+    )

@@ -1,0 +1,407 @@
+"""Adapters that fit a model: new ones, and given ones checked against it.  Nothing here touches the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..core.choice import plain
+from ..core.method import (
+    Additive,
+    Evidence,
+    Factors,
+    LowRank,
+    Method,
+    NoEvidence,
+    Reweight,
+    Site,
+)
+from ..methods.dora import DoRA
+from ..methods.dropout import bare
+from ..methods.lora import LoRA
+from .apart import apart, check_theirs
+from .masters import wide
+from .views import LinearView, outline, site
+from .where import Where, aliases, choose, matches, views
+
+if TYPE_CHECKING:
+    from ..observe.probe import Probe
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def fresh(
+    model: nn.Module,
+    method: Method,
+    where: Where,
+    overrides: Mapping[str, Method],
+    full: Sequence[str],
+    probe: Probe | None = None,
+    exclude: Where = (),
+) -> Adapter:
+    """A new adapter for `model`, not attached."""
+    layers, parameters = choose(model, where, exclude), chosen_parameters(model, full)
+    if where == "all-linear":  # a layer that trains in full needs no adapter beside
+        layers = {n: v for n, v in layers.items() if f"{n}.weight" not in parameters}
+    evidence = None if probe is None else probe.on(model, layers)
+    once = {id(p): _thawed(p) for p in parameters.values()}  # what is tied trains as one
+    in_full = {n: once[id(p)] for n, p in parameters.items()}
+    return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
+
+
+def narrowed(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
+    """The adapter with its floating-point factors in `dtype`; None leaves them.  Raises TypeError for another kind of
+    type, ValueError where numbers are beyond its range."""
+    if dtype is None:
+        return adapter
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(
+            f"factors are floating-point numbers of 16 bits or more (torch.bfloat16, torch.float32 ...); found {dtype}"
+        )
+    once: dict[int, Tensor] = {}
+
+    def cast(key: str, t: Tensor) -> Tensor:
+        if not t.is_floating_point() or t.dtype == dtype:
+            return t
+        check_range(key, t, dtype)
+        return once.setdefault(id(t), nn.Parameter(t.detach().to(dtype), t.requires_grad))
+
+    return replace(
+        adapter, factors={s: {k: cast(f"{s}.{k}", t) for k, t in f.items()} for s, f in adapter.factors.items()}
+    )
+
+
+def check_what(what: Any, overrides: Mapping[str, Any]) -> None:
+    """Raises TypeError that says what to write where something else than a method or an Adapter is given."""
+    for found in (what, *overrides.values()):
+        if isinstance(found, Method) or (found is what and isinstance(what, Adapter)):
+            continue
+        if isinstance(found, type) and issubclass(found, Method):
+            hint = f"the class {found.__name__}: make a method of it, {found.__name__}()"
+        elif isinstance(found, str):
+            member = Method.registry.get(plain(found))
+            names = ", ".join(sorted(m.__name__ for m in Method.registry.values()))
+            hint = f"the text {found!r}: " + (
+                f"write undula.{member.__name__}()"
+                if member
+                else f"methods are undula.NAME(...), with NAME one of {names}"
+            )
+        else:
+            hint = f"{found!r:.80}"
+        raise TypeError(f"a method such as undula.LoRA(r=8), or an undula.Adapter, is attached; found {hint}")
+
+
+def assigned(layers: Mapping[str, LinearView], method: Method, overrides: Mapping[str, Method]) -> dict[str, Method]:
+    """The method of each site: the first override whose pattern matches, else `method`.  Raises LookupError."""
+    names = {n: (n, *layer.also) for n, layer in layers.items()}
+
+    def meant(pattern: str, n: str) -> bool:
+        return any(matches(name, pattern) for name in names[n])
+
+    for pattern in overrides:
+        if not any(meant(pattern, n) for n in names):
+            raise LookupError(f"the override {pattern!r} matches none of the chosen layers: {', '.join(names)}")
+    return {n: next((m for p, m in overrides.items() if meant(p, n)), method) for n in names}
+
+
+def made(layers: Mapping[str, LinearView], methods: Mapping[str, Method], evidence: Evidence | None = None) -> Adapter:
+    """New factors for each layer, as parameters; what a method makes once for several sites is one parameter."""
+    return _filled(layers, methods, lambda method, where: method.init(replace(where, evidence=evidence)))
+
+
+def again(
+    layers: Mapping[str, LinearView], methods: Mapping[str, Method], live: Mapping[str, Factors] | None = None
+) -> Adapter:
+    """A new adapter of methods that have begun before: beside a `live` one its frozen factors are that one's (see
+    `Method.again`).  Where a start asks for data that are not here, factors that only it could tell are NaN."""
+
+    def make(method: Method, where: Site) -> Factors:
+        try:
+            return method.init(where) if live is None else method.again(where, live[where.name])
+        except NoEvidence:
+            own = {} if live is None else {k: t for k, t in live[where.name].items() if not t.requires_grad}
+            return {**_blank(method, where), **method.rebuilt(where), **own}
+
+    return _filled(layers, methods, make)
+
+
+def _blank(method: Method, where: Site) -> dict[str, Tensor]:
+    """NaN in the shapes of the factors (zeros for integers, which have none)."""
+    outlines = method.init(where.outline())
+    return {
+        k: torch.full_like(t, math.nan if t.is_floating_point() else 0, device=where.device).requires_grad_(
+            t.requires_grad
+        )
+        for k, t in outlines.items()
+    }
+
+
+def outlined(layers: Mapping[str, LinearView], methods: Mapping[str, Method]) -> Adapter:
+    """Factors on the meta device, for a file's tensors to take their places; what seeds rebuild is made."""
+    return _filled(layers, methods, lambda method, where: {**method.init(where.outline()), **method.rebuilt(where)})
+
+
+def _filled(
+    layers: Mapping[str, LinearView], methods: Mapping[str, Method], make: Callable[[Method, Site], Factors]
+) -> Adapter:
+    for path, layer in layers.items():
+        check_layer(path, layer, methods[path])
+    factors: dict[str, Factors] = {}
+    shared: dict[Any, Any] = {}
+    sites = {path: site(path, layer, shared) for path, layer in layers.items()}
+    shapes = {path: where.shape for path, where in sites.items()}
+    peers = peers_of(methods, shapes)
+    once: dict[int, tuple[Tensor, nn.Parameter]] = {}  # holds the tensors too, so that no id is used twice
+    for path, where in sites.items():
+        new = _blank_padding(make(methods[path], replace(where, peers=peers[methods[path]])), layers[path], where.shape)
+        factors[path] = {
+            k: once.setdefault(id(t), (t, nn.Parameter(t.detach().contiguous(), t.requires_grad)))[1]
+            for k, t in new.items()
+        }
+    return Adapter(dict(methods), factors, shapes, kernels=kernels(layers), apart=apart(layers))
+
+
+def _blank_padding(f: Factors, layer: LinearView, shape: tuple[int, int]) -> Factors:
+    """The columns of A that stand for an embedding's padding, zero: dW has none there, wherever the adapter goes."""
+    padding, A = getattr(layer.module, "padding_idx", None), f.get("A")
+    if padding is not None and A is not None and A.requires_grad and A.shape[-1] == shape[1]:
+        with torch.no_grad():
+            for t in (A, f.get("A0", A)):
+                t[:, padding] = 0
+    return f
+
+
+def peers_of(methods: Mapping[str, Method], shapes: Shapes) -> dict[Method, dict[str, tuple[int, int]]]:
+    """`Site.peers` of the sites of each method."""
+    peers: dict[Method, dict[str, tuple[int, int]]] = {}
+    for path, method in methods.items():
+        peers.setdefault(method, {})[path] = shapes[path]
+    return peers
+
+
+def rebuilt(
+    methods: Mapping[str, Method], shapes: Shapes, sites: Container[str] | None = None, device: str = "cpu"
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(site, factor, tensor) of the frozen factors that seeds determine, made anew (see `Method.rebuilt`), on the
+    CPU in float32, of all sites or of some.  Sites that share a tensor get the same object.  The device "meta" tells
+    their shapes alone."""
+    shared: dict[Any, Any] = {}
+    peers = peers_of(methods, shapes)
+    for path, method in methods.items():
+        if sites is not None and path not in sites:
+            continue
+        where = replace(outline(path, shapes[path]), device=torch.device(device), shared=shared, peers=peers[method])
+        for name, t in method.rebuilt(where).items():
+            yield path, name, t
+
+
+def kernels(layers: Mapping[str, LinearView]) -> dict[str, tuple[int, ...]]:
+    """What `Adapter.kernels` says of these layers."""
+    return {path: layer.kernel for path, layer in layers.items() if layer.kernel is not None}
+
+
+def _thawed(p: nn.Parameter) -> nn.Parameter:
+    if not p.is_floating_point():
+        raise TypeError(f"only floating-point parameters can be trained in full, found {p.dtype}")
+    return nn.Parameter(p.detach().to(wide(p.dtype), copy=True))
+
+
+def chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that these patterns name, or whose modules they name, by any name that they have; one that is tied
+    to others at each of its places.  Raises LookupError."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns  # one name, not its letters
+    every = list(_parameters(model))
+    chosen: dict[str, nn.Parameter] = {}
+    for pattern in patterns:
+        found = {
+            path: p
+            for n, path, p in every
+            if matches(n, pattern) or any(matches(n[:i], pattern) for i, c in enumerate(n) if c == ".")
+        }
+        if not found:
+            tops = sorted({n.split(".")[0] for n, _, _ in every})
+            raise LookupError(f"full={pattern!r} matches no parameter and no module; at the top are: {', '.join(tops)}")
+        chosen |= found
+    taken = {id(p) for p in chosen.values()}
+    return {path: p for _, path, p in every if id(p) in taken}
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(name, name below the module's first name, parameter) of every parameter under all of its names."""
+    first = aliases(model)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        yield name, f"{first.get(owner, owner)}.{leaf}".lstrip("."), p
+
+
+def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
+    """`adapter` as parameters of its own that fit `model` (types and devices adjusted).  Raises ValueError where it
+    does not fit."""
+    adapter.check_usable()
+    layers = {n: layer for n, layer in views(model).items() if n in adapter.factors}
+    missing = [n for n in adapter.factors if n not in layers]
+    if missing:
+        first = aliases(model)
+        told = [f"{n} (known as {first[n]} here)" if n in first else n for n in missing[:5]]
+        raise ValueError(f"the adapter has sites that this model has not: {', '.join(told)}")
+    # a parameter under each of its names: one that is tied to another (an output head) may be replaced alone
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    once: dict[int, nn.Parameter] = {}
+
+    def live(t: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+        if id(t) not in once:
+            once[id(t)] = nn.Parameter(t.detach().to(device, dtype, copy=True), t.requires_grad)
+        return once[id(t)]
+
+    factors: dict[str, Factors] = {}
+    odd = apart(layers)
+    for path, f in adapter.factors.items():
+        check_layer(path, layers[path], adapter.methods[path])
+        check_theirs(path, odd.get(path), adapter.apart.get(path))
+        where = site(path, layers[path])
+        if where.shape != adapter.shapes[path]:
+            raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
+        check_shapes(path, f, adapter.methods[path].init(where.outline()))
+        adapter.methods[path].check(where, f)
+        check_padding(path, layers[path], adapter.methods[path], f, adapter.kernels.get(path))
+        dtypes = {k: where.dtype if t.is_floating_point() else t.dtype for k, t in f.items()}
+        for k, t in f.items():
+            check_range(f"{path}.{k}", t, dtypes[k])
+        factors[path] = {k: live(t, where.device, dtypes[k]) for k, t in f.items()}
+    in_full = _tied(adapter.full, parameters).items()
+    full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in in_full}
+    here = {**adapter.apart, **odd}
+    return Adapter(adapter.methods, factors, adapter.shapes, full, kernels(layers), adapter.about, here)
+
+
+def _tied(full: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`full` with one tensor for equal ones that stand for one parameter of the model.  Raises ValueError for what does
+    not fit."""
+    for path, t in full.items():
+        if path not in parameters or parameters[path].shape != t.shape:
+            found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
+            raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
+        check_range(path, t, wide(parameters[path].dtype))
+    firsts: dict[int, Tensor] = {}
+    tied = {}
+    for n, t in full.items():
+        first = firsts.setdefault(id(parameters[n]), t)
+        tied[n] = first if first is t or torch.equal(first, t) else t
+    return tied
+
+
+def check_padding(path: str, layer: LinearView, method: Method, f: Factors, kernel: tuple[int, ...] | None) -> None:
+    """Raises ValueError for a LoRA from where no row stays (PEFT's files; a base without padding) that moves what is
+    padding here."""
+    if kernel != () or layer.kernel == () or not isinstance(bare(method), LoRA | DoRA):
+        return
+    (row,) = layer.kernel or (0,)
+    A, W = f.get("A"), layer.weight
+    moves = A is not None and A.ndim == 2 and bool(A[:, row].norm() > 1e-5 * A.norm())
+    if moves or (isinstance(bare(method), DoRA) and bool(W[:, row].any())):
+        raise ValueError(
+            f"{path}: row {row} of this embedding is padding (padding_idx), which undula leaves as it is, and the "
+            "adapter moves it. To compute with it moved, as PEFT does, set the layer's padding_idx to None before "
+            "attaching; to leave it alone, set that column of the adapter's A (lora_embedding_A) to zero"
+        )
+
+
+def check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError where numbers would be infinite in the model's type."""
+    if not (t.is_floating_point() and dtype.is_floating_point and t.numel()) or t.is_meta:
+        return
+    largest = torch.finfo(dtype).max
+    if torch.finfo(t.dtype).max > largest and t.detach().abs().max() > largest:
+        raise ValueError(f"the adapter's {path} holds numbers beyond the range of {dtype}, this model's type")
+
+
+def check_layer(path: str, layer: LinearView, method: Method) -> None:
+    """Raises an error where the method cannot act on what this layer computes."""
+    _check_there(path, layer)
+    _check_groups(path, layer, method)
+    _check_own_forward(path, layer, method)
+
+
+def _check_there(path: str, layer: LinearView) -> None:
+    """Raises ValueError for a layer whose weight is not here, or not real."""
+    if "undula" in layer.module._modules:
+        raise ValueError(
+            f"{path} is adapted already, by an adapter on a part of this model or on a model around it: detach that "
+            "one first, or attach both to the same model"
+        )
+    if nn.parameter.is_lazy(layer.module.weight):
+        raise ValueError(
+            f"{path} is a {type(layer.module).__name__} that has not seen an input: its weight has no shape yet. Call "
+            "the model once, then attach"
+        )
+    if layer.module.weight.is_complex():
+        raise ValueError(f"{path} has a complex weight, factors are real: leave that layer out (`exclude`)")
+    if not layer.module.weight.is_meta:
+        return
+    if "_hf_hook" in layer.module.__dict__:
+        raise ValueError(
+            f"the weight of {path} is offloaded: between its calls it is nowhere. Load the model without offloading "
+            "(a device_map without 'cpu' and 'disk', more memory or fewer bits), or leave that layer out (`exclude`)"
+        )
+    raise ValueError(
+        f"the weight of {path} is on the meta device, without numbers: load the model's weights first, attach then"
+    )
+
+
+def _check_own_forward(path: str, layer: LinearView, method: Method) -> None:
+    """Raises TypeError where a method cannot go through the layer's own forward, see `adapted`."""
+    if layer.product:
+        return
+    what = f"{path}: {layer.call.__qualname__} is not W x + b"
+    if layer.override is not None:
+        raise TypeError(
+            f"{what} (`forward` was replaced on the object), and no other weight can be given to it. Put it back, or "
+            "leave that layer out (`exclude`)"
+        )
+    if layer.computes_weight:
+        raise TypeError(
+            f"{path}: {layer.cls.__name__} computes its weight: no other can be put in its place. Leave it out"
+        )
+    if not isinstance(method, Reweight):
+        raise TypeError(
+            f"{what}: only a method with an adapted weight can go through it, and {method!r} stands on the rung "
+            f"{method.rung()}. Give that layer another by `overrides`, or leave it out (`exclude`)"
+        )
+    if bare(method) is not method:
+        raise TypeError(
+            f"{what}, and dropout acts beside W x alone. Give that layer a method without dropout by `overrides`, or "
+            "leave it out (`exclude`)"
+        )
+
+
+def _check_groups(path: str, layer: LinearView, method: Method) -> None:
+    """Raises ValueError for a method with a bottleneck A x on a convolution in groups: each group sees other inputs, so
+    no x is common to them.  A full update dW acts on it as on any other."""
+    groups = getattr(layer.module, "groups", 1)
+    inner = method.inner if isinstance(method, DoRA) else method
+    if groups > 1 and (isinstance(inner, LowRank) or not isinstance(inner, Additive)):
+        raise ValueError(
+            f"{path} is a convolution in {groups} groups without a common bottleneck: {method!r} cannot act on it. "
+            "Give it a method with a full update (LoRAN, SHiRA) by `overrides`, or leave it out of `where`"
+        )
+
+
+def check_shapes(path: str, found: Factors, wanted: Factors) -> None:
+    """Raises ValueError where names, shapes or types differ from what the method makes for this site.  Of
+    floating-point numbers any width will do."""
+    if set(found) != set(wanted):
+        raise ValueError(f"{path}: the method has the factors {sorted(wanted)}, the adapter has {sorted(found)}")
+    for k, t in found.items():
+        if t.shape != wanted[k].shape:
+            raise ValueError(
+                f"{path}: factor {k} is {tuple(t.shape)} in the adapter; on this model's layer the method has "
+                f"{tuple(wanted[k].shape)}"
+            )
+        if t.dtype != wanted[k].dtype and not (t.is_floating_point() and wanted[k].is_floating_point()):
+            raise ValueError(f"{path}: factor {k} is {t.dtype} in the adapter; the method has {wanted[k].dtype}")

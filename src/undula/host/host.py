@@ -1,0 +1,500 @@
+"""The one host: adapters on a live model.
+
+An adapted layer stays the object that it was (same name, same weight, same state-dict keys): while an adapter is
+selected its class is a subclass of its own whose `forward` is the method's, and the adapter's factors hang below it as
+`undula.*`.  Unselected adapters are no part of the model's tree, so the thousandth costs what the first did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, Live
+from ..core.method import Factors, Method
+from . import masters, quantised
+from .build import check_what, fitted, fresh, narrowed
+from .route import ROUTES, Form, Route, form, innermost
+from .saving import guard, unguard
+from .sharded import is_fsdp
+from .slots import Slot, install, remove
+from .views import LinearView, view
+from .where import Where, inner
+
+if TYPE_CHECKING:
+    from ..observe.probe import Probe
+
+
+_current_backward = torch._C._current_graph_task_id  # -1 outside of a backward
+
+
+class Lock:
+    """A lock that one thread can take several times, and wait in; a copy of it is a new one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Condition(threading.RLock())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lock, ()
+
+
+@dataclass
+class Host:
+    """The adapters of one model.  Kept on the model itself, so that copies and pickles keep it."""
+
+    adapters: dict[str, Live] = field(default_factory=dict)
+    selected: str | None = None
+    slots: dict[str, Slot] = field(default_factory=dict)  # of the layers that are adapted now, by site
+    guests: dict[str, Slot] = field(default_factory=dict)  # those of them that are so for `rows` alone
+    spare: dict[str, Slot] = field(default_factory=dict)  # of the last `rows`, for the next
+    merged: dict[str, nn.Parameter] | None = None  # the base's own weights, while merged
+    untied: list[Any] = field(default_factory=list)  # configurations that said "tied", see `merging.untie`
+    own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
+    placed: dict[str, Tensor] = field(default_factory=dict)  # what was put in their places
+    thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
+    nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `unnest`
+    routes: list[Route] = field(default_factory=list)  # that somebody is inside
+    routed: bool = False  # whether anybody ever was
+    waiting: int = 0  # verbs that wait until nobody is
+    forms: dict[str, Form] = field(default_factory=dict)  # of the adapters that went through `rows`
+    lock: Lock = field(default_factory=Lock, repr=False)  # held while layers change
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: nobody is inside that."""
+        return {**self.__dict__, "routes": [], "waiting": 0}
+
+    def mine(self) -> list[Route]:
+        """The routes of this context that are not left yet, the innermost last."""
+        return [route for route in ROUTES.get() if route.host is self and route in self.routes]
+
+    def route(self, slot: Slot) -> Route | None:
+        """The route of a forward; None outside of `rows`.  Raises RuntimeError where it is not known."""
+        if torch.compiler.is_compiling():  # dynamo reads no contexts
+            return self.routes[-1] if self.routes else None
+        mine = self.mine()
+        again = _current_backward() != -1  # gradient checkpointing, maybe in a thread of autograd's
+        route = innermost(mine) if mine else None
+        if again and route is None and len(self.routes) == 1 and self.routes[0].number == slot.last:
+            route = self.routes[0]
+        if again and slot.last != (0 if route is None else route.number):
+            raise RuntimeError(
+                f"{slot.path} is computed again in a backward (gradient checkpointing) within another `undula.rows` "
+                "than its forward, or outside of it: call backward within the block of the forward"
+            )
+        if route is None and self.routes:
+            raise RuntimeError(
+                "another thread is inside `undula.rows` on this model, or another task: its names say which adapter "
+                "each row goes through. Compute within a `rows` of your own, or give each thread its own copy"
+            )
+        if again and route is not None:
+            route.owed = False
+        if not again:
+            slot.last = 0 if route is None else route.number
+        return route
+
+    def formed(self, name: str) -> Form:
+        """`routing.form` of an adapter, one object for equal ones."""
+        if name not in self.forms:
+            new = form(self.adapters[name])
+            self.forms[name] = next((f for f in self.forms.values() if f == new), new)
+        return self.forms[name]
+
+
+def host_of(model: nn.Module) -> Host:
+    """The adapters of `model`; where there are none an empty host, which the model does not keep."""
+    return inner(model).__dict__.get("_undula") or Host()
+
+
+def find(model: nn.Module, name: str | None) -> tuple[Host, Live]:
+    """The host and one of its adapters, the selected one where no name is given.  Raises LookupError, and RuntimeError
+    where the model no longer computes with what the selected adapter trains."""
+    host, adapter = _named(model, name)
+    if name in (None, host.selected):
+        _check_live(inner(model), host)
+    return host, adapter
+
+
+def _named(model: nn.Module, name: str | None) -> tuple[Host, Live]:
+    host = host_of(model)
+    name = host.selected if name is None else name
+    if name not in host.adapters:
+        there = ", ".join(host.adapters) or "none"
+        asked = "no adapter is selected" if name is None else f"no adapter is called {name!r}"
+        raise LookupError(f"{asked}; attached are: {there}")
+    return host, host.adapters[name]
+
+
+def _check_live(model: nn.Module, host: Host) -> None:
+    """Raises RuntimeError where a layer or parameter of the selected adapter was replaced behind its back (a resized
+    vocabulary, a library that swaps modules): what is trained there no longer counts."""
+    if host.selected is None or host.merged is not None:
+        return
+    adapter = host.adapters[host.selected]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in adapter.factors:
+        slot = host.slots[path]
+        module, layer = modules.get(path), slot.layer
+        if module is not layer.module or module._modules.get("undula") is not slot:
+            raise RuntimeError(replaced(path, "the layer is another one now"))
+        check_shape(path, layer, adapter)
+    for path, placed in () if is_fsdp(model) else host.placed.items():
+        if parameter(model, path) is not placed:
+            raise RuntimeError(replaced(path, "the parameter is another one now"))
+
+
+def check_shape(path: str, layer: LinearView, adapter: Adapter) -> None:
+    if quantised.is_plain(layer.module.weight) and tuple(layer.weight.shape) != adapter.shapes[path]:
+        change = f"its weight is {tuple(layer.weight.shape)} now, it was {adapter.shapes[path]} (O, I)"
+        raise RuntimeError(replaced(path, change))
+
+
+def replaced(path: str, how: str) -> str:
+    return (
+        f"{path} was changed after the adapter was attached: {how}, and what the adapter trained there no longer "
+        "counts. Detach the adapter (`undula.detach`) before layers are replaced or resized, and attach it afterwards"
+    )
+
+
+PATIENCE = 60.0  # seconds that a verb or a `rows` waits for others to leave
+
+
+@contextlib.contextmanager
+def changing(host: Host, verb: str) -> Iterator[None]:
+    """Nobody is inside `rows` or changes the layers meanwhile.  Raises RuntimeError within a `rows` of this context,
+    and where waiting for others would never end."""
+    if host.mine():
+        raise RuntimeError(f"`{verb}` within `undula.rows`: leave the block first, its batches are routed by names")
+    with host.lock.lock:
+        if host.routes and (ROUTES.get() or any(r.thread == threading.get_ident() for r in host.routes)):
+            raise RuntimeError(
+                f"`{verb}` while another task of this thread, or a block of another model around it, is inside "
+                "`undula.rows`: nobody could leave while it waits. Leave that block first"
+            )
+        host.waiting += 1
+        try:
+            if not host.lock.lock.wait_for(lambda: not host.routes, PATIENCE):
+                raise RuntimeError(f"`{verb}` waited {PATIENCE:g} s for other threads to leave `undula.rows`")
+        finally:
+            host.waiting -= 1
+            host.lock.lock.notify_all()
+        dismiss(host)  # those of a copy that was made within `rows`
+        yield
+
+
+def attach(
+    model: nn.Module,
+    what: Method | Adapter,
+    where: Where | None = None,
+    *,
+    exclude: Where = (),
+    name: str = "default",
+    overrides: Mapping[str, Method] | None = None,
+    full: Sequence[str] = (),
+    probe: Probe | None = None,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Puts a new adapter of the method `what` (or an existing Adapter) on `model` and selects it.
+
+    Its factors are from now on the model's only trainable parameters.  `where` chooses layers (see `where.choose`;
+    "all-linear" where nothing is said), `exclude` leaves some of them out; `overrides` gives other methods to the
+    layers that match a pattern, the first match counts; `full` names parameters or modules to train in full beside them
+    (a new classification head); `probe` tells gradients and activations to methods that start from them (see
+    `undula.Probe`).  Factors and what trains in full are float32 (float64 over a float64 base); with `dtype` the
+    factors are of that type (torch.bfloat16 for many adapters that only serve: in training small steps would be lost in
+    it).  Layers whose own parameters train go on computing in the base's type.  An Adapter that is given is copied; a
+    live one that was detached goes on as the object that it is.  Raises LookupError for names that match nothing,
+    ValueError for an adapter that does not fit the model; the model is then unchanged.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"an adapter is called by a text, found name={name!r}")
+    if _in_parallel(model):
+        warnings.warn(
+            "this model is in a DistributedDataParallel already, which knows no parameters that come later: the "
+            "processes would train this adapter apart. Attach first, wrap afterwards",
+            stacklevel=2,
+        )
+    model = inner(model)
+    host = model.__dict__.setdefault("_undula", Host())
+    try:
+        with changing(host, "attach"):
+            model.__dict__["_undula"] = host  # where another thread's refused attach took it away
+            return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype)
+    finally:
+        forget(model, host)
+
+
+def _in_parallel(model: nn.Module) -> bool:
+    """Whether a DistributedDataParallel holds the model: it registers the parameters that it finds when it is made."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return True
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel)]
+    return any(inner(w) is inner(model) for w in wrappers)
+
+
+def _attach(
+    model: nn.Module,
+    host: Host,
+    what: Method | Adapter,
+    where: Where | None,
+    exclude: Where,
+    name: str,
+    overrides: Mapping[str, Method],
+    full: Sequence[str],
+    probe: Probe | None,
+    dtype: torch.dtype | None,
+) -> Adapter:
+    check_what(what, overrides)
+    if isinstance(what, Adapter) and (where is not None or exclude or overrides or full or probe is not None):
+        raise ValueError(
+            "an Adapter knows its own sites: `where`, `exclude`, `overrides`, `full` and `probe` go with a method alone"
+        )
+    if host.merged is not None:
+        raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
+    if name in host.adapters:
+        raise ValueError(
+            f"an adapter called {name!r} is attached already; attached are: {', '.join(host.adapters)}. Where a cell "
+            "runs again: undula.detach(model) before it; for a second adapter beside the first: attach(..., name=...)"
+        )
+    before = host.selected
+    select(model, None)
+    try:
+        made = (
+            fitted(model, what)
+            if isinstance(what, Adapter)
+            else fresh(model, what, "all-linear" if where is None else where, overrides, full, probe, exclude)
+        )
+        adapter = Live.of(narrowed(made, dtype))
+        if isinstance(what, Live) and not what.attached:
+            adapter = what.resumed(adapter)
+    except BaseException:
+        select(model, before)
+        raise
+    if not host.adapters:
+        host.thawed = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+    host.adapters[name], adapter.attached = adapter, True
+    model.__dict__["_undula"] = host
+    select(model, name)
+    quantised.keep_gradients(model)
+    quantised.warn_where_cut(model)
+    return adapter
+
+
+def select(model: nn.Module, name: str | None) -> None:
+    """Makes the attached adapter `name` the active one; None: the base alone, exactly as it was before."""
+    model = inner(model)
+    host = host_of(model)
+    with changing(host, "select"):
+        _select(model, host, name)
+
+
+def _select(model: nn.Module, host: Host, name: str | None) -> None:
+    if name is not None:
+        adapter = _named(model, name)[1]
+    if host.merged is not None:
+        raise RuntimeError("an adapter is merged into this model: unmerge it before selecting")
+    if is_fsdp(model):
+        raise RuntimeError(
+            "this model is sharded (fully_shard): which adapter is live cannot change any more. Attach and select "
+            "before fully_shard; adapter.save gathers what was trained"
+        )
+    if name is not None and host.slots:
+        _check_live(model, host)
+    _clear(model, host)
+    host.selected = None
+    if name is None:
+        return
+    layers = {path: layer_at(model, path) for path in adapter.factors}
+    for path, layer in layers.items():
+        check_shape(path, layer, adapter)
+    host.selected = name
+    for path, p in adapter.full.items():
+        host.own[path], host.placed[path] = stand_in(model, path, p), p
+    adapter.full = InPlace(model, adapter.full)
+    for path, f in adapter.factors.items():
+        layer = layers[path]
+        for t in f.values():
+            if t.device != layer.device:
+                t.data = t.data.to(layer.device)
+        adapt(host, Slot(host, path, adapter.methods[path], layer, f))
+    unnest(model, host)
+    guard(model)
+
+
+def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
+    """Another method and other factors at one site of the selected adapter, which stays the object that it is.  For
+    allocators; trained factors that go on training are passed as the parameters that they are.  Raises LookupError."""
+    model = inner(model)
+    host, adapter = _named(model, None)
+    if site not in adapter.factors:
+        raise LookupError(f"the adapter has no site {site!r}; it has: {', '.join(adapter.factors)}")
+    slot = host.slots[site]
+    live: dict[str, Any] = {
+        k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()
+    }
+    if host.routes:
+        raise RuntimeError("an allocator changes an adapter within `undula.rows`: train with it outside of the block")
+    host.forms.pop(host.selected, None)  # type: ignore[arg-type]
+    adapter._methods[site], adapter.factors[site] = method, live
+    slot.method, slot._parameters = method, live
+
+
+class InPlace(Mapping[str, Tensor]):
+    """What trains in full, read where it stands in the model: whatever replaces parameters (FSDP2) replaces these."""
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]):
+        parts = {path: path.rpartition(".") for path in paths}
+        self.owners = {path: (model.get_submodule(parent), leaf) for path, (parent, _, leaf) in parts.items()}
+
+    def __getitem__(self, path: str) -> Tensor:
+        owner, leaf = self.owners[path]
+        return owner._parameters[leaf]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.owners)
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def layer_at(model: nn.Module, path: str) -> LinearView:
+    try:
+        layer = view(model.get_submodule(path))
+    except AttributeError:
+        layer = None
+    if layer is None:
+        raise RuntimeError(replaced(path, "there is no such layer now"))
+    return layer
+
+
+def adapt(host: Host, slot: Slot) -> None:
+    install(slot)
+    host.slots[slot.path] = slot
+
+
+def exchange(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
+    """Puts a parameter in the place of the one at `path`; returns that one."""
+    parent, _, leaf = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    old = owner._parameters[leaf]
+    owner._parameters[leaf] = new  # type: ignore[assignment]
+    return old  # type: ignore[return-value]
+
+
+def stand_in(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
+    """`exchange`; where the one at `path` is of a narrower type, the module computes in that type all the same."""
+    old = exchange(model, path, new)
+    if old.dtype != new.dtype:
+        parent, _, leaf = path.rpartition(".")
+        masters.widen(model.get_submodule(parent), leaf, old.dtype)
+    return old
+
+
+def _clear(model: nn.Module, host: Host) -> None:
+    unguard(model)
+    for slot in host.slots.values():
+        remove(slot)
+    for path, p in host.own.items():
+        parent, _, leaf = path.rpartition(".")
+        if parameter(model, path) is host.placed[path]:  # a parameter that was put there since then stays
+            masters.narrow(model.get_submodule(parent), leaf)
+            exchange(model, path, p)
+    if host.selected in host.adapters:
+        host.adapters[host.selected].full = dict(host.placed)
+    nest(host)
+    host.slots, host.own, host.placed = {}, {}, {}
+
+
+def nest(host: Host) -> None:
+    """Undoes `unnest`."""
+    for encoder in host.nested:
+        encoder.use_nested_tensor = True
+    host.nested = []
+
+
+def unnest(model: nn.Module, host: Host) -> None:
+    """torch's encoder gives its layers nested tensors where the fast path is to take them.  Adapted layers leave the
+    fast path (see `Slot`), so above them it must not."""
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+    host.nested += [m for m in encoders if any(isinstance(below, Slot) for below in m.modules())]
+    for encoder in host.nested:
+        encoder.use_nested_tensor = False
+
+
+def parameter(model: nn.Module, path: str) -> Tensor | None:
+    """The parameter at `path`, None where there is none."""
+    parent, _, leaf = path.rpartition(".")
+    try:
+        return model.get_submodule(parent)._parameters.get(leaf)
+    except AttributeError:
+        return None
+
+
+def detach(model: nn.Module, name: str | None = None) -> Adapter:
+    """Removes an adapter (the selected one by default) and returns it.  When the last one goes, the model is as it was
+    before the first came, its trainable parameters included."""
+    model = inner(model)
+    host = _named(model, name)[0]
+    with changing(host, "detach"):
+        host, adapter = _named(model, name)
+        _detach(model, host, name if name is not None else host.selected)
+    return adapter
+
+
+def _detach(model: nn.Module, host: Host, name: str | None) -> None:
+    if host.selected == name:
+        if host.merged is not None:
+            restore(model, host)
+        _select(model, host, None)
+    host.forms.pop(name, None)  # type: ignore[arg-type]
+    host.adapters.pop(name).attached = False  # type: ignore[arg-type]
+    if not host.adapters:
+        for p in host.thawed:
+            p.requires_grad_(True)
+        del model.__dict__["_undula"]
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The attached adapters by name."""
+    return dict(host_of(model).adapters)
+
+
+def selected(model: nn.Module) -> Adapter:
+    """The active adapter.  Raises LookupError when there is none."""
+    return find(model, None)[1]
+
+
+def restore(model: nn.Module, host: Host) -> None:
+    """The base's own weights in the place of merged ones."""
+    for path, p in (host.merged or {}).items():
+        exchange(model, f"{path}.weight" if path else "weight", p)
+    for config in host.untied:
+        config.tie_word_embeddings = True
+    host.merged, host.untied = None, []
+
+
+def forget(model: nn.Module, host: Host) -> None:
+    """Takes a host away that holds nothing."""
+    if not host.adapters and not host.routes and model.__dict__.get("_undula") is host:
+        del model.__dict__["_undula"]
+
+
+def dismiss(host: Host) -> None:
+    """Makes the layers plain that are adapted for `rows` alone."""
+    for path, slot in host.guests.items():
+        remove(slot)
+        del host.slots[path]
+    host.guests = {}

@@ -1,0 +1,142 @@
+"""Batches whose rows go through different adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ..core.adapter import Live
+from .host import (
+    PATIENCE,
+    Host,
+    adapt,
+    check_shape,
+    dismiss,
+    find,
+    forget,
+    layer_at,
+    nest,
+    replaced,
+    unnest,
+)
+from .route import ROUTES, Base, Route
+from .sharded import is_fsdp
+from .slots import Slot
+from .where import inner
+
+
+@contextlib.contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within the context, row i of every batch goes through the adapter names[i]; None: the base alone.
+
+        with undula.rows(model, ["french", None, "german"]):
+            model.generate(...)
+
+    Adapters of any methods mix; those on the LowRank rung share grouped products, in training too.  Layers must see the
+    batch as their first dimension.  An inner `rows` counts until it is left.  Threads and tasks may each be inside one
+    of their own; meanwhile a forward outside of any raises RuntimeError, and what changes the layers (`select`,
+    `attach`, `merge`) waits.  A generator that yields within the block leaves it in force for its caller.  With
+    gradient checkpointing the backward belongs into the block too.  Raises LookupError for a name that is not attached,
+    ValueError for parameters trained in full (one model has one head), in the batch's adapters or in the selected one,
+    RuntimeError for an adapter that is merged.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"rows takes a name for each row of the batch, as [{names!r}] * len(batch); found a text")
+    model = inner(model)
+    host = model.__dict__.setdefault("_undula", Host())  # also a bare model's: nothing is attached within the block
+    try:
+        with host.lock.lock:
+            route = _enter(model, host, tuple(names))
+        ROUTES.set((*ROUTES.get(), route))
+        try:
+            yield
+            if route.owed:
+                warnings.warn(
+                    "layers were computed without gradients from inputs that want them, as reentrant gradient "
+                    "checkpointing does, and no backward followed within `undula.rows`: outside of the block they "
+                    "would be computed again without the rows' adapters. Call backward within it",
+                    stacklevel=3,
+                )
+        finally:
+            ROUTES.set(tuple(r for r in ROUTES.get() if r is not route))
+            with host.lock.lock:
+                host.routes.remove(route)
+                if not host.routes:
+                    _leave(model, host)
+                    host.lock.lock.notify_all()
+    finally:
+        forget(model, host)
+
+
+def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route:
+    """A route for batches whose row i goes through the adapter names[i], with the layers that it needs adapted."""
+    inside = any(r.thread == threading.get_ident() for r in host.routes) or bool(ROUTES.get())
+    if not inside and not host.lock.lock.wait_for(lambda: not host.waiting, PATIENCE):  # verbs come first
+        raise RuntimeError(f"`undula.rows` waited {PATIENCE:g} s for another thread's verb, which waits itself")
+    if host.merged is not None:
+        raise RuntimeError("an adapter is merged into this model: unmerge it before rows go through adapters")
+    if "torch.distributed.fsdp" in sys.modules and is_fsdp(model):
+        raise RuntimeError("this model is sharded (fully_shard): rows of different adapters are not possible there")
+    used = {n: find(model, n)[1] for n in dict.fromkeys(names) if n is not None}
+    for n in dict.fromkeys([*used, *([host.selected] if host.selected else [])]):
+        if host.adapters[n].full:
+            raise ValueError(
+                f"{n!r} trains parameters in full ({', '.join(host.adapters[n].full)}): not row by row, one model has "
+                "one head. Give rows to adapters without; if it is the selected one, call undula.select(model, None)"
+            )
+    for name, adapter in used.items():
+        _move_beside(model, host, name, adapter)
+    route = Route(host, used, names, host.formed)
+    try:
+        _invite(model, host, route)
+    except BaseException:
+        if not host.routes:
+            _leave(model, host)
+        raise
+    host.routes.append(route)
+    host.routed = True
+    return route
+
+
+def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None:
+    """Puts factors where their layers are: `model.to` moves those of the selected adapter alone."""
+    first = next(iter(adapter.factors), None)
+    if first is None or _device(model, first) == next(iter(adapter.factors[first].values())).device:
+        return
+    for path, f in adapter.factors.items():
+        for t in f.values():
+            t.data = t.data.to(_device(model, path))
+    host.forms.pop(name, None)
+
+
+def _device(model: nn.Module, path: str) -> torch.device:
+    return model.get_submodule(path).weight.device  # type: ignore[union-attr,return-value]
+
+
+def _invite(model: nn.Module, host: Host, route: Route) -> None:
+    """Adapts those layers of a route that no selected adapter has."""
+    for path, adapter in route.sites():
+        slot = host.slots.get(path) or host.spare.get(path)
+        module = model.get_submodule(path)
+        if slot is None or not slot.fits(module):
+            if path in host.slots:
+                raise RuntimeError(replaced(path, "the layer is another one now"))
+            slot = host.spare[path] = Slot(host, path, Base(), layer_at(model, path), {})
+        check_shape(path, slot.layer, adapter)
+        if path not in host.slots:
+            adapt(host, slot)
+            host.guests[path] = slot
+    unnest(model, host)
+
+
+def _leave(model: nn.Module, host: Host) -> None:
+    """Makes the layers what they were before somebody was inside `rows`."""
+    dismiss(host)
+    nest(host)
+    unnest(model, host)

@@ -1,0 +1,349 @@
+"""One batch, many adapters: which rows go through which adapter, told once for all layers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import math
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import Adapter
+from ..core.method import Factors, LowRank, Method
+from ..kernels import reference
+from ..kernels.grouped import grouped, stacked
+from ..methods.dropout import bare
+from .views import LinearView, adapted
+
+
+class Base:
+    """In the place of a method: the frozen layer alone."""
+
+    def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
+        return layer(x)
+
+
+class Rows:
+    """Row i of a batch goes through the law named names[i] of one layer; names without a law here pass the frozen layer
+    alone.
+
+    Low-rank laws share one frozen product and grouped low-rank ones; any other runs on its own rows.
+    """
+
+    def __init__(self, laws: Mapping[str, tuple[Method, Factors]], names: Sequence[str | None], device: torch.device):
+        self.count = len(names)
+        self.low: list[tuple[LowRank, Factors]] = []
+        self.counts: list[int] = []
+        self.other: list[tuple[Method, Factors, Tensor]] = []
+        self.drops = any(bare(method) is not method for method, _ in laws.values())
+        order: list[int] = []
+        rows = rows_of(names)
+        for name, (method, f) in laws.items():
+            if isinstance(method, LowRank):
+                self.low.append((method, f))
+                self.counts.append(len(rows[name]))
+                order += rows[name]
+            else:
+                self.other.append((method, f, torch.tensor(rows[name], device=device)))
+        # None: the rows are sorted already and all of them low-rank, nothing need be moved
+        self.order = None if order == list(range(self.count)) else torch.tensor(order, device=device)
+        self._kept = Kept()
+
+    def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
+        if not together(x, layer, self.count, self.drops):
+            return self._one_by_one(x, layer)
+        return self.added(layer(x), x, layer)
+
+    def added(self, y: Tensor, x: Tensor, layer: LinearView) -> Tensor:
+        """y, the frozen layer's output for x, with what these laws change."""
+        if self.low:
+            pairs, stacks = self._kept.of([t for _, f in self.low for t in f.values()], self._stacked)
+            mine = x if self.order is None else x[self.order]
+            y = changed(y, grouped(_flat(mine, pairs[0][1].dtype), pairs, self.counts, stacks), self.order)
+        for method, own, index in self.other:
+            y = y.index_copy(0, index, method.forward(x[index], layer, own))
+        return y
+
+    def _one_by_one(self, x: Tensor, layer: LinearView) -> Tensor:
+        """Each adapter's own forward on its own rows: convolutions, embeddings, forwards of a class's own, dropout."""
+        y = layer(x)
+        if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1]:
+            raise TypeError(f"{layer.call.__qualname__} does not give a row for each row: not within `rows`")
+        order = torch.arange(self.count, device=x.device) if self.order is None else self.order
+        low = [(m, f, rows) for (m, f), rows in zip(self.low, order.split(self.counts), strict=True)]
+        for method, own, index in low + self.other:
+            more, named = layer.more or ((), {})
+            args = (x[index], *(self._of_rows(t, index) for t in more))
+            by_name = {k: self._of_rows(t, index) for k, t in named.items()}
+            y = y.index_copy(0, index, adapted(method, layer.with_more((), {}), own, args, by_name))
+        return y
+
+    def _of_rows(self, given: Any, index: Tensor) -> Any:
+        """The part of some rows in what a layer is called with beside x.  Raises TypeError for a vector that may be one
+        number a row or one a channel."""
+        if not isinstance(given, Tensor) or given.shape[:1] != (self.count,):
+            return given
+        if given.ndim == 1 and self.count > 1:
+            raise TypeError(
+                f"a layer is called with a vector of {self.count} numbers beside x, as many as there are rows: within "
+                "`rows` it is not known whether each is of a row or of a channel"
+            )
+        return given[index]
+
+    def _stacked(self) -> tuple:
+        pairs = [method.pair(f) for method, f in self.low]
+        return pairs, stacked(pairs, self.counts)
+
+
+class Kept:
+    """What was made of some tensors, for as long as they stay: without gradients, for the next forward of a batch.  A
+    tensor that is another one, lies elsewhere or was written into by an operation that counts is seen; writing into
+    `t.data` leaves no trace in torch."""
+
+    def __init__(self) -> None:
+        self.marks: tuple | None = None
+        self.made: Any = None
+
+    def of(self, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
+        if torch.is_grad_enabled() or any(map(Tensor.is_inference, tensors)):
+            return make()
+        now = (
+            list(map(id, tensors)),
+            list(map(Tensor.data_ptr, tensors)),
+            [t._version for t in tensors],
+        )
+        if self.marks != now:
+            self.marks, self.made = now, make()
+        return self.made
+
+
+def rows_of(names: Sequence[str | None]) -> dict[str, list[int]]:
+    """The rows of each name, in the order in which the names come."""
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        if name is not None:
+            rows.setdefault(name, []).append(i)
+    return rows
+
+
+def together(x: Tensor, layer: LinearView, count: int, drops: bool) -> bool:
+    """Whether the rows of all adapters may share the frozen product.  Raises ValueError for a batch of another size."""
+    if x.shape[0] != count:
+        raise ValueError(
+            f"rows() was given {count} names, this layer sees a batch of {x.shape[0]}: give one name per row "
+            "of the batch (generation with several beams or returned sequences multiplies the rows)"
+        )
+    linear = layer.channel == -1 and x.is_floating_point() and layer.product and layer.more is None
+    return linear and not (drops and layer.training)
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of any number of dimensions as (N, T, I)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
+
+
+def changed(y: Tensor, change: Tensor, order: Tensor | None) -> Tensor:
+    """y with `change` (N, T, O) added to the rows `order`, or to all of them, in the wider type and rounded once."""
+    change = change.view(change.shape[0], *y.shape[1:])
+    if order is None:
+        return reference.added(y, change) if torch.is_grad_enabled() else y.add_(change)
+    if change.dtype == y.dtype:
+        return y.index_add(0, order, change) if torch.is_grad_enabled() else y.index_add_(0, order, change)
+    return y.index_copy(0, order, reference.added(y[order], change))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A pair (s f[B], f[A]) of one site in words that compare."""
+
+    path: str
+    s: float
+    B: str
+    A: str
+    shapes: tuple[torch.Size, torch.Size]
+    drops: bool  # whether dropout acts on it while it trains
+
+
+Form = tuple[Plain, ...]
+
+
+def form(adapter: Adapter) -> Form:
+    """The sites at which the adapter is a plain pair; adapters of equal forms go through one product each time."""
+    found = []
+    for path, method in adapter.methods.items():
+        named = method.plain() if isinstance(method, LowRank) else None
+        if named is not None:
+            s, B, A = named
+            f = adapter.factors[path]
+            found.append(Plain(path, s, B, A, (f[B].shape, f[A].shape), bare(method) is not method))
+    return tuple(found)
+
+
+class Share:
+    """The rows of a batch that go through adapters of one form, sorted by adapter."""
+
+    def __init__(self, form: Form, count: int):
+        self.sites = {plain.path: plain for plain in form}
+        self.count = count
+        self.order: list[int] = []
+        self.counts: list[int] = []
+        self.adapters: list[Adapter] = []
+
+    def add(self, adapter: Adapter, rows: list[int]) -> None:
+        self.order += rows
+        self.counts.append(len(rows))
+        self.adapters.append(adapter)
+
+    def settle(self) -> None:
+        """What all layers will read: how the rows lie, and of which adapters' pairs a product is made."""
+        self.equal = len(set(self.counts)) == 1
+        self.each = not self.equal and len(self.order) <= 2 * len(self.counts)  # mostly rows of their own: a pair each
+        self.moved = self.order != list(range(self.count))
+        self._there: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+        self._here: dict[str, tuple[list[Factors], Kept]] = {}
+
+    def positions(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """(rows of the batch, the adapter of each row) on a device; None for all of them in turn, and where one pair
+        serves several rows."""
+        if device not in self._there:
+            with torch.inference_mode(False):  # a later forward of the batch may want gradients
+                order = torch.tensor(self.order, device=device) if self.moved else None
+                repeats = [k for k, n in enumerate(self.counts) for _ in range(n)]
+                self._there[device] = order, torch.tensor(repeats, device=device) if self.each else None
+        return self._there[device]
+
+    def change(self, path: str, x: Tensor) -> Tensor:
+        """s B A x of these rows at one site, (N, T, O)."""
+        plain, (order, repeats) = self.sites[path], self.positions(x.device)
+        if path not in self._here:
+            self._here[path] = [a.factors[path] for a in self.adapters], Kept()
+        every, kept = self._here[path]
+        A, B = [f[plain.A] for f in every], [f[plain.B] for f in every]
+
+        def stacks() -> tuple[Tensor, Tensor]:
+            A_KRI, B_KOR = torch.stack(A), torch.stack(B)
+            return (A_KRI, B_KOR) if repeats is None else (A_KRI[repeats], B_KOR[repeats])
+
+        A_KRI, B_KOR = kept.of(A + B, stacks)
+        mine = _flat(x if order is None else x[order], A_KRI.dtype)
+        if self.equal or self.each:
+            z_KTR = torch.bmm(mine.reshape(len(A_KRI), -1, mine.shape[2]), A_KRI.transpose(1, 2))
+            return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(*mine.shape[:2], B_KOR.shape[1])
+        parts = zip(mine.split(self.counts), A_KRI.unbind(), B_KOR.unbind(), strict=True)
+        return torch.cat([p @ A.t() * plain.s @ B.t() for p, A, B in parts])
+
+
+numbers = itertools.count(1)
+
+
+class Route:
+    """The rows of one batch, for all layers of one model: made when `undula.rows` is entered, and found by whatever
+    computes in that context."""
+
+    def __init__(
+        self, host: Any, used: Mapping[str, Adapter], names: tuple[str | None, ...], formed: Callable[[str], Form]
+    ):
+        self.host, self.used, self.names = host, used, names
+        self.number, self.thread = next(numbers), threading.get_ident()
+        self.frame = _entering()
+        self.owed = False  # whether layers wait to be computed again, see `forward`
+        self.loose: dict[str, set[str]] = {}  # {adapter: its sites that are no plain pair}
+        self.laws: dict[tuple[str, bool], Rows | None] = {}
+        shares: dict[Form, Share] = {}
+        rows = rows_of(names)
+        for name, adapter in used.items():
+            plain = formed(name)
+            if plain:
+                shares.setdefault(plain, Share(plain, len(names))).add(adapter, rows[name])
+            if len(plain) < len(adapter.factors):
+                self.loose[name] = set(adapter.factors) - {p.path for p in plain}
+        self.shares = list(shares.values())
+        for share in self.shares:
+            share.settle()
+
+    def forward(self, x: Tensor, layer: LinearView, path: str) -> Tensor:
+        """What the layer at `path` computes of the batch."""
+        # reentrant gradient checkpointing: first without gradients, from inputs that want them, then in the backward
+        self.owed |= x.requires_grad and not torch.is_grad_enabled()
+        here = [share for share in self.shares if path in share.sites]
+        loose = self._rows(path, layer, loose=True) if self.loose else None
+        if not here and loose is None:
+            return layer(x)
+        drops = any(share.sites[path].drops for share in here) or (loose is not None and loose.drops)
+        if not together(x, layer, len(self.names), drops):
+            every = self._rows(path, layer, loose=False)
+            assert every is not None
+            return every.forward(x, layer, {})
+        y = layer(x)
+        for share in here:
+            y = changed(y, share.change(path, x), share.positions(x.device)[0])
+        return y if loose is None else loose.added(y, x, layer)
+
+    def sites(self) -> list[tuple[str, Adapter]]:
+        """The sites of the batch's adapters, of equal forms those of the first."""
+        loose = [(path, self.used[name]) for name, sites in self.loose.items() for path in sites]
+        return loose + [(path, share.adapters[0]) for share in self.shares for path in share.sites]
+
+    def _rows(self, path: str, layer: LinearView, loose: bool) -> Rows | None:
+        """The laws at one site, of all adapters or of those that are no plain pair; None where there are none."""
+        if (path, loose) not in self.laws:
+            names = [n for n, sites in self.loose.items() if path in sites] if loose else list(self.used)
+            here = {n: self.used[n] for n in names if path in self.used[n].factors}
+            laws = {n: (a.methods[path], a.factors[path]) for n, a in here.items()}
+            with torch.inference_mode(False):
+                self.laws[path, loose] = Rows(laws, self.names, layer.device) if laws else None
+        return self.laws[path, loose]
+
+
+class At:
+    """A Route in the place of a layer's method."""
+
+    def __init__(self, route: Route, path: str):
+        self.route, self.path = route, path
+
+    def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
+        return self.route.forward(x, layer, self.path)
+
+
+ROUTES: ContextVar[tuple[Route, ...]] = ContextVar("undula.rows", default=())  # of this context, the last entered last
+
+GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+def _frames() -> list[FrameType]:
+    frame, found = sys._getframe(1), []
+    while frame is not None:
+        found.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _entering() -> int | None:
+    """The generator that enters `rows`, None where no generator does: it may be left and come back to."""
+    own = (contextlib.__file__, __file__, str(Path(__file__).with_name("mixing.py")))
+    outside = next((f for f in _frames() if f.f_code.co_filename not in own), None)
+    return id(outside) if outside is not None and outside.f_code.co_flags & GENERATOR else None
+
+
+def innermost(routes: Sequence[Route]) -> Route:
+    """The route that counts.  Raises RuntimeError where that is one of a generator that waits while another's block is
+    gone on with: both share the context of their caller."""
+    last = routes[-1]
+    if last.frame is not None and len(routes) > 1:
+        running = {id(frame) for frame in _frames()}
+        if last.frame not in running and any(r.frame in running for r in routes):
+            raise RuntimeError(
+                "two generators are inside `undula.rows` of one model in turns, and the one that goes on now is not "
+                "the one that entered last: collect each one's outputs within its block, or give each a thread or task"
+            )
+    return last

@@ -1,0 +1,106 @@
+"""An adapted layer: a class of its own, and what hangs below it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..core.method import Factors
+from . import masters
+from .route import At
+from .views import Acts, LinearView, adapted
+
+if TYPE_CHECKING:
+    from .host import Host
+
+
+def never_called(*_: Any) -> None:
+    """The hook of a module that nothing calls, see `Slot`."""
+
+
+class Slot(nn.Module):
+    """What hangs below an adapted layer: a method, the layer as a matrix, and the factors as parameters."""
+
+    def __init__(self, host: Host, path: str, method: Acts, layer: LinearView, factors: Factors):
+        super().__init__()
+        self.host, self.path, self.method, self.layer = host, path, method, layer
+        self.last = 0  # the number of the route of its last forward, 0 outside of `rows`
+        layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
+        # the adapter's own dictionary: what replaces parameters here (FSDP2) replaces the adapter's
+        self._parameters = factors  # type: ignore[assignment]
+        # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
+        # calls its layers in evaluation too, and does not compute from their weights past the adapter.
+        self.register_forward_hook(never_called)
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether this is still the slot for what stands at its site."""
+        layer = self.layer
+        if self is module._modules.get("undula"):
+            return module is layer.module
+        return module is layer.module and type(module) is layer.cls and module.__dict__.get("forward") is layer.override
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self._parameters.items() if t is not None)
+        return f"{self.method!r}: {held}" if held else repr(self.method)
+
+
+class Adapted:
+    """Mixed into the class of a layer while an adapter is selected."""
+
+    undula: Slot
+    original: type[nn.Module]
+
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        slot: Slot | None = self._modules.get("undula")  # type: ignore[attr-defined]
+        if "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "nn.DataParallel copies an adapted model wrongly (its copies have no parameters): use one device "
+                "(CUDA_VISIBLE_DEVICES=0), or DistributedDataParallel (torchrun)"
+            )
+        if slot is None:  # of a hook that was put over an adapted layer, which is none now
+            return type(self).forward(self, *args, **named)
+        layer = slot.layer
+        if layer.override is not None and threading.get_ident() in layer.inside:  # of such a hook, within `layer`
+            return layer.call(self, *args, **named)
+        method = slot.method
+        if slot.host.routed:
+            route = slot.host.route(slot)
+            method = method if route is None else At(route, slot.path)
+        return adapted(method, layer, slot._parameters, args, named)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _adapted(original: type[nn.Module]) -> type[nn.Module]:
+    if original not in _classes:
+        _classes[original] = type(f"Adapted{original.__name__}", (Adapted, original), {"original": original})
+    return _classes[original]
+
+
+def _revive(narrow: type[nn.Module], leaves: tuple[str, ...] = ()) -> nn.Module:
+    cls = _adapted(masters.cast_class(narrow, leaves))
+    return cls.__new__(cls)
+
+
+def install(slot: Slot) -> None:
+    """Adapts the slot's layer."""
+    module = slot.layer.module
+    module.__dict__.pop("forward", None)  # an accelerate hook: `slot.layer` holds and calls it
+    module.__class__ = _adapted(type(module))
+    module._modules["undula"] = slot
+    slot.train(module.training)
+
+
+def remove(slot: Slot) -> None:
+    """Makes the slot's layer what it was."""
+    module = slot.layer.module
+    del module._modules["undula"]
+    module.__class__ = type(module).original  # type: ignore[attr-defined]
+    if slot.layer.override is not None:
+        module.__dict__["forward"] = slot.layer.override

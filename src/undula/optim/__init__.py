@@ -1,0 +1,1 @@
+"""What takes the steps of a training: optimisers, schedules, parameter groups."""

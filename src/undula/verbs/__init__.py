@@ -1,1 +1,0 @@
-"""The verbs of the command line.  Names become objects here and nowhere deeper."""
