@@ -316,7 +316,7 @@ def test_each_site_has_a_row_of_its_own_in_the_plot(tmp_path):
     rows[3]["spectrum"] = [0.0] * 4  # of a layer that has not learned
     plot(rows, tmp_path / "a.svg")
     drawn = (tmp_path / "a.svg").read_text()
-    assert [s for s in re.findall(r"<!-- (\S+) -->", drawn) if s.endswith("query")] == [s[7:] for s in sites]
+    assert [s for s in re.findall(r"<text.*?>(\S+)</text>", drawn) if s.endswith("query")] == [s[7:] for s in sites]
     assert len(re.findall("<image", drawn)) == 2  # the spectra, and the colours' scale
     assert "number of the singular value" in drawn
     assert "share of the largest" in drawn

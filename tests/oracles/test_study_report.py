@@ -1,28 +1,29 @@
 """Summaries and reports of made-up studies: what enters a figure, what is said about it, and files that are sound."""
 
 import csv
-import functools
 import html.parser
+import io
 import itertools
 import json
 import math
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
 import undula
+from undula.observe import drawing
 from undula.study import spec
 from undula.study import statistics as S
 from undula.study.outcome import FINAL, SWEEP, ChosenRate, Outcome
 from undula.study.plan import Plan
 from undula.study.power import power
-from undula.study.report import latex, markdown, painting, svg, write_report
+from undula.study.report import latex, markdown, plots, write_report
 from undula.study.report.content import Drawn, Table
 from undula.study.report.document import document
 from undula.study.report.plots import pareto
@@ -193,7 +194,7 @@ def test_who_is_no_better_than_the_commonest_class_is_named():
     assert "highest" not in text
     assert "Always answering the commonest class of the training rows gives 0.3854" in text
     assert "no better than that: every arm" in text
-    assert "dots" in drawings(runs, floors=floors)["seeds-1"]
+    assert "the commonest class" in hints(drawings(runs, floors=floors, only="seeds")["seeds-1"])
     rounded = [replace(o, test=o.test + 1e-16 * (o.arm == "DoRA")) for o in runs]
     assert "Every arm has the same mean accuracy" in words(rounded, floors=floors)
     assert "no better than that: every arm" in words(rounded, floors=floors)
@@ -205,7 +206,7 @@ def test_a_report_compares_no_times_and_no_memory():
     """They follow what else the machine did while a run was made."""
     text = words(*study())
     assert not re.search(r"(?i)ms per step|MiB|time and memory", text)
-    assert not {"time-1", "memory-1"} & drawings(*study()).keys()
+    assert not {"time-1", "memory-1"} & {f.name for f in figures(*study())}
 
 
 def test_a_column_in_which_nothing_stands_is_left_out():
@@ -322,19 +323,21 @@ def test_the_page_is_sound_and_alone(written):
     page = Page(text)
     assert "script" not in page.tags
     assert all(a.startswith("#") for a in page.addresses)
-    assert not re.search(r"https?://|url\(|@import|//[a-z]", text)
+    assert not re.search(r"https?://|url\((?!#)|@import|//[a-z]", text)
     assert "default-src 'none'" in text
     shown = " ".join(page.text)
     assert all(word in shown for word in ("LoRA", "DoRA", HOSTILE, f"it broke: {HOSTILE}", "undula study run"))
     assert len(set(page.addresses)) == len(page.addresses) == text.count("<section")
 
 
-def test_the_page_is_light_and_dark():
-    assert "prefers-color-scheme: dark" in svg.STYLE
-    light, dark = (set(re.findall(r"(--\w+):", part)) for part in svg.STYLE.split("@media")[:2])
-    used = set(re.findall(r"var\((--\w+)\)", svg.STYLE))
-    assert light == dark >= used
-    assert not re.search(r"#[0-9a-f]{3,6}", svg.STYLE.split("svg {")[1])  # no colour beside these
+def test_the_page_is_light_and_dark(written):
+    """Its drawings too: all their colours are those of the page."""
+    page = (written / "report.html").read_text()
+    head, _, body = page.partition("</style>")
+    assert "prefers-color-scheme: dark" in head
+    assert drawing.LIGHT.keys() == drawing.DARK.keys() >= set(re.findall(r"var\(--(\w+)\)", page))
+    assert "var(--ink)" in body
+    assert not re.search(r"(fill|stroke): #", body)
 
 
 def test_every_figure_is_a_file_of_its_own(written):
@@ -342,17 +345,27 @@ def test_every_figure_is_a_file_of_its_own(written):
     files = sorted((written / "plots").glob("*.svg"))
     kinds = {f.name.rpartition("-")[0] or f.stem for f in files}
     assert kinds == {"seeds", "differences", "ranks", "front", "rates", "losses", "curves"}
-    panels = sum(len(ElementTree.parse(f).findall("{*}svg")) for f in files)
-    assert panels == page.count("<svg")
+    assert len(files) == page.count("<svg")
     assert sorted(re.findall(r"\(plots/(.*?)\)", text)) == [f.name for f in files]
-    assert all("prefers-color-scheme" in f.read_text() for f in files)
     others = {end: {f.stem for f in (written / "plots").glob(f"*.{end}")} for end in ("pdf", "png")}
     assert others == {end: {f.stem for f in files} for end in ("pdf", "png")}
     for f in files:
         size = ElementTree.parse(f).getroot().get("viewBox").split()[2:]
         with Image.open(f.with_suffix(".png")) as drawn:
-            assert drawn.size == pytest.approx([float(v) * painting.SHARP / 96 for v in size], abs=1)
+            assert drawn.size == pytest.approx([float(v) * drawing.SHARP / 72 for v in size], abs=1)
         assert f.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_every_figure_says_what_it_shows(written):
+    """To those who do not see it; and no id stands twice in the page."""
+    page = (written / "report.html").read_text()
+    for f in (written / "plots").glob("*.svg"):
+        root = ElementTree.parse(f).getroot()
+        assert root.get("role") == "img"
+        assert root.get("aria-label") == root.findtext("{*}title") != ""
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(set(ids)) == len(ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
 
 
 def test_markdown_holds_no_foreign_markup(written):
@@ -407,9 +420,24 @@ def figures(runs, rates=(), floors=None):
     return [f for b in blocks if isinstance(b, Drawn) for f in b.figures]
 
 
-def drawings(runs, rates=(), floors=None):
-    """{name: SVG}."""
-    return {f.name: svg.sheet(f.panels, f.columns, "") for f in figures(runs, rates, floors)}
+def drawings(runs, rates=(), floors=None, only=""):
+    """{name: SVG} of the figures whose name begins so."""
+    with drawing.styled():
+        return {
+            f.name: drawing.rendered(f.draw(), "svg").decode()
+            for f in figures(runs, rates, floors)
+            if f.name.startswith(only)
+        }
+
+
+def texts(svg):
+    """All texts of an SVG, in order; those of several lines are several."""
+    return [t.text for t in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def hints(svg):
+    """What a pointer finds."""
+    return [t.text for t in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}title")]
 
 
 def test_the_words_say_what_three_seeds_are_worth():
@@ -471,9 +499,14 @@ def test_what_halving_ended_is_told():
 
 def test_an_interval_that_is_cut_has_an_arrow():
     noisy = [run(a, s, v) for a in ("LoRA", "DoRA") for s, v in enumerate((0.5, 0.6, 0.7 + 0.1 * (a == "DoRA")))]
-    drawn = ElementTree.fromstring(drawings(noisy)["seeds-1"]).iter("{http://www.w3.org/2000/svg}polyline")
-    bars = [p.get("points").split() for p in drawn if p.get("class").endswith("bar")]
-    assert [len(points) for points in bars] == [2, 3, 3, 2, 3]  # Student's of three figures: cut at both ends
+    low, high = drawing.limits((0.5, 0.8), 0.25)
+    student = [r.quality for r in summarise(noisy, (), "LoRA").rows]  # of three figures: wide
+    ends = [end for q in student for end in (q.low, q.high) if not low <= end <= high]
+    found = hints(drawings(noisy, only="seeds")["seeds-1"])
+    assert [h for h in found if "goes on" in h] == [f"goes on to {end:.4g}" for end in ends]
+    assert len(ends) == 3
+    calm = [run(a, s, 0.5 + 0.001 * s) for a in ("LoRA", "DoRA") for s in range(9)]
+    assert not [h for h in hints(drawings(calm, only="seeds")["seeds-1"]) if "goes on" in h]
 
 
 def test_the_rows_are_called_what_they_are():
@@ -486,9 +519,9 @@ def test_the_rows_are_called_what_they_are():
 def test_an_arm_of_a_head_alone_is_named_where_it_cannot_be_drawn():
     runs = [run(), run("head only", parameters=0), run("DoRA", parameters=900)]
     assert "Not shown, because only a head trains: head only" in words(runs)
-    drawn = drawings(runs)["front-1"]
-    assert "DoRA" in drawn
-    assert "head only" not in drawn.replace("only a head trains: head only", "")
+    drawn = drawings(runs, only="front")["front-1"]
+    assert "DoRA" in texts(drawn)
+    assert "head only" not in drawn
 
 
 def test_six_seeds_decide_one_comparison():
@@ -519,19 +552,6 @@ def test_a_group_without_figures_or_baseline_is_still_reported():
     assert "no memory" in text
 
 
-def test_twenty_arms_have_labels_that_do_not_overlap():
-    arms = ["LoRA", *(f"a method with quite a long name and number {i}" for i in range(19))]
-    runs = [run(arm, s, 0.5 + 1e-4 * i, parameters=1000 * (1 + i % 3)) for i, arm in enumerate(arms) for s in range(2)]
-    made = drawings(runs)
-    for name in ("seeds-1", "differences-1"):
-        drawn = ElementTree.fromstring(made[name])
-        titled = [t for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.find("{*}title") is not None]
-        heights = sorted(float(t.get("y")) for t in titled)
-        assert len(titled) >= 19
-        assert len({t.text for t in titled}) == len(titled)
-        assert min(b - a for a, b in itertools.pairwise(heights)) >= 12
-
-
 def test_of_many_points_those_that_say_nothing_have_no_name():
     """Lines from 28 names to grey points hide the points.  All points are drawn, and a pointer finds their names."""
     arms = {f"arm {i}": 0.5 - 0.001 * i for i in range(14)} | {"winner": 0.7, "loser": 0.1}
@@ -539,16 +559,13 @@ def test_of_many_points_those_that_say_nothing_have_no_name():
     runs = [run(a, s, v, parameters=1000 + i) for i, (a, v) in enumerate(arms.items()) for s in range(2)]
     for name in ("winner", "loser"):
         runs += [run(name, s, arms[name], parameters=1000) for s in range(2, 13)]
-    drawn = ElementTree.fromstring(drawings([*base, *runs])["front-1"])
-    texts = {t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"LoRA", "winner", "loser"} == texts & {"LoRA", *arms}
-    points = " ".join(t.text for t in drawn.iter("{http://www.w3.org/2000/svg}title"))
-    assert all(f"{arm}: " in points for arm in ("LoRA", *arms))
-    assert len([p for p in drawn.iter() if p.get("class") == "lead"]) == 3
+    drawn = drawings([*base, *runs], only="front")["front-1"]
+    assert {"LoRA", "winner", "loser"} == set(texts(drawn)) & {"LoRA", *arms}
+    assert all(f"{arm}: " in " ".join(hints(drawn)) for arm in ("LoRA", *arms))
+    assert drawn.count(f"stroke: {drawing.LIGHT['back']}") == 3  # a line to each name
     assert "Named: the front, the baseline, and arms with a verdict" in words([*base, *runs])
     few = [o for o in (*base, *runs) if o.arm in ("LoRA", "arm 1", "arm 2", "winner")]
-    drawn = ElementTree.fromstring(drawings(few)["front-1"])
-    assert {"LoRA", "arm 1", "arm 2", "winner"} <= {t.text for t in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"LoRA", "arm 1", "arm 2", "winner"} <= set(texts(drawings(few, only="front")["front-1"]))
     assert "Named:" not in words(few)
 
 
@@ -608,37 +625,26 @@ def test_a_title_is_one_comment():
 # Drawing
 
 
-LIGHT = {
-    "win": (0, 0x72, 0xB2),
-    "loss": (0xC4, 0x4E, 0),
-    "open-verdict": (0x7A, 0x86, 0x8D),
-    "base": (0x1C, 0x23, 0x26),
-}
+def boxes(figure):
+    """(text, its box in pixels of the figure) of all that is written."""
+    from matplotlib.text import Text
+
+    renderer = figure.canvas.get_renderer()
+    figure.draw(renderer)
+    found = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
+    return [(t.get_text(), Text.get_window_extent(t, renderer)) for t in found]
 
 
-@pytest.mark.parametrize("kind", LIGHT)
-def test_pixels_have_the_colours_of_the_page(kind, tmp_path):
-    """A mark, a line, an open mark, and a second panel in its place."""
-    first, second = svg.Canvas(60, 30), svg.Canvas(60, 40)
-    first.mark(10, 15, kind, size=8)
-    first.line([(25, 15), (35, 15)], f"{kind} bar")
-    first.mark(48, 15, f"{kind} open", size=8)
-    second.line([(0, 20), (60, 20)], f"{kind} bar")
-    painting.paint((first, second), 1, tmp_path / "a.svg")
-    with Image.open(tmp_path / "a.png") as file:
-        drawn = file.convert("RGB")
-    at = lambda x, y: drawn.getpixel((round(x * painting.SHARP / 96), round(y * painting.SHARP / 96)))  # noqa: E731
-    assert [at(10, 15), at(30, 15), at(30, 50)] == [LIGHT[kind]] * 3
-    assert {at(48, 15), at(20, 15), at(30, 42), at(3, 3)} == {(255, 255, 255)}
-
-
-def test_texts_are_painted_as_they_are(tmp_path):
-    """An arm may be called what matplotlib would read as mathematics."""
-    canvas = svg.Canvas(200, 30)
-    canvas.text(5, 20, r"$\frac{1$ LoRA", "bold")
-    painting.paint((canvas,), 1, tmp_path / "a.svg")
-    with Image.open(tmp_path / "a.png") as file:
-        assert file.convert("L").getextrema()[0] < 100
+def check_texts(figure, name):
+    """No text leaves its figure, none lies on another."""
+    found = boxes(figure)
+    wide, high = figure.bbox.size
+    for text, box in found:
+        assert -1 <= box.x0 <= box.x1 <= wide + 1, (name, text)
+        assert -1 <= box.y0 <= box.y1 <= high + 1, (name, text)
+    for (one, a), (other, b) in itertools.combinations(found, 2):
+        beside = a.x1 <= b.x0 + 0.5 or b.x1 <= a.x0 + 0.5 or a.y1 <= b.y0 + 1.5 or b.y1 <= a.y0 + 1.5
+        assert beside, (name, one, other)
 
 
 AWKWARD = {  # figures that need long labels, steps that end at a tick, names and metrics of some length
@@ -650,11 +656,15 @@ AWKWARD = {  # figures that need long labels, steps that end at a tick, names an
 }
 
 
-@pytest.mark.parametrize("case", AWKWARD)
-@pytest.mark.parametrize("steps", [80, 1200, 100_000])
-@pytest.mark.parametrize("names", ["LoRA", "a name of some length, with all of its options"])
-def test_no_text_leaves_its_drawing_and_no_ticks_run_together(case, steps, names):
-    """By the widths of a wide font: DejaVu Sans."""
+LONG = ("LoRA", "a name of some length, with all of its options", "aVeryLongNameWithoutAnySpaceInIt")
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "names"),
+    [(case, (80, 1200, 100_000)[i % 3], LONG[i % 3]) for i, case in enumerate(AWKWARD)] + [("large", 100_000, LONG[2])],
+)
+def test_no_text_leaves_its_drawing_and_none_lies_on_another(case, steps, names):
+    """By matplotlib's own boxes, in the wide font that it brings."""
     values, metric = AWKWARD[case]["values"], AWKWARD[case]["metric"]
     runs, rates = [], []
     arms = ["LoRA", *(f"{names} {i}" for i in range(3))]
@@ -665,77 +675,115 @@ def test_no_text_leaves_its_drawing_and_no_ticks_run_together(case, steps, names
         runs.append(run(arm, s, v, data=d, **more))
         tried = tuple((3.16e-5 * 10 ** (0.5 * k), values[k % 3]) for k in range(3 + 3 * (a == 1)))
         rates.append(ChosenRate(arm, "bert", d, "r=8", tried[1][0], False, tried, s))
-    for figure in figures(runs, rates):
-        for panel in figure.panels:
-            boxes = [(shape, *extent(shape)) for shape in panel.shapes if isinstance(shape, svg.Words)]
-            for shape, low, high in boxes:
-                assert -1 <= low <= high <= panel.width + 1, (figure.name, shape)
-                assert shape.y <= panel.height
-            rows = {}
-            for shape, low, high in boxes:
-                rows.setdefault(round(shape.y), []).append((low, high, shape.text))
-            for row in rows.values():
-                for (_, end, left), (start, _, right) in itertools.pairwise(sorted(row)):
-                    assert end < start, (figure.name, left, right)
+    made = [f for f in figures(runs, rates) if not f.name.endswith("-2")]
+    assert len(made) == 7
+    for figure in made:
+        with drawing.styled():
+            check_texts(figure.draw(), figure.name)
 
 
-def extent(shape):
-    """Where a text begins and ends."""
-    bold = "bold" in shape.kind or shape.kind in ("win", "loss")
-    wide = font(bold).getlength(shape.text)
-    before = {"start": 0, "middle": wide / 2, "end": wide}[shape.anchor]
-    return shape.x - before, shape.x - before + wide
+def test_twenty_arms_have_labels_that_do_not_overlap():
+    arms = ["LoRA", *(f"a method with quite a long name and number {i}" for i in range(19))]
+    runs = [run(arm, s, 0.5 + 1e-4 * i, parameters=1000 * (1 + i % 3)) for i, arm in enumerate(arms) for s in range(2)]
+    for figure in figures(runs):
+        with drawing.styled():
+            drawn = figure.draw()
+            check_texts(drawn, figure.name)
+            said = {" ".join(text.split()) for text, _ in boxes(drawn)}
+        if figure.name in ("seeds-1", "differences-1"):
+            assert set(arms[1:]) <= said  # whole
 
 
-@functools.cache
-def font(bold):
-    name = f"DejaVuSans{'-Bold' * bold}.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), 12)
+@pytest.mark.parametrize("kind", plots.COLOURS)
+def test_pixels_have_the_colours_of_the_page(kind):
+    """The points of each verdict, as painted; marks differ in shape too."""
+    with drawing.styled():
+        figure = drawing.blank(60, 60)
+        axis = drawing.axes(figure, 0, 0, 60, 60)
+        axis.set_axis_off()
+        axis.set(xlim=(0, 1), ylim=(0, 1))
+        plots.mark(axis, 0.5, 0.5, kind, size=16)
+        png = drawing.rendered(figure, "png")
+    with Image.open(io.BytesIO(png)) as file:
+        drawn = file.convert("RGB")
+    colours = {tuple(bytes.fromhex(drawing.LIGHT[n][1:])) for n in ("win", "loss", "open", "ink")}
+    seen = {colour for count, colour in drawn.getcolors() if count > 100}
+    assert seen & colours == {tuple(bytes.fromhex(plots.COLOURS[kind][1:]))}
+    assert drawn.getpixel((2, 2)) == (255, 255, 255)
+    assert len(set(plots.MARKS.values())) == len(set(plots.COLOURS.values())) == len(plots.MARKS)
 
 
-def test_every_shape_of_a_report_has_a_look():
+def test_every_seed_is_a_dot():
+    """And every pair of seeds, beside the mean and its bar."""
     runs, rates = study(seeds=7)
-    runs.append(run("DoRA", 9, None, error="it broke"))
-    for section in document(summarise(runs, rates, "LoRA", floors={"news": 0.5}), {}):
-        for drawn in (b for b in section.blocks if isinstance(b, Drawn)):
-            for shape in (s for f in drawn.figures for p in f.panels for s in p.shapes):
-                look = painting._look(shape.tag, shape.kind)
-                assert {look.get("fill", "none"), look.get("stroke", "none")} != {"none"}, shape
+    for figure in figures(runs, rates):
+        if figure.name in ("seeds-1", "differences-1"):
+            with drawing.styled():
+                (axis,) = figure.draw().axes
+            dots = [line for line in axis.lines if line.get_alpha() is not None]
+            assert [len(line.get_xdata()) for line in dots] == [7] * (3 if figure.name == "seeds-1" else 2)
+
+
+def test_texts_are_drawn_as_they_are():
+    """An arm may be called what matplotlib would read as mathematics, or HTML as markup; texts stay texts."""
+    name = r"$\frac{1$ <b>&amp; LoRA"
+    made = drawings([run(), run(name, 0, 0.6)], only="seeds")["seeds-1"]
+    assert name in " ".join(texts(made))
+    assert any(h.startswith(f"{name}: ") for h in hints(made))
+
+
+def test_settings_of_the_user_change_no_drawing(tmp_path):
+    """And are what they were afterwards; nothing goes through pyplot."""
+    runs = [run(), run("DoRA", 0, 0.6)]
+    usual = drawings(runs)
+    mine = {"font.size": 30.0, "axes.grid": True, "svg.fonttype": "path", "figure.facecolor": "red"}
+    with matplotlib.rc_context(mine):
+        assert drawings(runs) == usual
+        assert {k: matplotlib.rcParams[k] for k in mine} == mine
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == usual for found in pool.map(lambda _: drawings(runs), range(4)))
 
 
 def test_names_that_are_cut_stay_different():
     names = [f"{'x' * 30}{i}{'y' * 30}" for i in range(12)]
-    made = svg.labels(names, 20)
+    made = drawing.labels(names, 20)
     assert len(set(made.values())) == 12
     assert all(len(short) <= 20 for short in made.values())
-    assert svg.labels(["short"], 20) == {"short": "short"}
+    assert drawing.labels(["short"], 20) == {"short": "short"}
+
+
+def test_long_texts_are_wrapped():
+    text = "a title with so many words that it takes more than one line of two hundred pixels"
+    made = drawing.wrapped(text, 200)
+    assert made.split() == text.split()
+    assert made.count("\n") >= 2
+    assert drawing.wide(made) <= 200
+    assert drawing.wrapped("short", 200) == "short"
 
 
 def test_labels_are_pushed_apart_as_little_as_needed():
-    assert svg.apart([10, 11, 50], 10, 0, 100) == pytest.approx([5.5, 15.5, 50])
-    assert svg.apart([0, 0, 0], 10, 0, 100) == pytest.approx([0, 10, 20])
-    assert svg.apart([100, 100], 10, 0, 100) == pytest.approx([90, 100])
-    assert svg.apart([5] * 11, 20, 0, 100) == pytest.approx(list(range(0, 101, 10)))
+    assert drawing.apart([10, 11, 50], 10, 0, 100) == pytest.approx([5.5, 15.5, 50])
+    assert drawing.apart([0, 0, 0], 10, 0, 100) == pytest.approx([0, 10, 20])
+    assert drawing.apart([100, 100], 10, 0, 100) == pytest.approx([90, 100])
+    assert drawing.apart([5] * 11, 20, 0, 100) == pytest.approx(list(range(0, 101, 10)))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.61, 0.64), (-3, 17), (1e-9, 3e-9), (1000, 1000000)])
 def test_ticks_are_round_and_within(low, high):
-    ticks = svg.Scale(low, high, 0, 100).ticks(5)
+    ticks = drawing.ticks(low, high, 5)
     assert 2 <= len(ticks) <= 6
     room = 1e-9 * (high - low)
-    assert all(low - room <= t <= high + room for t in ticks)
-    assert len({svg.number(t) for t in ticks}) == len(ticks)
+    assert all(low - room <= t <= high + room for t, _ in ticks)
+    assert len({label for _, label in ticks}) == len(ticks)
 
 
 def test_logarithmic_ticks():
-    assert svg.Scale(9e-5, 0.02, 0, 1, log=True).ticks(4) == pytest.approx([1e-4, 1e-3, 1e-2])
-    assert svg.Scale(900, 5100, 0, 1, log=True).ticks(4) == pytest.approx([1000, 2000, 3000, 5000])
-    assert svg.Scale(900, 5100, 0, 1, log=True).ticks(3) == pytest.approx([1000, 2000, 5000])
-    assert [svg.number(v) for v in (1e-4, 0.65, 37632, 1.2e6, 0, 2.5e-5)] == [
-        "1e-4",
-        "0.65",
-        "37.6k",
-        "1.2M",
-        "0",
-        "2.5e-5",
+    def at(low, high, most):
+        return [t for t, _ in drawing.ticks(low, high, most, log=True)]
+
+    assert at(9e-5, 0.02, 4) == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert at(900, 5100, 4) == pytest.approx([1000, 2000, 3000, 5000])
+    assert at(900, 5100, 3) == pytest.approx([1000, 2000, 5000])
+    assert [drawing.number(v) for v in (1e-4, 0.65, 37632, 1.2e6, 0, 2.5e-5)] == [
+        *("1e-4", "0.65", "37.6k", "1.2M", "0", "2.5e-5")
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ...core.extras import told
+from ...observe import drawing
 from .. import statistics as S
 from ..outcome import ChosenRate, Outcome
 from ..summary import summarise
@@ -12,10 +14,11 @@ from ..table import Summary
 from . import export, html, latex, markdown
 from .content import Drawn, Section
 from .document import document
-from .painting import paint
-from .svg import sheet
+from .plots import Figure
 
 __all__ = ["write", "write_report"]
+
+ENDS = ("svg", "pdf", "png")
 
 
 def write_report(
@@ -50,16 +53,22 @@ def write(
     """The same for figures that are there already, with sections of its own behind the results."""
     out = Path(out)
     sections = document(summary, about, notes, extra)
-    figures = [f for s in sections for b in s.blocks if isinstance(b, Drawn) for f in b.figures]
-    for figure in figures:
-        drawing = sheet(figure.panels, figure.columns, f"{figure.title}: {figure.caption}")
-        path = out / markdown.FOLDER / f"{figure.name}.svg"
-        export.text(path, drawing)
-        paint(figure.panels, figure.columns, path)
+    drawn = {f.name: _draw(f, out) for s in sections for b in s.blocks if isinstance(b, Drawn) for f in b.figures}
     export.text(out / "report.md", markdown.page(title, sections))
     export.text(out / "tables.tex", latex.page(title, sections))
     export.runs_csv(summary.runs, out / "runs.csv")
     export.runs_parquet(summary.runs, out / "runs.parquet")
     export.table_csv(summary.rows, out / "table.csv")
-    export.text(out / "report.html", html.page(title, sections))
+    export.text(out / "report.html", html.page(title, sections, drawn))
     return out / "report.html"
+
+
+@told
+def _draw(figure: Figure, out: Path) -> str:
+    """Writes OUT/plots/NAME.svg, .pdf and .png; the first."""
+    with drawing.styled(**{"svg.hashsalt": figure.name}):  # ids that differ between the figures of a page
+        made = figure.draw()
+        found = {end: drawing.rendered(made, end, f"{figure.title}: {figure.caption}") for end in ENDS}
+    for end, content in found.items():
+        export.content(out / markdown.FOLDER / f"{figure.name}.{end}", content)
+    return found["svg"].decode()

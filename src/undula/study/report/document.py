@@ -6,27 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from .. import statistics as S
 from ..outcome import Outcome
-from ..table import (
-    Comparison,
-    Group,
-    Pooled,
-    Row,
-    Summary,
-    why,
-)
+from ..table import Comparison, Group, Pooled, Row, Summary, why
 from . import curves, plots, words
-from .content import (
-    Block,
-    Bullets,
-    Code,
-    Drawn,
-    Mark,
-    Section,
-    Table,
-    Text,
-)
-from .plots import Figure
-from .svg import Canvas
+from .content import Block, Bullets, Code, Drawn, Mark, Section, Table, Text
+from .plots import Draw, Figure
 
 WORDS = frozenset({"arm", "verdict", "rate", "rates", "model", "data", "budget", "stage", "why"})
 NONE = "none"  # said of an interval, where others have one
@@ -69,11 +52,11 @@ def _filled(table: Table) -> Table:
     return Table(tuple(table.head[i] for i in kept), rows, table.caption, table.words)
 
 
-def _each(summary: Summary, name: str, caption: str, draw: Callable[[Group], Canvas | None]) -> Iterator[Figure]:
+def _each(summary: Summary, name: str, caption: str, draw: Callable[[Group], Draw | None]) -> Iterator[Figure]:
     """The figure of every group."""
     for i, group in enumerate(summary.groups, 1):
-        if (canvas := draw(group)) is not None:
-            yield Figure(f"{name}-{i}", words.called(group), caption, (canvas,))
+        if (drawn := draw(group)) is not None:
+            yield Figure(f"{name}-{i}", words.called(group), caption, drawn)
 
 
 def _results(summary: Summary) -> Iterator[Block]:
@@ -136,13 +119,13 @@ def _over_all(summary: Summary) -> Iterator[Block]:
     ]
     caption = f"Against {summary.baseline}, all groups together; the gain only where all groups have one metric"
     yield Table(head, tuple(rows), caption, WORDS)
-    canvas, ranks = plots.average_ranks(summary), summary.ranks
-    if ranks is None or canvas is None:
+    drawn, ranks = plots.average_ranks(summary), summary.ranks
+    if ranks is None or drawn is None:
         yield Text("Average ranks take three arms with a figure in every group, and two data sets or models.")
         return
     caption = "Arms joined by a line at the right are not told apart by Nemenyi's test, whose critical difference is "
     caption += "the bar below. Marks: the verdict above"
-    yield Drawn((Figure("ranks", "Average ranks", caption, (canvas,)),))
+    yield Drawn((Figure("ranks", "Average ranks", caption, drawn),))
     text = f"Friedman's test that all arms rank alike: chi2 = {ranks.chi2:.2f}, p = {words.chance(ranks.p)}, by "
     text += f"{summary.rule.resamples:,} random permutations within the groups."
     if summary.unranked:
@@ -158,7 +141,7 @@ def _tally(each: Pooled) -> str:
 def _fronts(summary: Summary) -> Iterator[Block]:
     pairs, figures = list(dict.fromkeys((model, data) for model, data, _ in summary.groups)), []
     for i, (model, data) in enumerate(pairs, 1):
-        if (canvas := plots.front(summary, model, data)) is not None:
+        if (drawn := plots.front(summary, model, data)) is not None:
             caption = "Dashed: the Pareto front of the means, which the noise of seeds moves"
             if sum((r.model, r.data) == (model, data) and bool(r.parameters) for r in summary.rows) > plots.NAMED:
                 caption += ". Named: the front, the baseline, and arms with a verdict; every figure stands below"
@@ -166,14 +149,14 @@ def _fronts(summary: Summary) -> Iterator[Block]:
             for why, heads in (("only a head trains", True), ("nothing trains", False)):
                 arms = sorted({r.arm for r in without if (r.head_parameters != 0) == heads})
                 caption += f". Not shown, because {why}: {words.listed(arms)}" if arms else ""
-            figures.append(Figure(f"front-{i}", f"{model}, {data}", caption, (canvas,)))
+            figures.append(Figure(f"front-{i}", f"{model}, {data}", caption, drawn))
     if figures:
         yield Drawn(tuple(figures))
 
 
-def _panels(summary: Summary, name: str, caption: str, draw: Callable[[Group], tuple[Canvas, ...]]) -> Iterator[Block]:
+def _panels(summary: Summary, name: str, caption: str, draw: Callable[[Group], Draw | None]) -> Iterator[Block]:
     found = [(i, group, draw(group)) for i, group in enumerate(summary.groups, 1)]
-    figures = [Figure(f"{name}-{i}", words.called(group), caption, made, 4) for i, group, made in found if made]
+    figures = [Figure(f"{name}-{i}", words.called(group), caption, made, many=True) for i, group, made in found if made]
     if figures:
         yield Drawn(tuple(figures))
 

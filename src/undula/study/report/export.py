@@ -22,6 +22,11 @@ def text(path: Path, content: str) -> None:
     files.write_text(path, content)
 
 
+def content(path: Path, made: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.atomic(path, lambda at: Path(at).write_bytes(made))
+
+
 def runs_csv(runs: Iterable[Outcome], path: Path) -> None:
     """One line per run."""
     names = [f.name for f in dataclasses.fields(Outcome)]

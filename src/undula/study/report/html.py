@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from html import escape
 from pathlib import Path
 
-from .content import (
-    Bullets,
-    Code,
-    Drawn,
-    Mark,
-    Section,
-    Table,
-    Text,
-)
+from ...observe import drawing
+from .content import Bullets, Code, Drawn, Mark, Section, Table, Text
 from .plots import Figure
-from .svg import STYLE
 
 PAGE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+COLOURS = "".join(
+    f"{begin}:root {{ {' '.join(f'--{name}: {colour};' for name, colour in theme.items())} }}{end}\n"
+    for begin, theme, end in (
+        ("", drawing.LIGHT, ""),
+        ("@media (prefers-color-scheme: dark) { ", drawing.DARK, " }"),
+    )
+)
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(title: str, sections: Sequence[Section]) -> str:
-    """The whole file."""
+def page(title: str, sections: Sequence[Section], drawn: Mapping[str, str]) -> str:
+    """The whole file; `drawn`: the SVG of each figure, by its name."""
     links = "".join(f'<a href="#{_anchor(i)}">{escape(s.title)}</a>' for i, s in enumerate(sections))
-    body = "\n".join(_section(i, section) for i, section in enumerate(sections))
+    body = "\n".join(_section(i, section, drawn) for i, section in enumerate(sections))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{STYLE}{PAGE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{COLOURS}{PAGE}</style></head>\n"
         f"<body><main><h1>{escape(title)}</h1><nav>{links}</nav>\n{body}\n</main></body></html>\n"
     )
 
@@ -41,8 +40,8 @@ def _anchor(i: int) -> str:
     return f"part-{i + 1}"
 
 
-def _section(i: int, section: Section) -> str:
-    inner = "\n".join(block(b) for b in section.blocks)
+def _section(i: int, section: Section, drawn: Mapping[str, str]) -> str:
+    inner = "\n".join(_drawn(b, drawn) if isinstance(b, Drawn) else block(b) for b in section.blocks)
     kind = ' class="lead"' if i == 0 else ""
     return f'<section id="{_anchor(i)}"><h2>{escape(section.title)}</h2><div{kind}>{inner}</div></section>'
 
@@ -91,17 +90,13 @@ def _kind(word: bool, text: str) -> str:
     return ' class="word long"' if len(text) > 60 else ' class="word"'
 
 
-@block.register
-def _(value: Drawn) -> str:
-    return f'<div class="figures">{"".join(_figure(f) for f in value.figures)}</div>'
+def _drawn(value: Drawn, drawn: Mapping[str, str]) -> str:
+    return f'<div class="figures">{"".join(_figure(f, drawing.inline(drawn[f.name])) for f in value.figures)}</div>'
 
 
-def _figure(value: Figure) -> str:
-    said = f"<b>{escape(value.title)}.</b> {escape(value.caption)}."
-    drawn = "".join(panel.inline(f"{value.title}: {value.caption}") for panel in value.panels)
-    if value.columns == 1:
-        return f"<figure>{drawn}<figcaption>{said}</figcaption></figure>"
-    return (
-        f'<figure class="many"><details open><summary><figcaption>{said}</figcaption></summary>'
-        f'<div class="panels">{drawn}</div></details></figure>'
-    )
+def _figure(value: Figure, svg: str) -> str:
+    said = f"<figcaption><b>{escape(value.title)}.</b> {escape(value.caption)}.</figcaption>"
+    if not value.many:
+        return f"<figure>{svg}{said}</figure>"
+    shown = f'<summary>{said}</summary><div class="scroll">{svg}</div>'
+    return f'<figure class="many"><details open>{shown}</details></figure>'
