@@ -286,12 +286,13 @@ MUTANTS = [
     ("integrations/peft/starting.py", "if c is given or (given.origin is not None and c.origin == given.origin):", "if c is given:", AGAIN + "::test_a_configuration_used_again_starts_an_adapter -k copy-LoRA"),
     ("io/gguf.py", 'self.few(self.arrays, "arrays in arrays")', "pass", "tests/interop/test_bundled.py::test_gguf_things_that_take_an_object_each_are_counted"),
     ("io/gguf.py", "return Numbers(kept)", "return kept.tolist()", "tests/interop/test_bundled.py::test_gguf_metadata_take_a_small_multiple_of_the_file"),
-    ("study/report/painting.py", "top - shape.y, shape.text,", "top + shape.y, shape.text,", REPORT + "::test_texts_are_painted_as_they_are"),
+    ("observe/drawing.py", '"text.parse_math": False', '"text.parse_math": True', REPORT + "::test_texts_are_drawn_as_they_are"),
     ("study/report/latex.py", 'SPECIAL.get(c, c) for c in line', 'c for c in line', REPORT + "::test_no_text_is_latex"),
     ("study/report/plots.py", "rows if len(rows) <= NAMED else", "rows if rows else", REPORT + "::test_of_many_points_those_that_say_nothing_have_no_name"),
     ("study/report/document.py", "_filled(b) if isinstance(b, Table) else b", "b", REPORT + "::test_no_table_has_a_column_in_which_nothing_stands"),
-    ("study/report/svg.py", "x = max(min(x, self.width - wide + before), before)", "x = x", REPORT + "::test_no_text_leaves_its_drawing_and_no_ticks_run_together"),
-    ("study/report/svg.py", "if high - low > 1e-9 * size else", "if high > low else", REPORT + "::test_no_text_leaves_its_drawing_and_no_ticks_run_together"),
+    ("study/report/curves.py", "left + columns * (WIDTH + GAP)", "left + columns * WIDTH", REPORT + "::test_no_text_leaves_its_drawing_and_none_lies_on_another"),
+    ("observe/drawing.py", "if high - low > 1e-9 * size else", "if high > low else", REPORT + "::test_rounding_alone_does_not_look_like_a_difference"),
+    ("observe/drawing.py", "matplotlib.rcdefaults()", "pass", REPORT + "::test_settings_of_the_user_change_no_drawing"),
 ]  # fmt: skip
 
 

@@ -752,6 +752,13 @@ def test_names_that_are_cut_stay_different():
     assert drawing.labels(["short"], 20) == {"short": "short"}
 
 
+def test_rounding_alone_does_not_look_like_a_difference():
+    low, high = drawing.limits([0.3, 0.1 + 0.2])
+    assert high - low > 0.01
+    low, high = drawing.limits([0.3, 0.3001])
+    assert high - low < 0.001
+
+
 def test_long_texts_are_wrapped():
     text = "a title with so many words that it takes more than one line of two hundred pixels"
     made = drawing.wrapped(text, 200)

@@ -58,7 +58,8 @@ def styled(**settings: Any) -> Iterator[None]:
 
     with _TURN, matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE | settings)
+        made: Any = STYLE | settings
+        matplotlib.rcParams.update(made)
         yield
 
 
@@ -93,6 +94,7 @@ def rendered(figure: Figure, end: str, title: str = "") -> bytes:
         return made.getvalue()
     text = re.sub(r'id="titled (.*?)">', r"><title>\1</title>", made.getvalue().decode())
     text = re.sub(r"<g\s+>", "<g>", text)
+    text = re.sub(r"\n *(<g/>\n)?", "\n", text)
     text = re.sub(r"(?s) *<metadata>.*?</metadata>\n", "", text)  # the title again
     used = set(re.findall(r'(?:"#|url\(#)([\w-]+)', text))  # an id that nothing uses would stand twice in a page
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)

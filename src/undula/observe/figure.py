@@ -102,7 +102,7 @@ def _by_site(axis: Axes, sites: list[Row], key: str) -> None:
     axis.grid(alpha=0.25)
 
 
-def _plain(value: float, _: int | None = None) -> str:
+def _plain(value: float, _: float | None = None) -> str:
     """A tick's label without mathematics: names of sites and methods must not be read as such."""
     return drawing.number(value)
 

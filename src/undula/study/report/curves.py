@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...observe import drawing as D
 from ..outcome import ChosenRate, Outcome
@@ -71,7 +71,11 @@ def _rate(axis: Axes, choice: ChosenRate, ys: Ends) -> None:
         if ys[0] <= v <= ys[1]:
             mark(axis, lr, v, "base" if best else "open-verdict", title, 8 if best else 5.5)
         else:
-            look = {"color": COLOURS["base" if best else "open-verdict"], "mfc": D.LIGHT["paper"], "clip_on": False}
+            look: dict[str, Any] = {
+                "color": COLOURS["base" if best else "open-verdict"],
+                "mfc": D.LIGHT["paper"],
+                "clip_on": False,
+            }
             (drawn,) = axis.plot(lr, min(max(v, ys[0]), ys[1]), "D" if best else "o", ms=4, zorder=4, **look)
             D.titled(drawn, title)
     for lr, found in choice.tried:
@@ -141,7 +145,12 @@ def _panels(
             axis.set_yticklabels([])
         axis.spines["left"].set_visible(False)
         axis.grid(axis="y")
-        place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom", "fontweight": "bold"}
+        place: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "va": "bottom",
+            "fontweight": "bold",
+        }
         axis.annotate(heads[name], (0, 1), (0, 4), **place)
         if name in loose:
             axis.annotate("edge", (1, 1), (0, 4), ha="right", color=D.LIGHT["loss"], **place)

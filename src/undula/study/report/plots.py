@@ -10,21 +10,6 @@ from typing import TYPE_CHECKING
 from ...observe import drawing as D
 from ..statistics import Ranks
 from ..table import Group, Row, Summary
-<<<<<<< HEAD
-from .svg import (
-    WIDE,
-    Canvas,
-    Scale,
-    apart,
-    beside,
-    labelled,
-    labels,
-    linear,
-    logarithmic,
-    with_labels,
-)
-=======
->>>>>>> 609240a (One drawing system: the report's plots by matplotlib, as diagnose's)
 from .words import look
 
 if TYPE_CHECKING:
