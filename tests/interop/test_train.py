@@ -28,7 +28,7 @@ from undula.train import (
 )
 from undula.train.data import load_data, with_validation
 from undula.train.fit import Diverged
-from undula.train.trainer import last_checkpoint
+from undula.train.resume import last_checkpoint
 
 from . import tiny
 

@@ -35,10 +35,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """The options before the verb."""
+    shell.check_alone(ctx.invoked_subcommand)
 
 
 VERBS: dict[str, Callable[..., None]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -38,7 +39,16 @@ PYTHON = (
     (r"(?<!`)undula\.collapse\b(?!\()", "`undula collapse`"),
     (r"undula\.merge\b(?!\()", "`undula merge`"),
 )
-out, err = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+
+
+def rank() -> int:
+    """Of this process among those that a launcher (torchrun) started; the first one speaks, the others are silent."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return int(os.environ.get("RANK", "0")) if several else 0
+
+
+out = Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
+err = Console(stderr=True, quiet=rank() > 0)
 
 
 class Verbs(TyperGroup):
@@ -84,6 +94,13 @@ def notes(every: bool) -> Iterator[None]:
             logger.removeHandler(heard)
 
 
+def check_alone(verb: str | None) -> None:
+    """Ends verbs that are no work for several processes: each would do the same, and write the same files."""
+    if verb not in (None, "train") and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        say(f"undula {verb} is one process's work, and torchrun started several: start it without torchrun", "red")
+        raise typer.Exit(2)
+
+
 def _package(filename: str) -> str:
     """The package that a file belongs to."""
     parts = Path(filename).parts
@@ -97,6 +114,11 @@ def explain(error: Exception) -> int:
     if type(error).__name__ == "Interrupted":  # importing the class would import all of the training
         say(text, "yellow")
         return 130
+    if type(error).__name__ == "Elsewhere":  # what went wrong is said by the process where it did
+        return 2
+    if rank():
+        print(f"process {rank()}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)
+        return 2
     if isinstance(error, ImportError):
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         say(advice(missing) if missing else text.strip().split("\n")[0], "red")
@@ -138,7 +160,7 @@ def note(text: str) -> None:
 
 def write(path: Path | None, data: Any) -> None:
     """Writes JSON where the user asked for it; `-` is the output."""
-    if path is None:
+    if path is None or rank():
         return
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     if str(path) == "-":

@@ -12,8 +12,8 @@ import typer
 
 from ..core.options import split_pair
 from ..train import Run, Task, restored
-from ..train.fit import left_behind
 from ..train.fit import train as fit
+from ..train.resume import left_behind
 from ..train.worries import diverged, worries
 from . import declared, shell
 
@@ -116,8 +116,11 @@ def _bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:
 def _summary(report: dict[str, Any]) -> str:
     memory, ranks = report["peak_memory_bytes"] / 2**20, report["ranks"]
     told = "" if ranks is None else f"{ranks['total']} ranks ({ranks['least']} to {ranks['most']} at a site), "
+    several = (
+        f" of {report['rows_in_a_step']} rows on {report['processes']} processes" if report["processes"] > 1 else ""
+    )
     return (
-        f"{report['method']}: {report['trainable_parameters']:,} parameters, {told}{report['steps']} steps in "
+        f"{report['method']}: {report['trainable_parameters']:,} parameters, {told}{report['steps']} steps{several} in "
         f"{report['seconds']:.1f} s, {memory:.0f} MiB at most. Saved in {report['out']}"
     )
 

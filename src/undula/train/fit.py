@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import math
 import random
-import shlex
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,25 +19,19 @@ from ..core.adapter import Adapter
 from ..core.extras import told
 from ..host.build import chosen_parameters, fresh
 from ..host.host import attach
-from ..io.files import TENSORS
 from ..methods.lora import LoRA
 from ..observe.probe import Probe
 from ..optim.groups import factors_B
 from ..ranks.gates import in_use
+from . import processes
 from .base import called_elsewhere, lacking, model_folder, open_model
 from .doubts import doubts, finite
 from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
 from .recipe import Recipe, Settings, default_of
+from .resume import check_processes, claim, last_checkpoint, progress, resume_command
 from .rows import LOG, rows_of
-from .run import (
-    CHECKPOINTS,
-    REPORT,
-    RUN,
-    Run,
-    read_run,
-    write_json,
-)
+from .run import REPORT, Run, read_run, write_json
 from .task import Examples, Processor
 
 if TYPE_CHECKING:
@@ -77,20 +70,21 @@ def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback
     what there is is the result.  Raises Interrupted after Ctrl-C (a checkpoint is saved), Diverged after the report
     where a number is not finite, FileExistsError when `run.out` holds a run already, ValueError when its data or model
     have changed, LookupError, ValueError or FileNotFoundError for bad input.
+
+    Where torchrun started several processes, all call this: each step is of `run.batch` rows in each, the first process
+    measures and writes, and all return the same report.  Raises RuntimeError where they cannot be joined.
     """
     begun = time.perf_counter()
     if not isinstance(run, Run):
         what = "a recipe that says no place: Run.of(recipe, out)" if isinstance(run, Recipe) else f"{run!r:.80}"
         raise TypeError(f"train takes a Run(model=..., data=..., task=..., method=..., out=...); found {what}")
-    claim(run, resume)
+    processes.join()
+    processes.by_first(lambda: claim(run, resume))
     with PeakMemory() as memory:
-        ready = prepare(run)
-        before = _before(ready, resume)
+        ready = processes.first_then_all(lambda: prepare(run))
+        before = processes.by_first(lambda: _before(ready, resume))
         ready, course = _fit(ready, resume, callbacks)
-        after: dict[str, float] = {}
-        if all(torch.isfinite(t).all() for t in ready.adapter.parameters()):  # no directory would take others back
-            ready.adapter.save(run.out, base=called_elsewhere(run.model), task=run.task.peft)
-            after = ready.run.task.score(ready.model, ready.held, run.batch)
+        after = processes.by_first(lambda: _after(ready))
     lost = course["losses"][-1:] + [[0, v] for v in after.values()]
     diverged = not after or not all(math.isfinite(loss) for _, loss in lost)
     report = {
@@ -108,14 +102,27 @@ def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback
         "run": ready.run.encode(),
         "out": str(run.out),
     }
-    report = finite(report)
-    write_json(run.out / REPORT, report)
+    report = processes.by_first(lambda: _written(run, finite(report)))
     if diverged:
         raise Diverged(
             f"the training diverged at step {course['steps']} of {course['steps_asked']}: its loss or its adapter is "
             f"no longer finite. Lower the rate (lr={run.lr:g}). The report is in {run.out / REPORT}"
         )
     return report
+
+
+def _written(run: Run, report: dict[str, Any]) -> dict[str, Any]:
+    write_json(run.out / REPORT, report)
+    return report
+
+
+def _after(ready: Prepared) -> dict[str, float]:
+    """Saves what was trained, and measures it; nothing where its numbers are not finite."""
+    run = ready.run
+    if not all(torch.isfinite(t).all() for t in ready.adapter.parameters()):
+        return {}  # no directory would take it back
+    ready.adapter.save(run.out, base=called_elsewhere(run.model), task=run.task.peft)
+    return run.task.score(ready.model, ready.held, run.batch)
 
 
 def _doubts(ready: Prepared, before: Mapping[str, float], after: Mapping[str, float], losses: Any) -> list[str]:
@@ -138,6 +145,8 @@ def _made(ready: Prepared) -> dict[str, Any]:
         "eval_rows": len(ready.held),
         "data": {**ready.figures, "notes": list(ready.notes)},
         "device": str(ready.model.device),
+        "processes": processes.count(),
+        "rows_in_a_step": processes.count() * ready.run.batch * ready.run.accumulate,
         "seed": ready.run.seed,
     }
 
@@ -148,40 +157,6 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
     return {"total": sum(found), "least": min(found, default=0), "most": max(found, default=0)}
 
 
-def claim(run: Run, resume: bool) -> None:
-    """Refuses a directory that holds a run already or files that a run would overwrite, or with `resume` no run."""
-    if resume:
-        read_run(run.out)
-        if (run.out / REPORT).is_file():
-            raise FileExistsError(f"the run in {run.out} is finished: its report is {run.out / REPORT}")
-    elif (run.out / RUN).is_file() or (run.out / "adapter_config.json").is_file():
-        again = "" if (run.out / REPORT).is_file() else f" resume it ({resume_command(run.out)}), or"
-        raise FileExistsError(f"{run.out} holds a run already:{again} name another directory")
-    elif foreign := [name for name in (REPORT, CHECKPOINTS, TENSORS) if (run.out / name).exists()]:
-        raise FileExistsError(
-            f"{run.out} holds {', '.join(foreign)} of something else, which this run would overwrite: name another"
-        )
-
-
-def left_behind(out: Path) -> str:
-    """What a training that ended at once has left, in a line."""
-    from .trainer import last_checkpoint, progress
-
-    run = read_run(out)["run"] if (out / RUN).is_file() else None
-    checkpoint = None if run is None else last_checkpoint(out, run.get("allocator") is not None)
-    if checkpoint is not None:
-        done, asked, _ = progress(checkpoint)
-        return f"stopped at once; step {done} of {asked} is kept: go on with {resume_command(out)}"
-    if run is not None:
-        return f"stopped before a checkpoint: nothing that was trained is kept; begin again with {resume_command(out)}"
-    return f"stopped before the training began: nothing is kept, nothing was written to {out}"
-
-
-def resume_command(out: Path) -> str:
-    """What to type to go on with a run."""
-    return f"undula train --resume {shlex.quote(str(out))}"
-
-
 @told
 def prepare(run: Run) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached."""
@@ -190,7 +165,7 @@ def prepare(run: Run) -> Prepared:
     read = rows_of(run)
     ready = assembled(dataclasses.replace(run, task=read.task), read.train, read.held)
     notes = (*read.notes, *ready.notes)
-    for note in notes:
+    for note in notes if processes.is_first() else ():
         LOG.warning(note)
     return dataclasses.replace(ready, notes=notes, figures=read.figures)
 
@@ -215,7 +190,9 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     if run.b_ratio is not None and run.method is not None:
         factors_B(model)  # there are some: said before anything is measured
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
-    return Prepared(run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked)))
+    return Prepared(
+        run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked), *_spread(run, train_on))
+    )
 
 
 def _idle(run: Run, model: PreTrainedModel, looked: bool) -> Iterator[str]:
@@ -235,6 +212,20 @@ def _idle(run: Run, model: PreTrainedModel, looked: bool) -> Iterator[str]:
         yield f"{run.allocator!r} brings the schedule {brought!r}; it trains by {run.schedule!r}, as this run says"
     if run.probe_batches is not None and not looked:
         yield f"probe_batches={run.probe_batches} does nothing: no method here looks at data before the training"
+
+
+def _spread(run: Run, rows: Examples) -> Iterator[str]:
+    """A note on how several processes share the rows."""
+    number = processes.count()
+    if number > 1:
+        together = number * run.batch
+        steps = "" if run.accumulate == 1 else f", {together * run.accumulate} in a step"
+        yield f"{number} processes train with {run.batch} rows each: {together} rows in a batch{steps}"
+        if extra := -len(rows) % together:
+            yield (
+                f"{len(rows)} rows are no multiple of {together}: in each epoch {extra} rows count twice, to "
+                "fill up the last batch"
+            )
 
 
 def _new(run: Run, model: PreTrainedModel) -> Iterator[str]:
@@ -313,34 +304,28 @@ def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) ->
     """Trains.  Returns what it trained, and the report's part on its course."""
     from transformers import set_seed
 
-    from .trainer import (
-        Stop,
-        as_left,
-        last_checkpoint,
-        progress,
-        quality_of,
-        set_aside,
-        stopping,
-        trainer,
-    )
+    from .stop import Stop, stopping
+    from .trainer import as_left, quality_of, set_aside, trainer
 
     out, stop, aside = ready.run.out, Stop(), None
     if ready.run.allocator is not None and ready.run.allocator.needs_quality:
         train_on, aside = set_aside(ready.train, ready.run.seed)
         ready = dataclasses.replace(ready, train=train_on)
-    checkpoint = last_checkpoint(out, ready.run.allocator is not None) if resume else None
+    checkpoint = processes.by_first(lambda: last_checkpoint(out, ready.run.allocator is not None)) if resume else None
+    if checkpoint is not None:
+        check_processes(out, checkpoint)
     begun_at = 0 if checkpoint is None else progress(checkpoint)[0]
     if checkpoint is not None and begun_at >= progress(checkpoint)[1]:  # trained, but not measured
         quality = None if aside is None else quality_of(ready.model, aside)
         left = dataclasses.replace(ready, adapter=as_left(ready.run, ready.model, checkpoint, quality))
         return left, _course(begun_at, progress(checkpoint)[1], begun_at, 0.0, progress(checkpoint)[2])
-    fitter = trainer(ready.run, ready.model, ready.train, (stop, *callbacks), aside)
+    fitter = trainer(ready.run, ready.model, ready.train, (*callbacks, stop), aside)
     set_seed(ready.run.seed)  # whatever the evaluation drew
     begun = time.perf_counter()
     with stopping(stop):
         fitter.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, state = time.perf_counter() - begun, fitter.state
-    if stop.asked and state.global_step < state.max_steps:
+    if stop.agreed and state.global_step < state.max_steps:
         raise Interrupted(
             f"stopped at step {state.global_step} of {state.max_steps}; go on with: {resume_command(out)}"
         )

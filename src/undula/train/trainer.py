@@ -5,14 +5,8 @@ Imported only when a training begins: it pulls in transformers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import math
 import random
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +22,9 @@ from ..observe.listen import moved
 from ..optim.groups import factors_B
 from ..optim.schedules import Linear, Schedule
 from ..ranks.surgery import adopt
+from . import processes
 from .run import CHECKPOINTS, Run
+from .stop import Finite
 from .task import Examples
 
 
@@ -75,6 +71,10 @@ class AdapterTrainer(Trainer):
         # of a training that has diverged there is no checkpoint: `train` says so at its end
         if self.args.should_save and all(torch.isfinite(t).all() for t in adapter.parameters()):
             adapter.save(output_dir or str(self.args.output_dir))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # each process its own; what makes a checkpoint complete comes after all
+        processes.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = Adapter.load(resume_from_checkpoint)
@@ -126,45 +126,6 @@ def restore(live: Adapter, saved: Adapter) -> None:
         t.copy_(saved.full[name])
 
 
-class Finite(TrainerCallback):
-    """Ends the training once its loss is not finite: no step leads back."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            control.should_training_stop = True
-
-
-class Stop(TrainerCallback):
-    """Ends the training after a step, with a checkpoint, once `asked`."""
-
-    asked = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-@contextlib.contextmanager
-def stopping(stop: Stop) -> Iterator[None]:
-    """Within the context the first SIGINT or SIGTERM asks for a stop; the second ends the process as usual."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-        print("\nstopping after this step, with a checkpoint (again: at once, without)", file=sys.stderr, flush=True)
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
 QUALITY_ROWS = 32  # what an allocator that asks for the quality measures it on
 
 
@@ -199,7 +160,8 @@ def quality_of(model: Any, held: Examples) -> Callable[[], float]:
 def trainer(
     run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCallback, ...], held: Examples | None = None
 ) -> AdapterTrainer:
-    """The Trainer of a run.  An allocator that scores by quality does so on `held`, which no result may come from."""
+    """The Trainer of a run.  An allocator that scores by quality does so on `held`, which no result may come from.
+    Raises RuntimeError where several processes were started and each would train by itself."""
     if run.allocator is not None:
         quality = quality_of(model, held) if held is not None and run.allocator.needs_quality else None
         callbacks = (Allocating(run.allocator, quality, clip=run.max_grad_norm, saves_whole_models=False), *callbacks)
@@ -224,7 +186,11 @@ def trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=processes.count() > 1 and processes.on_cpu(),
+        ddp_timeout=int(processes.PATIENCE.total_seconds()),
     )
+    if arguments.world_size != processes.started():
+        raise RuntimeError(processes.apart(processes.started(), arguments.world_size))
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # nn.DataParallel cannot copy an adapted model: several devices take several processes
     if getattr(model, "is_quantized", False):
@@ -239,12 +205,29 @@ def trainer(
         callbacks=[*callbacks, Finite()],
     )
     made.remove_callback(PrinterCallback)
+    if arguments.world_size > 1:
+        made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)
     if run.accumulate > 1 and run.task.has_head:  # whose loss is a batch's mean: many a head is given the number of all
         made.model_accepts_loss_kwargs = False  # items and ignores it, and the Trainer then would not divide by batches
     made.rates = run.rates()
     made.allocated = run.allocator is not None
     made.own_rates = tuple(own_rates(run, model))
     return made
+
+
+def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
+    """Whether a step may leave a trained parameter without a gradient, in any process: then DistributedDataParallel has
+    to look for such parameters in each step.  Told by one step that is not taken, and by configurations that say that
+    parts are left out by chance."""
+    model, config = trainer.model, trainer.model.config
+    by_chance = any(isinstance(v, float) and v > 0 for k, v in vars(config).items() if k.endswith("layerdrop"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    batch = [examples[i] for i in range(min(trainer.args.per_device_train_batch_size, len(examples)))]
+    still_statistics(model.train())
+    model(**moved(trainer.data_collator(batch), trainer.args.device)).loss.backward()
+    found = by_chance or any(p.grad is None for p in trained)
+    model.zero_grad()
+    return processes.agreed([found], trainer.args.device)[0]
 
 
 def own_rates(run: Run, model: Any) -> Iterator[tuple[list[torch.nn.Parameter], float]]:
@@ -254,21 +237,6 @@ def own_rates(run: Run, model: Any) -> Iterator[tuple[list[torch.nn.Parameter], 
         yield [p for name, p in model.named_parameters() if name in names], run.head_lr
     if run.b_ratio is not None and run.method is not None:
         yield list(factors_B(model).values()), run.lr * run.b_ratio
-
-
-def last_checkpoint(out: Path, allocated: bool = False) -> Path | None:
-    """The latest complete checkpoint of a run: one whose writing a kill did not cut off."""
-    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
-        if _complete(path) and (not allocated or (path / f"{STATE}.json").is_file()):  # the allocator's comes last
-            return path
-    return None
-
-
-def progress(path: Path) -> tuple[int, int, list[Any]]:
-    """(steps done, steps in all, log) of a checkpoint."""
-    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"], state["max_steps"], state["log_history"]
 
 
 @torch.no_grad()
@@ -287,12 +255,3 @@ def as_left(run: Run, model: Any, checkpoint: Path, quality: Callable[[], float]
     course.restore(tensors, values)
     course.finish()
     return selected(model)
-
-
-def _complete(path: Path) -> bool:
-    """The Trainer writes its own state last: where that is whole, all is."""
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (path / files.CONFIG).is_file() and (path / files.TENSORS).is_file()  # rotation deletes in any order
