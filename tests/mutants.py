@@ -62,6 +62,7 @@ DIFFUSERS = "tests/interop/test_diffusers.py"
 FAULTY = "tests/interop/test_faulty_rows.py"
 HONEST = "tests/interop/test_honest_training.py"
 RECIPE = "tests/interop/test_recipe.py"
+PROCESSES = "tests/interop/test_processes.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -145,6 +146,11 @@ MUTANTS = [
     ("io/native.py", "raise ValueError(f\"{path} holds a tensor for", "continue\n            raise ValueError(f\"{path} holds a tensor for", DAMAGE),
     ("io/peft.py", "\"lora_alpha\": r,", "\"lora_alpha\": 2 * r,", LORA),
     ("core/choice.py", "if unknown:", "if False:", DAMAGE),
+    ("train/stop.py", "[self.asked, control.should_save", "[False, control.should_save", PROCESSES),
+    ("train/processes.py", "dist.all_reduce(t, dist.ReduceOp.MAX)", "pass", PROCESSES),
+    ("train/processes.py", "if count() != started():", "if False:", PROCESSES),
+    ("train/fit.py", "processes.by_first(lambda: claim(run, resume))", "claim(run, resume)", PROCESSES),
+    ("train/trainer.py", "leaves_out(made, examples)", "False", PROCESSES),
     ("train/trainer.py", "module.eval()", "pass", IMAGES + "::test_it_learns"),
     ("train/images.py", "repr(image.size).encode() + image.tobytes()", "repr(image.size).encode()", IMAGES + "::test_every_form_of_data_gives_the_same_rows"),
     ("compress/least_squares.py", "u.movedim(layer.channel, -1)", "u", COLLAPSE),
