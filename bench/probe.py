@@ -24,7 +24,7 @@ from step import resident, resource_peak  # the benchmark beside this one
 from torch import nn
 
 import undula
-from undula import Centred, LoRA, Probe
+from undula import Centred, LoRA, Probe, bundled
 from undula.kernels.solver import Randomised
 from undula.observe.probe import loss_of
 from undula.starts import (
@@ -71,7 +71,7 @@ def measured(name: str) -> dict[str, float]:
     """One variant, in this process (which does nothing else)."""
     from transformers import AutoModelForCausalLM
 
-    folder = undula.bundled.model_path("smollm2")
+    folder = bundled.model_path("smollm2")
     start, hold, count = VARIANTS[name]
     batches = texts(folder, count)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

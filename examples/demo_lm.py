@@ -13,6 +13,7 @@ from comparison import Entry
 from rich.console import Console
 
 import undula
+from undula import bundled
 from undula.bundled import AssetError
 from undula.train import CausalLM, Plain, Run
 
@@ -26,7 +27,7 @@ ENTRIES = (  # plausible learning rates, not swept: studies/summaries.toml does 
 def data(console: Console) -> str:
     """The summaries that this machine can have."""
     try:
-        undula.bundled.fetch("debian-synopsis", lambda text: console.print(text, highlight=False))
+        bundled.fetch("debian-synopsis", lambda text: console.print(text, highlight=False))
     except AssetError as error:
         console.print(f"{error}\nDocstrings instead.", highlight=False, markup=False)
         return "bundled:docstrings"

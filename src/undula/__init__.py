@@ -3,26 +3,16 @@
 An adapter is a value; a method is a law W -> W'.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from . import io, ranks, starts
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .core.adapter import Adapter
-from .core.extras import told
-from .core.method import (
-    Additive,
-    Layer,
-    LowRank,
-    Method,
-    Reweight,
-    Site,
-)
+from .core.method import Additive, Layer, LowRank, Method, Reweight, Site
 from .host.host import adapters, attach, detach, select, selected
 from .host.merging import merge, unmerge
 from .host.mixing import rows
 from .host.switching import Switch
-from .methods import activations
+from .integrations import allocating, enable_peft, peft_config
+from .methods import activations, methods
 from .methods.adalora import AdaLoRA
 from .methods.aurora import AuroRA, AuroRAStatic
 from .methods.blocklora import BlockLoRA
@@ -51,22 +41,8 @@ from .observe.diagnose import diagnose
 from .observe.probe import Probe
 from .optim.groups import loraplus_groups
 from .ranks.prune import prune
-
-if TYPE_CHECKING:  # three packages are verbs too, which a checker sees as objects with a __call__
-    from . import bundled
-    from .integrations.allocating import Allocating
-    from .integrations.peft import enable_peft as enable_peft
-    from .integrations.peft import peft_config as peft_config
-    from .methods import _Methods
-    from .study import _Study
-    from .train import Run, _Train, evaluate
-
-    allocating = Allocating
-    methods: _Methods
-    study: _Study
-    train: _Train
-else:
-    from . import methods
+from .study import study
+from .train import Run, evaluate, train
 
 __all__ = [
     "NOLA",
@@ -113,16 +89,18 @@ __all__ = [
     "VeRA",
     "activations",
     "adapters",
+    "allocating",
     "attach",
-    "bundled",
     "collapse",
     "detach",
     "diagnose",
+    "enable_peft",
     "evaluate",
     "io",
     "loraplus_groups",
     "merge",
     "methods",
+    "peft_config",
     "prune",
     "ranks",
     "rows",
@@ -135,30 +113,5 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:
-    LATE = {  # what most programs never ask for, or what imports PEFT or transformers
-        "bundled": ("undula.bundled", None),
-        "study": ("undula.study", None),
-        "train": ("undula.train", None),
-        "Run": ("undula.train", "Run"),
-        "evaluate": ("undula.train", "evaluate"),
-        "peft_config": ("undula.integrations.peft", "peft_config"),
-        "enable_peft": ("undula.integrations.peft", "enable_peft"),
-        "allocating": ("undula.integrations.allocating", "Allocating"),
-    }
-
-    @told
-    def __getattr__(name: str) -> Any:
-        """Methods of other packages by their names, and what is imported only when it is asked for."""
-        for method in Method.registry.values():
-            if method.__name__ == name:
-                return method
-        if name in LATE:
-            module, what = LATE[name]
-            found = importlib.import_module(module)
-            return found if what is None else getattr(found, what)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __dir__() -> list[str]:
-        """What there is, and what is imported when it is asked for."""
-        return sorted({*globals(), *LATE, *(method.__name__ for method in Method.registry.values())})
+for _verb in (methods, study, train):  # which hide packages of their names: by this one `import ... as` finds those
+    _verb.__name__ = f"{__name__}.{_verb.__name__}"

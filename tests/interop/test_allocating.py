@@ -26,8 +26,8 @@ import undula
 from undula import ranks, starts
 from undula.cli.main import app
 from undula.ranks import diffora
-from undula.study import Faults, parse
 from undula.study.plan import Plan
+from undula.study.read import Faults, parse
 from undula.study.trial import perform
 from undula.study.watch import Watch
 from undula.train import (

@@ -19,7 +19,8 @@ import undula
 from undula.cli import shell
 from undula.cli.main import app
 from undula.core.options import build
-from undula.train import Classification, Task
+from undula.methods.lora import LoRA
+from undula.train import Classification, Task, restored
 from undula.train.worries import worries
 
 from . import tiny
@@ -121,7 +122,7 @@ def test_methods_come_from_the_registry(tmp_path):
 
 
 def test_methods_is_a_function_and_a_package():
-    assert undula.methods()["LoRA"] is undula.methods.lora.LoRA is undula.LoRA
+    assert undula.methods()["LoRA"] is LoRA is undula.LoRA
 
 
 def test_assets_show_licences():
@@ -242,7 +243,7 @@ def test_merge_writes_an_ordinary_model(trained, tmp_path):
     shown, _ = call("merge", trained["loran"], "--out", tmp_path / "merged")
     assert re.search(r"13 layers merged; storing them costs \d\.\de-0[5-7] of the change at most", shown)
     logits, batch = outputs(tmp_path / "merged")
-    opened = undula.train.restored(trained["loran"])
+    opened = restored(trained["loran"])
     opened.model.eval()
     with torch.no_grad():
         torch.testing.assert_close(logits, opened.model(**batch).logits)
@@ -273,7 +274,7 @@ def test_quantised_base(tmp_path):
     merged = call("merge", tmp_path / "adapter", "--dense", "--out", tmp_path / "dense")[0]
     assert re.search(r"costs \d\.\de-0[5-7] of", merged)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    opened = undula.train.restored(tmp_path / "adapter")
+    opened = restored(tmp_path / "adapter")
     found = opened.run.task.score(merged, opened.examples(), 4)
     assert found["loss"] == pytest.approx(report["after"]["loss"], rel=1e-4)
 
@@ -309,7 +310,7 @@ def test_export_is_read_by_peft_alone(trained, tmp_path):
 
     shown, _ = call("export", trained["lora"], "--format", "peft", "--out", tmp_path / "plain")
     assert "exported exactly" in shown
-    opened = undula.train.restored(trained["lora"])
+    opened = restored(trained["lora"])
     batch = opened.processor(["the film was good"], return_tensors="pt")
     base = AutoModelForSequenceClassification.from_pretrained(opened.folder, num_labels=2)
     peft = PeftModel.from_pretrained(base, tmp_path / "plain").eval()
@@ -325,7 +326,7 @@ def test_adapters_from_elsewhere(trained, bert, reviews, tmp_path):
     """A plain PEFT directory without run.json: the config and --model say what it is for."""
     call("export", trained["lora"], "--out", tmp_path / "plain")
     call("merge", tmp_path / "plain", "--out", tmp_path / "merged", "--model", bert)
-    opened = undula.train.restored(trained["lora"])
+    opened = restored(trained["lora"])
     opened.model.eval()
     logits, batch = outputs(tmp_path / "merged")
     with torch.no_grad():

@@ -126,13 +126,13 @@ NEEDS = [
 
 
 CALLS = [
-    ("undula.train(undula.Run(model='m', data='d', task=undula.train.CausalLM(), method=undula.LoRA(), out=P))", "hf"),
+    ("undula.train(undula.Run(model='m', data='d', task=CausalLM(), method=undula.LoRA(), out=P))", "hf"),
     ("undula.evaluate(D / 'lora')", "hf"),
-    ("undula.train.restored(D / 'lora')", "hf"),
+    ("restored(D / 'lora')", "hf"),
     ("undula.peft_config(undula.LoRA())", "hf"),
     ("undula.enable_peft()", "hf"),
     ("undula.allocating(undula.ranks.AdaLoRA(target=1))", "hf"),
-    ("undula.bundled.enable()", "hf"),
+    ("bundled.enable()", "hf"),
     ("undula.observe.figure.draw([{'site': 'x', 'spectrum': [1.0], 'effective_rank': None}], 'x.svg')", "plot"),
 ]
 PYTHON = """
@@ -157,4 +157,5 @@ def test_what_needs_an_extra_says_which(tmp_path):
         adapter.save(tmp_path / type(m).__name__.lower(), base="nowhere", task="CAUSAL_LM")
     (tmp_path / "x.jsonl").write_text('{"text": "a", "label": "b"}\n')
     code = (COMMANDS + PYTHON).replace("{needs}", repr(NEEDS)).replace("{calls}", repr(CALLS))
-    assert bare("import undula\n" + code, tmp_path) == "done\n"
+    names = "import undula\nfrom undula import bundled\nfrom undula.train import CausalLM, restored\n"
+    assert bare(names + code, tmp_path) == "done\n"

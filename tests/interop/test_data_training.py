@@ -38,6 +38,7 @@ from undula.train import (
     Regression,
     Run,
     evaluate,
+    restored,
 )
 from undula.train.base import open_model
 from undula.train.conversation import tokens
@@ -127,7 +128,7 @@ def test_a_tokenizer_beside_an_adapter_agrees_with_the_base(tmp_path):
     theirs.pad_token = None
     theirs.save_pretrained(out)
     (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n{"text": "the film was good"}\n')
-    opened = undula.train.restored(out)
+    opened = restored(out)
     pad = opened.processor.pad_token_id
     assert pad == opened.processor.eos_token_id == opened.model.config.pad_token_id
     assert opened.processor.model_max_length == opened.model.config.max_position_embeddings

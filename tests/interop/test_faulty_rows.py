@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 import undula
-from undula.study import parse
 from undula.study.drive import warnings
+from undula.study.read import parse
 from undula.train import (
     CausalLM,
     Classification,
@@ -248,10 +248,10 @@ def test_a_run_says_what_it_left_out_and_does_so_again(holed, caplog):
 def test_a_run_without_the_option_is_written_as_ever(holed):
     """Runs and records of studies keep their names."""
     for none in (None, 0, 0.0):
-        assert "skip_faulty" not in undula.train.Run(**{**vars(holed), "skip_faulty": none}).encode()
+        assert "skip_faulty" not in Run(**{**vars(holed), "skip_faulty": none}).encode()
     for wrong in (1, -0.1, True, "some"):
         with pytest.raises(ValueError, match=r"Run.skip_faulty"):
-            undula.train.Run(**{**vars(holed), "skip_faulty": wrong})
+            Run(**{**vars(holed), "skip_faulty": wrong})
 
 
 STUDY = """

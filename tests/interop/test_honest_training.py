@@ -20,11 +20,11 @@ from transformers import (
 import undula
 from undula import ranks
 from undula.optim.schedules import Constant, Cosine, Linear
-from undula.study import parse
 from undula.study.plan import Plan
+from undula.study.read import parse
 from undula.study.trial import Diverged, perform
 from undula.study.watch import Watch
-from undula.train import CausalLM, Classification, Run, restored
+from undula.train import CausalLM, Classification, Plain, Run, restored
 from undula.train.doubts import doubts
 from undula.train.worries import diverged
 
@@ -104,7 +104,7 @@ def test_a_language_model_without_its_head_is_refused_before_training(usual, ber
     LlamaModel(config).save_pretrained(tmp_path / "body")
     words.save_pretrained(tmp_path / "body")
     data = tiny.jsonl(tmp_path / "d.jsonl", [{"prompt": f"{w} film", "completion": "bad"} for w in tiny.WORDS[:8]])
-    task = CausalLM(generate=0, format=undula.train.Plain())
+    task = CausalLM(generate=0, format=Plain())
     run = dataclasses.replace(
         usual, model=str(tmp_path / "body"), data=data, task=task, where="all-linear", max_steps=1
     )

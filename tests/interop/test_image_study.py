@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 import undula
 from undula.cli.main import app
-from undula.study import FINAL, parse, read
 from undula.study.drive import run, warnings
-from undula.study.spec import Base, Rows
+from undula.study.outcome import FINAL
+from undula.study.read import parse, read
+from undula.study.spec import Arm, Base, Rows, Study
 from undula.train import ImageClassification
 
 from . import tiny
@@ -121,9 +122,9 @@ def test_images_in_two_splits_are_reported_however_they_are_stored(tmp_path):
     again = [{**row, "image": _bitmap(row["image"])} for row in train[:3]]
     assert again[0]["image"] != train[0]["image"]
     data = tiny.classes(tmp_path / "d", {"train": train, "test": [*test, *again], "validation": tiny.pictures(9, 2)})
-    study = undula.study.Study(
+    study = Study(
         "leaky",
-        arms=(undula.study.Arm("LoRA", undula.LoRA(r=2)),),
+        arms=(Arm("LoRA", undula.LoRA(r=2)),),
         models=(Base("none"),),
         data=(Rows(data, ImageClassification(), label="pictures"),),
     )

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import undula
 from undula.cli.main import app
-from undula.train import ImageClassification, Run, evaluate, restored, trainer
+from undula.train import ImageClassification, Run, evaluate, prepare, restored, trainer
+from undula.train.base import open_model
 from undula.train.data import load_data
 from undula.train.images import fingerprint, opened
 
@@ -88,7 +89,7 @@ ARMS = {
 @pytest.mark.parametrize("arm", ARMS)
 def test_statistics_of_the_base_stay(arm, lite, folder, tmp_path):
     """Bit for bit, in the Trainer that `train` and studies share; and detaching gives the base back."""
-    ready = undula.train.prepare(run_of(lite, folder, tmp_path, **ARMS[arm]))
+    ready = prepare(run_of(lite, folder, tmp_path, **ARMS[arm]))
     x = ready.train[0]["pixel_values"][None]
     buffers = statistics(ready.model)
     assert sum("running" in n for n in buffers) == 2 * 10
@@ -99,7 +100,7 @@ def test_statistics_of_the_base_stay(arm, lite, folder, tmp_path):
     moved = {n for n, p in ready.model.named_parameters() if n in weights and not torch.equal(p, weights[n])}
     assert moved == (set(weights) if arm == "full fine-tuning" else {"classifier.weight", "classifier.bias"})
     undula.detach(ready.model)
-    base, _ = undula.train.base.open_model(lite, ready.run.task, torch.float32, 3)
+    base, _ = open_model(lite, ready.run.task, torch.float32, 3)
     torch.testing.assert_close(ready.model.eval()(x).logits, base(x).logits)
     ready.model.train()(torch.cat([x, -x]))  # what would have happened: these statistics do move
     assert not any(torch.equal(b, buffers[n]) for n, b in ready.model.named_buffers())
@@ -107,7 +108,8 @@ def test_statistics_of_the_base_stay(arm, lite, folder, tmp_path):
 
 PREDICT = """
 import sys, torch, undula
-opened = undula.train.restored(sys.argv[1])
+from undula.train import restored
+opened = restored(sys.argv[1])
 torch.save(opened.run.task.logits(opened.model, opened.examples(), 7), sys.argv[2])
 """
 
@@ -115,7 +117,7 @@ torch.save(opened.run.task.logits(opened.model, opened.examples(), 7), sys.argv[
 def test_a_fresh_process_predicts_the_same(aurora, tmp_path):
     """The logits of the model that was just trained, from the saved adapter on the pristine base, also in other batches
     than those of the training."""
-    ready = undula.train.prepare(run_of(*_sources(aurora[0]), tmp_path / "o", method=undula.AuroRA()))
+    ready = prepare(run_of(*_sources(aurora[0]), tmp_path / "o", method=undula.AuroRA()))
     trainer.trainer(ready.run, ready.model, ready.train, ()).train()
     ready.run.save(None)
     ready.adapter.save(tmp_path / "o", base=ready.run.model)
@@ -131,7 +133,7 @@ def _sources(out):
 
 def test_the_size_is_the_processors_or_ours(lite, folder, tmp_path):
     task = ImageClassification(size=24).fitted(load_data(folder)["train"])
-    model, processor = undula.train.base.open_model(lite, task, torch.float32, 0)
+    model, processor = open_model(lite, task, torch.float32, 0)
     example = task.example(task.rows(load_data(folder)["train"])[0], processor)
     assert example["pixel_values"].shape == (3, 24, 24)
     assert model(example["pixel_values"][None]).logits.shape == (1, 2)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from undula.study import FINAL, read, run
+from undula.study.drive import run
+from undula.study.outcome import FINAL
 from undula.study.plan import Plan
+from undula.study.read import read
 
 from . import tiny
 

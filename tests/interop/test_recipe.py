@@ -22,8 +22,9 @@ from undula.optim.optimisers import SGD, Adafactor, AdamW
 from undula.optim.schedules import Constant, Cosine, Linear
 from undula.ranks.memory import moments
 from undula.ranks.relora import Jagged
-from undula.study import Arm, Faults, Training, parse
 from undula.study.plan import Plan
+from undula.study.read import Faults, parse
+from undula.study.spec import Arm, Training
 from undula.study.trial import Trial
 from undula.train import Classification, Interrupted, Recipe, Run, prepare
 from undula.train.recipe import Settings
@@ -63,7 +64,7 @@ import torch
 from typer.testing import CliRunner
 import undula
 from undula.cli import app
-from undula.study import parse
+from undula.study.read import parse
 from undula.study.compare import _entries
 from undula.study.plan import Plan
 from undula.train import Run
@@ -104,7 +105,7 @@ colour = 5
 dark = false
 '''
 plan = Plan(parse(study, check=False))
-plain = Run(model="base", data="rows", task=undula.train.Classification(), method=undula.LoRA(), out=room / "7")
+plain = Run(model="base", data="rows", task=Classification(), method=undula.LoRA(), out=room / "7")
 for run in (plain, *typed):
     run.save(None)
     undula.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), undula.LoRA(r=1)).save(run.out)

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 
 import undula
 from undula.cli.main import app
-from undula.study import FINAL, SWEEP, Faults, parse, read
+from undula.study import report as report_package
 from undula.study.drive import counted, estimate, report, run, warnings
+from undula.study.outcome import FINAL, SWEEP
 from undula.study.plan import Plan
+from undula.study.read import Faults, parse, read
 from undula.study.splits import opened
 from undula.study.store import Record, Store
 from undula.study.trial import Trial, perform
@@ -319,7 +321,7 @@ MOMENTS = [  # (what is patched, at which call death comes, whether before it or
     (Watch, "evaluate", 3, False),  # of two in each run
     (Store, "finish", 2, True),
     (Store, "finish", 2, False),
-    (undula.study.report, "write_report", 1, True),
+    (report_package, "write_report", 1, True),
 ]
 
 

@@ -19,6 +19,7 @@ from undula.train import (
     CausalLM,
     Chat,
     Classification,
+    Examples,
     Interrupted,
     Plain,
     Regression,
@@ -26,6 +27,7 @@ from undula.train import (
     evaluate,
     restored,
 )
+from undula.train.base import open_model
 from undula.train.data import load_data, with_validation
 from undula.train.fit import Diverged
 from undula.train.resume import last_checkpoint
@@ -136,7 +138,7 @@ class Tell(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         print("step", state.global_step, flush=True)
         time.sleep(600 if state.global_step == 10 else 0)  # until it is killed
-undula.train(undula.train.Run.load(sys.argv[1]), resume=True, callbacks=(Tell(),))
+undula.train(undula.Run.load(sys.argv[1]), resume=True, callbacks=(Tell(),))
 """
 
 
@@ -158,7 +160,7 @@ def test_resumes_to_the_bit_after_a_kill(whole, bert, reviews, tmp_path):
     torn = out / "checkpoints" / "checkpoint-12"  # a kill while a checkpoint is written
     torn.mkdir()
     (torn / "adapter_config.json").write_text("{}")
-    report = undula.train(Run.load(out), resume=True)
+    report = undula.train(undula.Run.load(out), resume=True)
     assert (report["resumed_from_step"], report["steps"]) == (8, 14)
     assert report["before"] == whole[1]["before"]
     assert report["after"] == whole[1]["after"]
@@ -178,10 +180,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, bert, reviews, tmp_path):
         undula.train(classify(bert, reviews, out), callbacks=(Interrupt(),))
     assert signal.getsignal(signal.SIGINT) is before
     assert not (out / "report.json").exists()
-    assert undula.train(Run.load(out), resume=True)["resumed_from_step"] == 6
+    assert undula.train(undula.Run.load(out), resume=True)["resumed_from_step"] == 6
     assert_same(out, whole[0])
     with pytest.raises(FileExistsError, match="is finished"):
-        undula.train(Run.load(out), resume=True)
+        undula.train(undula.Run.load(out), resume=True)
 
 
 def test_a_directory_is_not_overwritten(whole, bert, reviews, tmp_path):
@@ -303,9 +305,9 @@ def test_language_model(llama, summaries, tmp_path):
 def test_loss_is_on_the_completion(llama, tmp_path):
     """Against the loss written out: each completion token (its end included) under the model, given all before it."""
     task = CausalLM(format=Plain(between=" is "), generate=0)
-    opened = undula.train.base.open_model(llama, task, torch.float32, 0)
+    opened = open_model(llama, task, torch.float32, 0)
     rows = task.rows(datasets.Dataset.from_list([*SUMMARIES[:3], {"text": "a " * 12, "summary": "bad"}]))
-    examples = undula.train.Examples(task, rows, opened[1])
+    examples = Examples(task, rows, opened[1])
     total, count = 0.0, 0
     for row in rows:
         prompt = opened[1](row["prompt"] + " is ", add_special_tokens=False)["input_ids"]
@@ -321,7 +323,7 @@ def test_loss_is_on_the_completion(llama, tmp_path):
 def test_prompts_of_different_lengths_are_continued_alike(llama):
     """A batch is padded before the prompts: what is written does not depend on the neighbours."""
     task = CausalLM(format=Plain(), max_completion=8)
-    model, tokenizer = undula.train.base.open_model(llama, task, torch.float32, 0)
+    model, tokenizer = open_model(llama, task, torch.float32, 0)
     prompts = ["good", "the very nice film was", "a sad day", "happy and angry and great"]
     alone = [task.write(model, [text], tokenizer, 1)[0] for text in prompts]
     assert len(set(alone)) > 1
@@ -517,9 +519,9 @@ def test_the_head_has_its_own_rate(bert, reviews, tmp_path):
         run = Run(model=bert, data=reviews, task=Classification(), method=undula.LoRA(r=2), out=tmp_path / name,
                   max_steps=3, batch=8, warmup=0.0, **rates)  # fmt: skip
         undula.train(run)
-        opened = undula.train.restored(tmp_path / name)
+        opened = restored(tmp_path / name)
         torch.manual_seed(run.seed)
-        fresh = undula.train.base.open_model(bert, opened.run.task, torch.float32, run.seed)[0]
+        fresh = open_model(bert, opened.run.task, torch.float32, run.seed)[0]
         start = dict(fresh.named_parameters())
         head = max((t - start[n]).abs().max().item() for n, t in opened.adapter.full.items())
         return head, max(f["B"].abs().max().item() for f in opened.adapter.factors.values())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import undula
@@ -14,18 +15,19 @@ from pathlib import Path
 from torch import nn
 import undula
 from undula import LoRA, Run, VeRA
-from undula.train import CausalLM, Prepared
+from undula.study.read import read
+from undula.train import CausalLM, Classification, Prepared, prepare, restored
 
 model = nn.Sequential(nn.Linear(8, 8))
 adapter: undula.Adapter = undula.attach(model, LoRA(r=2), where=["0"])
 errors: dict[str, float] = undula.merge(model)
 run = Run(model="m", data="d", task=CausalLM(), method=VeRA(r=2), out=Path("o"))
 report: dict[str, object] = undula.train(run, resume=True)
-other = undula.train.Classification(names=("a", "b"))
-ready: Prepared = undula.train.prepare(run)
-opened = undula.train.restored("o")
+other = Classification(names=("a", "b"))
+ready: Prepared = prepare(run)
+opened = restored("o")
 done = undula.study("s.toml", out="runs")
-study = undula.study.read("s.toml")
+study = read("s.toml")
 names: list[str] = list(undula.methods())
 loss: float = undula.collapse(model, undula.Truncate(2)).error
 callback = undula.allocating(undula.ranks.AdaLoRA(target=2))
@@ -60,8 +62,26 @@ def test_the_marker_is_there():
 
 
 def test_an_editor_is_offered_every_method_and_allocator():
-    names = {m.__name__ for m in undula.Method.registry.values()}
-    assert names | {"peft_config", "enable_peft", "allocating", "train", "study", "methods"} <= set(dir(undula))
-    assert {m for m in names if getattr(undula, m).__module__.startswith("undula.")} <= set(undula.__all__)
+    own = {m.__name__ for m in undula.Method.registry.values() if m.__module__.startswith("undula.")}
+    assert own | {"peft_config", "enable_peft", "allocating", "train", "study", "methods"} <= set(undula.__all__)
+    assert set(undula.__all__) <= set(dir(undula))
     allocators = undula.ranks.Allocator.registry.values()
     assert {a.__name__ for a in allocators if a.__module__.startswith("undula.")} <= set(undula.ranks.__all__)
+
+
+def test_verbs_are_functions_and_names_are_those_that_stand_there():
+    """Nothing is looked up when it is asked for, and no module is called; a verb hides a package of its name, whose
+    modules are still imported in every way."""
+    assert not {"__getattr__", "__dir__"} & {*vars(undula), *vars(undula.ranks)}
+    verbs = [undula.methods, undula.study, undula.train]
+    assert all(isinstance(verb, types.FunctionType) for verb in verbs)
+    import undula.methods.lora as method
+    from undula.study import spec
+    from undula.train import recipe
+
+    assert [m.__name__ for m in (method, spec, recipe)] == [
+        "undula.methods.lora",
+        "undula.study.spec",
+        "undula.train.recipe",
+    ]
+    assert [undula.methods, undula.study, undula.train] == verbs

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import undula
 from undula.cli.main import app
+from undula.train import restored
 from undula.train.base import open_model
 from undula.train.classification import Classification
 from undula.train.run import Run
@@ -317,7 +318,7 @@ def test_an_export_pads_as_the_training_did(pad, data, tmp_path):
     exec(lines.replace('"plain"', repr(str(out))), room)
     texts = ["the film was very good", "bad"]
     batch = AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
-    opened = undula.train.restored(path)
+    opened = restored(path)
     with torch.no_grad():
         got = room["model"].eval()(**batch).logits
         ids = [opened.processor(text, return_tensors="pt")["input_ids"] for text in texts]

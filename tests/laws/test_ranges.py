@@ -17,6 +17,7 @@ from undula.core import given, options
 from undula.core.choice import Choice
 from undula.core.given import Checked
 from undula.core.ranges import FLOAT32, INT64, Among, Range
+from undula.train import Classification
 from undula.train.run import Run
 
 WHOLE = (-(10**30), -1, 0, 2**62, 2**63, 10**30, math.nan, math.inf)
@@ -157,7 +158,7 @@ def damage(data, name, field, bad):
 
 
 def test_a_run_file_with_such_numbers_is_refused(tmp_path):
-    run = Run("m", "d", undula.train.Classification(), undula.LoRA(), tmp_path)
+    run = Run("m", "d", Classification(), undula.LoRA(), tmp_path)
     sound = json.loads(json.dumps(run.encode()))
     for f, kind, within in [each[1:] for each in FIELDS if each[0] is Run]:
         for number in outside(kind, within):

@@ -9,7 +9,8 @@ from torch import nn
 
 import undula
 from undula.host.views import site, view
-from undula.methods.dylora import Frozen
+from undula.methods.dropout import bare
+from undula.methods.dylora import Frozen, Full
 from undula.methods.lora import Fixed
 
 O, I = 10, 7
@@ -100,7 +101,7 @@ def test_adalora_is_pefts_up_to_its_divisor():
     torch.testing.assert_close(m.forward(x, view(base_layer), f), theirs(x).detach(), check_stride=False)
 
 
-@pytest.mark.parametrize("nesting", [undula.methods.dylora.Full(), Frozen()], ids=repr)
+@pytest.mark.parametrize("nesting", [Full(), Frozen()], ids=repr)
 @pytest.mark.parametrize("scaling", [None, Fixed(3.0)], ids=repr)
 @pytest.mark.parametrize("b", [1, 2, 5])
 def test_dylora_is_a_lora_of_slices(b, scaling, nesting):
@@ -119,7 +120,7 @@ def test_dylora_is_a_lora_of_slices(b, scaling, nesting):
 
 
 def test_dylora_gradients():
-    for nesting, learning in (undula.methods.dylora.Full(), [0, 1, 2]), (Frozen(), [2]):
+    for nesting, learning in (Full(), [0, 1, 2]), (Frozen(), [2]):
         m = undula.DyLoRA(r=5, nesting=nesting)
         f = {k: t.requires_grad_(k != "b") for k, t in {**shaken(m), "b": torch.tensor(3)}.items()}
         m.forward(torch.randn(5, I), view(nn.Linear(I, O)), f).square().sum().backward()
@@ -179,7 +180,7 @@ def test_pruned_is_gated(name, alpha):
         adapter.factors["4"][m.gate].zero_()
     y = model(x)
     pruned = undula.prune(adapter)
-    assert {s: undula.methods.dropout.bare(p).r for s, p in pruned.methods.items()} == {"0": 2, "2": 3}
+    assert {s: bare(p).r for s, p in pruned.methods.items()} == {"0": 2, "2": 3}
     assert isinstance(pruned.methods["2"], undula.Dropout)
     assert list(pruned.shapes) == ["0", "2"]
     for s, p in pruned.methods.items():
@@ -188,7 +189,7 @@ def test_pruned_is_gated(name, alpha):
         equal = torch.equal if alpha == 8.0 else torch.allclose  # a scale of 2 is exact
         assert equal(p.pair(pruned.factors[s])[0], B[:, alive])
         assert torch.equal(p.pair(pruned.factors[s])[1], A[alive])
-    assert undula.methods.dropout.bare(pruned.methods["0"]).scaling == Fixed(alpha / 4)  # not alpha / 2
+    assert bare(pruned.methods["0"]).scaling == Fixed(alpha / 4)  # not alpha / 2
     undula.select(model, None)
     undula.attach(model, pruned, name="pruned")
     torch.testing.assert_close(model(x), y)

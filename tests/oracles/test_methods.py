@@ -11,7 +11,8 @@ import undula
 from undula import activations as act
 from undula.host.views import site, view
 from undula.kernels.spline import basis, cardinal
-from undula.methods.aurora import PerChannel
+from undula.methods.aurora import PerChannel, SharedSum
+from undula.methods.dropout import drop
 from undula.starts import Gaussian, Kaiming
 
 O, I = 10, 7
@@ -154,7 +155,7 @@ def test_spline_is_cox_de_boor(order):
     torch.testing.assert_close(cardinal(z, order), cardinal(-z, order))
 
 
-@pytest.mark.parametrize("spline", [undula.methods.aurora.SharedSum(), PerChannel()], ids=repr)
+@pytest.mark.parametrize("spline", [SharedSum(), PerChannel()], ids=repr)
 def test_aurora_dynamic(spline):
     m = undula.AuroRA(r=3, alpha=6.0, spline=spline)
     layer, x = view(nn.Linear(I, O)), torch.randn(5, I)
@@ -225,7 +226,7 @@ def test_starts():
 def test_dropout_drops_as_much_as_was_asked(p):
     """In bytes, 0.01 was 3/256."""
     torch.manual_seed(0)
-    z = undula.methods.dropout.drop(torch.ones(1000, 1001), p)
+    z = drop(torch.ones(1000, 1001), p)
     sigma = (p * (1 - p) / z.numel()) ** 0.5
     assert abs(float((z == 0).double().mean()) - p) < 5 * sigma + 1 / (1 << 17)
     assert float(z.max()) == pytest.approx(1 / (1 - p), rel=1e-3)
@@ -238,7 +239,7 @@ def test_dropout_rate_scale_and_base():
     B, A = m.pair(f)
     per_row = torch.linalg.lstsq(B @ A, y.T).solution  # some masked, rescaled x explains every row
     torch.testing.assert_close(B @ A @ per_row, y.T)
-    z = undula.methods.dropout.drop(torch.ones(100, 1000), 0.25)
+    z = drop(torch.ones(100, 1000), 0.25)
     assert set(z.unique().tolist()) == {0.0, 4 / 3}
     assert float((z == 0).double().mean()) == pytest.approx(0.25, abs=0.005)
     torch.manual_seed(3)

@@ -11,6 +11,7 @@ from torch import nn
 
 import undula
 from undula import ranks
+from undula.methods.dylora import Frozen, Full
 from undula.methods.lora import Fixed
 from undula.ranks.diffora import Shared
 from undula.ranks.dylora import Geometric as Often
@@ -323,7 +324,7 @@ def test_distributions():
     assert Often(0.4)(1 - 2**-53, 5) == 5
 
 
-@pytest.mark.parametrize("nesting", [undula.methods.dylora.Full(), undula.methods.dylora.Frozen()], ids=repr)
+@pytest.mark.parametrize("nesting", [Full(), Frozen()], ids=repr)
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 def test_unselected_ranks_do_not_move(nesting, kind):
     model = Parallel(2)
@@ -346,7 +347,7 @@ def test_unselected_ranks_do_not_move(nesting, kind):
         opt.step()
         course.after_update()
         opt.zero_grad()
-        moves = [b - 1] if nesting == undula.methods.dylora.Frozen() else list(range(b))
+        moves = [b - 1] if nesting == Frozen() else list(range(b))
         for s, f in adapter.factors.items():
             for n, dim in ("A", 0), ("B", 1):
                 moved = (f[n] != before[s, n]).any(1 - dim).nonzero().flatten().tolist()

@@ -14,16 +14,18 @@ from undula.core.method import Method
 from undula.core.options import build_from
 from undula.host.views import site
 from undula.host.where import choose
-from undula.study import Faults, read, spec
+from undula.study import spec
 from undula.study.alive import LOOK, SILENCE, Owner, Watchman, birth
 from undula.study.lines import line_of, lines
 from undula.study.plan import Plan
 from undula.study.rates import Decision, decide
+from undula.study.read import Faults, read
 from undula.study.sizes import at_rank, count, with_parameters
 from undula.study.spec import Rows
 from undula.study.store import Store
 from undula.study.trial import Trial
 from undula.study.watch import pruned
+from undula.train import CausalLM, Classification, Run
 from undula.train.task import Task
 
 GRID = (1e-3, 1e-2)
@@ -181,8 +183,8 @@ def test_who_cannot_be_seen_is_gone_when_its_count_stands_still_by_the_lookers_o
 
 
 def test_a_run_that_was_given_to_another_is_not_overwritten(tmp_path):
-    task = undula.train.Classification()
-    run = undula.train.Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
+    task = Classification()
+    run = Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
     trial, mine = Trial(run, Rows("d", task), 1, 0, tested=False), Store(tmp_path / "runs.sqlite")
     other = Store(tmp_path / "runs.sqlite")
     other.worker, other.others.gone = "elsewhere", lambda *_: True
@@ -203,7 +205,7 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
 
 
 def test_options_of_a_table_are_taken_as_they_are():
-    data = undula.train.CausalLM
+    data = CausalLM
     made = build_from(Task, "causal-lm", {"format": {"is": "chat", "instruction": "Sum up: "}, "generate": 3})
     assert isinstance(made, data)
     assert (made.format.instruction, made.generate) == ("Sum up: ", 3)
@@ -221,8 +223,8 @@ def test_options_of_a_table_are_taken_as_they_are():
 def test_a_run_is_the_same_from_another_folder(tmp_path, monkeypatch):
     (tmp_path / "d.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
-    task = undula.train.Classification()
-    runs = [undula.train.Run(model="m", data=d, task=task, method=undula.LoRA(), out=tmp_path)
+    task = Classification()
+    runs = [Run(model="m", data=d, task=task, method=undula.LoRA(), out=tmp_path)
             for d in ("d.jsonl", str(tmp_path / "d.jsonl"))]  # fmt: skip
     keys = {Trial(run, Rows(run.data, task), 1, 0, tested=False).key for run in runs}
     assert len(keys) == 1
@@ -230,7 +232,7 @@ def test_a_run_is_the_same_from_another_folder(tmp_path, monkeypatch):
 
 
 def test_a_study_built_as_a_value_is_checked_before_it_runs():
-    task = undula.train.Classification()
+    task = Classification()
     arms = (spec.Arm("a", undula.LoRA()), spec.Arm("a", undula.DoRA()))
     budgets = (spec.Budget(rank=4, parameters_of="b"),)
     wrong = spec.Study(
@@ -337,8 +339,8 @@ def test_successive_halving_decides_as_optuna_does(case):
 
 def test_only_what_was_read_is_forgotten(tmp_path):
     """Another process may have taken a failed run since."""
-    task = undula.train.Classification()
-    run = undula.train.Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
+    task = Classification()
+    run = Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
     trial, store = Trial(run, Rows("d", task), 1, 0, tested=False), Store(tmp_path / "runs.sqlite")
     store.claim(trial)
     store.fail(trial, "no memory")
@@ -391,8 +393,8 @@ def test_a_file_that_is_no_study_is_refused_by_its_name(tmp_path, nest):
 
 
 def test_a_run_is_taken_once(tmp_path):
-    task = undula.train.Classification()
-    run = undula.train.Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
+    task = Classification()
+    run = Run(model="m", data="d", task=task, method=undula.LoRA(), out=tmp_path)
     trial, store = Trial(run, Rows("d", task), 1, 0, tested=False), Store(tmp_path / "runs.sqlite")
     assert store.claim(trial)
     assert not Store(tmp_path / "runs.sqlite").claim(trial)  # this process has it, and lives

@@ -28,6 +28,7 @@ from undula.study.report.content import Drawn, Table
 from undula.study.report.document import document
 from undula.study.report.plots import pareto
 from undula.study.summary import summarise
+from undula.train import Classification
 
 HOSTILE = "<script>alert(1)</script> & `x` | **b**"
 
@@ -455,7 +456,7 @@ def test_the_words_say_what_three_seeds_are_worth():
 def test_what_seeds_could_decide_is_what_the_summary_decides_of_the_largest_differences(seeds, sets):
     names = ("news", "films", "mail")[:sets]
     arms = [spec.Arm(a, undula.LoRA(r=r)) for r, a in enumerate(("LoRA", *"abcdefgh"), 1)]
-    data = tuple(spec.Rows(n, undula.train.Classification()) for n in names)
+    data = tuple(spec.Rows(n, Classification()) for n in names)
     planned = spec.Study("t", tuple(arms), (spec.Base("bert"),), data, seeds=tuple(range(1, seeds + 1)))
     foreseen = power(Plan(planned))
     runs = [run(a.name, s, float(a.name != "LoRA"), data=n) for a in arms for s in range(seeds) for n in names]

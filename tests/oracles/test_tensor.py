@@ -13,6 +13,7 @@ import undula
 from undula import BlockLoRA, LoRA, LoRTA, S2LoRA, TensLoRA
 from undula.methods import tenslora as tl
 from undula.methods._stacks import place
+from undula.methods.lora import Classic
 from undula.methods.lorta import HeadsInInputs, HeadsInOutputs
 from undula.study import sizes
 
@@ -512,7 +513,7 @@ def test_sgd_is_that_of_a_narrow_lora_with_a_faster_b():
         torch.testing.assert_close(blocked.delta(s), plain.delta(s))
 
 
-@pytest.mark.parametrize("scaling", [undula.methods.lora.Classic(), undula.RankStabilised()], ids=repr)
+@pytest.mark.parametrize("scaling", [Classic(), undula.RankStabilised()], ids=repr)
 def test_merged_up_is_the_same_update(scaling):
     m = BlockLoRA(r=8, blocks=4, alpha=6.0, scaling=scaling)
     _, adapter = made(m)

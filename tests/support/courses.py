@@ -5,6 +5,7 @@ The shares fit into 12 updates or more; sites need min(O, I) >= 4.
 
 import undula
 from undula import ranks
+from undula.methods.dylora import Frozen
 from undula.ranks.diffora import Shared
 from undula.ranks.sora import Linear
 
@@ -14,7 +15,7 @@ COURSES = {
     "SoRA": (undula.SoRA(r=3), ranks.SoRA(lr=5.0, levels=Linear(0.0, 0.1, 3))),
     "ALoRA": (undula.GatedLoRA(r=2, open=1), ranks.ALoRA(rounds=2, count=1, first=0.3, between=0.3)),
     "DyLoRA": (undula.Dropout(undula.DyLoRA(r=3), 0.1), ranks.DyLoRA()),
-    "DyLoRA, frozen": (undula.DyLoRA(r=3, nesting=undula.methods.dylora.Frozen()), ranks.DyLoRA(low=2)),
+    "DyLoRA, frozen": (undula.DyLoRA(r=3, nesting=Frozen()), ranks.DyLoRA(low=2)),
     "DiffoRA": (GATED, ranks.DiffoRA(rho=0.5, search=0.5)),
     "DiffoRA, shared": (GATED, ranks.DiffoRA(rho=0.3, search=0.5, rest=Shared())),
     "Budget": (GATED, ranks.Budget(total=8)),

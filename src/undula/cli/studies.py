@@ -47,22 +47,23 @@ def study(
 ) -> None:
     """Compare methods honestly: sweep each one's rate, run fresh seeds, report.  Stop it when you like: the same
     command goes on."""
-    from .. import study as room
+    from ..study.drive import report, run
+    from ..study.read import read
 
     if executor is not None or workers is not None:
         raise ValueError(f"--{'workers' if executor is None else 'executor'} is gone: {ALONE}")
     _check_together(ctx, dry_run, report_only)
-    made = room.read(path, dict(split_pair(pair, "a replacement") for pair in replace))
+    made = read(path, dict(split_pair(pair, "a replacement") for pair in replace))
     out = Path(f"{path.stem}-study") if out is None else out
     if dry_run:
-        _dry(room, made, out, pilot, to)
+        _dry(made, out, pilot, to)
         return
     about = _about(path)
     if report_only:
-        found = room.report(made, out, about)
+        found = report(made, out, about)
     else:
         with _View() as view:
-            found = room.run(made, out, view=view, about=about, retry_failed=retry_failed)
+            found = run(made, out, view=view, about=about, retry_failed=retry_failed)
     failed = sum(o.error is not None for o in found.outcomes)
     shell.write(to, {"report": str(found.report), "runs": len(found.outcomes), "failed": failed})
     if str(to) != "-":
@@ -84,8 +85,9 @@ def _check_together(ctx: typer.Context, dry_run: bool, report_only: bool) -> Non
             raise ValueError(f"--{option} would do nothing here: {why}")
 
 
-def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
+def _dry(made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     """The plan in numbers."""
+    from ..study.drive import counted, estimate, warnings
     from ..study.plan import Plan
     from ..study.power import power
 
@@ -102,9 +104,9 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         }
         for c in plan.cells
     ]
-    warnings = room.warnings(made, out)
-    found = room.estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
-    counts = found.counts if found else room.counted(plan, out)
+    warned = warnings(made, out)
+    found = estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
+    counts = found.counts if found else counted(plan, out)
     searches = [len(cell.searches) for cell in plan.cells if any(s.seeds for s in cell.searches)]
     sweeps = {"sweeps": sum(searches), "shared": foreseen.shared}
     told = {
@@ -112,7 +114,7 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         "runs": dict(counts),
         **sweeps,
         "decidable": dataclasses.asdict(foreseen),
-        "warnings": warnings,
+        "warnings": warned,
     }
     if found:
         told["hours"] = {"least": found.seconds_least / 3600, "most": found.seconds_most / 3600, "from": found.based_on}
@@ -120,7 +122,7 @@ def _dry(room: Any, made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     if str(to) == "-":
         return
     shell.out.print(shell.table(rows, made.title))
-    for text in warnings:
+    for text in warned:
         shell.remark(text)
     shell.note(
         f"{len(rows)} cells; {counts['ended']} runs have ended, {counts['least']} are to come, "

@@ -1,7 +1,5 @@
 """One file, one allocator: who gets how much rank, when.  Importing this package registers them all."""
 
-from typing import TYPE_CHECKING
-
 from .adalora import AdaLoRA
 from .allocator import Allocator, Course, Quality
 from .alora import ALoRA
@@ -31,12 +29,3 @@ __all__ = [
     "XGBLoRA",
     "live",
 ]
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> type[Allocator]:
-        """Allocators of other packages by their names."""
-        for allocator in Allocator.registry.values():
-            if allocator.__name__ == name:
-                return allocator
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

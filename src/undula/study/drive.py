@@ -59,13 +59,7 @@ def run(
     about: Mapping[str, str] | None = None,
     retry_failed: bool = False,
 ) -> Finished:
-    """Runs what is left of a study whose store is OUT/runs.sqlite, and writes OUT/report.
-
-    May be stopped at any time and called again, or called in several processes on one `out` at once: runs that have
-    ended are never repeated.  A failed run is recorded with its error and does not stop the rest; `retry_failed` makes
-    such runs again.  Raises ValueError or LookupError for a study that cannot be carried out, or whose data or models
-    changed since runs in OUT were made, before any run.
-    """
+    """See `undula.study`."""
     executor, view, out = executor or Local(), view or Silent(), Path(out)
     plan, store = Plan(study), Store(out / STORE)
     if changed := "; ".join(plan.strangers(plan.known(store))):
