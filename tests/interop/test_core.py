@@ -1,5 +1,5 @@
-"""An installation with the declared core dependencies alone: everything that needs no extra works, the rest says which
-extra it needs."""
+"""Installations with the declared core dependencies alone, or with one extra: what needs no more works, the rest says
+which extra it needs."""
 
 import importlib.metadata
 import re
@@ -8,10 +8,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from torch import nn
 
 import undula
+from undula.core import extras
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,12 +79,16 @@ for words, extra in {needs}:
 """
 
 
-def core():
-    """The distributions that the declared dependencies bring, as pip would."""
-    found, left = set(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+def brought(*extras):
+    """The distributions that the declared dependencies, and those of the extras, bring, as pip would."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found, left = set(), [*project["dependencies"], *(f"undula[{extra}]" for extra in extras)]
     while left:
         asked = Requirement(left.pop())
         name = re.sub(r"[-_.]+", "-", asked.name).lower()
+        if name == "undula":
+            left.extend(r for extra in asked.extras for r in project["optional-dependencies"][extra])
+            continue
         if name in found or (asked.marker is not None and not asked.marker.evaluate({"extra": ""})):
             continue
         try:
@@ -93,19 +99,17 @@ def core():
     return found
 
 
-def absent():
-    """The installed modules that the core does not bring."""
-    there = core()
-    assert "numpy" in there
-    assert not there & {"transformers", "peft", "scipy"}
+def absent(*extras):
+    """The installed modules that the core and the extras do not bring."""
+    there = brought(*extras)
     owners = importlib.metadata.packages_distributions()
     named = {m: {re.sub(r"[-_.]+", "-", d).lower() for d in ds} for m, ds in owners.items()}
     return sorted(m for m, ds in named.items() if not ds & (there | {"undula"}))
 
 
-def bare(code, *arguments):
-    """Runs code where only the core is installed."""
-    code = BARE.format(absent=set(absent())) + code
+def bare(code, *arguments, extras=(), without=()):
+    """Runs code where only the core and the extras are installed, and `without` is not even if they bring it."""
+    code = BARE.format(absent={*absent(*extras), *without}) + code
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT
     )
@@ -113,27 +117,104 @@ def bare(code, *arguments):
     return done.stdout
 
 
+def test_the_core_is_torch_alone():
+    beside = {"numpy", "safetensors", "typer", "rich", "transformers", "peft", "scipy", "matplotlib"}
+    assert not brought() & beside
+    assert {"typer", "rich"} <= brought("cli")
+    assert not brought("hf") & {"scikit-learn", "scipy", "rouge-score", "pillow", "matplotlib"}
+    assert {"typer", "transformers", "scikit-learn", "rouge-score", "pillow"} <= brought("train")
+    assert {"typer", "transformers", "matplotlib", "scipy", "pyarrow"} <= brought("study") - {"optuna", "ray"}
+
+
+@pytest.mark.parametrize("extra", extras.BROUGHT)
+def test_the_advice_knows_what_each_extra_brings(extra):
+    """Every package that it speaks of comes with the extra that it names."""
+    owners = importlib.metadata.packages_distributions()
+    for package in extras.packages(extra):
+        assert {re.sub(r"[-_.]+", "-", d).lower() for d in owners[package]} & brought(extra), package
+
+
 def test_every_method_trains_saves_loads_and_leaves(tmp_path):
     number, _ = bare(LIBRARY, tmp_path).split()
     assert int(number) >= 27
 
 
+CONSOLE = """
+import runpy
+sys.argv = ["undula", "methods"]
+try:
+    runpy.run_module("undula", run_name="__main__")
+except SystemExit as end:
+    print(end.code)
+"""
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_the_console_script_without_its_packages_says_what_to_install(missing):
+    """In one line, without a traceback."""
+    code = BARE.format(absent={missing}) + CONSOLE
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout == "2\n"
+    said = [line for line in done.stderr.splitlines() if "undula[" in line]
+    assert said == [f"this needs the package {missing}, which is not installed: pip install 'undula[cli]'"]
+    assert "Traceback" not in done.stderr
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"undula": "undula.__main__:main"}
+
+
+BRIDGE = """
+import pathlib
+import peft, torch
+from torch import nn
+import undula
+D = pathlib.Path(sys.argv[1])
+net = lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+torch.manual_seed(0)
+base = net()
+state = {{k: v.clone() for k, v in base.state_dict().items()}}
+model = peft.get_peft_model(base, undula.peft_config(undula.LoRAN(r=2), target_modules=["0", "2"]))
+optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+x = torch.randn(5, 8)
+for _ in range(3):
+    model(x).square().mean().backward()
+    optimiser.step()
+model.save_pretrained(D / "peft")
+other = net()
+other.load_state_dict(state)
+undula.enable_peft()
+loaded = peft.PeftModel.from_pretrained(other, D / "peft")
+torch.testing.assert_close(loaded(x), model(x))
+torch.testing.assert_close(loaded.merge_and_unload()(x), model(x))
+print("done")
+"""
+
+
+def test_the_peft_bridge_needs_nothing_of_plots_metrics_and_command_lines(tmp_path):
+    """transformers happens to bring typer and rich; the bridge does without."""
+    without = ("typer", "rich", "matplotlib", "sklearn", "scipy", "rouge_score", "PIL", "pyarrow", "datasets", "pandas")
+    assert bare(BRIDGE.replace("{{", "{").replace("}}", "}"), tmp_path, extras=["hf"], without=without) == "done\n"
+
+
 NEEDS = [
-    (["train", "--model", "{d}", "--data", "{d}/x.jsonl", "--task", "classification", "--out", "{d}/run"], "hf"),
-    (["merge", "{d}/lora", "--out", "{d}/merged"], "hf"),
+    (["train", "--model", "{d}", "--data", "{d}/x.jsonl", "--task", "classification", "--out", "{d}/run"], "train"),
+    (["merge", "{d}/lora", "--out", "{d}/merged"], "train"),
     (["show", "{d}/lora", "--plot", "{d}/x.svg"], "plot"),
 ]
 
 
 CALLS = [
-    ("undula.train(undula.Run(model='m', data='d', task=CausalLM(), method=undula.LoRA(), out=P))", "hf"),
-    ("undula.evaluate(D / 'lora')", "hf"),
-    ("restored(D / 'lora')", "hf"),
+    ("undula.train(undula.Run(model='m', data='d', task=CausalLM(), method=undula.LoRA(), out=P))", "train"),
+    ("undula.evaluate(D / 'lora')", "train"),
+    ("restored(D / 'lora')", "train"),
+    ("undula.study('studies/three.toml', out=P)", "study"),
     ("undula.peft_config(undula.LoRA())", "hf"),
     ("undula.enable_peft()", "hf"),
     ("undula.allocating(undula.ranks.AdaLoRA(target=1))", "hf"),
     ("bundled.enable()", "hf"),
-    ("undula.observe.figure.draw([{'site': 'x', 'spectrum': [1.0], 'effective_rank': None}], 'x.svg')", "plot"),
+    (
+        "undula.observe.figure.draw([{'site': 'x', 'spectrum': [1.0], 'effective_rank': None, 'nonlinearity': None}], 'x.svg')",
+        "plot",
+    ),
 ]
 PYTHON = """
 import pathlib
@@ -158,4 +239,4 @@ def test_what_needs_an_extra_says_which(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a", "label": "b"}\n')
     code = (COMMANDS + PYTHON).replace("{needs}", repr(NEEDS)).replace("{calls}", repr(CALLS))
     names = "import undula\nfrom undula import bundled\nfrom undula.train import CausalLM, restored\n"
-    assert bare(names + code, tmp_path) == "done\n"
+    assert bare(names + code, tmp_path, extras=["cli"]) == "done\n"

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ..core.extras import advice
+from ..core.extras import Missing, advice
 
 OURS = str(Path(__file__).parents[1])
 # typer's own complaints; the package that they come from depends on its version
@@ -121,7 +121,7 @@ def explain(error: Exception) -> int:
         return 2
     if isinstance(error, ImportError):
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        say(advice(missing) if missing else text.strip().split("\n")[0], "red")
+        say(advice(missing) if missing and not isinstance(error, Missing) else text.strip().split("\n")[0], "red")
         return 2
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if frame.f_code.co_filename.startswith(OURS) and isinstance(error, MEANT):

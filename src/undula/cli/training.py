@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.extras import needs
 from ..core.options import split_pair
 from ..train import Run, Task, restored
 from ..train.fit import train as fit
@@ -86,6 +87,7 @@ def _columns(task: str, pairs: list[str]) -> list[str]:
     return pairs
 
 
+@needs("train")
 def _fit(run: Run, resume: bool, to: Path | None) -> None:
     from ..train.base import quiet
 

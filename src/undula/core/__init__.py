@@ -1,1 +1,1 @@
-"""Values: choices and their codec, the ladder of methods, the adapter.  Imports torch, numpy and safetensors alone."""
+"""Values: choices and their codec, the ladder of methods, the adapter.  Imports torch alone."""

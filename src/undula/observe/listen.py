@@ -112,13 +112,16 @@ def wide(model: nn.Module) -> Iterator[Callable[[], bool]]:
 
 
 def batches(data: Iterable[Batch], what: str) -> Iterator[Batch]:
-    """`data`, with a progress bar on a terminal."""
+    """`data`, with a progress bar on a terminal, where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ModuleNotFoundError:
+        yield from data
+        return
     if not sys.stderr.isatty():
         yield from data
         return
-    from rich.console import Console
-    from rich.progress import track
-
     yield from track(data, description=what, console=Console(stderr=True), transient=True)
 
 

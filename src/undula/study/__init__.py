@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.extras import told
+from ..core.extras import needs
 
 if TYPE_CHECKING:
     from .drive import Finished, View
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["study"]
 
 
-@told
+@needs("study")
 def study(
     study: Study | str | Path,
     out: str | Path | None = None,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.extras import told
+from ..core.extras import needs
 from ..host.build import chosen_parameters, fresh
 from ..host.host import attach
 from ..methods.lora import LoRA
@@ -61,7 +61,7 @@ class Prepared:
     figures: Mapping[str, Any] = field(default_factory=dict)  # what the report says of the rows
 
 
-@told
+@needs("train")
 def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> dict[str, Any]:
     """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
 
@@ -157,7 +157,7 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
     return {"total": sum(found), "least": min(found, default=0), "most": max(found, default=0)}
 
 
-@told
+@needs("train")
 def prepare(run: Run) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached."""
     if run.method is None and not run.full and not run.task.has_head:

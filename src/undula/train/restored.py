@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.adapter import Adapter
-from ..core.extras import told
+from ..core.extras import needs
 from ..host.host import attach, detach
 from ..io import files
 from .base import config_of, lacking, model_folder, open_model, same_base
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@told
+@needs("train")
 def evaluate(
     path: str | Path,
     *,
@@ -127,7 +127,7 @@ class Restored:
         return self.run.task.score(self.model, self.examples(data, split, rows, skip_faulty), self.run.batch)
 
 
-@told
+@needs("train")
 def restored(path: str | Path, model: str | None = None) -> Restored:
     """The model that the adapter in `path` is for, with the adapter attached.
 

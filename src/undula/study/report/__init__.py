@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ...core.extras import told
+from ...core.extras import needs
 from ...observe import drawing
 from .. import statistics as S
 from ..outcome import ChosenRate, Outcome
@@ -63,7 +63,7 @@ def write(
     return out / "report.html"
 
 
-@told
+@needs("study")
 def _draw(figure: Figure, out: Path) -> str:
     """Writes OUT/plots/NAME.svg, .pdf and .png; the first."""
     with drawing.styled(**{"svg.hashsalt": figure.name}):  # ids that differ between the figures of a page
