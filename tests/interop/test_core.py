@@ -211,10 +211,7 @@ CALLS = [
     ("undula.enable_peft()", "hf"),
     ("undula.allocating(undula.ranks.AdaLoRA(target=1))", "hf"),
     ("bundled.enable()", "hf"),
-    (
-        "undula.observe.figure.draw([{'site': 'x', 'spectrum': [1.0], 'effective_rank': None, 'nonlinearity': None}], 'x.svg')",
-        "plot",
-    ),
+    ("draw([{'site': '', 'spectrum': [1], 'effective_rank': None, 'nonlinearity': None}], 'x.svg')", "plot"),
 ]
 PYTHON = """
 import pathlib
@@ -238,5 +235,6 @@ def test_what_needs_an_extra_says_which(tmp_path):
         adapter.save(tmp_path / type(m).__name__.lower(), base="nowhere", task="CAUSAL_LM")
     (tmp_path / "x.jsonl").write_text('{"text": "a", "label": "b"}\n')
     code = (COMMANDS + PYTHON).replace("{needs}", repr(NEEDS)).replace("{calls}", repr(CALLS))
-    names = "import undula\nfrom undula import bundled\nfrom undula.train import CausalLM, restored\n"
+    names = "import undula\nfrom undula import bundled\nfrom undula.observe.figure import draw\n"
+    names += "from undula.train import CausalLM, restored\n"
     assert bare(names + code, tmp_path, extras=["cli"]) == "done\n"
