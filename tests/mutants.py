@@ -62,6 +62,7 @@ DIFFUSERS = "tests/interop/test_diffusers.py"
 FAULTY = "tests/interop/test_faulty_rows.py"
 HONEST = "tests/interop/test_honest_training.py"
 RECIPE = "tests/interop/test_recipe.py"
+DISTRIBUTED = "tests/interop/test_distributed.py"
 PROCESSES = "tests/interop/test_processes.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
@@ -146,6 +147,9 @@ MUTANTS = [
     ("io/native.py", "raise ValueError(f\"{path} holds a tensor for", "continue\n            raise ValueError(f\"{path} holds a tensor for", DAMAGE),
     ("io/peft.py", "\"lora_alpha\": r,", "\"lora_alpha\": 2 * r,", LORA),
     ("core/choice.py", "if unknown:", "if False:", DAMAGE),
+    ("host/slots.py", "if p.requires_grad or (p.ndim and p.numel())", "", DISTRIBUTED),
+    ("host/slots.py", "if is_sharded(param):", "if False:", DISTRIBUTED),
+    ("methods/loran.py", "torch.full((1,), values[c]", "torch.full((), values[c]", DISTRIBUTED),
     ("train/stop.py", "[self.asked, control.should_save", "[False, control.should_save", PROCESSES),
     ("train/processes.py", "dist.all_reduce(t, dist.ReduceOp.MAX)", "pass", PROCESSES),
     ("train/processes.py", "if count() != started():", "if False:", PROCESSES),

@@ -107,12 +107,115 @@ for refused in (
 """
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_what_fsdp2_shards_is_what_trains_and_what_is_saved(world, tmp_path):
-    """`fully_shard` replaces every parameter: the adapter's are those of the model, whoever put them there."""
-    (tmp_path / "script.py").write_text(SHARDED, encoding="utf-8")
+EVERY = """
+import sys, torch, undula
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+folder, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+mesh = init_device_mesh("cpu", (world,))
+parts = (undula.Dropout, undula.Centred, undula.Sum)
+methods = [m() for m in undula.Method.registry.values() if not issubclass(m, parts)]
+methods += [undula.LoRAN(r=2, learn=("a", "w")), undula.Dropout(undula.SHiRA(r=1), 0.5), undula.DoRA(undula.SHiRA(r=1))]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.v_proj(torch.tanh(self.k_proj(self.q_proj(x))))
+
+
+def made(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    probe = undula.Probe([torch.ones(2, 8)], loss=lambda model, x: model(x).square().mean())
+    return model, undula.attach(model, method, probe=probe)
+
+
+def losses(model, adapter):
+    optimizer, found = torch.optim.SGD(adapter.parameters(), 0.1), []
+    for step in range(2):
+        torch.manual_seed(step)
+        loss = (model(torch.linspace(-1, 1, 24).view(3, 8)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    return found
+
+
+for number, method in enumerate(methods):
+    plain, of_plain = made(method)
+    wanted = losses(plain, of_plain)
+    model, adapter = made(method)
+    shared = len({id(t) for _, _, t in adapter.tensors()}) < len(list(adapter.tensors()))
+    for block in () if shared else model:  # a tensor that layers share is one group's: the root's
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    torch.testing.assert_close(losses(model, adapter), wanted, msg=lambda text: f"{method}: {text}")
+    get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    adapter.save(f"{folder}/{number}")
+    torch.distributed.barrier()
+    saved = undula.Adapter.load(f"{folder}/{number}")
+    for site, name, t in of_plain.tensors():
+        torch.testing.assert_close(saved.factors[site][name], t.detach(), msg=lambda text: f"{method}: {text}")
+"""
+
+
+def _start(tmp_path, script, world):
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
     runs = [
         subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path, str(rank), str(world)])
         for rank in range(world)
     ]
-    assert [run.wait(timeout=120) for run in runs] == [0] * world
+    assert [run.wait(timeout=240) for run in runs] == [0] * world
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_fsdp2_shards_is_what_trains_and_what_is_saved(world, tmp_path):
+    """`fully_shard` replaces every parameter: the adapter's are those of the model, whoever put them there."""
+    _start(tmp_path, SHARDED, world)
+
+
+def test_every_method_trains_and_is_saved_under_fsdp2(tmp_path):
+    """FSDP2 cuts no empty tensor and no single number; a tensor that layers share it cuts at the root alone."""
+    _start(tmp_path, EVERY, 2)
+
+
+TENSOR_PARALLEL = """
+import sys, pytest, torch, undula
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+made = lambda: nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8))
+for name, how in [(name, how) for name in "01" for how in (ColwiseParallel(), RowwiseParallel())]:
+    for method in (undula.LoRA(r=2), undula.DoRA(undula.LoRA(r=2)), undula.SHiRA(r=1)):
+        model = made()
+        undula.attach(model, method, [name])
+        weight = model[int(name)].weight
+        with pytest.raises(RuntimeError, match=f"{name} is adapted, and tensor parallel"):
+            parallelize_module(model, mesh, {name: how})
+        assert model[int(name)].weight is weight
+        undula.detach(model)
+        parallelize_module(model, mesh, {name: how})
+        for attach in (
+            lambda: undula.attach(model, method, [name]),
+            lambda: undula.attach(model, undula.attach(made(), method, [name])),
+        ):
+            with pytest.raises(TypeError, match=f"the weight of {name} is one process's shard"):
+                attach()
+"""
+
+
+def test_tensor_parallel_is_refused_before_anything_is_changed(tmp_path):
+    """Before `attach` and after it: torch's ways of cutting a layer know its weight and bias, and no method."""
+    _start(tmp_path, TENSOR_PARALLEL, 1)

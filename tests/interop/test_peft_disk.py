@@ -257,3 +257,15 @@ def test_a_wrapped_model_gives_the_same_tensors(method):
     want, found = peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(_Wrapped(model))
     assert want.keys() == found.keys()
     assert all(torch.equal(want[k], t) and want[k].data_ptr() != t.data_ptr() for k, t in found.items())
+
+
+def test_numbers_without_a_dimension_are_still_read_under_peft(tmp_path):
+    """As LoRAN's trained constants were written before they had one."""
+    model = hosted(undula.LoRAN(r=2, learn=("a", "w")))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert any(t.shape == (1,) for t in tensors.values())
+    save_file({k: t[0] if t.shape == (1,) else t for k, t in tensors.items()}, file)
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(again(tokens()).logits, model.eval()(tokens()).logits)

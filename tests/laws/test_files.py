@@ -700,3 +700,18 @@ def test_every_refusal_of_a_runs_description_is_documented(name, tmp_path):
     (tmp_path / "run.json").write_text("[" * 10**5)
     with pytest.raises(ValueError, match=r"run\.json is not JSON"):
         Run.load(tmp_path)
+
+
+def test_numbers_without_a_dimension_are_still_read(tmp_path):
+    """As LoRAN's trained constants were written before they had one (FSDP2 cuts no others)."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    adapter = undula.attach(model, undula.LoRAN(r=2, learn=("a", "w")))
+    shake(adapter)
+    adapter.save(tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    lone = [k for k, t in tensors.items() if t.shape == (1,)]
+    assert len(lone) == 2
+    save_file({k: t[0] if k in lone else t for k, t in tensors.items()}, tmp_path / TENSORS)
+    again = undula.Adapter.load(tmp_path)
+    for site, name, t in adapter.tensors():
+        torch.testing.assert_close(again.factors[site][name], t)

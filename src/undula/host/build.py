@@ -27,6 +27,8 @@ from ..methods.dropout import bare
 from ..methods.lora import LoRA
 from .apart import apart, check_theirs
 from .masters import wide
+from .quantised import SHARD
+from .sharded import is_sharded
 from .views import LinearView, outline, site
 from .where import Where, aliases, choose, matches, views
 
@@ -340,6 +342,8 @@ def _check_there(path: str, layer: LinearView) -> None:
             f"{path} is a {type(layer.module).__name__} that has not seen an input: its weight has no shape yet. Call "
             "the model once, then attach"
         )
+    if is_sharded(layer.module.weight):
+        raise TypeError(f"the weight of {path} {SHARD}")
     if layer.module.weight.is_complex():
         raise ValueError(f"{path} has a complex weight, factors are real: leave that layer out (`exclude`)")
     if not layer.module.weight.is_meta:

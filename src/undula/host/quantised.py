@@ -18,6 +18,11 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 WIDE = (torch.float32, torch.float64)
+SHARD = (
+    "is one process's shard (a DTensor: tensor parallel, FSDP2), and an adapter stands on whole weights. Load the "
+    "model whole (without tp_plan, before parallelize_module or fully_shard) and attach to it; then fully_shard cuts "
+    "base and adapter, or DistributedDataParallel spreads the rows"
+)
 
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two: the same under `torch.export`
@@ -71,6 +76,8 @@ def format_of(module: nn.Module) -> Format:
         return _Bits4() if hasattr(weight, "quant_state") else _Bits8()
     if type(weight).dequantize is not Tensor.dequantize and getattr(weight, "act_pre_scale", None) is None:
         return _TorchAO()
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(f"the weight of this {type(module).__name__} {SHARD}")
     raise TypeError(
         f"undula cannot read a weight of type {type(weight).__name__} ({weight.dtype}) as numbers; it reads dense "
         "floats, bitsandbytes' 4- and 8-bit and torchao's weight-only tensors. Leave that layer out of `where`"

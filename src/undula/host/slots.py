@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..core.method import Factors
 from . import masters
 from .route import At
+from .sharded import is_sharded
 from .views import Acts, LinearView, adapted
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ class Slot(nn.Module):
         # A slot is never called, but torch's TransformerEncoderLayer looks for hooks below it: where it finds one, it
         # calls its layers in evaluation too, and does not compute from their weights past the adapter.
         self.register_forward_hook(never_called)
+
+    def named_parameters(self, *args: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Without frozen factors that are a shape or one number: `fully_shard` asks each module for what to cut, and
+        cannot cut these.  They stay whole in each process; the model's own list has them."""
+        every = super().named_parameters(*args, **named)
+        return ((name, p) for name, p in every if p.requires_grad or (p.ndim and p.numel()))
 
     def fits(self, module: nn.Module) -> bool:
         """Whether this is still the slot for what stands at its site."""
@@ -69,6 +77,16 @@ class Adapted:
             route = slot.host.route(slot)
             method = method if route is None else At(route, slot.path)
         return adapted(method, layer, slot._parameters, args, named)  # type: ignore[arg-type]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Raises RuntimeError for a shard: `parallelize_module` knows how to cut a layer, and no method."""
+        if is_sharded(param):
+            raise RuntimeError(
+                f"{self.undula.path} is adapted, and tensor parallel (parallelize_module) would cut its weight and not "
+                "know what to do with the adapter. Use fully_shard (FSDP2) or DistributedDataParallel; or merge the "
+                "adapter (undula.merge, undula.detach) and parallelize what is left"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]

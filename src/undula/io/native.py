@@ -292,6 +292,7 @@ def _checked(
             raise ValueError(f"{path}: {site}.{factor} is rebuilt from a seed, and in the file as well")
         lacking[site][factor] = made[factor]
     for site, f in stored.items():
+        f.update(with_dimension(f, methods[site].init(outlines[site])))
         check_shapes(f"{path}: {site}", {**f, **lacking[site]}, methods[site].init(outlines[site]))
     held = sum({id(t): t.numel() for f in stored.values() for t in f.values()}.values())
     if checksums and not _in_proportion(methods, shapes, held, {s for s, f in lacking.items() if f}):
@@ -304,6 +305,12 @@ def _checked(
     for site, f in stored.items():
         methods[site].check(outlines[site], f)
     return dict(stored)
+
+
+def with_dimension(found: Mapping[str, Tensor], wanted: Factors) -> dict[str, Tensor]:
+    """Factors of one number that were written without a dimension, and have one now: FSDP2 takes no others."""
+    lone = {k: t for k, t in found.items() if t.ndim == 0 and k in wanted and wanted[k].shape == (1,)}
+    return {k: t.reshape(1) for k, t in lone.items()}
 
 
 def texts(own: Mapping[str, Any], name: str, path: str) -> dict[str, str]:

@@ -55,7 +55,7 @@ class Frozen(Nesting):
     """Rank b alone: row b of A and column b of B."""
 
     def __call__(self, B_OR: Tensor, A_RI: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        last = torch.arange(1, A_RI.shape[0] + 1, device=b.device) == b
+        last = torch.arange(1, A_RI.shape[0] + 1, device=A_RI.device) == b
         return torch.where(last, B_OR, B_OR.detach()), torch.where(last[:, None], A_RI, A_RI.detach())
 
     def still(self, b: int, r: int) -> list[slice]:
@@ -90,7 +90,7 @@ class DyLoRA(LowRank):
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         b = f["b"]
         B_OR, A_RI = self.nesting(f["B"], f["A"], b)
-        within_R = (torch.arange(self.r, device=b.device) < b).to(B_OR.dtype)
+        within_R = (torch.arange(self.r, device=B_OR.device) < b).to(B_OR.dtype)
         s = self.scaling(b.to(B_OR.dtype), self.alpha)  # type: ignore[arg-type]  # a number on the device
         return s * within_R * B_OR, A_RI
 

@@ -36,7 +36,7 @@ def learnable_start(activation: Activation, start: Start) -> None:
 
 @dataclass(frozen=True)
 class LoRAN(Additive):
-    """W' = W + s f(B A).  `learn` names constants of the activation that train, one scalar per site (`a,w`)."""
+    """W' = W + s f(B A).  `learn` names constants of the activation that train, one number per site (`a,w`)."""
 
     formula = "W' = W + s f(B A), f(u) = u + a u sin(w u)"
     parameters = "r*(O + I) + len(learn)"
@@ -60,7 +60,7 @@ class LoRAN(Additive):
         learnable_start(self.activation, start)
         B_OR, A_RI = start(site, self.r)
         values = self.activation.constants()
-        trained = {c: torch.full((), values[c], dtype=site.dtype, device=site.device) for c in self.learn}
+        trained = {c: torch.full((1,), values[c], dtype=site.dtype, device=site.device) for c in self.learn}
         return {k: t.requires_grad_() for k, t in {"A": A_RI, "B": B_OR, **trained}.items()}
 
     def scale(self, I: int) -> float:

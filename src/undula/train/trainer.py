@@ -76,6 +76,12 @@ class AdapterTrainer(Trainer):
         super()._save_rng_state(output_dir)  # each process its own; what makes a checkpoint complete comes after all
         processes.wait()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for p, memory in self.optimizer.state.items():  # type: ignore[union-attr]
+            if p.shape == (1,):  # of a number that had no dimension when this was written, see `native.with_dimension`
+                memory |= {k: t.reshape(1) for k, t in memory.items() if k.startswith("exp_") and t.ndim == 0}
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         saved = Adapter.load(resume_from_checkpoint)
         if self.allocated:

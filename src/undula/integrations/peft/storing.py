@@ -63,14 +63,15 @@ def _hide_embeddings(model: nn.Module, config: UndulaConfig) -> None:
 def checked(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Strict, where PEFT only warns: missing, surplus or misshapen tensors and NaN are errors."""
     name, record = f"adapter {adapter!r}", record_of(model, adapter) or {"tied": {}, "rebuilt": {}}
-    state_dict = native.untied(state_dict, record["tied"], name)
+    state_dict = dict(native.untied(state_dict, record["tied"], name))
     files.check_finite(state_dict, name)
     wanted = factors_of(model, adapter)
     found: dict = {at: {} for at in wanted}
     for key, t in state_dict.items():
         at, factor = native.split(key)
         if at is not None:  # else it is of modules_to_save: PEFT looks after those
-            found.setdefault(at, {})[factor] = t
+            state_dict[key] = native.with_dimension({factor: t}, wanted.get(at, {})).get(factor, t)
+            found.setdefault(at, {})[factor] = state_dict[key]
     for at, factors in wanted.items():
         rebuilt = {k: t for k, t in factors.items() if native.key_of(at, k) in record["rebuilt"]}
         found[at] = {**rebuilt, **found[at]}
