@@ -294,6 +294,17 @@ def test_compiles(m):
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
+@each([m for m in ZOO if isinstance(m, undula.Dropout)])
+def test_dropout_compiles_into_one_graph(m):
+    """In training; and what it computes has gradients."""
+    model = net().train()
+    adapter = undula.attach(model, m)
+    shake(adapter)
+    torch.compiler.reset()
+    torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 12)).square().sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
 @each(ADDITIVE)
 def test_arithmetic(m):
     model = net().eval()

@@ -222,11 +222,13 @@ def test_starts():
     assert float(A.std()) == pytest.approx(1 / math.sqrt(2000), rel=0.05)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.5, 0.99])
-def test_dropout_drops_as_much_as_was_asked(p):
+def test_dropout_drops_as_much_as_was_asked(p, compiled):
     """In bytes, 0.01 was 3/256."""
+    torch.compiler.reset()
     torch.manual_seed(0)
-    z = drop(torch.ones(1000, 1001), p)
+    z = (torch.compile(drop, backend="eager", fullgraph=True) if compiled else drop)(torch.ones(1000, 1001), p)
     sigma = (p * (1 - p) / z.numel()) ** 0.5
     assert abs(float((z == 0).double().mean()) - p) < 5 * sigma + 1 / (1 << 17)
     assert float(z.max()) == pytest.approx(1 / (1 - p), rel=1e-3)

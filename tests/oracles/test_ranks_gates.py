@@ -16,6 +16,7 @@ from undula.methods.lora import Fixed
 from undula.ranks.diffora import Shared
 from undula.ranks.dylora import Geometric as Often
 from undula.ranks.dylora import Uniform
+from undula.ranks.gates import agreed
 from undula.ranks.sora import Constant, Geometric, Linear, Listed, prox
 
 
@@ -552,3 +553,22 @@ def test_a_shared_pair_moves_as_a_tied_one():
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
     assert all(torch.equal(found[0][k], found[0][2 * i + k]) for i in (2, 3) for k in (0, 1))
+
+
+class Somewhere:
+    """What a tensor says of its place, without the device."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def to(self, device):
+        return Somewhere(device)
+
+
+def test_scores_are_agreed_on_where_the_adapter_is(monkeypatch):
+    """A group of processes on GPUs (nccl) exchanges no tensor of the CPU; the scores are there again afterwards."""
+    seen = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda t, source: seen.append((t.device.type, source)))
+    assert agreed(Somewhere("cpu"), torch.device("cuda")).device.type == "cpu"
+    assert seen == [("cuda", 0)]

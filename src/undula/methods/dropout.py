@@ -4,6 +4,7 @@
 
 The frozen layer always sees x itself.  On a CPU `torch.dropout` costs more than LoRA's own products: the mask here is
 drawn 16 bits an input (p in steps of 1/65536), about twice as cheap.  It follows `torch.manual_seed`.
+Compiled, the mask is torch's own draw.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ LEVELS = 1 << 16  # that 16 random bits tell apart
 def drop(x: Tensor, p: float) -> Tensor:
     """Inverted dropout of x; the rate is p rounded to 1/65536 and the survivors are scaled by the rounded rate."""
     level = round(p * LEVELS)
+    if torch.compiler.is_compiling():  # which knows no `random_`, and would break its graph there
+        return x * (torch.rand(x.shape, device=x.device) >= level / LEVELS) * (LEVELS / (LEVELS - level))
     words = -(-x.numel() // 4)
     noise = torch.empty(words, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     keep = noise.view(torch.int16)[: x.numel()].view(x.shape) >= level - LEVELS // 2

@@ -92,7 +92,7 @@ class ALoRACourse(GateCourse):
                 torch._foreach_copy_(self.gates, own)
         if any(s.isnan().any() for s in found):
             raise ValueError(f"{self.how!r}: the quality of the model is not a number at update {self.step}")
-        return [agreed(s) for s in found]
+        return [agreed(s, g.device) for s, g in zip(found, self.gates, strict=True)]
 
     @torch.no_grad()
     def move(self, scores: list[Tensor]) -> None:

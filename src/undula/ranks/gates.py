@@ -74,8 +74,11 @@ class GateCourse(Course):
         return live(self.adapter)
 
 
-def agreed(t: Tensor) -> Tensor:
-    """`t` as the first process has it: what was measured, and not computed from shared gradients, may differ."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(t, 0)
-    return t
+def agreed(t: Tensor, device: torch.device) -> Tensor:
+    """`t` as the first process has it: what was measured, and not computed from shared gradients, may differ.  It goes
+    by way of `device`, where the adapter is: processes on GPUs exchange nothing that lies elsewhere (nccl)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return t
+    there = t.to(device)
+    torch.distributed.broadcast(there, 0)
+    return there.to(t.device)
