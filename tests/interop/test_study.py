@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import undula
 from undula.cli.main import app
-from undula.study import executors
+from undula.study import orders
 from undula.study import report as report_package
 from undula.study.drive import counted, estimate, report, run, warnings
 from undula.study.outcome import FINAL, SWEEP
@@ -446,7 +446,7 @@ def test_rates_are_halved_by_one_seed_and_made_whole_when_halving_is_off(one, tm
         return {"validation": watch.best, "curve": watch.curve, "pruned": watch.pruned, "steps": steps,
                 "wall_seconds": 1.0, "rows_digest": sources.digest(trial.rows, trial.split_seed)}  # fmt: skip
 
-    monkeypatch.setattr(executors, "perform", given)
+    monkeypatch.setattr(orders, "perform", given)
     swept = one.replace("rates = [3e-3, 1e-2]\nextend = 0", "rates = [1e-3, 1e-2, 1e-1]\nextend = 0\nseeds = [2, 5]")
     swept = swept.replace("seeds = [1, 2]", "seeds = [3, 4]", 1)
     found = run(parse(swept.replace("extend = 0", "extend = 0\nhalving = 2")), tmp_path)

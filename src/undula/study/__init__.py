@@ -14,7 +14,6 @@ from ..core.extras import needs
 
 if TYPE_CHECKING:
     from .drive import Finished, View
-    from .executors import Executor
     from .spec import Study
 
 __all__ = ["study"]
@@ -25,7 +24,6 @@ def study(
     study: Study | str | Path,
     out: str | Path | None = None,
     *,
-    executor: Executor | None = None,
     view: View | None = None,
     retry_failed: bool = False,
 ) -> Finished:
@@ -43,8 +41,8 @@ def study(
     if isinstance(study, Study):
         if out is None:
             raise ValueError("say where the runs are kept: undula.study(study, out=...)")
-        return run(study, out, executor=executor, view=view, retry_failed=retry_failed)
+        return run(study, out, view=view, retry_failed=retry_failed)
     path = Path(study)
     about = {"study file": text_of(path)} if path.is_file() else None
     out = Path(path.stem + "-study") if out is None else out
-    return run(read(path), out, executor=executor, view=view, about=about, retry_failed=retry_failed)
+    return run(read(path), out, view=view, about=about, retry_failed=retry_failed)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from . import splits
-from .executors import Ended, Executor, Local, Order, make
 from .floors import floor
+from .orders import Ended, Order, make
 from .outcome import ChosenRate, Outcome
 from .plan import Plan
 from .sources import Sources
@@ -54,13 +54,12 @@ def run(
     study: Study,
     out: str | Path,
     *,
-    executor: Executor | None = None,
     view: View | None = None,
     about: Mapping[str, str] | None = None,
     retry_failed: bool = False,
 ) -> Finished:
     """See `undula.study`."""
-    executor, view, out = executor or Local(), view or Silent(), Path(out)
+    view, out = view or Silent(), Path(out)
     plan, store = Plan(study), Store(out / STORE)
     if changed := "; ".join(plan.strangers(plan.known(store))):
         raise ValueError(f"{changed}: bring them back, or begin again in another --out than {out}")
@@ -68,12 +67,9 @@ def run(
     mine: set[str] = set()
     try:
         with store.beating():
-            _drive(plan, store, executor, view, mine)
+            _drive(plan, store, view, mine)
     finally:
-        try:
-            executor.close()
-        finally:
-            store.release(mine)
+        store.release(mine)
     return _report(plan, store, out, about)
 
 
@@ -86,29 +82,26 @@ def _free(plan: Plan, store: Store, retry_failed: bool) -> None:
         store.forget({k: r for k, r in store.records(keys).items() if r.error is not None})
 
 
-def _drive(plan: Plan, store: Store, executor: Executor, view: View, mine: set[str]) -> None:
-    """`mine`: the runs in hand."""
+def _drive(plan: Plan, store: Store, view: View, mine: set[str]) -> None:
+    """Makes run after run; `mine`: what is in hand."""
     while True:
         known = plan.known(store)
         view.counts(plan.counts(known))
-        due = [t for t in plan.due(known) if t.key not in mine]
-        for trial in due:
-            if len(mine) >= executor.slots:
-                break
-            mine.add(trial.key)  # first, so that no interruption leaves a claim behind
-            if not store.claim(trial):
-                mine.remove(trial.key)
-            else:
-                view.begun(trial)
-                executor.submit(_order(plan, trial, known))
-        if mine:
-            ended = _record(plan, store, executor.wait(view.step))
-            mine.remove(ended.order.trial.key)
-            view.ended(ended)
-        elif due:  # in the hands of another process
-            time.sleep(POLL)
-        else:
+        due = list(plan.due(known))
+        if not due:
             return
+        for trial in due:
+            mine.add(trial.key)  # first, so that no interruption leaves a claim behind
+            if store.claim(trial):
+                break
+            mine.remove(trial.key)
+        else:  # all in the hands of other processes
+            time.sleep(POLL)
+            continue
+        view.begun(trial)
+        ended = _record(plan, store, make(_order(plan, trial, known), view.step))
+        mine.remove(trial.key)
+        view.ended(ended)
 
 
 def _order(plan: Plan, trial: Trial, known: Mapping[str, Record]) -> Order:
@@ -119,8 +112,8 @@ def _order(plan: Plan, trial: Trial, known: Mapping[str, Record]) -> Order:
 
 
 def _record(plan: Plan, store: Store, ended: Ended) -> Ended:
-    """Keeps what a run came to.  One that read other rows than this study did (in a worker elsewhere, after a file was
-    written anew) has failed: its figure belongs to no table."""
+    """Keeps what a run came to.  One that read other rows than this study did (after a file was written anew) has
+    failed: its figure belongs to no table."""
     trial, result = ended.order.trial, ended.result
     if result is not None and result["rows_digest"] != plan.sources.digest(trial.rows, trial.split_seed):
         ended = Ended(ended.order, None, f"ValueError: the rows of {trial.rows.source} changed while the study ran")

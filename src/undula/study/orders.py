@@ -1,8 +1,7 @@
-"""Where the runs of a study are made.  Several processes on one folder share its runs, each with its own executor."""
+"""A run of a study that this process has claimed, and what it came to.  Processes on one folder share its runs."""
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,39 +41,3 @@ def make(order: Order, heard: Heard = lambda *_: None) -> Ended:
         return Ended(order, perform(order.trial, watch, order.sources), None)
     except Exception as error:  # whatever one configuration does must not stop the others
         return Ended(order, None, f"{type(error).__name__}: {error}")
-
-
-class Executor(abc.ABC):
-    """Takes up to `slots` orders at a time."""
-
-    slots: int
-
-    @abc.abstractmethod
-    def submit(self, order: Order) -> None:
-        """Begins a run, or notes it."""
-
-    @abc.abstractmethod
-    def wait(self, heard: Heard) -> Ended:
-        """The next run that ends.  Called only while there is one."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Lets go of what the executor holds."""
-
-
-class Local(Executor):
-    """One run at a time, in this process."""
-
-    slots = 1
-
-    def __init__(self) -> None:
-        self.orders: list[Order] = []
-
-    def submit(self, order: Order) -> None:
-        self.orders.append(order)
-
-    def wait(self, heard: Heard) -> Ended:
-        return make(self.orders.pop(0), heard)
-
-    def close(self) -> None:
-        self.orders.clear()
