@@ -502,9 +502,11 @@ def test_an_adapter_counts_in_training_and_in_evaluation(method, nested, padding
     model, x = Attending(nested).double(), torch.randn(2, 5, 8, dtype=torch.float64)
     kept = ~PADDING if padding is not None else torch.ones(2, 5, dtype=torch.bool)
     fast = [m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    with pytest.warns(UserWarning, match=r"left out of where='all-linear': attention.out_proj, .* never calls it"):
+    reads = isinstance(method, undula.Reweight)  # else it has no weight for those who read one
+    told = pytest.warns(UserWarning, match=r"in_proj_weight.* has no adapted weight")
+    with contextlib.nullcontext() if reads else told:
         adapter = shake(undula.attach(model, method))
-    assert not any("out_proj" in site for site in adapter.factors)
+    assert any("out_proj" in site for site in adapter.factors) == reads
     live = model(x, padding)
     undula.select(model, None)
     base = model(x, padding)
@@ -513,6 +515,13 @@ def test_an_adapter_counts_in_training_and_in_evaluation(method, nested, padding
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(model(x, padding)[kept], live[kept])
+            for names, wanted in ((["default", "default"], live), ([None, None], base)):
+                with undula.rows(model, names):
+                    torch.testing.assert_close(model(x, padding)[kept], wanted[kept])
+            if reads:
+                with pytest.raises(ValueError, match=r"in_proj_weight is a weight .* once for the whole batch"):
+                    undula.rows(model, ["default", None]).__enter__()
+                continue
             with undula.rows(model, ["default", None]):
                 mixed = model(x, padding)
         torch.testing.assert_close(mixed[0], live[0])
@@ -530,22 +539,22 @@ class Mixed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patch = nn.ModuleDict({"proj": nn.ConvTranspose2d(3, 8, 2)})
+        self.patch = nn.ModuleDict({"proj": nn.EmbeddingBag(3, 8)})
         self.attn = nn.ModuleDict({"proj": nn.Linear(8, 8)})
 
 
 def test_layers_that_cannot_be_adapted_are_named():
     """A pattern that names a layer of another kind says so; one that names nothing else is refused."""
     with pytest.warns(
-        UserWarning, match=r"left out of where='proj': patch.proj \(no adapter acts on a ConvTranspose2d\)"
+        UserWarning, match=r"left out of where='proj': patch.proj \(no adapter acts on a EmbeddingBag as"
     ):
         assert list(undula.attach(Mixed(), LoRA(r=2), ["proj"]).factors) == ["attn.proj"]
     with pytest.raises(
         TypeError, match=r"where='patch.proj' names only layers that cannot be adapted: patch.proj \(no"
     ):
         undula.attach(Mixed(), LoRA(r=2), "patch.proj")
-    with pytest.raises(TypeError, match=r"attention.out_proj \(nn.MultiheadAttention computes from its weight"):
-        undula.attach(Attending(), LoRA(r=2), ["linear1", "attention.out_proj"])
+    with pytest.raises(TypeError, match=r"attention.out_proj is a weight that MultiheadAttention reads.*AuroRA.*rung"):
+        undula.attach(Attending(), undula.AuroRA(), ["linear1", "attention.out_proj"])
 
 
 def three(model):

@@ -110,22 +110,26 @@ def test_padding_under_peft(method):
         peft.get_peft_model(nn.Sequential(nn.Embedding(11, 12, max_norm=1.0)), undula.peft_config(method, ["0"]))
 
 
-def test_weights_that_a_model_reads_are_left_out():
-    """Mamba computes from dt_proj's weight: "all-linear" says so, and naming it alone is refused."""
+def test_weights_that_a_model_reads_are_adapted():
+    """Mamba computes from dt_proj's weight, and its fused kernels from others'."""
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(
         hidden_size=8, num_hidden_layers=1, vocab_size=11, state_size=4, intermediate_size=16
     )
-    model = transformers.MambaForCausalLM(config)
-    with pytest.warns(
-        UserWarning, match=r"left out of where='all-linear': .*dt_proj.*reads its weight without calling it"
-    ):
-        sites = undula.attach(model, LoRA(r=2)).factors
-    assert sites
-    assert not any(site.endswith(("dt_proj", "out_proj", "x_proj")) for site in sites)
+    model, x = transformers.MambaForCausalLM(config), torch.arange(6)[None]
+    base = model(x).logits
+    adapter = undula.attach(model, LoRA(r=2))
+    assert {s.rpartition(".")[2] for s in adapter.factors} == {"in_proj", "x_proj", "dt_proj", "out_proj"}
+    torch.testing.assert_close(model(x).logits, base)
+    shake(adapter)
+    gradients = torch.autograd.grad(model(x).logits.square().sum(), adapter.parameters())
+    assert all(g.abs().sum() > 0 for g in gradients)
     undula.detach(model)
-    with pytest.raises(TypeError, match=r"dt_proj .*reads its weight"):
-        undula.attach(model, LoRA(r=2), ["dt_proj"])
+    shake(undula.attach(model, LoRA(r=2), ["out_proj"]))
+    live = model(x).logits
+    assert not torch.allclose(live, base)
+    undula.merge(model)
+    torch.testing.assert_close(model(x).logits, live)
 
 
 class Normed(nn.Linear):
@@ -641,9 +645,14 @@ class Mixing(nn.Module):
         return self.last(nn.functional.conv1d(x, self.mix.weight, groups=6, padding=2))
 
 
-def test_a_convolution_whose_weight_its_parent_reads_is_refused():
-    model = Mixing()
-    with pytest.raises(TypeError, match=r"mix \(Mixing reads its weight without calling it\)"):
-        undula.attach(model, undula.LoRAN(r=2), ["mix"])
-    with pytest.warns(UserWarning, match="left out of where"):
-        assert list(undula.attach(model, undula.LoRAN(r=2), "*").factors) == ["last"]
+def test_a_convolution_whose_weight_its_parent_reads_is_adapted():
+    model, x = Mixing(), torch.randn(2, 6, 5)
+    base = model(x)
+    adapter = undula.attach(model, undula.LoRAN(r=2), "*")
+    assert list(adapter.factors) == ["mix", "last"]
+    undula.detach(model)
+    shake(undula.attach(model, undula.LoRAN(r=2), ["mix"]))
+    live = model(x)
+    assert not torch.allclose(live, base)
+    undula.merge(model)
+    torch.testing.assert_close(model(x), live)

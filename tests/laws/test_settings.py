@@ -183,17 +183,20 @@ def test_what_is_tied_trains_in_full_as_one(full, tmp_path):
 
 
 def test_stacked_experts_are_told():
-    """They are parameters and no layers: most of such a model's weights."""
+    """They are parameters and no layers: most of such a model's weights, which only who names them pays for."""
     config = transformers.MixtralConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=20, num_local_experts=3,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config)
-    with pytest.warns(UserWarning, match=r"left out of where='all-linear': .*mlp\.experts \(no adapter acts on a"):
+    with pytest.warns(UserWarning, match=r"left out of where='all-linear': .*mlp\.experts \(a MixtralExperts keeps"):
         adapter = undula.attach(model, LoRA(r=2))
     assert {n.rpartition(".")[2] for n in adapter.factors} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    with pytest.raises(LookupError, match=r"It names parameters \(model.layers.0.mlp.experts.gate_up_proj\), which no"):
-        undula.attach(model, LoRA(r=2), "*.experts.gate_up_proj", name="b")
+    undula.detach(model)
+    adapter = undula.attach(model, LoRA(r=2), "*.experts.gate_up_proj")
+    assert list(adapter.factors) == [f"model.layers.0.mlp.experts.gate_up_proj.{i}" for i in range(3)]
+    with pytest.raises(LookupError, match=r"It names parameters \(model.norm.weight\), which no adapter acts on"):
+        undula.attach(model, LoRA(r=2), "model.norm.weight", name="b")
 
 
 def test_positions_are_no_stack():

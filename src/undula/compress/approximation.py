@@ -12,7 +12,7 @@ from ..core.adapter import Adapter
 from ..core.choice import Choice
 from ..core.method import Additive, Factors, LowRank, Method, Reweight
 from ..core.ranges import Rank
-from ..host.views import view
+from ..host.host import layer_at
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
 from ..methods.aurora import AuroRA
@@ -81,8 +81,7 @@ def update(site: str, m: Method, f: Factors, model: nn.Module | None) -> Tensor:
         return m.delta(f)
     assert isinstance(m, Reweight)
     assert model is not None
-    layer = view(model.get_submodule(site))
-    assert layer is not None
+    layer = layer_at(model, site)
     wide = torch.promote_types(layer.weight.dtype, torch.float32)
     W_OI = layer.weight.to(wide)
     return m.weight(W_OI, f) - W_OI

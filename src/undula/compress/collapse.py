@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import Factors, Layer, Method
-from ..host.host import attach, detach, host_of, select
+from ..host.host import attach, detach, host_of, layer_at, select
 from ..host.where import inner
 from ..kernels import reference
 from ..methods.lora import LoRA
@@ -85,10 +85,10 @@ def collapse(
 def _check_groups(model: nn.Module, adapter: Adapter) -> None:
     """A LoRA on a grouped convolution would have no common bottleneck."""
     for site in adapter.factors:
-        module = model.get_submodule(site)
-        if getattr(module, "groups", 1) > 1:
+        groups = getattr(layer_at(model, site).module, "groups", 1)
+        if groups > 1:
             raise TypeError(
-                f"{site} is a convolution in {module.groups} groups, which see different inputs: no LowRank adapter "
+                f"{site} is a convolution in {groups} groups, which see different inputs: no LowRank adapter "
                 "stands on it. Merge the adapter, or leave that layer out"
             )
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.method import Layer
 from ..core.ranges import INT64, NotNegative, Range, Rank
-from ..host.views import EmbeddingView, LinearView, view
+from ..host.host import layer_at
+from ..host.views import EmbeddingView, LinearView
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
 from ..observe.listen import Batch, batches, listening, still
@@ -136,7 +137,7 @@ class LeastSquares(Approximation):
                 "LeastSquares runs the adapted model: give the model with the adapter selected, not the adapter"
             )
         for site in adapter.factors:
-            self._check(site, view(model.get_submodule(site)))
+            self._check(site, layer_at(model, site))
         groups = self.groups(adapter.shapes)
         if len(groups) > 1 and iter(self.calibration) is self.calibration:
             raise ValueError(
@@ -153,8 +154,7 @@ class LeastSquares(Approximation):
                     raise ValueError(f"{site or 'the model'}: {error}") from None
         return fits
 
-    def _check(self, site: str, layer: LinearView | None) -> None:
-        assert layer is not None
+    def _check(self, site: str, layer: LinearView) -> None:
         if isinstance(layer, EmbeddingView):
             raise TypeError(
                 f"least squares fits linear layers and convolutions; {site} is a {layer.module.original.__name__}. "  # type: ignore[union-attr]

@@ -29,8 +29,12 @@ def unlike(layer: LinearView) -> str | None:
     module = layer.module
     stock: type[nn.Module]
     theirs: Callable[[LinearView, Tensor], tuple[Tensor, Tensor]]
-    if layer.also:
-        return f"one layer at several places ({', '.join(layer.also)} too)"
+    if layer.reader is not None or layer.also:
+        return (
+            f"a weight that {layer.reader} reads"
+            if layer.reader
+            else f"one layer at several places ({', '.join(layer.also)} too)"
+        )
     takes_more = layer.call not in STOCK and len(inspect.signature(layer.call).parameters) > 2
     if takes_more or not layer.product:
         how = "whose forward takes more than x" if takes_more else "which has a forward of its own"

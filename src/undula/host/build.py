@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ..core.method import (
     Reweight,
     Site,
 )
-from ..methods.dora import DoRA
+from ..methods.dora import DoRA, drops
 from ..methods.dropout import bare
 from ..methods.lora import LoRA
 from .apart import apart, check_theirs
@@ -30,7 +31,8 @@ from .masters import wide
 from .quantised import SHARD
 from .sharded import is_sharded
 from .views import LinearView, outline, site
-from .where import Where, aliases, choose, matches, views
+from .weights import check_once, parameter_of
+from .where import Where, aliases, choose, layers_at, matches
 
 if TYPE_CHECKING:
     from ..observe.probe import Probe
@@ -50,11 +52,26 @@ def fresh(
     """A new adapter for `model`, not attached."""
     layers, parameters = choose(model, where, exclude), chosen_parameters(model, full)
     if where == "all-linear":  # a layer that trains in full needs no adapter beside
-        layers = {n: v for n, v in layers.items() if f"{n}.weight" not in parameters}
+        layers = {n: v for n, v in layers.items() if parameter_of(n, v) not in parameters}
+        layers = _readable(layers, assigned(layers, method, overrides))
     evidence = None if probe is None else probe.on(model, layers)
     once = {id(p): _thawed(p) for p in parameters.values()}  # what is tied trains as one
     in_full = {n: once[id(p)] for n, p in parameters.items()}
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
+
+
+def _readable(layers: Mapping[str, LinearView], methods: Mapping[str, Method]) -> dict[str, LinearView]:
+    """The layers without the weights that are read and whose methods name none; a warning tells of these."""
+    able = {n: v for n, v in layers.items() if v.reader is None or isinstance(methods[n], Reweight)}
+    left = [n for n in layers if n not in able]
+    if left and able:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        warnings.warn(
+            f"left out of where='all-linear': {', '.join(left[:3])}{more} ({layers[left[0]].reader} reads the "
+            f"weight and never calls it as a layer; {methods[left[0]]!r} has no adapted weight)",
+            stacklevel=5,
+        )
+    return able if able else dict(layers)
 
 
 def narrowed(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
@@ -152,6 +169,7 @@ def outlined(layers: Mapping[str, LinearView], methods: Mapping[str, Method]) ->
 def _filled(
     layers: Mapping[str, LinearView], methods: Mapping[str, Method], make: Callable[[Method, Site], Factors]
 ) -> Adapter:
+    check_once(layers)
     for path, layer in layers.items():
         check_layer(path, layer, methods[path])
     factors: dict[str, Factors] = {}
@@ -246,7 +264,8 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     """`adapter` as parameters of its own that fit `model` (types and devices adjusted).  Raises ValueError where it
     does not fit."""
     adapter.check_usable()
-    layers = {n: layer for n, layer in views(model).items() if n in adapter.factors}
+    layers = layers_at(model, adapter.factors)
+    check_once(layers)
     missing = [n for n in adapter.factors if n not in layers]
     if missing:
         first = aliases(model)
@@ -332,7 +351,7 @@ def check_layer(path: str, layer: LinearView, method: Method) -> None:
 
 def _check_there(path: str, layer: LinearView) -> None:
     """Raises ValueError for a layer whose weight is not here, or not real."""
-    if "undula" in layer.module._modules:
+    if "undula" in layer.owner._modules:
         raise ValueError(
             f"{path} is adapted already, by an adapter on a part of this model or on a model around it: detach that "
             "one first, or attach both to the same model"
@@ -348,7 +367,7 @@ def _check_there(path: str, layer: LinearView) -> None:
         raise ValueError(f"{path} has a complex weight, factors are real: leave that layer out (`exclude`)")
     if not layer.module.weight.is_meta:
         return
-    if "_hf_hook" in layer.module.__dict__:
+    if "_hf_hook" in layer.owner.__dict__:
         raise ValueError(
             f"the weight of {path} is offloaded: between its calls it is nowhere. Load the model without offloading "
             "(a device_map without 'cpu' and 'disk', more memory or fewer bits), or leave that layer out (`exclude`)"
@@ -361,6 +380,9 @@ def _check_there(path: str, layer: LinearView) -> None:
 def _check_own_forward(path: str, layer: LinearView, method: Method) -> None:
     """Raises TypeError where a method cannot go through the layer's own forward, see `adapted`."""
     if layer.product:
+        return
+    if layer.reader is not None:
+        _check_read(path, layer, method)
         return
     what = f"{path}: {layer.call.__qualname__} is not W x + b"
     if layer.override is not None:
@@ -382,6 +404,18 @@ def _check_own_forward(path: str, layer: LinearView, method: Method) -> None:
             f"{what}, and dropout acts beside W x alone. Give that layer a method without dropout by `overrides`, or "
             "leave it out (`exclude`)"
         )
+
+
+def _check_read(path: str, layer: LinearView, method: Method) -> None:
+    """Raises TypeError where a method names no weight for those who read it."""
+    if isinstance(method, Reweight) and not drops(method):
+        return
+    why = "drops out beside W x" if isinstance(method, Reweight) else f"stands on the rung {method.rung()}"
+    raise TypeError(
+        f"{path} is a weight that {layer.reader} reads and no layer that it calls: only a method with an adapted "
+        f"weight acts there (the rungs Reweight and above without dropout: LoRA, LoRAN, DoRA, SHiRA, AuroRAStatic "
+        f"...), and {method!r} {why}. Give that site another by `overrides`, or leave it out (`exclude`)"
+    )
 
 
 def _check_groups(path: str, layer: LinearView, method: Method) -> None:

@@ -26,8 +26,9 @@ from .route import ROUTES, Form, Route, form, innermost
 from .saving import guard, unguard
 from .sharded import is_fsdp
 from .slots import Slot, install, remove
-from .views import LinearView, view
-from .where import Where, inner
+from .views import LinearView
+from .weights import Read
+from .where import Where, inner, layers_at
 
 if TYPE_CHECKING:
     from ..observe.probe import Probe
@@ -55,7 +56,7 @@ class Host:
     slots: dict[str, Slot] = field(default_factory=dict)  # of the layers that are adapted now, by site
     guests: dict[str, Slot] = field(default_factory=dict)  # those of them that are so for `rows` alone
     spare: dict[str, Slot] = field(default_factory=dict)  # of the last `rows`, for the next
-    merged: dict[str, nn.Parameter] | None = None  # the base's own weights, while merged
+    merged: dict[str, nn.Parameter] | None = None  # the base's own weights by their full names, while merged
     untied: list[Any] = field(default_factory=list)  # configurations that said "tied", see `merging.untie`
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
     placed: dict[str, Tensor] = field(default_factory=dict)  # what was put in their places
@@ -141,8 +142,8 @@ def _check_live(model: nn.Module, host: Host) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in adapter.factors:
         slot = host.slots[path]
-        module, layer = modules.get(path), slot.layer
-        if module is not layer.module or module._modules.get("undula") is not slot:
+        layer = slot.layer
+        if not slot.hangs(modules.get(layer.place if isinstance(layer, Read) else path)):
             raise RuntimeError(replaced(path, "the layer is another one now"))
         check_shape(path, layer, adapter)
     for path, placed in () if is_fsdp(model) else host.placed.items():
@@ -314,7 +315,7 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
     host.selected = None
     if name is None:
         return
-    layers = {path: layer_at(model, path) for path in adapter.factors}
+    layers = layers_now(model, adapter.factors)
     for path, layer in layers.items():
         check_shape(path, layer, adapter)
     host.selected = name
@@ -370,14 +371,19 @@ class InPlace(Mapping[str, Tensor]):
         return dict, (dict(self),)
 
 
+def layers_now(model: nn.Module, paths: Iterable[str]) -> dict[str, LinearView]:
+    """The layers of these sites.  Raises RuntimeError for one that is there no more."""
+    layers = layers_at(model, paths)
+    for path in paths:
+        if path not in layers:
+            raise RuntimeError(replaced(path, "there is no such layer now"))
+    return layers
+
+
 def layer_at(model: nn.Module, path: str) -> LinearView:
-    try:
-        layer = view(model.get_submodule(path))
-    except AttributeError:
-        layer = None
-    if layer is None:
-        raise RuntimeError(replaced(path, "there is no such layer now"))
-    return layer
+    """The layer of one site, adapted now or not.  Raises RuntimeError where there is none."""
+    slot = host_of(model).slots.get(path)
+    return layers_now(inner(model), [path])[path] if slot is None else slot.layer
 
 
 def adapt(host: Host, slot: Slot) -> None:
@@ -480,7 +486,7 @@ def selected(model: nn.Module) -> Adapter:
 def restore(model: nn.Module, host: Host) -> None:
     """The base's own weights in the place of merged ones."""
     for path, p in (host.merged or {}).items():
-        exchange(model, f"{path}.weight" if path else "weight", p)
+        exchange(model, path, p)
     for config in host.untied:
         config.tie_word_embeddings = True
     host.merged, host.untied = None, []

@@ -27,6 +27,7 @@ from .saving import unguard
 from .sharded import check_whole
 from .slots import remove
 from .views import LinearView, check_writable
+from .weights import parameter_of, placed
 from .where import inner
 
 
@@ -68,17 +69,19 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
             wide_OI, f = W_OI.double(), {k: _double(t) for k, t in adapter.factors[path].items()}
             exact_OI = layer.stays(wide_OI, method.weight(wide_OI, f))
         errors[path] = rounding(layer, weights[path], exact_OI, W_OI)
-    own: dict[str, nn.Parameter] = {}
+    new: dict[str, nn.Parameter] = {}
     for path, slot in host.slots.items():
+        parameter = parameter_of(path, slot.layer)
+        new[parameter] = placed(slot.layer, weights[path], new.get(parameter))
+    for slot in host.slots.values():
         remove(slot)
-        parameters: dict = slot.layer.module._parameters
-        own[path], parameters["weight"] = parameters["weight"], weights[path]
+    own = {parameter: exchange(model, parameter, p) for parameter, p in new.items()}
     host.slots, host.merged = {}, own
     unguard(model)
     nest(host)
     if not keep:
         thawed = {id(p) for p in host.thawed}
-        for p in (*host.thawed, *(weights[path] for path, p in own.items() if id(p) in thawed)):
+        for p in (*host.thawed, *(new[path] for path, p in own.items() if id(p) in thawed)):
             p.requires_grad_(True)
         adapter.full = dict(adapter.full)  # its own again
         settle(model, adapter.full, host.own)
@@ -149,12 +152,7 @@ def _double(t: Tensor) -> Tensor:
 def rounding(layer: LinearView, weight: nn.Parameter, exact_OI: Tensor, W_OI: Tensor) -> float:
     """|stored - exact| / |exact - W| for a weight in the form in which the layer would store it.  Where `exact` is no
     wider than what is stored, its own rounding is estimated: entries are off by a fifth of the type's step."""
-    parameters: dict = layer.module._parameters
-    own, parameters["weight"] = parameters["weight"], weight
-    try:
-        stored_OI = layer.weight
-    finally:
-        parameters["weight"] = own
+    stored_OI = layer.reread(weight)
     wide = torch.promote_types(exact_OI.dtype, torch.float32)
     lost = float((stored_OI.to(wide) - exact_OI.to(wide)).norm())
     if exact_OI.dtype.itemsize <= stored_OI.dtype.itemsize and exact_OI.dtype != torch.float64:

@@ -20,7 +20,7 @@ from .host import (
     dismiss,
     find,
     forget,
-    layer_at,
+    layers_now,
     nest,
     replaced,
     unnest,
@@ -28,7 +28,8 @@ from .host import (
 from .route import ROUTES, Base, Route
 from .sharded import is_fsdp
 from .slots import Slot
-from .where import inner
+from .weights import own
+from .where import inner, resolve
 
 
 @contextlib.contextmanager
@@ -116,23 +117,45 @@ def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None
 
 
 def _device(model: nn.Module, path: str) -> torch.device:
-    return model.get_submodule(path).weight.device  # type: ignore[union-attr,return-value]
+    found = resolve(model, path)
+    if found is None:
+        raise RuntimeError(replaced(path, "there is no such layer now"))
+    return own(found[0], found[2]).device
 
 
 def _invite(model: nn.Module, host: Host, route: Route) -> None:
     """Adapts those layers of a route that no selected adapter has."""
-    for path, adapter in route.sites():
+    sites = route.sites()
+    slots: dict[str, Slot] = {}
+    for path, _ in sites:
         slot = host.slots.get(path) or host.spare.get(path)
-        module = model.get_submodule(path)
-        if slot is None or not slot.fits(module):
-            if path in host.slots:
-                raise RuntimeError(replaced(path, "the layer is another one now"))
-            slot = host.spare[path] = Slot(host, path, Base(), layer_at(model, path), {})
+        found = resolve(model, path)
+        if slot is not None and found is not None and slot.fits(found[0]):
+            slots[path] = slot
+        elif path in host.slots:
+            raise RuntimeError(replaced(path, "the layer is another one now"))
+    new = [path for path, _ in sites if path not in slots]
+    for path, layer in (layers_now(model, new) if new else {}).items():
+        slots[path] = host.spare[path] = Slot(host, path, Base(), layer, {})
+    for path, adapter in sites:
+        slot = slots[path]
         check_shape(path, slot.layer, adapter)
+        _check_one_weight(path, slot, route)
         if path not in host.slots:
             adapt(host, slot)
             host.guests[path] = slot
     unnest(model, host)
+
+
+def _check_one_weight(path: str, slot: Slot, route: Route) -> None:
+    """Raises ValueError for rows of several adapters through a weight that is read: all rows have the same."""
+    if slot.layer.reader is not None and len(set(route.names)) > 1:
+        names = ", ".join(repr(n) for n in dict.fromkeys(route.names))
+        raise ValueError(
+            f"{path} is a weight that {slot.layer.reader} reads once for the whole batch: its rows cannot go through "
+            f"{names} at a time. Give all rows one name, in a batch for each adapter, or leave that weight out of the "
+            "adapters (`exclude`)"
+        )
 
 
 def _leave(model: nn.Module, host: Host) -> None:

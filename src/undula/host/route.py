@@ -289,6 +289,13 @@ class Route:
             y = changed(y, share.change(path, x), share.positions(x.device)[0])
         return y if loose is None else loose.added(y, x, layer)
 
+    def law(self, path: str) -> tuple[Method, Factors] | None:
+        """What makes the weight at `path`, of a batch with one name for all rows; None where that is the base's."""
+        adapter = self.used.get(self.names[0]) if len(set(self.names)) == 1 else None  # type: ignore[arg-type]
+        return (
+            None if adapter is None or path not in adapter.factors else (adapter.methods[path], adapter.factors[path])
+        )
+
     def sites(self) -> list[tuple[str, Adapter]]:
         """The sites of the batch's adapters, of equal forms those of the first."""
         loose = [(path, self.used[name]) for name, sites in self.loose.items() for path in sites]

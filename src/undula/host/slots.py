@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..core.method import Factors
-from . import masters
-from .route import At
+from ..core.method import Factors, Reweight
+from . import masters, mounted
+from .route import At, Base
 from .sharded import is_sharded
 from .views import Acts, LinearView, adapted
+from .weights import Read
 
 if TYPE_CHECKING:
     from .host import Host
@@ -42,12 +43,30 @@ class Slot(nn.Module):
         every = super().named_parameters(*args, **named)
         return ((name, p) for name, p in every if p.requires_grad or (p.ndim and p.numel()))
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, module: nn.Module | None) -> bool:
         """Whether this is still the slot for what stands at its site."""
         layer = self.layer
+        if isinstance(layer, Read):
+            return module is layer.owner
+        if module is None:
+            return False
         if self is module._modules.get("undula"):
             return module is layer.module
         return module is layer.module and type(module) is layer.cls and module.__dict__.get("forward") is layer.override
+
+    def hangs(self, module: nn.Module | None) -> bool:
+        """Whether it adapts this module now."""
+        layer, below = self.layer, None if module is None else module._modules.get("undula")
+        if isinstance(layer, Read):
+            return module is layer.owner and below is not None and below._modules.get(layer.key) is self
+        return module is layer.module and below is self
+
+    def law(self) -> tuple[Reweight, Factors] | None:
+        """Of a weight that is read: what makes it in this context; None for the base's."""
+        route = self.host.route(self) if self.host.routed else None
+        if route is not None:
+            return route.law(self.path)  # type: ignore[return-value]
+        return None if isinstance(self.method, Base) else (self.method, self._parameters)  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         held = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self._parameters.items() if t is not None)
@@ -108,6 +127,9 @@ def _revive(narrow: type[nn.Module], leaves: tuple[str, ...] = ()) -> nn.Module:
 
 def install(slot: Slot) -> None:
     """Adapts the slot's layer."""
+    if isinstance(slot.layer, Read):
+        mounted.mount(slot)
+        return
     module = slot.layer.module
     module.__dict__.pop("forward", None)  # an accelerate hook: `slot.layer` holds and calls it
     module.__class__ = _adapted(type(module))
@@ -117,6 +139,9 @@ def install(slot: Slot) -> None:
 
 def remove(slot: Slot) -> None:
     """Makes the slot's layer what it was."""
+    if isinstance(slot.layer, Read):
+        mounted.unmount(slot)
+        return
     module = slot.layer.module
     del module._modules["undula"]
     module.__class__ = type(module).original  # type: ignore[attr-defined]

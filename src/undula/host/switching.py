@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.method import Additive, Factors, Method
 from . import quantised
-from .views import LinearView, check_writable, view
-from .where import inner
+from .views import LinearView, check_writable
+from .where import inner, layers_at
 
 
 @runtime_checkable
@@ -68,8 +68,9 @@ class Switch:
 
     def _check_memory(self) -> None:
         """Raises RuntimeError where the model no longer computes with the memory that was written into."""
+        matrices = self._matrices([old.site for old in self.written])
         for old in self.written:
-            now = self._matrix(old.site)
+            now = matrices[old.site]
             if (now.data_ptr(), now.dtype, now.device) != (old.W_OI.data_ptr(), old.W_OI.dtype, old.W_OI.device):
                 raise RuntimeError(
                     f"the weight of {old.site} lies elsewhere since an adapter was written there (the model was moved "
@@ -82,8 +83,9 @@ class Switch:
         if adapter.full:
             raise ValueError(f"the adapter holds {', '.join(adapter.full)} in full; Switch writes updates of layers")
         found = []
+        matrices = self._matrices(list(adapter.methods))
         for site, method in adapter.methods.items():
-            W_OI = self._matrix(site)
+            W_OI = matrices[site]
             if W_OI.shape != adapter.shapes[site]:
                 raise ValueError(f"{site} is {tuple(W_OI.shape)} in this model, {adapter.shapes[site]} in the adapter")
             index, change = entries(method, adapter.factors[site], site)
@@ -91,14 +93,13 @@ class Switch:
             found.append((site, W_OI, (index // I, index % I), change))
         return found
 
-    def _matrix(self, site: str) -> Tensor:
-        """The matrix of a site as a view of the memory that the module computes with."""
-        try:
-            module = self.model.get_submodule(site)
-        except AttributeError:
-            raise LookupError(f"the adapter has a site that this model has not: {site}") from None
-        layer = view(module)
-        return own(layer, self.model, site) if layer is not None else _refuse(site, type(module).__name__)
+    def _matrices(self, sites: list[str]) -> dict[str, Tensor]:
+        """The matrices of sites as views of the memory that the model computes with."""
+        layers = layers_at(self.model, sites)
+        for site in sites:
+            if site not in layers:
+                raise LookupError(f"the adapter has a site that this model has not: {site}")
+        return {site: own(layer, self.model, site) for site, layer in layers.items()}
 
 
 def own(layer: LinearView, model: nn.Module, site: str) -> Tensor:
@@ -107,7 +108,8 @@ def own(layer: LinearView, model: nn.Module, site: str) -> Tensor:
     weight = layer.module.weight
     if not quantised.is_plain(weight) or layer.weight.data_ptr() != weight.data_ptr():
         return _refuse(site, f"{type(layer.module).__name__} with a {type(weight).__name__} of {weight.dtype}")
-    owners = [n for n, m in model.named_modules() if any(p is weight for p in m._parameters.values())]
+    held = layer.module._parameters["weight"]
+    owners = [n for n, m in model.named_modules() if any(p is held for p in m._parameters.values())]
     if len(owners) > 1:
         raise ValueError(f"{' and '.join(owners)} share one weight: written for {site}, it would change for all")
     return layer.weight.detach()

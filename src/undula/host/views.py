@@ -30,6 +30,7 @@ class LinearView:
     channel = -1
     kernel: tuple[int, ...] | None = None  # see `Adapter.kernels`
     also: tuple[str, ...] = ()  # the other names of a module that stands at several places
+    reader: str | None = None  # the class that reads the weight, where no layer is called (see `weights`)
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
@@ -75,6 +76,11 @@ class LinearView:
         return other
 
     @property
+    def owner(self) -> nn.Module:
+        """The module of the model that has the weight."""
+        return self.module  # type: ignore[no-any-return]
+
+    @property
     def training(self) -> bool:
         return self.module.training
 
@@ -114,6 +120,15 @@ class LinearView:
     def put(self, W_OI: Tensor) -> nn.Parameter:
         """W as the parameter that the module would store."""
         return quantised.stored(self.module, self.oriented(W_OI))
+
+    def reread(self, weight: nn.Parameter) -> Tensor:
+        """W as it would be with another parameter in the module."""
+        parameters: dict = self.module._parameters
+        own, parameters["weight"] = parameters["weight"], weight
+        try:
+            return self.weight
+        finally:
+            parameters["weight"] = own
 
     def example(self) -> Tensor:
         """Some input of the module."""
@@ -231,6 +246,24 @@ class ConvView(LinearView):
         return W_OI.reshape(W_OI.shape[0], *self.module.weight.shape[1:])
 
 
+class TransposedView(LinearView):
+    """An `nn.ConvTranspose1d`, `2d` or `3d`, stored (C_in, C_out/groups, its size): W has a row for each output channel
+    and place in the kernel, I = C_in.  An adapter goes through the own forward, see `adapted`."""
+
+    plain, product = False, False  # type: ignore[assignment]
+
+    @property
+    def channel(self) -> int:  # type: ignore[override]
+        return -1 - len(self.module.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        return quantised.dense(self.module).flatten(1).T
+
+    def oriented(self, W_OI: Tensor) -> Tensor:
+        return W_OI.T.reshape(self.module.weight.shape)
+
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -240,6 +273,8 @@ def view(module: nn.Module) -> LinearView | None:
         return EmbeddingView(module)
     if isinstance(module, CONVOLUTIONS):
         return ConvView(module)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return TransposedView(module)
     if isinstance(module, nn.Linear):
         return LinearView(module)
     if type(module).__name__.endswith("Conv1D") and hasattr(module, "nf"):  # transformers, not imported here
@@ -356,6 +391,12 @@ def adapted(method: Acts, layer: LinearView, f: Factors, args: tuple[Any, ...], 
 
 def check_product(name: str, layer: LinearView) -> None:
     """Raises TypeError where a layer's inputs and outputs tell nothing of its weight."""
+    if layer.reader is not None:
+        raise TypeError(
+            f"{name} is a weight that {layer.reader} reads: what it is multiplied with cannot be seen, and "
+            "is needed here. Leave it out (`exclude`), or take what works on weights alone (Truncate, the start PiSSA, "
+            "LoRASC with noise=0)"
+        )
     if not layer.product:
         raise TypeError(
             f"{name}: {layer.call.__qualname__} is not W x + b, which is needed here. Leave it out (`exclude`), "

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
-import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from . import quantised
+from .readers import readers
 from .views import Conv1DView, LinearView, view
+from .weights import Matrix, read
 
 Where = str | re.Pattern[str] | Iterable[str]
 
@@ -35,12 +36,74 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def views(model: nn.Module) -> dict[str, LinearView]:
-    """Every module that is a matrix, by its first name."""
-    found = {n: v for n, m in model.named_modules() if (v := view(m)) is not None}
+    """Every module that is a matrix, and every matrix that attention and recurrent modules keep beside, by its name."""
+    reading, found = readers(model), {}
+    for n, m in model.named_modules():
+        layer = view(m)
+        if layer is not None:
+            found[n] = read(layer, n, reading[n]) if n in reading and _has_plain_weight(m) else layer
+        found |= {f"{n}.{leaf}".lstrip("."): Matrix(m, n, leaf) for leaf in _own_matrices(m)}
     for other, n in aliases(model).items():
         if n in found:
             found[n].also += (other,)
     return found
+
+
+def _own_matrices(module: nn.Module) -> list[str]:
+    """The parameters of attention and recurrent modules that are matrices."""
+    if not isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase):
+        return []
+    return [leaf for leaf, p in module._parameters.items() if p is not None and p.ndim == 2 and quantised.is_plain(p)]
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and quantised.is_plain(weight)
+
+
+def stacks(model: nn.Module) -> dict[str, tuple[nn.Module, str, str, int]]:
+    """{name of a parameter: (module, its name, the parameter's in it, how many)} of matrices in a stack, as the experts
+    of a mixture are in transformers 5."""
+    return {
+        f"{n}.{leaf}".lstrip("."): (m, n, leaf, p.shape[0])
+        for n, m in model.named_modules()
+        if _is_stack(m)
+        for leaf, p in m._parameters.items()
+        if p is not None and p.ndim == 3 and quantised.is_plain(p)
+    }
+
+
+def layers_at(model: nn.Module, paths: Iterable[str]) -> dict[str, LinearView]:
+    """The layers of these sites, as far as they are there: modules, matrices of a module and matrices in a stack."""
+    every = views(model)
+    found = {path: every[path] if path in every else _parameter(model, path) for path in paths}
+    return {path: layer for path, layer in found.items() if layer is not None}
+
+
+def resolve(model: nn.Module, path: str) -> tuple[nn.Module, str, str, int | None] | None:
+    """(module, its path, the name of its parameter, position in a stack) of what a site is called; None where there is
+    nothing of the kind."""
+    module, names = model, path.split(".") if path else []
+    here: list[str] = []
+    while names and module._modules.get(names[0]) is not None:
+        module = module._modules[names[0]]  # type: ignore[assignment]
+        here.append(names.pop(0))
+    leaf, *at = names or ["weight"]
+    if (names and module._parameters.get(leaf) is None) or len(at) > 1 or (at and not at[0].isdigit()):
+        return None
+    return module, ".".join(here), leaf, int(at[0]) if at else None
+
+
+def _parameter(model: nn.Module, path: str) -> LinearView | None:
+    """A parameter by its own name: a matrix, a matrix of a stack, or the weight of a layer that is not called alone."""
+    found = resolve(model, path)
+    if found is None or found[1] == path:
+        return None
+    owner, place, leaf, at = found
+    p, layer = owner._parameters[leaf], view(owner)
+    if p is None or not quantised.is_plain(p) or p.ndim != (2 if at is None else 3) or (at or 0) >= p.shape[0]:
+        return read(layer, place, owner) if layer is not None and leaf == "weight" and at is None else None
+    return read(layer, place, owner) if layer is not None and leaf == "weight" else Matrix(owner, place, leaf, at)
 
 
 def choose(model: nn.Module, where: Where, exclude: Where = ()) -> dict[str, LinearView]:
@@ -54,27 +117,72 @@ def choose(model: nn.Module, where: Where, exclude: Where = ()) -> dict[str, Lin
     """
     barred = barriers(model)
     layers = {n: v for n, v in views(model).items() if n not in barred}
-    candidates = [n for n, _ in model.named_modules() if n in layers or n in barred]
-    called = {n: n for n in candidates} | {other: n for other, n in aliases(model).items() if n in candidates}
+    candidates = [n for n, _ in model.named_modules() if n in barred] + list(layers)
+    called = [(n, n) for n in candidates] + [(other, n) for n in layers for other in layers[n].also]
+    called += [(other, n) for other, n in aliases(model).items() if n in barred]
     if where == "all-linear":
         asked, odd = _all_linear(model, layers)
         barred |= odd
     else:
-        asked = _asked(where, called)
+        named = called + _parts(model, layers)
+        asked = _asked(where, named)
+        asked |= {p: _parameters_named(model, p) for p, names in asked.items() if not names}
     if exclude:
-        asked = _without(asked, _asked(exclude, called), candidates)
+        asked = _without(asked, _asked(exclude, called + _parts(model, layers)), candidates)
     _say_left_out(asked, barred)
+    new = sorted(set().union(*asked.values()) - set(layers) - set(barred), key=_in_order)
+    layers |= layers_at(model, new)
     return _checked({pattern: names - set(barred) for pattern, names in asked.items()}, layers, model)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key for names in which the third of a stack comes before its tenth."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _parts(model: nn.Module, layers: Mapping[str, LinearView]) -> list[tuple[str, str]]:
+    """(name, site) of the matrices in stacks, by their own names, the stack's and the module's, and of those that a
+    module keeps by the module's."""
+    found = []
+    for name, (_, owner, _, count) in stacks(model).items():
+        for i in range(count):
+            found += [(called, f"{name}.{i}") for called in (f"{name}.{i}", name, owner)]
+    return found + [(v.place, n) for n, v in layers.items() if isinstance(v, Matrix)]
+
+
+def _parameters_named(model: nn.Module, pattern: str) -> set[str]:
+    """The sites of matrices that a pattern names as parameters: exactly, by no glob and by more than `weight`."""
+    pattern = pattern.strip("'")
+    if pattern == "weight" or any(c in pattern for c in "*?["):
+        return set()
+    found: set[str] = set()
+    for name, p in model.named_parameters():
+        if name.endswith(pattern) and matches(name, pattern) and quantised.is_plain(p):
+            found |= {name} if p.ndim == 2 else {f"{name}.{i}" for i in range(p.shape[0])} if p.ndim == 3 else set()
+    return found
 
 
 def _all_linear(model: nn.Module, layers: Mapping[str, LinearView]) -> tuple[dict[str, set[str]], dict[str, str]]:
     """The linear layers of the body, and {name: why} of those among them that compute something else than W x + b."""
     body = _body(model)
     linear = {n for n, m in model.named_modules() if n in body and n not in layers and isinstance(m, nn.Linear)}
-    linear |= {n for n, m in model.named_modules() if n in body and _is_stack(m)}
-    own = {n for n, v in layers.items() if n in body and type(v) in (LinearView, Conv1DView)}
-    odd = {n: OWN.format(layers[n].call.__qualname__) for n in own if not layers[n].product}
-    return {"'all-linear'": linear | own}, odd
+    own = {n for n, v in layers.items() if n in body and not isinstance(v, Matrix) and _is_linear(v)}
+    own |= {n for n, v in layers.items() if isinstance(v, Matrix) and v.place in body and not _is_recurrent(v.owner)}
+    odd = {n: OWN.format(v.call.__qualname__) for n in own if (v := layers[n]).reader is None and not v.product}
+    for n, m in model.named_modules():
+        if n in body and _is_stack(m):
+            odd[n] = STACK.format(type(m).__name__, n.rpartition(".")[2] or "*")
+        elif n in body and _is_recurrent(m):
+            odd[n] = RECURRENT.format(type(m).__name__, n.rpartition(".")[2] or "*")
+    return {"'all-linear'": linear | own | set(odd)}, odd
+
+
+def _is_linear(layer: LinearView) -> bool:
+    return isinstance(layer, Conv1DView) or layer.cls is not None and issubclass(layer.cls, nn.Linear)
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return isinstance(module, nn.RNNBase | nn.RNNCellBase)
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -96,85 +204,49 @@ def _without(
     return {p: names for p, names in left.items() if names or not asked[p]}
 
 
-def _asked(where: Where, called: Mapping[str, str]) -> dict[str, set[str]]:
-    """{pattern: the layers that it names}, of layers by all of their names."""
+def _asked(where: Where, called: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """{pattern: the layers that it names}, of (name, layer) by all of their names."""
     if isinstance(where, re.Pattern):
-        return {repr(where.pattern): {n for name, n in called.items() if where.fullmatch(name)}}
+        return {repr(where.pattern): {n for name, n in called if where.fullmatch(name)}}
     patterns = [where] if isinstance(where, str) else list(where)
-    return {repr(p): {n for name, n in called.items() if matches(name, p)} for p in patterns}
+    return {repr(p): {n for name, n in called if matches(name, p)} for p in patterns}
 
 
 OWN = "{} is not W x + b: an adapter goes through it where the layer is named in `where`"
 
-# What fused kernels, or the model itself, read as `self.<name>.weight` (transformers 5; PEFT's own list for LoRA has
-# out_proj and conv1d of five of these).
-_MIXER = ("out_proj", "conv1d")
-READ = {
-    "mamba": ("x_proj", "dt_proj", *_MIXER),
-    "falcon_mamba": ("x_proj", "dt_proj", *_MIXER),
-    "jamba": ("dt_proj", "conv1d"),
-    "mamba2": _MIXER,
-    "falcon_h1": _MIXER,
-    "nemotron_h": _MIXER,
-    "zamba2": _MIXER,
-    "bamba": _MIXER,
-    "granitemoehybrid": _MIXER,
-    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    "deberta": ("in_proj",),
-}
+STACK = "a {} keeps its matrices in stacks: adapters on these cost much, so name them in `where`, as {!r}"
+RECURRENT = "the matrices of a {} are no linear layers: name them in `where`, as {!r}"
 
 
 def barriers(model: nn.Module) -> dict[str, str]:
     """{name: why} of the modules with a matrix of their own that no adapter can act on."""
     barred = {}
     parents = dict(model.named_modules())
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    reading = readers(model)
     for name, module in parents.items():
         if "undula" in module._modules:
             barred[name] = "adapted already, by an adapter on a part of this model or on a model around it"
             continue
-        if name.rpartition(".")[2] in READ.get(kind, ()):
-            barred[name] = f"the model (model_type='{kind}') reads its weight without calling it"
-            continue
-        parent = parents.get(name.rpartition(".")[0]) if name else None
-        if isinstance(module, nn.modules.conv._ConvNd) and _reads(parent, name.rpartition(".")[2]):
-            barred[name] = f"{type(parent).__name__} reads its weight without calling it"
-            continue
-        if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module and _reads_weights(parent):
-            barred[name] = "nn.MultiheadAttention computes from its weight and never calls it"
+        if name in reading and view(module) is not None and not _has_plain_weight(module):
+            barred[name] = f"{type(reading[name]).__name__} reads its weight, which is quantised or computed"
         elif name.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding) and _looked_up(module, parents):
             barred[name] = "encoder and decoder look up in embeddings of their own, which are tied to it"
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             barred[name] = f"an embedding with max_norm={module.max_norm:g} rescales the rows that it looks up"
-        elif view(module) is None and any(p.ndim > 1 for p in module._parameters.values() if p is not None):
-            barred[name] = f"no adapter acts on a {type(module).__name__}"
+        elif view(module) is None and not _own_matrices(module) and not _is_stack(module) and _matrix_of(module):
+            kind, matrix = type(module).__name__, _matrix_of(module)
+            barred[name] = f"no adapter acts on a {kind} as a layer; as a weight that it reads: '{name}.{matrix}'"
     return barred
 
 
-@functools.cache
-def _reading(parent: type[nn.Module]) -> frozenset[str]:
-    """The parts that a class reads by `self.<name>.weight`, as hybrid language models do with their convolutions for
-    kernels of their own; none where there is no source."""
-    try:
-        source = inspect.getsource(parent)
-    except (OSError, TypeError):
-        return frozenset()
-    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", source))
-
-
-def _reads(parent: nn.Module | None, leaf: str) -> bool:
-    return parent is not None and leaf in _reading(type(parent))  # type: ignore[arg-type]
+def _matrix_of(module: nn.Module) -> str | None:
+    """The first matrix among the module's own parameters."""
+    return next((leaf for leaf, p in module._parameters.items() if p is not None and p.ndim > 1), None)
 
 
 def _looked_up(shared: nn.Embedding, modules: Mapping[str, nn.Module]) -> bool:
     """Whether other embeddings hold the weight of this one."""
     return any(m is not shared and isinstance(m, nn.Embedding) and m.weight is shared.weight for m in modules.values())
-
-
-def _reads_weights(attention: nn.MultiheadAttention) -> bool:
-    """Whether attention goes by torch's own function: of a class with another forward and a layer of its own we assume
-    that it calls the layer."""
-    return type(attention).forward is nn.MultiheadAttention.forward or type(attention.out_proj) is not nn.Linear
 
 
 def _say_left_out(asked: Mapping[str, set[str]], barred: Mapping[str, str]) -> None:

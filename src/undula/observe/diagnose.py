@@ -39,7 +39,7 @@ from ..core.method import (
     Method,
     Reweight,
 )
-from ..host.views import view
+from ..host.host import layer_at
 from ..host.where import inner
 from ..kernels import reference, svd
 from ..methods.activations import Identity, Sinter
@@ -142,8 +142,7 @@ def _spectrum(site: str, m: Method, f: Factors, model: nn.Module | None) -> Row:
     if norm > 0:
         row |= {"effective_rank": effective_rank(s), "stable_rank": float((s / s[0]).square().sum())}
     if model is not None:
-        layer = view(model.get_submodule(site))
-        assert layer is not None
+        layer = layer_at(model, site)
         row["relative_norm"] = norm / float(layer.weight.float().norm())
     return row
 

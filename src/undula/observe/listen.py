@@ -204,6 +204,4 @@ def listening(
 
 
 def _slot(model: nn.Module, site: str) -> Slot:
-    slot = inner(model).get_submodule(site).undula
-    assert isinstance(slot, Slot)
-    return slot
+    return host_of(model).slots[site]

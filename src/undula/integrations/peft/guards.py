@@ -6,18 +6,22 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ...host.readers import readers
 from ...host.slots import never_called
-from ...host.where import READ, barriers
+from ...host.where import barriers
+
+MAMBAS = ("mamba", "falcon_mamba", "jamba", "mamba2", "falcon_h1", "nemotron_h", "zamba2", "bamba", "granitemoehybrid")
 
 
 def check_called(model: nn.Module, sites: Iterable[str]) -> None:
     """Raises ValueError for sites on which no adapter can act: layers that the model never calls, for one."""
-    barred = barriers(model)
+    reading = {n: f"{type(m).__name__} reads its weight without calling it" for n, m in readers(model).items()}
+    barred = {**reading, **barriers(model)}
     found = [s for s in sites if s in barred]
     if found:
         leaves = sorted({s.rpartition(".")[2] for s in found})
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        mamba = kind in READ and "conv1d" in READ[kind]  # PEFT's own words, which its users may look for
+        mamba = kind in MAMBAS  # PEFT's own words, which its users may look for
         what = f"Mamba-based models (model_type='{kind}')" if mamba else "adapters"
         raise ValueError(
             f"Module '{found[0]}' is incompatible with {what}: {barred[found[0]]}. {len(found)} of the chosen layers "
