@@ -64,6 +64,7 @@ HONEST = "tests/interop/test_honest_training.py"
 RECIPE = "tests/interop/test_recipe.py"
 DISTRIBUTED = "tests/interop/test_distributed.py"
 PROCESSES = "tests/interop/test_processes.py"
+WEIGHTS = "tests/laws/test_weights.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -72,6 +73,15 @@ MUTANTS = [
     ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),
     ("methods/loran.py", "and start.at_base", "and False", METHODS),
     ("methods/aurora.py", "and A_RI.dtype == wide(A_RI.dtype)", "", "tests/laws/test_widths.py"),
+    ("host/mounted.py", "_now.made is None or", "True or", WEIGHTS + " -k made_once"),
+    ("host/mounted.py", "class _Now(threading.local):", "class _Now:", WEIGHTS + " -k 'threads or made_once'"),
+    ("host/mounted.py", "torch.is_grad_enabled(), *", "*", WEIGHTS + " -k 'gradients and LoRA'"),
+    ("host/mounted.py", ".transpose(1, 2) if laws[0][0].turned", " if False", WEIGHTS + " -k 'GPT and LoRA and wherever'"),
+    ("host/mounted.py", "def _update_flat_weights(self) -> None: ...", "", WEIGHTS + " -k 'LSTM or threads'"),
+    ("host/mixing.py", "len(set(route.names)) > 1", "False", WEIGHTS + " -k rows_of_several"),
+    ("host/readers.py", '"weight" in names[1:]', '"weight" in names[:0]', WEIGHTS + " -k wherever"),
+    ("host/weights.py", "if other != path:", "if False:", WEIGHTS + " -k under_two_names"),
+    ("host/build.py", "isinstance(method, Reweight) and not drops(method)", "isinstance(method, Reweight)", WEIGHTS + " -k refused_by_name"),
     ("host/route.py", "linear and not (drops and layer.training)", "linear", ROUTES),
     ("host/route.py", "torch.tensor(repeats, device=device) if self.each else None", "None", GROUPS),
     ("host/host.py", "host.lock.lock.wait_for(lambda: not host.routes, PATIENCE)", "True", ROUTES + " -k verbs_wait"),

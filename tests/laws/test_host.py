@@ -495,17 +495,19 @@ PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
 @pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
 @pytest.mark.parametrize("method", [LoRA(r=2), undula.AuroRA(), undula.DoRA(LoRA(r=2)), undula.SHiRA()], ids=repr)
-def test_an_adapter_counts_in_training_and_in_evaluation(method, nested, padding):
+def test_an_adapter_counts_in_training_and_in_evaluation(method, weights, nested, padding):
     """torch's encoder layer computes from its layers' weights in evaluation, and gives nested tensors: not where an
-    adapter is.  Afterwards its fast path is as it was."""
+    adapter is.  Afterwards its fast path is as it was.  With the weights that attention reads, and without."""
     model, x = Attending(nested).double(), torch.randn(2, 5, 8, dtype=torch.float64)
     kept = ~PADDING if padding is not None else torch.ones(2, 5, dtype=torch.bool)
     fast = [m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    reads = isinstance(method, undula.Reweight)  # else it has no weight for those who read one
+    reads = weights and isinstance(method, undula.Reweight)  # else it has no weight for those who read one
     told = pytest.warns(UserWarning, match=r"in_proj_weight.* has no adapted weight")
-    with contextlib.nullcontext() if reads else told:
-        adapter = shake(undula.attach(model, method))
+    without = () if weights else ["attention", "self_attn", "out_proj"]
+    with told if weights and not reads else contextlib.nullcontext():
+        adapter = shake(undula.attach(model, method, exclude=without))
     assert any("out_proj" in site for site in adapter.factors) == reads
     live = model(x, padding)
     undula.select(model, None)
@@ -519,7 +521,9 @@ def test_an_adapter_counts_in_training_and_in_evaluation(method, nested, padding
                 with undula.rows(model, names):
                     torch.testing.assert_close(model(x, padding)[kept], wanted[kept])
             if reads:
-                with pytest.raises(ValueError, match=r"in_proj_weight is a weight .* once for the whole batch"):
+                with pytest.raises(
+                    ValueError, match=r"is a weight that MultiheadAttention .* once for the whole batch"
+                ):
                     undula.rows(model, ["default", None]).__enter__()
                 continue
             with undula.rows(model, ["default", None]):

@@ -50,6 +50,19 @@ class Reads(nn.Module):
         return F.linear(h, self.table.weight)
 
 
+class Peeks(nn.Module):
+    """Reads its weight without gradients before it computes with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 6)
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = self.first.weight.norm()
+        return F.linear(x, self.first.weight) / scale
+
+
 def attend(module, x):
     return module(x, x, x)[0]
 
@@ -131,6 +144,7 @@ KINDS = {
     "GRUCell": (lambda: Calls(nn.GRUCell(8, 6), lambda m, x: m(x[0], x[1, :, :6])), vectors, "*"),
     "RNNCell": (lambda: Calls(nn.RNNCell(8, 6), lambda m, x: m(x[0], x[1, :, :6])), vectors, "*"),
     "read by its parent": (Reads, ids, ["first", "mixes", "table"]),
+    "read without gradients first": (Peeks, vectors, ["first"]),
     "a parameter by its name": (
         lambda: Calls(nn.Embedding(7, 6), lambda m, x: F.linear(m(x), m.weight)),
         ids,
