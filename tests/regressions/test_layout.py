@@ -102,4 +102,4 @@ def test_importing_undula_loads_torch_and_the_core_alone():
     )
     around, others = done.stdout.splitlines()
     assert around == ""
-    assert set(others.split()) <= {"safetensors", "numpy", "packaging"}
+    assert others == ""
