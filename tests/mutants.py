@@ -158,6 +158,7 @@ MUTANTS = [
     ("io/peft.py", "\"lora_alpha\": r,", "\"lora_alpha\": 2 * r,", LORA),
     ("core/choice.py", "if unknown:", "if False:", DAMAGE),
     ("host/slots.py", "if p.requires_grad or (p.ndim and p.numel())", "", DISTRIBUTED),
+    ("host/around.py", "any(new <= each for each in known)", "bool(known)", DISTRIBUTED),
     ("host/slots.py", "if is_sharded(param):", "if False:", DISTRIBUTED),
     ("methods/loran.py", "torch.full((1,), values[c]", "torch.full((), values[c]", DISTRIBUTED),
     ("train/stop.py", "[self.asked, control.should_save", "[False, control.should_save", PROCESSES),

@@ -8,18 +8,31 @@ import pytest
 
 
 def test_an_adapter_that_comes_after_ddp_is_told(tmp_path):
+    """Attached or selected: what the wrapper found when it was made is all that it knows."""
     code = f"""
 import torch, undula, warnings
 from torch import nn
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=0, world_size=1)
 model = nn.Sequential(nn.Linear(4, 4))
+undula.attach(model, undula.LoRA(r=2), name="early")
 undula.attach(model, undula.LoRA(r=2), name="a")
 wrapped = nn.parallel.DistributedDataParallel(model)
-for given, name in ((model, "b"), (wrapped, "c")):
+
+
+def told(verb, *given, **named):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        undula.attach(given, undula.LoRA(r=2), name=name)
-    assert any("in a DistributedDataParallel already" in str(w.message) for w in said), name
+        verb(*given, **named)
+    return [w.filename for w in said if "in a DistributedDataParallel already" in str(w.message)]
+
+
+for given, name in ((model, "b"), (wrapped, "c")):
+    assert told(undula.attach, given, undula.LoRA(r=2), name=name) == ["<string>"], name
+    assert told(undula.select, given, "early") == ["<string>"]
+    assert told(undula.select, given, None) == told(undula.select, given, "a") == []
+undula.select(model, "b")
+again = nn.parallel.DistributedDataParallel(model)
+assert told(undula.select, model, "a") == told(undula.select, model, "b") == []
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 

@@ -74,6 +74,30 @@ def test_copies_for_several_devices_say_what_to_do():
         layer._replicate_for_data_parallel()(torch.randn(2, 4))
 
 
+def test_a_sentence_encoder_is_told_where_its_adapters_go():
+    """Its own reader calls the layers as the transformer within does."""
+
+    class SentenceTransformer(nn.Sequential):
+        pass
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(4, 4))
+
+        @property
+        def auto_model(self):
+            return self.model
+
+    encoder = SentenceTransformer(Part())
+    with pytest.warns(UserWarning, match=r"Attach to model\[0\].auto_model"):
+        undula.attach(encoder, LoRA(r=2))
+    undula.detach(encoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        undula.attach(encoder[0].auto_model, LoRA(r=2))
+
+
 @pytest.mark.parametrize("where", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_merge_into_one_of_two_tied_matrices_is_told_to_the_configuration(where, keep, tmp_path):

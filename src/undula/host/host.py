@@ -8,7 +8,6 @@ selected its class is a subclass of its own whose `forward` is the method's, and
 from __future__ import annotations
 
 import contextlib
-import gc
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, Live
 from ..core.method import Factors, Method
 from . import masters, quantised
+from .around import APART, in_parallel, of_sentences
 from .build import check_what, fitted, fresh, narrowed
 from .route import ROUTES, Form, Route, form, innermost
 from .saving import guard, unguard
@@ -216,12 +216,10 @@ def attach(
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"an adapter is called by a text, found name={name!r}")
-    if _in_parallel(model):
-        warnings.warn(
-            "this model is in a DistributedDataParallel already, which knows no parameters that come later: the "
-            "processes would train this adapter apart. Attach first, wrap afterwards",
-            stacklevel=2,
-        )
+    if in_parallel(model, ()):
+        warnings.warn(APART, stacklevel=2)
+    if whole := of_sentences(model):
+        warnings.warn(whole, stacklevel=2)
     model = inner(model)
     host = model.__dict__.setdefault("_undula", Host())
     try:
@@ -230,16 +228,6 @@ def attach(
             return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype)
     finally:
         forget(model, host)
-
-
-def _in_parallel(model: nn.Module) -> bool:
-    """Whether a DistributedDataParallel holds the model: it registers the parameters that it finds when it is made."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return True
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    wrappers = [o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel)]
-    return any(inner(w) is inner(model) for w in wrappers)
 
 
 def _attach(
@@ -267,7 +255,7 @@ def _attach(
             "runs again: undula.detach(model) before it; for a second adapter beside the first: attach(..., name=...)"
         )
     before = host.selected
-    select(model, None)
+    _select(model, host, None)
     try:
         made = (
             fitted(model, what)
@@ -278,14 +266,14 @@ def _attach(
         if isinstance(what, Live) and not what.attached:
             adapter = what.resumed(adapter)
     except BaseException:
-        select(model, before)
+        _select(model, host, before)
         raise
     if not host.adapters:
         host.thawed = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
     host.adapters[name], adapter.attached = adapter, True
     model.__dict__["_undula"] = host
-    select(model, name)
+    _select(model, host, name)
     quantised.keep_gradients(model)
     quantised.warn_where_cut(model)
     return adapter
@@ -297,6 +285,8 @@ def select(model: nn.Module, name: str | None) -> None:
     host = host_of(model)
     with changing(host, "select"):
         _select(model, host, name)
+    if name is not None and in_parallel(model, host.adapters[name].parameters()):
+        warnings.warn(APART, stacklevel=2)
 
 
 def _select(model: nn.Module, host: Host, name: str | None) -> None:
