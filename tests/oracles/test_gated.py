@@ -9,7 +9,6 @@ from torch import nn
 
 import undula
 from undula.host.views import site, view
-from undula.methods.dropout import bare
 from undula.methods.dylora import Frozen, Full
 from undula.methods.lora import Fixed
 
@@ -180,7 +179,7 @@ def test_pruned_is_gated(name, alpha):
         adapter.factors["4"][m.gate].zero_()
     y = model(x)
     pruned = undula.prune(adapter)
-    assert {s: bare(p).r for s, p in pruned.methods.items()} == {"0": 2, "2": 3}
+    assert {s: p.undropped().r for s, p in pruned.methods.items()} == {"0": 2, "2": 3}
     assert isinstance(pruned.methods["2"], undula.Dropout)
     assert list(pruned.shapes) == ["0", "2"]
     for s, p in pruned.methods.items():
@@ -189,7 +188,7 @@ def test_pruned_is_gated(name, alpha):
         equal = torch.equal if alpha == 8.0 else torch.allclose  # a scale of 2 is exact
         assert equal(p.pair(pruned.factors[s])[0], B[:, alive])
         assert torch.equal(p.pair(pruned.factors[s])[1], A[alive])
-    assert bare(pruned.methods["0"]).scaling == Fixed(alpha / 4)  # not alpha / 2
+    assert pruned.methods["0"].undropped().scaling == Fixed(alpha / 4)  # not alpha / 2
     undula.select(model, None)
     undula.attach(model, pruned, name="pruned")
     torch.testing.assert_close(model(x), y)

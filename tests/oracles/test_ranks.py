@@ -12,7 +12,6 @@ from torch import nn
 import undula
 from undula import ranks
 from undula.kernels import frozen
-from undula.methods.dropout import bare
 from undula.ranks.gates import GateAllocator, spread
 from undula.ranks.memory import forget
 from undula.ranks.sora import Linear
@@ -21,7 +20,7 @@ from ..support import courses
 
 R = 4
 COURSES = [course for course in courses.COURSES.values() if isinstance(course[1], GateAllocator)]
-COURSES = [(bare(method), how) for method, how in COURSES]
+COURSES = [(method.undropped(), how) for method, how in COURSES]
 each = pytest.mark.parametrize(("method", "how"), COURSES, ids=[repr(how) for _, how in COURSES])
 STEPS = 20
 

@@ -13,8 +13,7 @@ from .. import ranks
 from ..core.adapter import Adapter
 from ..host import merging
 from ..io.whole import whole
-from ..methods.aurora import AuroRA
-from ..observe.diagnose import COLUMNS, bare, diagnose
+from ..observe.diagnose import COLUMNS, diagnose, needs_data
 from ..observe.figure import draw
 from ..train import dense as unquantised
 from ..train import restored
@@ -44,12 +43,12 @@ def show(
     else:
         opened = restored(path, model)
         asked = [option for option, given in (("--rows", rows), ("--data", data)) if given is not None]
-        tell = any(isinstance(bare(m), AuroRA) for m in adapter.methods.values())
+        tell = needs_data(adapter)
         found = diagnose(opened.model, opened.batches(opened.examples(data, None, rows)) if asked and tell else None)
         if asked and not tell:
             shell.note(
-                f"{' and '.join(asked)}: no row was run, since rows tell something of AuroRA alone. What is shown "
-                "comes from the factors and from the base, as with --model"
+                f"{' and '.join(asked)}: no row was run, since rows tell something only of a method that bends between "
+                "A and B (AuroRA). What is shown comes from the factors and from the base, as with --model"
             )
     shell.write(to, found)
     if plot is not None:

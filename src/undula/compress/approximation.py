@@ -12,11 +12,9 @@ from ..core.adapter import Adapter
 from ..core.choice import Choice
 from ..core.method import Additive, Factors, LowRank, Method, Reweight
 from ..core.ranges import Rank
-from ..host.host import layer_at
+from ..host.update import update
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
-from ..methods.aurora import AuroRA
-from ..methods.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -75,18 +73,6 @@ class Truncate(Approximation):
         return Fit(B, A, None, float(miss) ** 2, float(whole) ** 2)
 
 
-def update(site: str, m: Method, f: Factors, model: nn.Module | None) -> Tensor:
-    """dW (O, I) of a mergeable method; below the Additive rung it is W' - W, which needs the model."""
-    if isinstance(m, Additive):
-        return m.delta(f)
-    assert isinstance(m, Reweight)
-    assert model is not None
-    layer = layer_at(model, site)
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
-    W_OI = layer.weight.to(wide)
-    return m.weight(W_OI, f) - W_OI
-
-
 def _no_delta(site: str, m: Method, model: nn.Module | None) -> str:
     if isinstance(m, Reweight):
         return (
@@ -112,13 +98,11 @@ class Substitute(Approximation):
 
 
 def _substitute(site: str, m: Method, f: Factors) -> Fit:
-    while isinstance(m, Dropout):  # the identity when it counts
-        m = m.inner
-    if isinstance(m, AuroRA):
-        return Fit(*m.static_pair(f))
+    if (pair := m.static_pair(f)) is not None:
+        return Fit(*pair)
     if isinstance(m, LowRank):
         return Fit(*m.pair(f), missed=0.0, whole=float(svd.factored_values(*m.pair(f)).norm()) ** 2)
     raise TypeError(
-        f"{m!r} at {site} has no static form to substitute: only AuroRA has. "
+        f"{m!r} at {site} has no static form to substitute (AuroRA has). "
         f"Use {'Truncate(r)' if isinstance(m, Additive) else 'LeastSquares(r, calibration)'}"
     )

@@ -15,8 +15,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..methods.dropout import bare
-from ..methods.sum import added
 from .method import RUNGS, Additive, Factors, Method
 
 
@@ -127,9 +125,10 @@ class Adapter:
     @torch.no_grad()
     def delta(self, site: str) -> Tensor:
         """dW (O, I) of one site.  Needs the Additive rung."""
-        return self._additive(site).delta(self.factors[site])
+        return self.additive(site).delta(self.factors[site])
 
-    def _additive(self, site: str) -> Additive:
+    def additive(self, site: str) -> Additive:
+        """The method of one site.  Raises TypeError where it has no update dW."""
         method = self.methods[site]
         if not isinstance(method, Additive):
             raise TypeError(
@@ -144,13 +143,12 @@ class Adapter:
         methods: dict[str, Method] = {}
         factors: dict[str, Factors] = {}
         for site, f in self.factors.items():
-            method = bare(self.methods[site])
-            if not hasattr(method, "at_rank"):
+            if (cut := self.methods[site].at_rank(f, b)) is None:
                 raise TypeError(
-                    f"{method!r} at {site} was not trained to be cut at any rank: "
+                    f"{self.methods[site]!r} at {site} was not trained to be cut at any rank: "
                     f"collapse(Truncate({b})) makes the best adapter of rank {b} and reports the error"
                 )
-            methods[site], factors[site] = method.at_rank(f, b)
+            methods[site], factors[site] = cut
         return replace(self, methods=methods, factors=factors)
 
     def save(self, path: str | Path, base: str | None = None, task: str | None = None) -> None:
@@ -182,13 +180,13 @@ class Adapter:
     # Arithmetic: exact, on the Additive rung; lazily, as a Sum of the parts.
 
     def __add__(self, other: Adapter) -> Adapter:
-        return combined([(1.0, self), (1.0, other)])
+        return _combined([(1.0, self), (1.0, other)])
 
     def __sub__(self, other: Adapter) -> Adapter:
-        return combined([(1.0, self), (-1.0, other)])
+        return _combined([(1.0, self), (-1.0, other)])
 
     def __mul__(self, weight: float) -> Adapter:
-        return combined([(float(weight), self)])
+        return _combined([(float(weight), self)])
 
     __rmul__ = __mul__
 
@@ -275,47 +273,7 @@ def _value(*parts: Any) -> Adapter:
     return Adapter(*parts)
 
 
-def combined(terms: list[tuple[float, Adapter]]) -> Adapter:
-    """The weighted sum of adapters.  Sums of sums are one sum, with each part once; where its rank passes that of the
-    layer it becomes the layer's own, so that no chain of averages grows without end.  Parameters in full are averaged,
-    see `Adapter.weight`."""
-    values = {id(a): a.copy() if isinstance(a, Live) else a for _, a in terms}
-    terms = [(w, values[id(a)]) for w, a in terms]
-    factors: dict[str, Factors] = {}
-    methods: dict[str, Method] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for site in dict.fromkeys(s for _, a in terms for s in a.factors):
-        found = {a.shapes[site] for _, a in terms if site in a.factors}
-        if len(found) > 1:
-            raise ValueError(f"the adapters are for different models: {site} is {' and '.join(map(str, found))} (O, I)")
-        shapes[site] = found.pop()
-        parts = [(w, a._additive(site), a.factors[site]) for w, a in terms if site in a.factors]
-        methods[site], factors[site] = added(parts, shapes[site])
-    kernels = {site: kernel for _, a in terms for site, kernel in a.kernels.items()}
-    apart = {site: why for _, a in terms for site, why in a.apart.items()}
-    first = terms[0][1].about
-    agreed = {k: v for k, v in first.items() if all(k in a.about and a.about[k] == v for _, a in terms)}
-    weight = sum(w * a.weight for w, a in terms)
-    return Adapter(methods, factors, shapes, _averaged(terms, weight), kernels, agreed, apart, weight)
+def _combined(terms: list[tuple[float, Adapter]]) -> Adapter:
+    from ..combine.weighted import combined  # which makes adapters, and knows a method, `Sum`
 
-
-def _averaged(terms: list[tuple[float, Adapter]], weight: float) -> dict[str, Tensor]:
-    """`full` of a combination.  Raises ValueError where it is on the way to no average."""
-    names = sorted({n for _, a in terms for n in a.full})
-    lacking = [n for n in names if any(n not in a.full for _, a in terms)]
-    if lacking or (names and not 0 < weight < 1 + 1e-6):
-        raise ValueError(
-            f"adapters that train parameters in full cannot be added: {', '.join(lacking[:5] or names[:5])}. They have "
-            "an average, of adapters that all have them and with weights that sum to 1 (0.5 * a + 0.5 * b); else drop "
-            "`full` first (dataclasses.replace(adapter, full={}))"
-        )
-    orders = {tuple(a.about["classes"]) for _, a in terms if a.full and "classes" in a.about}
-    if len(orders) > 1:
-        raise ValueError(
-            "the adapters' heads answer other classes, or the same in another order: "
-            f"{' and '.join(str(list(order)[:8]) for order in sorted(orders))}. Train them with the same names "
-            "(Classification(names=...)), or drop `full` first (dataclasses.replace(adapter, full={}))"
-        )
-    with torch.no_grad():
-        sums = {n: sum((w * a.full[n] for w, a in terms[1:]), terms[0][0] * terms[0][1].full[n]) for n in names}
-    return {n: t.requires_grad_(terms[0][1].full[n].requires_grad) for n, t in sums.items()}
+    return combined(terms)

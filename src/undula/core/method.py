@@ -16,6 +16,7 @@ from __future__ import annotations
 import abc
 import functools
 import importlib.metadata
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ..kernels import frozen, reference
 from ..kernels.bottleneck import bottleneck
+from .bend import Bend
 from .choice import Choice, plain
 from .layer import Layer, Outline
 
@@ -138,9 +140,12 @@ class Method(Choice):
     size: ClassVar[str] = "r"  # the field that the number of parameters follows: what an equal-parameter budget changes
     beside: ClassVar[tuple[str, ...]] = ("alpha",)  # fields that stay in proportion to it
     starts_at_base: ClassVar[bool] = True  # whether the layer is unchanged until training moves it
+    takes_start: ClassVar[bool] = False  # whether `init` takes a `start`, as its signature says: `Centred` chooses it
+    gate: ClassVar[str | None] = None  # the factor (R) that switches the ranks of a LowRank method on and off
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.takes_start = "start" in inspect.signature(cls.init).parameters
         if cls.__module__ != __name__ and not cls.__name__.startswith("_"):  # neither a rung nor a helper
             Method.register(cls)
 
@@ -165,6 +170,38 @@ class Method(Choice):
     @abc.abstractmethod
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         """The adapted layer's output for x."""
+
+    # What a method may tell or do beside: all of it is asked of the method, and nothing else names methods for it.
+
+    def bend(self, f: Factors) -> Bend | None:
+        """How it is nonlinear, for `diagnose`; None of a method that has no nonlinearity, or tells of none."""
+        return None
+
+    def static_pair(self, f: Factors) -> tuple[Tensor, Tensor] | None:
+        """(B (O, R), A (R, I)) that its source deploys in its place, another function (`Substitute`); None: nothing."""
+        return None
+
+    def at_rank(self, f: Factors, b: int) -> tuple[Method, Factors] | None:
+        """The method and factors of its first b ranks, where it was trained to be cut at any; None where it was not."""
+        return None
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether `forward` takes a product A x of the inputs alone, which no convolution in groups has."""
+        return True
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout in it."""
+        return False
+
+    def unwrapped(self) -> Method:
+        """The method inside everything that is around it."""
+        return self
+
+    def undropped(self) -> Method:
+        """The same function outside training: the method inside dropout, which has no factors of its own."""
+        return self
 
     def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """The largest value of the field `size` that makes sense over sites of these shapes (O, I)."""
@@ -198,6 +235,10 @@ def load_installed() -> None:
 class Reweight(Method):
     """W' = weight(W, f): merges exactly."""
 
+    @property
+    def bottleneck(self) -> bool:
+        return False
+
     @abc.abstractmethod
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         """The adapted weight (O, I)."""
@@ -222,6 +263,10 @@ class Additive(Reweight):
 
 class LowRank(Additive):
     """W' = W + B A, every scale folded in: leaves as a plain LoRA."""
+
+    @property
+    def bottleneck(self) -> bool:
+        return True
 
     @abc.abstractmethod
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.choice import plain
 from ..core.method import (
-    Additive,
     Evidence,
     Factors,
     LowRank,
@@ -23,9 +22,6 @@ from ..core.method import (
     Reweight,
     Site,
 )
-from ..methods.dora import DoRA, drops
-from ..methods.dropout import bare
-from ..methods.lora import LoRA
 from .apart import apart, check_theirs
 from .masters import wide
 from .quantised import SHARD
@@ -318,14 +314,19 @@ def _tied(full: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) ->
 
 
 def check_padding(path: str, layer: LinearView, method: Method, f: Factors, kernel: tuple[int, ...] | None) -> None:
-    """Raises ValueError for a LoRA from where no row stays (PEFT's files; a base without padding) that moves what is
-    padding here."""
-    if kernel != () or layer.kernel == () or not isinstance(bare(method), LoRA | DoRA):
+    """Raises ValueError for an adapter from where no row stays (PEFT's files; a base without padding) that moves what
+    is padding here."""
+    if kernel != () or layer.kernel == () or not isinstance(method, Reweight):
         return
     (row,) = layer.kernel or (0,)
-    A, W = f.get("A"), layer.weight
-    moves = A is not None and A.ndim == 2 and bool(A[:, row].norm() > 1e-5 * A.norm())
-    if moves or (isinstance(bare(method), DoRA) and bool(W[:, row].any())):
+    if isinstance(method, LowRank):
+        _, A_RI = method.pair(f)
+        moves = bool(A_RI[:, row].norm() > 1e-5 * A_RI.norm())
+    else:
+        W_OI = layer.weight
+        moved_O = method.weight(W_OI, f)[:, row] - W_OI[:, row]
+        moves = bool(moved_O.norm() > 1e-5 * W_OI[:, row].norm())
+    if moves:
         raise ValueError(
             f"{path}: row {row} of this embedding is padding (padding_idx), which undula leaves as it is, and the "
             "adapter moves it. To compute with it moved, as PEFT does, set the layer's padding_idx to None before "
@@ -399,7 +400,7 @@ def _check_own_forward(path: str, layer: LinearView, method: Method) -> None:
             f"{what}: only a method with an adapted weight can go through it, and {method!r} stands on the rung "
             f"{method.rung()}. Give that layer another by `overrides`, or leave it out (`exclude`)"
         )
-    if bare(method) is not method:
+    if method.drops:
         raise TypeError(
             f"{what}, and dropout acts beside W x alone. Give that layer a method without dropout by `overrides`, or "
             "leave it out (`exclude`)"
@@ -408,7 +409,7 @@ def _check_own_forward(path: str, layer: LinearView, method: Method) -> None:
 
 def _check_read(path: str, layer: LinearView, method: Method) -> None:
     """Raises TypeError where a method names no weight for those who read it."""
-    if isinstance(method, Reweight) and not drops(method):
+    if isinstance(method, Reweight) and not method.drops:
         return
     why = "drops out beside W x" if isinstance(method, Reweight) else f"stands on the rung {method.rung()}"
     raise TypeError(
@@ -422,8 +423,7 @@ def _check_groups(path: str, layer: LinearView, method: Method) -> None:
     """Raises ValueError for a method with a bottleneck A x on a convolution in groups: each group sees other inputs, so
     no x is common to them.  A full update dW acts on it as on any other."""
     groups = getattr(layer.module, "groups", 1)
-    inner = method.inner if isinstance(method, DoRA) else method
-    if groups > 1 and (isinstance(inner, LowRank) or not isinstance(inner, Additive)):
+    if groups > 1 and method.bottleneck:
         raise ValueError(
             f"{path} is a convolution in {groups} groups without a common bottleneck: {method!r} cannot act on it. "
             "Give it a method with a full update (LoRAN, SHiRA) by `overrides`, or leave it out of `where`"

@@ -22,7 +22,6 @@ from ..core.adapter import Adapter
 from ..core.method import Factors, LowRank, Method
 from ..kernels import reference
 from ..kernels.grouped import grouped, stacked
-from ..methods.dropout import bare
 from .views import LinearView, adapted
 
 
@@ -45,7 +44,7 @@ class Rows:
         self.low: list[tuple[LowRank, Factors]] = []
         self.counts: list[int] = []
         self.other: list[tuple[Method, Factors, Tensor]] = []
-        self.drops = any(bare(method) is not method for method, _ in laws.values())
+        self.drops = any(method.drops for method, _ in laws.values())
         order: list[int] = []
         rows = rows_of(names)
         for name, (method, f) in laws.items():
@@ -185,7 +184,7 @@ def form(adapter: Adapter) -> Form:
         if named is not None:
             s, B, A = named
             f = adapter.factors[path]
-            found.append(Plain(path, s, B, A, (f[B].shape, f[A].shape), bare(method) is not method))
+            found.append(Plain(path, s, B, A, (f[B].shape, f[A].shape), method.drops))
     return tuple(found)
 
 

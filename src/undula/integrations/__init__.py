@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..core.method import Method
     from ..observe.probe import Probe
     from ..ranks.allocator import Allocator, Quality
-    from .allocating import Allocating
+    from .callback import Allocating
 
 __all__ = ["allocating", "enable_peft", "peft_config"]
 
@@ -86,6 +86,6 @@ def allocating(
 
         Trainer(model, ..., callbacks=[undula.allocating(undula.ranks.AdaLoRA(target=4))])
     """
-    from .allocating import Allocating
+    from .callback import Allocating
 
     return Allocating(allocator, quality, clip=clip, checkpoint=checkpoint, saves_whole_models=saves_whole_models)

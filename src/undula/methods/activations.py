@@ -26,6 +26,9 @@ class Activation(Choice):
 
     formula: ClassVar[str] = ""
     trainable: ClassVar[tuple[str, ...]] = ()
+    about_u: ClassVar[bool] = False  # whether f(u) is u and a bend beside it
+    swing_of: ClassVar[str] = ""  # of `swing`, in the constants
+    advice: ClassVar[str] = ""  # how to make the bend visible to narrow types
 
     @abc.abstractmethod
     def value(self, u: Tensor, c: Constants) -> Tensor:
@@ -55,6 +58,10 @@ class Activation(Choice):
         """The published numbers in the formula that can be trained."""
         return {name: getattr(self, name) for name in self.trainable}
 
+    def swing(self, reach: float, c: Constants) -> float | None:
+        """How far the slope swings at |u| = reach; None where it is bounded whatever u."""
+        return None
+
     def slope_at_zero(self) -> float:
         """f'(0), as autograd sees it: what B = 0 learns through."""
         u = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -69,8 +76,14 @@ class Sinter(Activation):
 
     formula = "u + a u sin(w u)"
     trainable = ("a", "w")
+    about_u = True
+    swing_of = "a*w*|u|"
+    advice = "with Sinter choose a >= 4e-3"
     a: Finite = 5e-5
     w: Finite = 1e4
+
+    def swing(self, reach: float, c: Constants) -> float | None:
+        return abs(float(c["a"]) * float(c["w"])) * reach
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         a, wave = c["a"], torch.sin(c["w"] * u)
@@ -118,6 +131,7 @@ class Identity(Activation):
     """u: plain LoRA."""
 
     formula = "u"
+    about_u = True
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         return u

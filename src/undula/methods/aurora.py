@@ -23,6 +23,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ..core.bend import Bend, Bottleneck
 from ..core.choice import Choice
 from ..core.method import Factors, Layer, LowRank, Method, Site
 from ..core.ranges import Finite, Positive, Range, Rank
@@ -125,6 +126,9 @@ class AuroRA(_Bend, Method):
         """(s B, sigma(A)): the paper's substitution for deployment.  Not the same function as `forward`."""
         return self.scaling(self.r, self.alpha) * f["B"], self.sigma(f["A"].T, f).T
 
+    def bend(self, f: Factors) -> Bend:
+        return Bottleneck(lambda z: self.sigma(z, f), None, f["A"], self.low, self.high)
+
 
 @dataclass(frozen=True)
 class AuroRAStatic(_Bend, LowRank):
@@ -151,10 +155,16 @@ class AuroRAStatic(_Bend, LowRank):
     centred: bool = True
     scaling: Scaling = Classic()
 
+    def points(self, f: Factors) -> Tensor:
+        """kappa A' (I, R): where sigma is taken."""
+        kappa = math.sqrt(f["A"].shape[1]) if self.kappa is None else self.kappa
+        return kappa * f["A"].T
+
+    def bend(self, f: Factors) -> Bend:
+        return Bottleneck(lambda z: self.sigma(z, f), self.points(f), None, self.low, self.high)
+
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
-        A_RI = f["A"]
-        kappa = math.sqrt(A_RI.shape[1]) if self.kappa is None else self.kappa
-        bent = self.sigma(kappa * A_RI.T, f)
+        bent = self.sigma(self.points(f), f)
         if self.centred:
-            bent = bent - self.sigma(A_RI.new_zeros(1, self.r), f)
+            bent = bent - self.sigma(f["A"].new_zeros(1, self.r), f)
         return self.scaling(self.r, self.alpha) * f["B"], bent.T

@@ -8,13 +8,13 @@ at twice the rank.  A start with B = 0 has nothing to count out: its method keep
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from ..core.bend import Bend
 from ..core.method import (
     Additive,
     Factors,
@@ -41,7 +41,7 @@ class Centred(Wrapper):
         return object.__new__(on_rung(Centred, inner))  # type: ignore[return-value]
 
     def __post_init__(self) -> None:
-        if "start" not in inspect.signature(self.inner.init).parameters:
+        if not self.inner.takes_start:
             raise TypeError(
                 f"{self.inner!r} has no start that could be chosen: Centred takes LoRA, LoRAN and their like; other "
                 "wrappers go around it, as in Dropout(Centred(LoRA()))"
@@ -68,6 +68,17 @@ class Centred(Wrapper):
     def at_base(self) -> bool:
         """Whether dW(f0) = 0."""
         return self.start.at_base and self.inner.starts_at_base
+
+    def bend(self, f: Factors) -> Bend | None:
+        now, start = (self.inner.bend(g) for g in self.both(f))
+        return now if now is None or start is None or self.at_base() else now.since(start)  # type: ignore[arg-type]
+
+    @property
+    def drops(self) -> bool:
+        return self.inner.drops
+
+    def unwrapped(self) -> Method:
+        return self.inner.unwrapped()
 
     def both(self, f: Factors) -> tuple[Factors, Factors]:
         """(the factors, the factors at the start).  Frozen ones are the same in both."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.bend import Bend
 from ..core.method import (
     Additive,
     Factors,
@@ -29,7 +30,6 @@ from ..core.method import (
 )
 from ..kernels import reference
 from ..kernels.autocast import exact, hand_written, wide
-from .dropout import Dropout
 from .lora import LoRA
 
 CANCELLED = 1e-3  # of ||W||^2 + ||dW||^2: below it ||V||^2 has lost three of float32's seven digits
@@ -68,6 +68,20 @@ class DoRA(Reweight):
     def check(self, site: Site, f: Factors) -> None:
         self.inner.check(site, f)
 
+    def bend(self, f: Factors) -> Bend | None:
+        return self.inner.bend(f)
+
+    @property
+    def bottleneck(self) -> bool:
+        return self.inner.bottleneck
+
+    @property
+    def drops(self) -> bool:
+        return self.inner.drops
+
+    def unwrapped(self) -> Method:
+        return self.inner.unwrapped()
+
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         V_OI = self._inner.weight(W_OI, f)
         inverse = inverted(V_OI.detach().norm(dim=1), W_OI.detach().to(V_OI.dtype).norm(dim=1))
@@ -87,7 +101,7 @@ class DoRA(Reweight):
 
     def _formed(self, x: Tensor, y: Tensor, layer: Layer, f: Factors, inverse: Tensor, rows_K: Tensor) -> Tensor:
         """y with its channels `rows_K` as layer(x) + (W' - W) x: nothing there is scaled up."""
-        if layer.training and drops(self.inner):  # what is dropped is part of the law, and cancels nothing
+        if layer.training and self.inner.drops:  # what is dropped is part of the law, and cancels nothing
             return y
         W_OI = layer.weight
         V_KI = self._rows(W_OI[rows_K], f, rows_K)
@@ -128,12 +142,6 @@ class DoRA(Reweight):
             V_KI = torch.addmm(W_OI[cancelled], B_OR[cancelled], A_RI)
             squared[cancelled] = torch.linalg.vecdot(V_KI, V_KI)
         return squared.sqrt(), own.sqrt(), cancelled
-
-
-def drops(method: Method | None) -> bool:
-    """Whether there is dropout inside."""
-    inside = (getattr(method, "inner", None), *getattr(method, "parts", ()))
-    return isinstance(method, Dropout) or any(map(drops, filter(None, inside)))
 
 
 def inverted(norm_O: Tensor, base_O: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..core.bend import Bend
 from ..core.method import (
     Additive,
     Factors,
@@ -108,6 +109,29 @@ class Dropout(Wrapper):
             return reference.additive(dropped, _Detour(layer, x), self.inner.weight(W_OI, f) - W_OI)
         return self.inner.forward(dropped, _Detour(layer, x), f)
 
+    def bend(self, f: Factors) -> Bend | None:
+        return self.inner.bend(f)
+
+    def static_pair(self, f: Factors) -> tuple[Tensor, Tensor] | None:
+        return self.inner.static_pair(f)
+
+    def at_rank(self, f: Factors, b: int) -> tuple[Method, Factors] | None:
+        return self.inner.at_rank(f, b)
+
+    @property
+    def bottleneck(self) -> bool:
+        return self.inner.bottleneck
+
+    @property
+    def drops(self) -> bool:
+        return True
+
+    def unwrapped(self) -> Method:
+        return self.inner.unwrapped()
+
+    def undropped(self) -> Method:
+        return self.inner.undropped()
+
 
 class _LowRankDropout(Dropout, LowRank):
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
@@ -129,10 +153,3 @@ class _ReweightDropout(Dropout, Reweight):
 
 class _MethodDropout(Dropout):
     pass
-
-
-def bare(method: Method) -> Method:
-    """The method inside dropout, which has no factors of its own."""
-    while isinstance(method, Dropout):
-        method = method.inner
-    return method

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.bend import Bend, Elementwise
 from ..core.method import Additive, Factors, Layer, Method, Site
 from ..core.ranges import Positive, Rank
 from ..kernels import reference
@@ -73,6 +74,17 @@ class LoRAN(Additive):
 
     def delta(self, f: Factors) -> Tensor:
         return bent(self.activation, self.scale(f["A"].shape[1]), f["B"], f["A"], self.constants(f))
+
+    def bend(self, f: Factors) -> Bend:
+        constants, dtype = {c: f[c].detach() for c in self.learn}, wide(f["A"].dtype)
+
+        def function(u: Tensor) -> Tensor:
+            return self.activation(u, {c: t.to(u.dtype) for c, t in constants.items()})
+
+        u_OI = f["B"].to(dtype) @ f["A"].to(dtype)
+        swing = self.activation.swing(float(u_OI.abs().max()), {**self.activation.constants(), **constants})
+        told = self.activation.about_u, swing, self.activation.swing_of, self.activation.advice
+        return Elementwise(function, u_OI, None, *told)
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         A_RI, B_OR = f["A"], f["B"]

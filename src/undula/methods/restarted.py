@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.method import Factors, Layer, LowRank, Site
+from ..core.bend import Bend
+from ..core.method import Factors, Layer, LowRank, Method, Site
 from ..core.ranges import Extra
 from ..kernels.bottleneck import bottleneck
 from ..kernels.frozen_pair import beside_frozen
-from .dropout import bare
 from .lora import LoRA
 
 
@@ -56,7 +56,7 @@ class Restarted(LowRank):
     past: Extra = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inner, LowRank) or isinstance(bare(self.inner), Restarted):
+        if not isinstance(self.inner, LowRank) or isinstance(self.inner.undropped(), Restarted):
             raise TypeError(f"Restarted takes a method on the rung LowRank that is not Restarted; found {self.inner!r}")
 
     def init(self, site: Site) -> dict[str, Tensor]:
@@ -73,6 +73,16 @@ class Restarted(LowRank):
 
     def check(self, site: Site, f: Factors) -> None:
         self.inner.check(site, f)
+
+    def bend(self, f: Factors) -> Bend | None:
+        return self.inner.bend(f)
+
+    @property
+    def drops(self) -> bool:
+        return self.inner.drops
+
+    def unwrapped(self) -> Method:
+        return self.inner.unwrapped()
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         B_OR, A_RI = self.inner.pair(f)

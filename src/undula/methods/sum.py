@@ -54,6 +54,10 @@ class Sum(Wrapper):
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
         return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.rebuilt(site).items()}
 
+    @property
+    def drops(self) -> bool:
+        return any(m.drops for m in self.parts)
+
     def check(self, site: Site, f: Factors) -> None:
         for _, method, own in self.terms(f):
             method.check(site, own)

@@ -19,7 +19,6 @@ Keys (None where a number does not exist for a method, or would need the model o
 
 from __future__ import annotations
 
-import functools
 import html
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,22 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.approximation import update
 from ..core.adapter import Adapter
-from ..core.method import (
-    Additive,
-    Factors,
-    Layer,
-    LowRank,
-    Method,
-    Reweight,
-)
+from ..core.bend import Bend, Bottleneck, Elementwise
+from ..core.method import Additive, Factors, Layer, LowRank, Method, Reweight
 from ..host.host import layer_at
+from ..host.update import update
 from ..host.where import inner
 from ..kernels import reference, svd
-from ..methods.activations import Identity, Sinter
-from ..methods.aurora import AuroRA, AuroRAStatic
-from ..methods.loran import LoRAN
 from .listen import Batch, batches, listening, live, still
 from .padding import kept
 
@@ -98,32 +88,23 @@ def diagnose(what: nn.Module | Adapter, data: Iterable[Batch] | None = None) -> 
     return Found([*rows, _summary(adapter, rows)])
 
 
-def _row(site: str, adapter: Adapter, model: nn.Module | None, bend: Bend | None) -> Row:
+def _row(site: str, adapter: Adapter, model: nn.Module | None, seen: Seen | None) -> Row:
     m, f = adapter.methods[site], adapter.factors[site]
-    inner = bare(m)
     row: Row = {
         "site": site,
         "method": repr(m),
         "rung": m.rung(),
         "shape": list(adapter.shapes[site]),
         "parameters": sum(t.numel() for t in f.values() if t.requires_grad),
-        "rank": getattr(inner, "r", None),
+        "rank": getattr(m.unwrapped(), "r", None),
         **dict.fromkeys(("norm", "relative_norm", "effective_rank", "stable_rank", "spectrum")),
         **dict.fromkeys(("nonlinearity", "bf16_changed", "stability", "outside")),
     }
     if not all(torch.isfinite(t).all() for t in f.values() if t.is_floating_point()):
         return {**row, "warnings": ["factors hold NaN or infinity: training diverged, nothing else is computed"]}
-    row |= _spectrum(site, m, f, model) | _bent(inner, f)
-    if bend is not None:
-        row |= bend.numbers()
-    return {**row, "warnings": _warnings(row, inner, f)}
-
-
-def bare(m: Method) -> Method:
-    """The method inside wrappers."""
-    while isinstance(inner := getattr(m, "inner", None), Method):
-        m = inner
-    return m
+    bend = m.bend(f)
+    row |= _spectrum(site, m, f, model) | _bent(bend, seen)
+    return {**row, "warnings": _warnings(row, bend, f)}
 
 
 # Ranks and spectra
@@ -157,69 +138,41 @@ def effective_rank(s: Tensor) -> float:
 # How nonlinear
 
 
-@functools.singledispatch
-def _bent(m: Method, f: Factors) -> Row:
-    """What the weights alone tell about a method's nonlinearity."""
-    return {}
-
-
-@_bent.register
-def _(m: LoRAN, f: Factors) -> Row:
-    def bend(u: Tensor) -> Tensor:
-        return m.activation(u, {c: f[c].to(u.dtype) for c in m.learn})
-
-    wide = torch.promote_types(f["A"].dtype, torch.float32)
-    X = f["B"].to(wide) @ f["A"].to(wide)
-    reach = float(X.abs().max())
-    start = {k: f.get(f"{k}0", f[k]) for k in ("A", "B", *m.learn)}
-    X0 = start["B"].to(wide) @ start["A"].to(wide) if "A0" in f or "B0" in f else None  # under Centred
-    Y, about_u = bend(X), isinstance(m.activation, Sinter | Identity)
-    held = X.bfloat16().to(wide)  # as a model in bfloat16 would hold it
-    bent = bend(held)
-    if X0 is not None:  # the update is what has changed since the start
-
-        def begun(u: Tensor) -> Tensor:
-            return m.activation(u, {c: start[c].to(u.dtype) for c in m.learn})
-
-        held0 = X0.bfloat16().to(wide)
-        X, Y, held, bent = X - X0, Y - begun(X0), held - held0, bent - begun(held0)
-    size = X.norm() if about_u else Y.norm()
+def _elementwise(bend: Elementwise) -> Row:
+    """What the weights alone tell of a nonlinearity in weight space."""
+    u, held = bend.u_OI, bend.u_OI.bfloat16().to(bend.u_OI.dtype)  # as a model in bfloat16 would hold it
+    y, bent = bend.f(u), bend.f(held)
+    if bend.start is not None:  # the update is what has changed since the start
+        f0, u0 = bend.start
+        held0 = u0.bfloat16().to(u0.dtype)
+        u, y, held, bent = u - u0, y - f0(u0), held - held0, bent - f0(held0)
+    size = u.norm() if bend.about_u else y.norm()
     if size == 0:
         return {}
-    slope = 1.0 if about_u else float((X * Y).sum() / X.square().sum())
+    slope = 1.0 if bend.about_u else float((u * y).sum() / u.square().sum())
     changed = bent.bfloat16() != (slope * held).bfloat16()
-    row: Row = {"nonlinearity": float((Y - slope * X).norm() / size), "bf16_changed": float(changed.float().mean())}
-    if isinstance(m.activation, Sinter):
-        c = {**m.activation.constants(), **{k: float(f[k]) for k in m.learn}}
-        row["stability"] = abs(c["a"] * c["w"]) * reach
-    return row
+    row: Row = {"nonlinearity": float((y - slope * u).norm() / size), "bf16_changed": float(changed.float().mean())}
+    return row if bend.swing is None else row | {"stability": bend.swing}
 
 
-@_bent.register
-def _(m: AuroRAStatic, f: Factors) -> Row:
-    bend = Bend(m, f)
-    kappa = f["A"].shape[1] ** 0.5 if m.kappa is None else m.kappa
-    bend.add(kappa * f["A"].T)
-    return bend.numbers()
+class Seen:
+    """How far the sigma of a bottleneck is from affine on the z that it is given; sums only."""
 
-
-class Bend:
-    """How far sigma is from affine on the z that it is given; sums only."""
-
-    def __init__(self, m: AuroRA | AuroRAStatic, f: Factors):
-        self.m, self.f = m, {k: f[k] for k in ("A", "H", "S")}
+    def __init__(self, bend: Bottleneck):
+        self.bend, self.r = bend, 0
         self.total = self.product = torch.zeros((), dtype=torch.float64)
         self.count = self.outside = 0
 
     def add(self, z_TR: Tensor) -> None:
-        joint = torch.cat([z_TR, self.m.sigma(z_TR, self.f)], -1).to(torch.float64)
+        self.r = z_TR.shape[-1]
+        joint = torch.cat([z_TR, self.bend.sigma(z_TR)], -1).to(torch.float64)
         self.count += len(joint)
-        self.outside += int(((z_TR < self.m.low) | (z_TR > self.m.high)).sum())
+        self.outside += int(((z_TR < self.bend.low) | (z_TR > self.bend.high)).sum())
         self.total, self.product = self.total + joint.sum(0), self.product + joint.T @ joint
 
     def numbers(self) -> Row:
-        """sqrt(1 - R^2) of the best affine map from z to sigma(z), and the share of z outside the spline's range."""
-        r = self.m.r
+        """sqrt(1 - R^2) of the best affine map from z to sigma(z), and the share of z outside the interval."""
+        r = self.r
         if self.count < 4 * (r + 1):  # a few points always lie on some affine map
             return {}
         mean = self.total / self.count
@@ -230,53 +183,81 @@ class Bend:
         return {"nonlinearity": left, "outside": self.outside / (self.count * r)}
 
 
-def _observed(model: nn.Module, adapter: Adapter, data: Iterable[Batch]) -> dict[str, Bend]:
-    """The dynamic AuroRA sites' sums over `data`."""
-    inner = {s: bare(m) for s, m in adapter.methods.items()}
-    bends = {s: Bend(m, adapter.factors[s]) for s, m in inner.items() if isinstance(m, AuroRA)}
+def _bent(bend: Bend | None, seen: Seen | None) -> Row:
+    if isinstance(bend, Elementwise):
+        return _elementwise(bend)
+    if isinstance(bend, Bottleneck) and bend.z_TR is not None:
+        seen = Seen(bend)
+        seen.add(bend.z_TR)
+    return {} if seen is None else seen.numbers()
+
+
+def needs_data(adapter: Adapter) -> bool:
+    """Whether there is a nonlinearity that only the layers' inputs tell of."""
+    return bool(_dynamic(adapter))
+
+
+def _dynamic(adapter: Adapter) -> dict[str, Bottleneck]:
+    bends = {s: m.bend(adapter.factors[s]) for s, m in adapter.methods.items()}
+    return {s: b for s, b in bends.items() if isinstance(b, Bottleneck) and b.A_RI is not None}
+
+
+def _observed(model: nn.Module, adapter: Adapter, data: Iterable[Batch]) -> dict[str, Seen]:
+    """The sums over `data` of the sites whose inputs tell of their nonlinearity."""
+    A = {s: bend.A_RI for s, bend in _dynamic(adapter).items()}
+    found = {s: Seen(bend) for s, bend in _dynamic(adapter).items()}
 
     def hear(site: str, layer: Layer, x: Tensor, u: Tensor, mask: Tensor | None) -> None:
-        bends[site].add(kept(reference.project(x, layer, bends[site].f["A"]), mask))
+        found[site].add(kept(reference.project(x, layer, A[site]), mask))  # type: ignore[arg-type]
 
-    if bends:
-        with still(model), listening(model, adapter, bends, hear) as go:
+    if found:
+        with still(model), listening(model, adapter, found, hear) as go:
             for batch in batches(data, "diagnosis"):
                 go(batch)
-    return bends
+    return found
 
 
 # Plain words
 
 
-def _warnings(row: Row, m: Method, f: Factors) -> list[str]:
+def _warnings(row: Row, bend: Bend | None, f: Factors) -> list[str]:
     if (row["norm"] is not None and row["norm"] < 1e-12) or ("B" in f and not f["B"].any()):
         return ["not trained: the adapter changes nothing"]
     rank, used = row["rank"], row["effective_rank"]
-    found = [*_on_loran(row, m), *_on_aurora(row, m)]
+    found = [*_on_bend(row, bend)]
     if isinstance(rank, int) and used is not None and used < rank / 4:
         found.append(f"ranks lie idle: the update uses {used:.1f} of {rank}")
     return found
 
 
-def _on_loran(row: Row, m: Method) -> Iterator[str]:
-    if not isinstance(m, LoRAN) or isinstance(m.activation, Identity):
-        return
-    if row["bf16_changed"] is not None and row["bf16_changed"] < 0.01:
+def _on_bend(row: Row, bend: Bend | None) -> Iterator[str]:
+    if isinstance(bend, Elementwise):
+        yield from _on_elementwise(row, bend)
+    elif isinstance(bend, Bottleneck):
+        yield from _on_bottleneck(row, bend)
+
+
+def _on_elementwise(row: Row, bend: Elementwise) -> Iterator[str]:
+    meant = bend.advice or not bend.about_u  # with the identity it is meant to be a plain LoRA
+    if meant and row["bf16_changed"] is not None and row["bf16_changed"] < 0.01:
         yield (
             f"the nonlinearity is invisible in bfloat16: it changes the update by {row['nonlinearity']:.1e} of itself, "
-            "which bfloat16 cannot tell; there this is a plain LoRA (with Sinter choose a >= 4e-3)"
+            f"which bfloat16 cannot tell; there this is a plain LoRA{bend.advice and f' ({bend.advice})'}"
         )
     if row["stability"] is not None and row["stability"] > STABLE:
-        yield f"unstable: a*w*|u| reaches {row['stability']:.1f}, so far does the slope of f swing; keep it <= {STABLE}"
+        yield (
+            f"unstable: {bend.swing_of} reaches {row['stability']:.1f}, so far does the slope of f swing; keep it "
+            f"<= {STABLE}"
+        )
 
 
-def _on_aurora(row: Row, m: Method) -> Iterator[str]:
-    if not isinstance(m, AuroRA | AuroRAStatic) or row["nonlinearity"] is None:
+def _on_bottleneck(row: Row, bend: Bottleneck) -> Iterator[str]:
+    if row["nonlinearity"] is None:
         return
     if row["nonlinearity"] < 0.01:
         yield f"sigma is affine: to {row['nonlinearity']:.1e} on what it sees; a plain LoRA does the same"
     if row["outside"] > 0.1:
-        yield f"the spline fades: {row['outside']:.0%} of its inputs lie outside [{m.low:g}, {m.high:g}]"
+        yield f"the spline fades: {row['outside']:.0%} of its inputs lie outside [{bend.low:g}, {bend.high:g}]"
 
 
 def _summary(adapter: Adapter, rows: list[Row]) -> Row:

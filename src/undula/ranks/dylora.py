@@ -19,7 +19,6 @@ from ..core.choice import Choice
 from ..core.ranges import Inside, Rank, Seed
 from ..kernels import frozen
 from ..methods import dylora as law
-from ..methods.dropout import bare
 from .allocator import Allocator, Course, Quality
 from .gates import GateAllocator
 from .memory import moments, stand_still
@@ -76,7 +75,7 @@ class DyLoRACourse(Course):
     def __init__(self, how: DyLoRA, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         super().__init__(how, model, optimizer, steps)
         self.how = how
-        self.methods: list[law.DyLoRA] = [bare(p.method) for p in self.places()]  # type: ignore[misc]
+        self.methods: list[law.DyLoRA] = [p.method.undropped() for p in self.places()]  # type: ignore[misc]
         self.f = [p.f for p in self.places()]
         least = min(m.r for m in self.methods)
         if not 1 <= how.low <= least:

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import LowRank, Method
-from ..methods.dropout import bare
 from .allocator import Allocator, Course
 
 
 def gate_of(method: Method) -> str | None:
     """The name of the factor that gates the ranks of this method; None where it has none."""
-    return getattr(type(bare(method)), "gate", None)
+    return method.undropped().gate
 
 
 def live(adapter: Adapter) -> dict[str, int]:
@@ -50,7 +49,7 @@ class GateAllocator(Allocator):
     """Moves gates; sees the method inside dropout."""
 
     def serves(self, method: Method) -> bool:
-        return isinstance(bare(method), self.works_on)
+        return isinstance(method.undropped(), self.works_on)
 
 
 class GateCourse(Course):

@@ -8,7 +8,7 @@ import torch
 
 from ..core.adapter import Adapter
 from ..core.method import LowRank, Method
-from ..methods.dropout import Dropout, bare
+from ..methods.dropout import Dropout
 from ..methods.lora import Fixed, LoRA
 from .gates import gate_of
 
@@ -37,7 +37,7 @@ def prune(adapter: Adapter) -> Adapter:
             continue
         assert isinstance(method, LowRank)
         B_OR, A_RI = method.pair(f)
-        s = getattr(bare(method), "scale", 1.0)
+        s = getattr(method.undropped(), "scale", 1.0)
         pair = {"A": A_RI[alive].requires_grad_(), "B": (B_OR[:, alive] / s).requires_grad_()}
         factors[site] = pairs.setdefault(tuple(id(t) for t in f.values()), pair)
         methods[site] = _around(method, LoRA(r=int(alive.sum()), alpha=1.0, scaling=Fixed(s)))

@@ -12,7 +12,6 @@ from ..compress.approximation import Approximation
 from ..core.method import Method, Reweight
 from ..host.host import attach, detach, host_of, select
 from ..host.merging import merge, unmerge
-from ..methods.aurora import AuroRA
 from ..observe import listen, padding
 from ..train.fit import Prepared
 from ..train.task import Examples
@@ -25,8 +24,8 @@ BARE_RANK = 8  # of what stands in for a method that has no rank itself
 def deployed(ready: Prepared, test: Examples) -> tuple[dict[str, float], dict[str, float]]:
     """({form: test metric}, {form: |logits' - logits| / |logits|}) of a trained adapter.
 
-    `merged` where the method merges; otherwise `least squares` (see `LeastSquares`), and for AuroRA also `substituted`
-    (train dynamic, deploy B sigma(A)).  Nothing for a head alone or a full fine-tuning.
+    `merged` where the method merges; otherwise `least squares` (see `LeastSquares`), and where the method has a static
+    form (AuroRA) also `substituted` by it.  Nothing for a head alone or a full fine-tuning.
     """
     if not ready.adapter.methods:
         return {}, {}
@@ -50,7 +49,8 @@ def _forms(ready: Prepared) -> Iterator[str]:
         return
     calibration = _batches(ready.train, ready, CALIBRATION)
     ways: dict[str, Approximation] = {"least squares": LeastSquares(_rank(ready.adapter.method), calibration)}
-    if all(isinstance(m, AuroRA) for m in ready.adapter.methods.values()):
+    factors = ready.adapter.factors
+    if all(m.static_pair(factors[s]) is not None for s, m in ready.adapter.methods.items()):
         ways["substituted"] = Substitute()
     own = host_of(model).selected
     for form, way in ways.items():

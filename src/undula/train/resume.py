@@ -11,7 +11,7 @@ from ..io import files
 from . import processes
 from .run import CHECKPOINTS, REPORT, RUN, Run, read_run
 
-STATE = "allocator.json"  # of an allocator, see `integrations.allocating`
+STATE = "allocator.json"  # of an allocator, see `integrations.callback`
 
 
 def claim(run: Run, resume: bool) -> None:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..core.adapter import Adapter
 from ..host.host import attach, detach, selected
-from ..integrations.allocating import STATE, Allocating
+from ..integrations.callback import STATE, Allocating
 from ..io import files
 from ..observe.listen import moved
 from ..optim.groups import factors_B

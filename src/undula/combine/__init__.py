@@ -1,0 +1,1 @@
+"""Several adapters as one: weighted sums and averages."""

@@ -1,0 +1,56 @@
+"""Weighted sums of adapters, and the averages among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import Adapter, Live
+from ..core.method import Factors, Method
+from ..methods.sum import added
+
+
+def combined(terms: list[tuple[float, Adapter]]) -> Adapter:
+    """The weighted sum of adapters.  Sums of sums are one sum, with each part once; where its rank passes that of the
+    layer it becomes the layer's own, so that no chain of averages grows without end.  Parameters in full are averaged,
+    see `Adapter.weight`."""
+    values = {id(a): a.copy() if isinstance(a, Live) else a for _, a in terms}
+    terms = [(w, values[id(a)]) for w, a in terms]
+    factors: dict[str, Factors] = {}
+    methods: dict[str, Method] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for site in dict.fromkeys(s for _, a in terms for s in a.factors):
+        found = {a.shapes[site] for _, a in terms if site in a.factors}
+        if len(found) > 1:
+            raise ValueError(f"the adapters are for different models: {site} is {' and '.join(map(str, found))} (O, I)")
+        shapes[site] = found.pop()
+        parts = [(w, a.additive(site), a.factors[site]) for w, a in terms if site in a.factors]
+        methods[site], factors[site] = added(parts, shapes[site])
+    kernels = {site: kernel for _, a in terms for site, kernel in a.kernels.items()}
+    apart = {site: why for _, a in terms for site, why in a.apart.items()}
+    first = terms[0][1].about
+    agreed = {k: v for k, v in first.items() if all(k in a.about and a.about[k] == v for _, a in terms)}
+    weight = sum(w * a.weight for w, a in terms)
+    return Adapter(methods, factors, shapes, _averaged(terms, weight), kernels, agreed, apart, weight)
+
+
+def _averaged(terms: list[tuple[float, Adapter]], weight: float) -> dict[str, Tensor]:
+    """`full` of a combination.  Raises ValueError where it is on the way to no average."""
+    names = sorted({n for _, a in terms for n in a.full})
+    lacking = [n for n in names if any(n not in a.full for _, a in terms)]
+    if lacking or (names and not 0 < weight < 1 + 1e-6):
+        raise ValueError(
+            f"adapters that train parameters in full cannot be added: {', '.join(lacking[:5] or names[:5])}. They have "
+            "an average, of adapters that all have them and with weights that sum to 1 (0.5 * a + 0.5 * b); else drop "
+            "`full` first (dataclasses.replace(adapter, full={}))"
+        )
+    orders = {tuple(a.about["classes"]) for _, a in terms if a.full and "classes" in a.about}
+    if len(orders) > 1:
+        raise ValueError(
+            "the adapters' heads answer other classes, or the same in another order: "
+            f"{' and '.join(str(list(order)[:8]) for order in sorted(orders))}. Train them with the same names "
+            "(Classification(names=...)), or drop `full` first (dataclasses.replace(adapter, full={}))"
+        )
+    with torch.no_grad():
+        sums = {n: sum((w * a.full[n] for w, a in terms[1:]), terms[0][0] * terms[0][1].full[n]) for n in names}
+    return {n: t.requires_grad_(terms[0][1].full[n].requires_grad) for n, t in sums.items()}
