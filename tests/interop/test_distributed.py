@@ -232,3 +232,51 @@ for name, how in [(name, how) for name in "01" for how in (ColwiseParallel(), Ro
 def test_tensor_parallel_is_refused_before_anything_is_changed(tmp_path):
     """Before `attach` and after it: torch's ways of cutting a layer know its weight and bias, and no method."""
     _start(tmp_path, TENSOR_PARALLEL, 1)
+
+
+READ = """
+import sys, torch, undula
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+folder, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.rnn = nn.MultiheadAttention(8, 2, batch_first=True), nn.LSTM(8, 8, batch_first=True)
+        self.stack = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x):
+        return torch.einsum("nti,eoi->nto", self.rnn(self.attention(x, x, x)[0])[0], self.stack)
+
+
+def trained(cut):
+    torch.manual_seed(0)
+    model, losses = Net(), []
+    adapter = undula.attach(model, undula.LoRA(r=2), "*")
+    assert len(adapter.factors) == 6
+    if cut:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = torch.optim.SGD(adapter.parameters(), 0.1)
+    for step in range(3):
+        loss = (model(torch.linspace(-1, 1, 80).view(2, 5, 8)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+wanted = trained(False)
+assert wanted[2] < wanted[0]
+torch.testing.assert_close(trained(True), wanted)
+"""
+
+
+def test_weights_that_are_read_train_under_fsdp2(tmp_path):
+    """`fully_shard` asks for parameters by their names, where adapted ones stand."""
+    _start(tmp_path, READ, 1)

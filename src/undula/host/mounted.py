@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.method import Factors, LowRank, Reweight
 from . import masters, quantised
+from .sharded import is_sharded
 from .weights import Mounted, Read, own
 
 
@@ -33,8 +34,9 @@ class Below(nn.Module):
     def adapted(self, owner: nn.Module, leaf: str) -> Tensor:
         """The parameter with all that is mounted there, once within a forward."""
         laws = [(slot.layer, law) for slot in self.leaves[leaf] if (law := slot.law()) is not None]
-        if not laws:
-            return own(owner, leaf)
+        whole = own(owner, leaf)
+        if not laws or is_sharded(whole):  # the last: `fully_shard` asks for what it has cut; none computes with that
+            return whole
         if _now.made is None or torch.compiler.is_compiling():
             return _made(owner, leaf, laws)
         key = (id(self), leaf, torch.is_grad_enabled(), *(id(f) for _, (_, f) in laws))
@@ -48,7 +50,7 @@ def _made(owner: nn.Module, leaf: str, laws: list[tuple[Read, tuple[Reweight, Fa
     if not quantised.is_plain(W):
         raise RuntimeError(
             f"{laws[0][0].parameter} is a {type(W).__name__} of {W.dtype} now: an adapter on a weight that is read "
-            "needs the whole weight as plain numbers (no shards, no quantisation)"
+            "needs it as plain numbers, without quantisation"
         )
     with torch.autocast(W.device.type, enabled=False):
         if laws[0][0].at is None:
@@ -130,6 +132,13 @@ class Recurrent(Weighed):
     def _update_flat_weights(self) -> None: ...
 
     def flatten_parameters(self) -> None: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Past what keeps that list, and without a look at what is there: sharding puts one parameter after another."""
+        if name in self.leaves and isinstance(value, nn.Parameter):
+            self._parameters[name] = value  # type: ignore[attr-defined]
+        else:
+            nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[arg-type]
