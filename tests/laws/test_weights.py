@@ -50,6 +50,31 @@ class Reads(nn.Module):
         return F.linear(h, self.table.weight)
 
 
+class Loops(nn.Module):
+    """Reads by variables: elements of a list, one by its place, a child under another name, and an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.table, self.head = nn.Linear(8, 8), Head()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.linear(x, layer.weight).tanh()
+        x = F.linear(x, self.layers[0].weight)
+        table = self.table
+        return self.head(F.linear(x, table.weight), table)
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, h, table):
+        return F.linear(h * self.scale, table.weight)
+
+
 class Peeks(nn.Module):
     """Reads its weight without gradients before it computes with it."""
 
@@ -145,6 +170,7 @@ KINDS = {
     "RNNCell": (lambda: Calls(nn.RNNCell(8, 6), lambda m, x: m(x[0], x[1, :, :6])), vectors, "*"),
     "read by its parent": (Reads, ids, ["first", "mixes", "table"]),
     "read without gradients first": (Peeks, vectors, ["first"]),
+    "read by variables": (Loops, vectors, "*"),
     "a parameter by its name": (
         lambda: Calls(nn.Embedding(7, 6), lambda m, x: F.linear(m(x), m.weight)),
         ids,

@@ -8,44 +8,86 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 # Of these methods no forward is made: they make, fill, tie, resize, move and store weights.
-VERBS = ("init", "reset", "tie", "resize", "get_", "set_", "load", "save", "from_", "post_init", "prune", "convert")
+VERBS: tuple[str, ...] = (
+    "init",
+    "reset",
+    "tie",
+    "resize",
+    "get_",
+    "set_",
+    "load",
+    "save",
+    "from_",
+    "post_init",
+    "prune",
+    "convert",
+)
+VERBS += ("rescale", "bnb")  # they write into weights
 ELSEWHERE = (*VERBS, *(f"_{verb}" for verb in VERBS), "__", "extra_repr")
 # What is asked of a weight here is not its numbers.
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "layout"}
 ASKING = {"isinstance", "hasattr", "getattr", "id", "type", "is_meta"}
 # Layers that are called all the same: torch's encoder reads them on its fast path, which adapted layers leave (see
 # `slots.Slot`); Bloom's reads are for one way of summing (`slow_but_exact`) of models that were cut for training.
-CALLED = ("TransformerEncoderLayer.", "BloomAttention.", "BloomMLP.")
+CALLED = ("TransformerEncoder.", "TransformerEncoderLayer.", "BloomAttention.", "BloomMLP.")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A `x.path.weight` in a class: x is `self`, or a local variable or an element, which may be an argument."""
+
+    path: tuple[str, ...]
+    of_self: bool
+    argument: str | None = None
 
 
 def readers(model: nn.Module) -> dict[str, nn.Module]:
     """{name of a module: the one that reads its weight}, of each the first."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        for path in _read(type(module)):  # type: ignore[arg-type]
-            found.setdefault(f"{name}.{path}" if name else path, module)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        for reading in _read(type(module)):  # type: ignore[arg-type]
+            for path in _meant(name, module, reading, modules):
+                found.setdefault(path, module)
     return found
 
 
+def _meant(name: str, module: nn.Module, reading: Reading, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The names of what is read: of a variable, all that it may hold of the module's children and what these keep in
+    lists; of an argument, what has its name."""
+    if reading.of_self:
+        yield ".".join([*([name] if name else []), *reading.path])
+        return
+    for child, held in module.named_children():
+        elements = [f"{child}.{n}" for n, _ in held.named_children()] if isinstance(held, LISTS) else [child]
+        yield from (".".join([*([name] if name else []), e, *reading.path]) for e in elements)
+    if reading.argument is not None:
+        yield from (".".join([n, *reading.path]) for n in modules if n.rpartition(".")[2] == reading.argument)
+
+
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
 @functools.cache
-def _read(cls: type[nn.Module]) -> frozenset[str]:
-    """The paths x of all `self.x.weight` that the class reads in its forward or what that may call."""
+def _read(cls: type[nn.Module]) -> frozenset[Reading]:
+    """What the class reads in its forward or what that may call."""
     held: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if base not in (object, nn.Module):
             held |= vars(base)
-    found: set[str] = set()
+    found: set[Reading] = set()
     for name, what in held.items():
         function = inspect.unwrap(what.fget if isinstance(what, property) and what.fget else what)
         if isinstance(function, FunctionType) and not name.startswith(ELSEWHERE) and not _called(function):
-            found.update(path for code in _codes(function.__code__) for path in _paths(code))
+            found.update(reading for code in _codes(function.__code__) for reading in _readings(code))
     return frozenset(found)
 
 
@@ -61,29 +103,39 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(const)
 
 
-def _paths(code: CodeType) -> Iterator[str]:
+def _readings(code: CodeType) -> Iterator[Reading]:
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "NOP")]
     for i, step in enumerate(steps):
-        if not _loads_self(step):
+        if not _loads_part(step) or step.argval != "weight":
             continue
-        names: list[str] = []
-        for after in steps[i + 1 :]:
-            if after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                break
-            names.append(str(after.argval))
-        if "weight" in names[1:]:
-            k = names.index("weight", 1)
-            rest = steps[i + 1 + len(names) : i + 3 + len(names)]
-            asked = len(names) > k + 1 and names[k + 1] in ASKED
-            if not asked and not _is_asked(steps[max(0, i - 1) : i], rest if len(names) == k + 1 else []):
-                yield ".".join(names[:k])
+        first = i
+        while _loads_part(steps[first - 1]) and first > 1:
+            first -= 1
+        path, root = tuple(str(s.argval) for s in steps[first:i]), steps[first - 1]
+        after = steps[i + 1 : i + 3]
+        if (after and _loads_part(after[0]) and after[0].argval in ASKED) or _is_asked(
+            steps[first - 2 : first - 1], after
+        ):
+            continue
+        variable = _variable(root)
+        if variable == "self" and path:
+            yield Reading(path, of_self=True)
+        elif variable not in (None, "self"):
+            yield Reading(path, of_self=False, argument=variable if variable in arguments else None)
 
 
-def _loads_self(step: dis.Instruction) -> bool:
+def _loads_part(step: dis.Instruction) -> bool:
+    return step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+
+
+def _variable(step: dis.Instruction) -> str | None:
+    """The variable that is loaded, "[]" for an element of something, None for anything else."""
+    if step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and "[" in step.argrepr):
+        return "[]"
     if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-        return False
-    name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval  # of two loads in one
-    return bool(name == "self")
+        return None
+    return str(step.argval[-1] if isinstance(step.argval, tuple) else step.argval)  # the last of two loads in one
 
 
 def _is_asked(before: list[dis.Instruction], after: list[dis.Instruction]) -> bool:
