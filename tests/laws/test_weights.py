@@ -12,7 +12,7 @@ from torch import nn
 
 import undula
 from undula import DoRA, Dropout, LoRA, LoRAN
-from undula.host.where import layers_at
+from undula.host.where import layers_at, views
 
 from .test_laws import shake
 
@@ -450,3 +450,13 @@ def test_a_compiled_model_reads_adapted_weights(kind):
     shake(undula.attach(model, LoRA(r=2), where))
     live = model(x)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), live)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Bloom", "OPT"])
+def test_layers_that_a_model_calls_are_not_taken_for_weights(name):
+    """A weight that is read costs more and refuses methods: what libraries ask of weights beside (types, sizes, starts,
+    tying) is no read."""
+    sizes = {k: v for k, v in SIZES.items() if not k.startswith("num_experts")}
+    config = getattr(transformers, f"{name}Config")(**sizes, ffn_dim=6, word_embed_proj_dim=8)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    assert {n for n, layer in views(model).items() if layer.reader is not None} == set()

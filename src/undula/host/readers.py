@@ -83,12 +83,31 @@ def _read(cls: type[nn.Module]) -> frozenset[Reading]:
     for base in reversed(cls.__mro__):
         if base not in (object, nn.Module):
             held |= vars(base)
+    functions = {name: function for name, what in held.items() if (function := _function(what)) is not None}
+    forward = _reached(functions)
     found: set[Reading] = set()
-    for name, what in held.items():
-        function = inspect.unwrap(what.fget if isinstance(what, property) and what.fget else what)
-        if isinstance(function, FunctionType) and not name.startswith(ELSEWHERE) and not _called(function):
-            found.update(reading for code in _codes(function.__code__) for reading in _readings(code))
+    for name, function in functions.items():
+        if not name.startswith(ELSEWHERE) and not _called(function):
+            every = (reading for code in _codes(function.__code__) for reading in _readings(code))
+            found.update(reading for reading in every if reading.of_self or name in forward)
     return frozenset(found)
+
+
+def _function(held: Any) -> FunctionType | None:
+    """The function that a class holds, within what decorates it."""
+    function = inspect.unwrap(held.fget if isinstance(held, property) and held.fget else held)
+    return function if isinstance(function, FunctionType) else None
+
+
+def _reached(functions: Mapping[str, FunctionType]) -> set[str]:
+    """The names of those that the forward may call."""
+    found, left = set(), ["forward"]
+    while left:
+        name = left.pop()
+        if name in functions and name not in found:
+            found.add(name)
+            left += [called for code in _codes(functions[name].__code__) for called in code.co_names]
+    return found
 
 
 def _called(function: FunctionType) -> bool:
