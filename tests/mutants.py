@@ -161,6 +161,7 @@ MUTANTS = [
     ("host/around.py", "any(new <= each for each in known)", "bool(known)", DISTRIBUTED),
     ("host/slots.py", "if is_sharded(param):", "if False:", DISTRIBUTED),
     ("methods/loran.py", "torch.full((1,), values[c]", "torch.full((), values[c]", DISTRIBUTED),
+    ("train/trainer.py", "arguments._n_gpu = 1", "pass", PROCESSES),
     ("train/stop.py", "[self.asked, control.should_save", "[False, control.should_save", PROCESSES),
     ("train/processes.py", "dist.all_reduce(t, dist.ReduceOp.MAX)", "pass", PROCESSES),
     ("train/processes.py", "if count() != started():", "if False:", PROCESSES),

@@ -213,6 +213,16 @@ def test_settings_that_vary_are_in_the_name(trained, tmp_path):
     assert found.summary.baseline == "LoRA(r=2) lr=0.01"  # two LoRAs: the first
 
 
+def test_runs_on_more_processes_are_another_arm(trained, tmp_path):
+    """Their steps are of more rows, which no setting of the run says."""
+    shutil.copytree(trained["lora", 1], tmp_path / "two")
+    report = json.loads((tmp_path / "two/report.json").read_text())
+    (tmp_path / "two/report.json").write_text(json.dumps({**report, "processes": 2}))
+    arms = [e.arm for e in _entries([trained["lora", 0], tmp_path / "two"])]
+    assert arms[1] == f"{arms[0]} on 2 processes"
+    assert len({e.arm for e in _entries([trained["lora", 0], trained["lora", 1]])}) == 1
+
+
 def test_a_collapsed_adapter_is_told_from_a_trained_one(trained, tmp_path):
     call("collapse", trained["dora", 0], "--out", tmp_path / "flat", "--how", "truncate", "--set", "r=2", "--rows", 8)
     found = compare([trained["dora", 0], tmp_path / "flat"])

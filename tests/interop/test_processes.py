@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 import undula
 from undula.train import CausalLM, Classification, Run, processes
@@ -232,6 +233,21 @@ def test_processes_that_are_not_joined_do_not_train(two, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="2 processes were started, and 1 are joined"):
         trainer(ready.run, ready.model, ready.train, ())
+
+
+def test_one_process_uses_one_of_several_devices(two, monkeypatch, tmp_path):
+    """`nn.DataParallel`, which the Trainer would take, cannot copy an adapted model."""
+
+    class Two(transformers.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr(sys.modules["undula.train.trainer"], "TrainingArguments", Two)
+    ready = prepare(dataclasses.replace(_runs(two[0])[0], out=tmp_path / "out"))
+    made = trainer(ready.run, ready.model, ready.train, ())
+    assert made.args.n_gpu == 1
+    assert made.args.train_batch_size == 8
 
 
 @pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED"])

@@ -124,7 +124,8 @@ def _entries(paths: Sequence[Path]) -> list[Entry]:
     if faults:
         raise ValueError(_told(faults))
     varied = [name for name in SETTINGS if len({repr(run.encode().get(name)) for _, run, _ in found}) > 1]
-    return [Entry(path, run, _arm(path, run, varied, bool(report)), report) for path, run, report in found]
+    alike = len({report.get("processes", 1) for _, _, report in found if report}) < 2
+    return [Entry(path, run, _arm(path, run, varied, report, alike), report) for path, run, report in found]
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -144,12 +145,14 @@ def _told(faults: Sequence[str]) -> str:
     return "these adapters cannot be compared:\n" + "\n".join(f"- {fault}" for fault in faults)
 
 
-def _arm(path: Path, run: Run, varied: Sequence[str], trained: bool) -> str:
-    """The method with its settings, and what else is not the same in all of the runs."""
+def _arm(path: Path, run: Run, varied: Sequence[str], report: Mapping[str, Any], alike: bool) -> str:
+    """The method with its settings, and what else is not the same in all of the runs, the number of processes (whose
+    steps are of other rows) where that is not `alike`."""
     method = "head only" if run.method is None else brief(run.method)
     given = run.encode()
     others = [f"{name}={_short(given[name])}" for name in varied if given.get(name) not in (None, (), [], {})]
-    return " ".join([method, *others, *([] if trained else [f"from {path.name}"])])
+    several = [] if alike or report.get("processes", 1) == 1 else [f"on {report['processes']} processes"]
+    return " ".join([method, *others, *several, *([] if report else [f"from {path.name}"])])
 
 
 def _short(value: Any) -> str:

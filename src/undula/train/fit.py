@@ -32,6 +32,7 @@ from .recipe import Recipe, Settings, default_of
 from .resume import check_processes, claim, last_checkpoint, progress, resume_command
 from .rows import LOG, rows_of
 from .run import REPORT, Run, read_run, write_json
+from .splitting import told_quality
 from .task import Examples, Processor
 
 if TYPE_CHECKING:
@@ -221,9 +222,10 @@ def _spread(run: Run, rows: Examples) -> Iterator[str]:
         together = number * run.batch
         steps = "" if run.accumulate == 1 else f", {together * run.accumulate} in a step"
         yield f"{number} processes train with {run.batch} rows each: {together} rows in a batch{steps}"
-        if extra := -len(rows) % together:
+        aside = told_quality(len(rows)) if run.allocator is not None and run.allocator.needs_quality else 0
+        if extra := -(len(rows) - aside) % together:
             yield (
-                f"{len(rows)} rows are no multiple of {together}: in each epoch {extra} rows count twice, to "
+                f"{len(rows) - aside} rows are no multiple of {together}: in each epoch {extra} rows count twice, to "
                 "fill up the last batch"
             )
 

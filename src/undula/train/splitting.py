@@ -142,3 +142,11 @@ def counts(rows: Dataset, names: Sequence[str]) -> dict[str, int]:
     """{class: rows}, in the order of the classes."""
     found = Counter(rows["label"][:])
     return {name: found[i] for i, name in enumerate(names)}
+
+
+QUALITY_ROWS = 32  # what an allocator that asks for the quality measures it on
+
+
+def told_quality(rows: int) -> int:
+    """How many of so many training rows tell an allocator the quality instead: a tenth at most."""
+    return min(QUALITY_ROWS, max(1, rows // 10))

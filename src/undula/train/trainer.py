@@ -24,6 +24,7 @@ from ..optim.schedules import Linear, Schedule
 from ..ranks.surgery import adopt
 from . import processes
 from .run import CHECKPOINTS, Run
+from .splitting import QUALITY_ROWS, told_quality
 from .stop import Finite
 from .task import Examples
 
@@ -132,15 +133,12 @@ def restore(live: Adapter, saved: Adapter) -> None:
         t.copy_(saved.full[name])
 
 
-QUALITY_ROWS = 32  # what an allocator that asks for the quality measures it on
-
-
 def set_aside(examples: Examples, seed: int) -> tuple[Examples, Examples]:
-    """(rows to train on, rows that tell an allocator the quality): a tenth of the training rows at most, since nothing
-    that a result is measured on may have a say in it."""
+    """(rows to train on, rows that tell an allocator the quality), which are training rows, since nothing that a result
+    is measured on may have a say in it."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
-    count = min(QUALITY_ROWS, max(1, len(order) // 10))
+    count = told_quality(len(order))
     rows = [sorted(order[count:]), sorted(order[:count])]
     train, aside = (dataclasses.replace(examples, rows=examples.rows.select(part)) for part in rows)
     return train, aside
