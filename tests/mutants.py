@@ -291,7 +291,7 @@ MUTANTS = [
     ("io/draft.py", "os.chmod(self.name, stat.S_IMODE(os.stat(path).st_mode))", "pass", FILES + "::test_modes_follow_the_umask_and_the_user"),
     ("io/whole.py", "if lock is None or (lock == NO_LOCKS", "if (lock == NO_LOCKS", "tests/interop/test_verbs.py::test_folders_of_living_processes_are_left_alone"),
     ("observe/listen.py", "module.training = training", "pass", COLLAPSE + "::test_what_looks_at_a_model_leaves_its_modes_as_they_were"),
-    ("observe/listen.py", "known = _Known(layer, y.to(wide))", "known = _Known(layer, layer(x))", COLLAPSE + "::test_a_change_is_heard_as_it_is_and_not_as_a_narrow_output_rounds_it"),
+    ("observe/listen.py", "layer_known = _KnownOutput(layer, y.to(wide))", "layer_known = _KnownOutput(layer, layer(x))", COLLAPSE + "::test_a_change_is_heard_as_it_is_and_not_as_a_narrow_output_rounds_it"),
     ("host/switching.py", "if len(owners) > 1:", "if False:", SPARSE + "::test_switch_refuses"),
     ("train/faults.py", "len(bad) / rows > self.skip", "False", FAULTY + "::test_a_share_is_of_each_file"),
     ("train/source.py", "self.order[row] if self.order else row", "row", FAULTY + " -k 'left_out_and_told and items'"),

@@ -551,7 +551,7 @@ def test_calibration_that_no_ridge_helps_is_told_apart(make, bias, message):
 def test_what_looks_at_a_model_leaves_its_modes_as_they_were():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     model[1].eval()
-    with listen.still(model):
+    with listen.evaluating(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == [True, True, False]
 
@@ -560,5 +560,5 @@ def test_a_change_is_heard_as_it_is_and_not_as_a_narrow_output_rounds_it():
     heard, m = [], LoRA(r=2)
     layer, x = view(nn.Linear(6, 4).bfloat16().eval()), torch.randn(3, 6).bfloat16()
     f = {"A": torch.randn(2, 6, dtype=torch.float32), "B": 1e-3 * torch.randn(4, 2, dtype=torch.float32)}
-    listen.Ear(m, lambda layer, x, u: heard.append(u)).forward(x, layer, f)
+    listen.ChangeRecorder(m, lambda layer, x, u: heard.append(u)).forward(x, layer, f)
     torch.testing.assert_close(heard[0], x.float() @ m.delta(f).T)

@@ -20,10 +20,10 @@ from ..methods.lora import LoRA
 from ..observe.listen import (
     Batch,
     batches,
+    evaluating,
     listening,
     live,
     run,
-    still,
     wide,
     widened,
 )
@@ -126,7 +126,7 @@ def _by_fits(fits: dict[str, Fit]) -> tuple[dict[str, float], float]:
 @contextlib.contextmanager
 def _guests(model: nn.Module, **guests: Adapter) -> Iterator[None]:
     """Further adapters on the model for a while; the selected one is selected again afterwards."""
-    with still(model):
+    with evaluating(model):
         try:
             for name, adapter in guests.items():
                 attach(model, adapter, name=ROOM + name)

@@ -22,7 +22,7 @@ from ..host.host import layer_at
 from ..host.views import EmbeddingView, LinearView
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
-from ..observe.listen import Batch, batches, listening, still
+from ..observe.listen import Batch, batches, evaluating, listening
 from ..observe.padding import kept
 from .approximation import Approximation, Fit
 
@@ -186,7 +186,7 @@ class LeastSquares(Approximation):
                 x, u = _patches(layer, x), u.movedim(layer.channel, -1)
             moments[site].add(kept(x, mask), kept(u, mask))
 
-        with still(model), listening(model, adapter, sites, hear) as go:
+        with evaluating(model), listening(model, adapter, sites, hear) as go:
             for batch in batches(self.calibration, what):
                 go(batch)
         unseen = [s for s in sites if s not in moments or moments[s].count == 0]

@@ -51,7 +51,7 @@ def fresh(
         layers = {n: v for n, v in layers.items() if parameter_of(n, v) not in parameters}
         layers = _readable(layers, assigned(layers, method, overrides))
     evidence = None if probe is None else probe.on(model, layers)
-    once = {id(p): _thawed(p) for p in parameters.values()}  # what is tied trains as one
+    once = {id(p): _trainable(p) for p in parameters.values()}  # what is tied trains as one
     in_full = {n: once[id(p)] for n, p in parameters.items()}
     return replace(made(layers, assigned(layers, method, overrides), evidence), full=in_full)
 
@@ -222,7 +222,7 @@ def kernels(layers: Mapping[str, LinearView]) -> dict[str, tuple[int, ...]]:
     return {path: layer.kernel for path, layer in layers.items() if layer.kernel is not None}
 
 
-def _thawed(p: nn.Parameter) -> nn.Parameter:
+def _trainable(p: nn.Parameter) -> nn.Parameter:
     if not p.is_floating_point():
         raise TypeError(f"only floating-point parameters can be trained in full, found {p.dtype}")
     return nn.Parameter(p.detach().to(wide(p.dtype), copy=True))

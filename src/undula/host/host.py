@@ -60,7 +60,7 @@ class Host:
     untied: list[Any] = field(default_factory=list)  # configurations that said "tied", see `merging.untie`
     own: dict[str, nn.Parameter] = field(default_factory=dict)  # the base's parameters that `full` stands in for
     placed: dict[str, Tensor] = field(default_factory=dict)  # what was put in their places
-    thawed: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
+    trainable_before: list[nn.Parameter] = field(default_factory=list)  # what trained before anything was attached
     nested: list[nn.TransformerEncoder] = field(default_factory=list)  # whose nested tensors are off, see `unnest`
     routes: list[Route] = field(default_factory=list)  # that somebody is inside
     routed: bool = False  # whether anybody ever was
@@ -269,7 +269,7 @@ def _attach(
         _select(model, host, before)
         raise
     if not host.adapters:
-        host.thawed = [p for p in model.parameters() if p.requires_grad]
+        host.trainable_before = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
     host.adapters[name], adapter.attached = adapter, True
     model.__dict__["_undula"] = host
@@ -458,7 +458,7 @@ def _detach(model: nn.Module, host: Host, name: str | None) -> None:
     host.forms.pop(name, None)  # type: ignore[arg-type]
     host.adapters.pop(name).attached = False  # type: ignore[arg-type]
     if not host.adapters:
-        for p in host.thawed:
+        for p in host.trainable_before:
             p.requires_grad_(True)
         del model.__dict__["_undula"]
 

@@ -80,8 +80,8 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
     unguard(model)
     nest(host)
     if not keep:
-        thawed = {id(p) for p in host.thawed}
-        for p in (*host.thawed, *(new[path] for path, p in own.items() if id(p) in thawed)):
+        trained = {id(p) for p in host.trainable_before}
+        for p in (*host.trainable_before, *(new[path] for path, p in own.items() if id(p) in trained)):
             p.requires_grad_(True)
         adapter.full = dict(adapter.full)  # its own again
         settle(model, adapter.full, host.own)

@@ -230,9 +230,9 @@ def check_gradient(module: nn.Module, x: Tensor, y: Tensor) -> None:
 def keep_gradients(model: nn.Module) -> None:
     """Keeps bitsandbytes' 4-bit layers in the packing whose product has a gradient.
 
-    On CPUs with AVX512-BF16 such a layer repacks itself at its first evaluation, for good, for a product of bfloat16
-    without a gradient.  In all training that follows adapters below it get none (torch warns), or the layer's bias ends
-    the training with an error.  Layers that are repacked already are put back (their scales stay rounded to bfloat16).
+    bitsandbytes repacks such a layer on its first evaluation on a CPU with AVX512-BF16.  The repacked product has no
+    gradient: adapters below it would not learn (torch warns), or training ends with an error at the layer's bias.
+    Repacked layers are put back; their scales stay rounded to bfloat16.
     """
     repacking: list[Any] = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
     for layer in repacking:

@@ -50,14 +50,14 @@ def sampled(g_TO: Tensor, x_TI: Tensor, index_K: Tensor) -> Tensor:
     narrow = g_TO.dtype.itemsize < 4  # torch samples no products of bf16 or fp16
     if narrow or index_K.numel() * DENSE > O * I or g_TO.device.type not in ("cpu", "cuda"):
         return torch.mm(g_TO.t(), x_TI).view(-1)[index_K]
-    hush()
+    silence_beta_warning()
     zero_K = g_TO.new_zeros(index_K.shape)
     at = torch.sparse_csr_tensor(offsets(index_K, O, I), index_K % I, zero_K, (O, I))
     return torch.sparse.sampled_addmm(at, g_TO.t(), x_TI, beta=0.0).values()
 
 
 @functools.cache
-def hush() -> None:
+def silence_beta_warning() -> None:
     """torch says once per process that its compressed sparse tensors are in beta: here, to nobody."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

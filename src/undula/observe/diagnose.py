@@ -35,7 +35,7 @@ from ..host.host import layer_at
 from ..host.update import update
 from ..host.where import inner
 from ..kernels import reference, svd
-from .listen import Batch, batches, listening, live, still
+from .listen import Batch, batches, evaluating, listening, live
 from .padding import kept
 
 SHOWN = 16  # singular values in a row
@@ -211,7 +211,7 @@ def _observed(model: nn.Module, adapter: Adapter, data: Iterable[Batch]) -> dict
         found[site].add(kept(reference.project(x, layer, A[site]), mask))  # type: ignore[arg-type]
 
     if found:
-        with still(model), listening(model, adapter, found, hear) as go:
+        with evaluating(model), listening(model, adapter, found, hear) as go:
             for batch in batches(data, "diagnosis"):
                 go(batch)
     return found

@@ -21,7 +21,9 @@ from ..host.where import inner
 from .padding import watching
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
-Hear = Callable[[str, Layer, Tensor, Tensor, Tensor | None], None]  # (site, layer, x, u, flat mask of its positions)
+OnChange = Callable[
+    [str, Layer, Tensor, Tensor, Tensor | None], None
+]  # (site, layer, x, u, flat mask of its positions)
 
 
 def live(model: nn.Module, doing: str) -> Adapter:
@@ -126,7 +128,7 @@ def batches(data: Iterable[Batch], what: str) -> Iterator[Batch]:
 
 
 @contextlib.contextmanager
-def still(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards modes and the selected adapter are as they were."""
     host: Host | None = inner(model).__dict__.get("_undula")
     before = None if host is None else host.selected
@@ -142,23 +144,23 @@ def still(model: nn.Module) -> Iterator[None]:
             select(model, before)
 
 
-class Ear:
-    """Stands in for the method of one site: computes what it computes, and tells the change u(x) = forward(x) -
-    layer(x) in float32 or wider (in bf16 the difference of two outputs would be mostly rounding)."""
+class ChangeRecorder:
+    """Wraps the method of one site and reports the change u(x) = forward(x) - layer(x) in float32 or wider: in bfloat16
+    the difference of two outputs would be mostly rounding."""
 
-    def __init__(self, method: Method, hear: Callable[[Layer, Tensor, Tensor], None]):
-        self.method, self.hear = method, hear
+    def __init__(self, method: Method, on_change: Callable[[Layer, Tensor, Tensor], None]):
+        self.method, self.on_change = method, on_change
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         y = layer(x)
         wide = torch.promote_types(y.dtype, torch.float32)
-        known = _Known(layer, y.to(wide))
-        out = self.method.forward(x.to(wide) if x.is_floating_point() else x, known, f)
-        self.hear(layer, x, out.to(wide) - known.y)
+        layer_known = _KnownOutput(layer, y.to(wide))
+        out = self.method.forward(x.to(wide) if x.is_floating_point() else x, layer_known, f)
+        self.on_change(layer, x, out.to(wide) - layer_known.y)
         return out.to(y.dtype)
 
 
-class _Known:
+class _KnownOutput:
     """A layer whose output for this x is known already."""
 
     plain = False  # a fused product would compute it again
@@ -175,10 +177,10 @@ class _Known:
 
 @contextlib.contextmanager
 def listening(
-    model: nn.Module, adapter: Adapter, sites: Iterable[str], hear: Hear
+    model: nn.Module, adapter: Adapter, sites: Iterable[str], on_change: OnChange
 ) -> Iterator[Callable[[Batch], Tensor]]:
-    """Gives a function that runs the model on a batch; meanwhile `hear(site, layer, x, u, mask)` is called whenever one
-    of `sites` computes.  `adapter` is the selected one."""
+    """Gives a function that runs the model on a batch.  Meanwhile each of `sites` calls `on_change(site, layer, x, u,
+    mask)` when it computes.  `adapter` is the selected one."""
     slots = {site: _slot(model, site) for site in sites}
     for site, slot in slots.items():
         check_product(site, slot.layer)
@@ -188,14 +190,14 @@ def listening(
             watch.begin(batch)
             return run(model, batch)
 
-        def ear(site: str) -> Ear:
-            return Ear(
+        def recorder(site: str) -> ChangeRecorder:
+            return ChangeRecorder(
                 adapter.methods[site],
-                lambda layer, x, u: hear(site, layer, x, u, watch.of(site, x, layer.channel)),
+                lambda layer, x, u: on_change(site, layer, x, u, watch.of(site, x, layer.channel)),
             )
 
         for site, slot in slots.items():
-            slot.method = ear(site)  # type: ignore[assignment]
+            slot.method = recorder(site)  # type: ignore[assignment]
         try:
             yield go
         finally:

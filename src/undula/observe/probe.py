@@ -26,7 +26,7 @@ from .padding import kept, watching
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Backward = Callable[[Tensor], None]  # is given dL/dy
-Hear = Callable[[str, LinearView, Tensor], Backward | None]  # (site, layer, x) of a call y = layer(x)
+OnInput = Callable[[str, LinearView, Tensor], Backward | None]  # (site, layer, x) of a call y = layer(x)
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
@@ -59,13 +59,13 @@ class Probe:
     loss: Loss = loss_of
     hold: int = 1 << 28
 
-    def on(self, model: nn.Module, layers: Mapping[str, LinearView]) -> Bound:
+    def on(self, model: nn.Module, layers: Mapping[str, LinearView]) -> BoundProbe:
         """The probe as the `Evidence` of these layers of a model."""
         quantised.keep_gradients(model)
-        return Bound(self, model, layers)
+        return BoundProbe(self, model, layers)
 
 
-class Bound:
+class BoundProbe:
     """A probe of one model's layers.  Layers are asked for in the model's order; what is measured for one that is never
     asked for is dropped with its group."""
 
@@ -143,7 +143,7 @@ class Bound:
             return add
 
         anchor = torch.zeros((), requires_grad=True)
-        with listening(self.model, group, hear, anchor):
+        with recording(self.model, group, hear, anchor):
             for batch in batches(self.data, self._doing("gradients", group)):
                 loss = self.probe.loss(self.model, self._on_device(batch))
                 if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -165,7 +165,7 @@ class Bound:
             found[name] = xx_II.addmm_(x_TI.T, x_TI), x_I.add_(x_TI.sum(0)), n + len(x_TI)
 
         forward = run if self.probe.loss is loss_of else self.probe.loss
-        with watching(self.model) as watch, listening(self.model, group, hear), torch.no_grad():
+        with watching(self.model) as watch, recording(self.model, group, hear), torch.no_grad():
             for batch in batches(self.data, self._doing("activations", group)):
                 watch.begin(batch)
                 forward(self.model, self._on_device(batch))
@@ -255,8 +255,8 @@ class _Tap(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def listening(
-    model: nn.Module, group: Mapping[str, LinearView], hear: Hear, anchor: Tensor | None = None
+def recording(
+    model: nn.Module, group: Mapping[str, LinearView], hear: OnInput, anchor: Tensor | None = None
 ) -> Iterator[None]:
     """Calls `hear(site, layer, x)` when a layer of the group computes; what it returns is called with dL/dy when the
     loss goes back to `anchor`.  The model is in evaluation mode and none of its parameters takes a gradient meanwhile;
@@ -282,7 +282,7 @@ def listening(
             p.requires_grad_(True)
 
 
-def _hook(name: str, layer: LinearView, hear: Hear, anchor: Tensor | None) -> Callable[..., Tensor | None]:
+def _hook(name: str, layer: LinearView, hear: OnInput, anchor: Tensor | None) -> Callable[..., Tensor | None]:
     def after(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor | None:
         x = arguments[0] if arguments else next(iter(named.values()))
         back = hear(name, layer, x.detach())

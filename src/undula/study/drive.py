@@ -63,7 +63,7 @@ def run(
     plan, store = Plan(study), Store(out / STORE)
     if changed := "; ".join(plan.strangers(plan.known(store))):
         raise ValueError(f"{changed}: bring them back, or begin again in another --out than {out}")
-    _free(plan, store, retry_failed)
+    _delete_stale(plan, store, retry_failed)
     mine: set[str] = set()
     try:
         with store.beating():
@@ -73,8 +73,8 @@ def run(
     return _report(plan, store, out, about)
 
 
-def _free(plan: Plan, store: Store, retry_failed: bool) -> None:
-    """Lets go of runs that are to be made again: those that do not count, and failed ones if asked to."""
+def _delete_stale(plan: Plan, store: Store, retry_failed: bool) -> None:
+    """Deletes the records of runs that must be made again: those that do not count, and failed ones if asked to."""
     known = plan.known(store)
     store.forget({k: r for k, r in store.records(plan.trials()).items() if k not in known})
     if retry_failed:

@@ -12,7 +12,7 @@ from ..core.method import Method
 from ..host.views import outline
 
 Shapes = Mapping[str, tuple[int, int]]
-SLACK = 0.25  # an arm that misses an equal-parameter budget by more than this share cannot be part of it
+SLACK = 0.25  # an arm whose number of parameters is off by more than this share is rejected
 
 
 def at_rank(method: Method, r: int) -> Method | None:
