@@ -357,7 +357,7 @@ def test_switch_refuses():
     with pytest.raises(LookupError, match="has a site that this model has not: 2"):
         Switch(model[:2])(adapter)
     with pytest.raises(ValueError, match=r"0 is \(3, 4\) in this model, \(60, 40\) in the adapter"):
-        Switch(nn.Sequential(nn.Linear(4, 3)))(adapter)
+        Switch(nn.Sequential(nn.Linear(4, 3), *net()[1:]))(adapter)
     twin = net()
     twin.other = nn.Linear(I, O)
     twin.other.weight = twin[0].weight
