@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from ..support.processes import together
+
 
 def test_an_adapter_that_comes_after_ddp_is_told(tmp_path):
     """Attached or selected: what the wrapper found when it was made is all that it knows."""
@@ -138,10 +140,10 @@ methods += [undula.LoRAN(r=2, learn=("a", "w")), undula.Dropout(undula.SHiRA(r=1
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.q_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(2))
 
     def forward(self, x):
-        return self.v_proj(torch.tanh(self.k_proj(self.q_proj(x))))
+        return self.v_proj(torch.tanh(self.q_proj(x)))
 
 
 def made(method):
@@ -181,57 +183,57 @@ for number, method in enumerate(methods):
 """
 
 
-def _start(tmp_path, script, world):
-    (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    runs = [
-        subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path, str(rank), str(world)])
-        for rank in range(world)
-    ]
-    assert [run.wait(timeout=240) for run in runs] == [0] * world
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_fsdp2_shards_is_what_trains_and_what_is_saved(world, tmp_path):
     """`fully_shard` replaces every parameter: the adapter's are those of the model, whoever put them there."""
-    _start(tmp_path, SHARDED, world)
+    together(tmp_path, SHARDED, world)
 
 
 def test_every_method_trains_and_is_saved_under_fsdp2(tmp_path):
     """FSDP2 cuts no empty tensor and no single number; a tensor that layers share it cuts at the root alone."""
-    _start(tmp_path, EVERY, 2)
+    together(tmp_path, EVERY, 2)
 
 
 TENSOR_PARALLEL = """
-import sys, pytest, torch, undula
+import sys, torch, undula
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
-made = lambda: nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8))
+
+
+def made():
+    return nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8))
+
+
+def refused(kind, text, verb, *given):
+    try:
+        verb(*given)
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(text)
+
+
 for name, how in [(name, how) for name in "01" for how in (ColwiseParallel(), RowwiseParallel())]:
-    for method in (undula.LoRA(r=2), undula.DoRA(undula.LoRA(r=2)), undula.SHiRA(r=1)):
-        model = made()
-        undula.attach(model, method, [name])
-        weight = model[int(name)].weight
-        with pytest.raises(RuntimeError, match=f"{name} is adapted, and tensor parallel"):
-            parallelize_module(model, mesh, {name: how})
-        assert model[int(name)].weight is weight
-        undula.detach(model)
-        parallelize_module(model, mesh, {name: how})
-        for attach in (
-            lambda: undula.attach(model, method, [name]),
-            lambda: undula.attach(model, undula.attach(made(), method, [name])),
-        ):
-            with pytest.raises(TypeError, match=f"the weight of {name} is one process's shard"):
-                attach()
+    model = made()
+    undula.attach(model, undula.LoRA(r=2), [name])
+    weight = model[int(name)].weight
+    refused(RuntimeError, f"{name} is adapted, and tensor parallel", parallelize_module, model, mesh, {name: how})
+    assert model[int(name)].weight is weight
+    undula.detach(model)
+    parallelize_module(model, mesh, {name: how})
+    ready = undula.attach(made(), undula.LoRA(r=2), [name])
+    for given in ((undula.LoRA(r=2), [name]), (undula.DoRA(undula.LoRA(r=2)), [name]), (ready,)):
+        refused(TypeError, f"the weight of {name} is one process's shard", undula.attach, model, *given)
 """
 
 
 def test_tensor_parallel_is_refused_before_anything_is_changed(tmp_path):
     """Before `attach` and after it: torch's ways of cutting a layer know its weight and bias, and no method."""
-    _start(tmp_path, TENSOR_PARALLEL, 1)
+    together(tmp_path, TENSOR_PARALLEL, 1)
 
 
 READ = """
@@ -279,4 +281,4 @@ torch.testing.assert_close(trained(True), wanted)
 
 def test_weights_that_are_read_train_under_fsdp2(tmp_path):
     """`fully_shard` asks for parameters by their names, where adapted ones stand."""
-    _start(tmp_path, READ, 1)
+    together(tmp_path, READ, 1)

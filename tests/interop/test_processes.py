@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +13,7 @@ from undula.train import CausalLM, Classification, Run, processes
 from undula.train.fit import prepare
 from undula.train.trainer import trainer
 
+from ..support.processes import together
 from . import tiny
 
 SCRIPT = """
@@ -128,19 +126,7 @@ def two(tmp_path_factory):
         for i in range(80):
             words = " ".join(tiny.WORDS[(i * k) % len(tiny.WORDS)] for k in range(1, 2 + i % 5))
             f.write(json.dumps({"prompt": f"the {tiny.WORDS[i % 10]}", "completion": words}) + "\n")
-    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, folder / "script.py", folder],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [each.wait(timeout=240) for each in started] == [0, 0]
+    together(folder, SCRIPT, 2)
     return folder, [json.loads((folder / f"told{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -114,7 +114,7 @@ def explain(error: Exception) -> int:
     if type(error).__name__ == "Interrupted":  # importing the class would import all of the training
         say(text, "yellow")
         return 130
-    if type(error).__name__ == "Elsewhere":  # what went wrong is said by the process where it did
+    if rank() and type(error).__name__ in ("Elsewhere", "Diverged"):  # what the first process says
         return 2
     if rank():
         print(f"process {rank()}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)

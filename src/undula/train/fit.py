@@ -315,7 +315,7 @@ def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) ->
         ready = dataclasses.replace(ready, train=train_on)
     checkpoint = processes.by_first(lambda: last_checkpoint(out, ready.run.allocator is not None)) if resume else None
     if checkpoint is not None:
-        check_processes(out, checkpoint)
+        processes.first_then_all(lambda: check_processes(out, checkpoint))
     begun_at = 0 if checkpoint is None else progress(checkpoint)[0]
     if checkpoint is not None and begun_at >= progress(checkpoint)[1]:  # trained, but not measured
         quality = None if aside is None else quality_of(ready.model, aside)

@@ -17,7 +17,6 @@ from torch import distributed as dist
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # others wait while the first one measures; a launcher ends them all where one dies
-SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers and MPI set
 CUT = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
@@ -27,7 +26,8 @@ class Elsewhere(RuntimeError):
 
 def started() -> int:
     """How many processes the launcher started; 1 without one."""
-    return max([int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit()], default=1)
+    told = os.environ.get("WORLD_SIZE", "")
+    return int(told) if told.isdigit() else 1
 
 
 def count() -> int:
@@ -121,5 +121,9 @@ def launcher() -> str:
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     if started() == 1:
         return ""
-    nodes = "" if here in ("", str(started())) else f"--nnodes {started() // int(here)} --rdzv-endpoint HOST:PORT "
+    nodes = (
+        ""
+        if here in ("", str(started()))
+        else f"--nnodes {started() // int(here)} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+    )
     return f"torchrun {nodes}--nproc-per-node {here or started()} -m "
