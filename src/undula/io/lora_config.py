@@ -20,6 +20,7 @@ WITHOUT_EFFECT = {
     "runtime_config", "eva_config", "corda_config", "lora_ga_config",
 }  # fmt: skip
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"}
+READ |= {"target_parameters"}  # see `io.lora_parameters`
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 # Starts that leave the base as it is.  PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move it: PEFT does so again on loading,
 # or cannot.

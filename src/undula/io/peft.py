@@ -19,7 +19,7 @@ from ..host.sharded import check_whole
 from ..host.views import outline
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA, RankStabilised
-from . import files, lora_config
+from . import files, lora_config, lora_parameters
 from .lora_config import about
 
 LEAF = re.compile(
@@ -149,21 +149,24 @@ def described(ranks: Mapping[str, int], full: list[str], base: str | None, task:
 
 
 def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str) -> Adapter:
-    """A PEFT LoRA (rsLoRA, DoRA, rank and alpha patterns included) as an Adapter.  Raises ValueError for what would
-    change the function and is not understood (see `io.lora_config`)."""
+    """A PEFT LoRA (rsLoRA, DoRA, rank and alpha patterns, `target_parameters` included) as an Adapter.  Raises
+    ValueError for what would change the function and is not understood (see `io.lora_config`)."""
     lora_config.check(config, path)
-    found, full = _sorted(tensors, path)
-    if not found:
+    whole, full = _sorted(tensors, path)
+    if not whole:
         raise ValueError(f"{path} holds no LoRA factors")
     alphas = lora_config.patterns(config, "alpha_pattern", path)
     ranks = lora_config.patterns(config, "rank_pattern", path)
     alpha = lora_config.number(config.get("lora_alpha", 8), "lora_alpha", path)
     r = lora_config.number(config.get("r", 8), "r", path)
+    names = lora_parameters.named(config, path)
+    found, parameters = lora_parameters.split(whole, names, lambda name: ranks.of(name, r), path)
     methods: dict[str, Method] = {}
     shapes: dict[str, tuple[int, int]] = {}
     kernels: dict[str, tuple[int, ...]] = {}
     factors: dict[str, dict[str, Tensor]] = {}
     for site, leaves in found.items():
+        named = parameters.get(site, site)
         f = {{"A": "A", "B": "B", "r": "m"}[leaf[-1]]: t for leaf, t in leaves.items()}
         wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
         if len(f) < len(leaves) or set(f) != wanted or f["A"].ndim not in (2, 3, 4, 5) or f["B"].ndim != f["A"].ndim:
@@ -171,11 +174,13 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: st
             raise ValueError(f"{path}: {site} needs the factors {sorted(wanted)} of a layer; found {seen}")
         if f["A"].ndim > 2 or "lora_embedding_A" in leaves:
             kernels[site] = tuple(f["A"].shape[1:]) if f["A"].ndim > 2 else ()
-        if ranks.of(site, r) != f["A"].shape[0]:
-            raise ValueError(f"{path}: {site} has the rank {f['A'].shape[0]}; its config says {ranks.of(site, r):g}")
-        methods[site], shapes[site], factors[site] = _method(config, path, site, f, alphas.of(site, alpha))
+        if ranks.of(named, r) != f["A"].shape[0]:
+            raise ValueError(f"{path}: {site} has the rank {f['A'].shape[0]}; its config says {ranks.of(named, r):g}")
+        methods[site], shapes[site], factors[site] = _method(config, path, site, f, alphas.of(named, alpha))
     said = {k: config[k] for k in lora_config.ABOUT if k in config}
-    return Adapter(methods, factors, shapes, full, kernels, about(said, path), dict.fromkeys(found, THEIRS))
+    return Adapter(
+        methods, factors, shapes, full, kernels, about(said, path), {s: THEIRS for s in found if s not in parameters}
+    )
 
 
 def _sorted(tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 
 from ..core.adapter import Adapter
 from ..core.ranges import Count
+from ..host.where import resolve
 from ..io import files
 from .base import config_of
 from .causal_lm import CausalLM
@@ -183,8 +184,8 @@ def _class(config: Mapping[str, Any], adapter: Adapter, of_base: PretrainedConfi
     """For a directory without a task type: the first class that has all of the adapter's layers among the one that PEFT
     noted, those that wrote the base, and the bare body."""
     for name in _candidates(config, of_base):
-        layers = {n for n, _ in _outline(name, of_base).named_modules()}
-        if layers >= set(adapter.factors):
+        outline = _outline(name, of_base)
+        if all(resolve(outline, site) is not None for site in adapter.factors):
             return name
     raise ValueError(
         f"the adapter says no task type, and no class that its base names has its layers "
