@@ -1,6 +1,7 @@
 import gc
 import os
 import sys
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,3 +47,31 @@ def _seed():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64():
+    """Laws and formulas are tested in float64."""
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def made_up_evidence(monkeypatch):
+    """Every site knows a gradient and its inputs' moments: methods that start from data meet made-up data.  Layers are
+    small: they have fewer entries than UniLoRA's default vector has numbers."""
+    from undula import Site
+
+    monkeypatch.setattr(Site, "_evidence", lambda site, what: MadeUp(site.shape))
+    warnings.filterwarnings("ignore", ".* has more numbers than the .* entries")
+
+
+class MadeUp:
+    def __init__(self, shape):
+        self.shape = shape
+
+    def gradient(self, name):
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(len(name)))
+
+    def moments(self, name):
+        x = torch.randn(3 * self.shape[1], self.shape[1], generator=torch.Generator().manual_seed(len(name)))
+        return x.T @ x, x.sum(0), len(x)

@@ -23,6 +23,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import undula
+from tests.support import tiny
 from undula import ranks, starts
 from undula.cli.main import app
 from undula.ranks import diffora
@@ -41,7 +42,6 @@ from undula.train import (
 from undula.train.fit import prepare
 
 from ..support.courses import COURSES
-from . import tiny
 
 STEPS = 12
 WHERE = ("query", "output.dense")  # six layers

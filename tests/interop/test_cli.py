@@ -16,14 +16,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import undula
+from tests.support import tiny
 from undula.cli import shell
 from undula.cli.main import app
 from undula.core.options import build
 from undula.methods.lora import LoRA
 from undula.train import Classification, Task, restored
 from undula.train.worries import worries
-
-from . import tiny
 
 THIRD_PARTY = Path(__file__).parents[1] / "fixtures" / "third_party"
 

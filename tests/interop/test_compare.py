@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy import stats
 
+from tests.support import tiny
 from undula.study import statistics as S
 from undula.study.compare import SETTINGS, _baseline, _entries, brief, compare
 from undula.train import restored
 from undula.train.run import Run
 
-from . import tiny
 from .test_cli import call, call_raw, fails
 
 

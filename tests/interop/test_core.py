@@ -35,7 +35,7 @@ import pathlib, sys
 import torch
 from torch import nn
 import undula
-from tests.laws.zoo import ZOO
+from tests.support.zoo import ZOO
 
 folder = pathlib.Path(sys.argv[1])
 def net():

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import undula
+from tests.support import tiny
 from undula.starts import LoRAGA
 from undula.train import (
     CausalLM,
@@ -47,8 +48,6 @@ from undula.train.fit import claim, prepare
 from undula.train.limits import Cuts, positions, table_of
 from undula.train.outputs import order_of, with_head
 from undula.train.rows import rows_of
-
-from . import tiny
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 import undula
+from tests.support import tiny
 from undula.study.drive import warnings
 from undula.study.read import parse
 from undula.train import (
@@ -20,8 +21,6 @@ from undula.train import (
 from undula.train.data import load_data, read_file
 from undula.train.faults import Faults
 from undula.train.rows import rows_of
-
-from . import tiny
 
 TEXT = [f'{{"text": "row {i}", "label": "{"ab"[i % 2]}"}}' for i in range(20)]
 PAIR = [f'{{"prompt": "row {i}", "completion": "so {i}"}}' for i in range(20)]

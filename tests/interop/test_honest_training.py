@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import undula
+from tests.support import tiny
 from undula import ranks
 from undula.optim.schedules import Constant, Cosine, Linear
 from undula.study.plan import Plan
@@ -29,7 +30,6 @@ from undula.train.doubts import doubts
 from undula.train.worries import diverged
 
 from ..support.courses import COURSES
-from . import tiny
 
 LORA = undula.LoRA(r=2)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import undula
+from tests.support.models import gpt2, llama, shake, tokens, trained
 from undula import (
     AuroRA,
     AuroRAStatic,
@@ -29,8 +30,6 @@ from undula.host.views import view
 from undula.methods.activations import Sinter
 from undula.methods.aurora import PerChannel
 from undula.starts import Gaussian
-
-from .models import gpt2, llama, shake, tokens, trained
 
 BENT = LoRAN(r=2, activation=Sinter(a=0.5, w=2.0), learn=("a", "w"))
 METHODS = [

@@ -10,14 +10,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import undula
+from tests.support import tiny
 from undula.cli.main import app
 from undula.study.drive import run, warnings
 from undula.study.outcome import FINAL
 from undula.study.read import parse, read
 from undula.study.spec import Arm, Base, Rows, Study
 from undula.train import ImageClassification
-
-from . import tiny
 
 STUDIES = Path(__file__).parents[2] / "studies"
 

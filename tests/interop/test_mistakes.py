@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import undula
+from tests.support import tiny
 from undula.cli import shell
 from undula.cli.main import VERBS, app
 from undula.core.choice import Choice
@@ -21,8 +22,6 @@ from undula.train import worries
 from undula.train.base import open_model
 from undula.train.classification import Classification
 from undula.train.run import Run
-
-from . import tiny
 
 
 def run(*words):

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import tiny
 from undula.study.drive import run
 from undula.study.outcome import FINAL
 from undula.study.plan import Plan
 from undula.study.read import read
-
-from . import tiny
 
 PAPERS = Path(__file__).parents[2] / "studies" / "papers"
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import undula
+from tests.support.models import PREFIX, Picture, gpt2, hosted, llama, shake, sites, tokens, trained
 from undula import (
     AuroRA,
     Centred,
@@ -22,8 +23,6 @@ from undula import (
 from undula.host.views import outline
 from undula.methods.activations import ReLU
 from undula.starts import Gaussian
-
-from .models import PREFIX, Picture, gpt2, hosted, llama, shake, sites, tokens, trained
 
 # Where
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import undula
+from tests.support.models import llama, shake, tokens, trained
+from tests.support.zoo import ZOO
 from undula import Centred, LoRA, LoRASB, Method
 from undula.integrations.peft import hosts
 from undula.starts import EVA, LoRAGA, PiSSA
-
-from ..laws.zoo import ZOO
-from .models import llama, shake, tokens, trained
 
 TARGETS = ["q_proj", "v_proj"]
 DATA = [{"input_ids": tokens(), "labels": tokens()}]

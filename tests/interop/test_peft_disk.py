@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import undula
+from tests.support.models import PREFIX, hosted, llama, shake, sites, tokens, trained
 from undula import AuroRAStatic, Centred, LoRA, LowRank, Method
 from undula.starts import Gaussian
-
-from .models import PREFIX, hosted, llama, shake, sites, tokens, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
 

@@ -8,9 +8,8 @@ import pytest
 import trl
 
 import undula
-
-from .models import llama, shake, trained
-from .tiny import WORDS, tokenizer
+from tests.support.models import llama, shake, trained
+from tests.support.tiny import WORDS, tokenizer
 
 CASES = [  # (method, whether it comes from a directory): each costs a trainer
     (undula.LoRAXS(r=4), False),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import undula
+from tests.support.models import Picture, gpt2, llama, shake, tokens, trained
 from undula import (
     AuroRAStatic,
     Centred,
@@ -18,8 +19,6 @@ from undula import (
     Sum,
 )
 from undula.starts import Gaussian
-
-from .models import Picture, gpt2, llama, shake, tokens, trained
 
 LINEAR = ("q_proj", "v_proj", "down_proj")
 LOW_RANK = [

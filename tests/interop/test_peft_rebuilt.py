@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import undula
+from tests.support.models import PREFIX, hosted, llama, shake, tokens, trained
 from undula import (
     NOLA,
     LoRASB,
@@ -17,7 +18,6 @@ from undula import (
     VeRA,
 )
 
-from .models import PREFIX, hosted, llama, shake, tokens, trained
 from .test_peft_disk import configure, edit
 
 SEEDED = [VeRA(r=3), NOLA(r=2, k=4, l=4), UniLoRA(d=40), TeRA(r=2)]

@@ -12,6 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 import undula
+from tests.support.models import Picture, gpt2, hosted, llama, shake, sites, tokens, trained
 from undula import (
     AuroRA,
     AuroRAStatic,
@@ -22,8 +23,6 @@ from undula import (
     Method,
     VeRA,
 )
-
-from .models import Picture, gpt2, hosted, llama, shake, sites, tokens, trained
 
 
 def state(model):

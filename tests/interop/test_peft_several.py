@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import undula
+from tests.support.models import hosted, llama, shake, tokens, trained
 from undula import AuroRA, LoRA, LoRAN
-
-from .models import hosted, llama, shake, tokens, trained
 
 # Several adapters
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import undula
+from tests.support.models import llama, shake, tokens, trained
 from undula import (
     AuroRA,
     AuroRAStatic,
@@ -18,8 +19,6 @@ from undula import (
     LoRAN,
 )
 from undula.bundled import model_path
-
-from .models import llama, shake, tokens, trained
 
 TEXTS = {
     0: ["a dull and lifeless film", "the plot goes nowhere", "a waste of two hours", "tedious and badly acted"],

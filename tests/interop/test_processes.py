@@ -9,12 +9,12 @@ import torch
 import transformers
 
 import undula
+from tests.support import tiny
 from undula.train import CausalLM, Classification, Run, processes
 from undula.train.fit import prepare
 from undula.train.trainer import trainer
 
 from ..support.processes import together
-from . import tiny
 
 SCRIPT = """
 import dataclasses, gc, json, os, pathlib, shutil, signal, sys

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from typer.testing import CliRunner
 
 import undula
+from tests.support import tiny
 from tests.support.courses import COURSES
 from undula import ranks
 from undula.cli.main import app
@@ -28,8 +29,6 @@ from undula.study.spec import Arm, Training
 from undula.study.trial import Trial
 from undula.train import Classification, Interrupted, Recipe, Run, prepare
 from undula.train.recipe import Settings
-
-from . import tiny
 
 PACKAGE = Path(undula.__file__).parent
 OLD = Path(__file__).parents[1] / "fixtures" / "runs"

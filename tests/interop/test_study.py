@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import undula
+from tests.support import tiny
 from undula.cli.main import app
 from undula.study import orders
 from undula.study import report as report_package
@@ -29,8 +30,6 @@ from undula.study.trial import Trial, perform
 from undula.study.watch import Watch
 from undula.train.base import open_model
 from undula.train.task import Examples
-
-from . import tiny
 
 SUM = 2 * (4 * 64 + 2 * 80) + 64  # of O + I over the linear layers of the tiny BERT: two blocks and the pooler
 TEXT = """

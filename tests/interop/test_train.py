@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import undula
+from tests.support import tiny
 from undula.train import (
     CausalLM,
     Chat,
@@ -31,8 +32,6 @@ from undula.train.base import open_model
 from undula.train.data import load_data, with_validation
 from undula.train.fit import Diverged
 from undula.train.resume import last_checkpoint
-
-from . import tiny
 
 LORA = undula.LoRA(r=2)
 

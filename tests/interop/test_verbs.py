@@ -16,13 +16,12 @@ import torch
 from typer.testing import CliRunner
 
 import undula
+from tests.support import tiny
 from undula.cli.main import app
 from undula.train import restored
 from undula.train.base import open_model
 from undula.train.classification import Classification
 from undula.train.run import Run
-
-from . import tiny
 
 NAMES = ("sad", "so so", "glad")
 IDS = torch.tensor([[2, 4, 5, 6, 3], [2, 9, 10, 7, 3]])

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import undula
+from tests.support.layers import net
+from tests.support.numbers import shake
+from tests.support.zoo import LOW_RANK, ZOO
 
-from .test_laws import each, net, shake
-from .zoo import LOW_RANK, ZOO
+from .test_laws import each
 
 SCRIPT = """
 import sys, torch, undula

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import undula
+from tests.support.layers import net
+from tests.support.numbers import shake
 from undula.io import draft, files, native, tensorfile
 from undula.io.lora_config import STARTS, patterns
-
-from .test_laws import net, shake
 
 CONFIG, TENSORS = files.CONFIG, files.TENSORS
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
 from undula import LoRA
 from undula.host.where import choose
 
@@ -52,13 +53,6 @@ class Model(nn.Module):
 
 
 IDS = torch.arange(10).view(2, 5)
-
-
-def shake(adapter):
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return adapter
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import undula
+from tests.support.layers import Conv1D, net
+from tests.support.numbers import shake, shaken
+from tests.support.zoo import ADDITIVE, LOW_RANK, MERGEABLE, ZOO
 from undula import DoRA, LowRank, Reweight
 from undula.host.host import fresh
 from undula.host.views import outline, site, view
 from undula.kernels import frozen, reference
 
-from .zoo import ADDITIVE, LOW_RANK, MERGEABLE, ZOO
-
-
-class Conv1D(nn.Module):  # as transformers has it: the weight is stored (I x O)
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 LAYERS = {
@@ -38,11 +31,6 @@ LAYERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
-
-
 def each(methods):
     return pytest.mark.parametrize("m", methods, ids=[repr(m) for m in methods])
 
@@ -51,19 +39,7 @@ each_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
 def perturbed(m, layer):
-    """Factors away from the start, as after training."""
-    f = m.init(site("l", layer))
-    return {k: t.detach() + 0.1 * torch.randn_like(t) if t.requires_grad else t for k, t in f.items()}
-
-
-def shake(adapter):
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-
-
-def net():
-    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8, bias=False))
+    return shaken(m, site("l", layer), 0.1)
 
 
 @each(ZOO)

@@ -8,17 +8,13 @@ import torch
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
+from tests.support.zoo import INNER, ZOO
 from undula import LoRA, Reweight
 
-from .test_laws import shake
-from .zoo import INNER, ZOO
+pytestmark = pytest.mark.usefixtures("float64")
 
 GROUPED = [undula.LoRAN(r=2), undula.SHiRA(r=1), undula.DoRA(undula.LoRAN(r=2))]
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
 
 
 @pytest.mark.parametrize("padding", [0, 4, -1])

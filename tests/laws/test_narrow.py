@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
+from tests.support.zoo import ZOO
 from undula.methods.activations import Sine, Sinter
-
-from .test_laws import shake
-from .zoo import ZOO
 
 ROUNDINGS = 8
 VISIBLE = Sinter(a=0.01, w=1e4)  # its sine turns many times within the entries of B A

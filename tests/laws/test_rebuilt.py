@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
 from undula import (
     NOLA,
     Dropout,
@@ -21,7 +22,6 @@ from undula.host.build import rebuilt
 from undula.kernels import frozen
 
 from .test_disk import edit_config, edit_tensors, put
-from .test_laws import shake
 
 SEEDED = [VeRA(r=3), NOLA(r=2, k=4, l=4), UniLoRA(d=40), TeRA(r=2), Dropout(VeRA(r=3), 0.1),
           Sum((VeRA(r=2), UniLoRA(d=9)), (1.0, 0.5))]  # fmt: skip

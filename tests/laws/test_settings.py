@@ -7,17 +7,15 @@ import torch
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
 from undula import LoRA
 
-from .test_host import IDS, Model, shake
+from .test_host import IDS, Model
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 11, 12]])
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
 
 
 def llama(tied):

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
 from undula import DoRA, Dropout, LoRA, LoRAN
 from undula.host.where import layers_at, views
-
-from .test_laws import shake
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 import undula
+from tests.support.zoo import ZOO
 from undula import Restarted, Sum, activations
 from undula.host.views import site, view
 from undula.kernels import elementwise, reference
 from undula.kernels.spline import basis
 from undula.methods import tera
-
-from .zoo import ZOO
 
 SINTER = activations.Sinter(a=0.01, w=1e4)
 WAVES = [undula.SineLoRA(r=4), undula.LoRAN(r=4, activation=SINTER), undula.LoRANActivation(r=4, activation=SINTER),

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import undula
-from tests.laws.conftest import _evidence, _tiny  # noqa: F401 (fixtures: what the methods of the zoo start from)
-from tests.laws.test_laws import Conv1D, net, shake
-from tests.laws.zoo import LOW_RANK, MERGEABLE
+from tests.support.layers import Conv1D, net
+from tests.support.numbers import shake
+from tests.support.zoo import LOW_RANK, MERGEABLE
 from undula import (
     AuroRA,
     DoRA,
@@ -30,10 +30,7 @@ from undula.kernels import svd
 from undula.methods.activations import Sinter
 from undula.observe import listen
 
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("made_up_evidence", "float64")
 
 
 def each(methods):

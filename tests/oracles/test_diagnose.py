@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import undula
-from tests.laws.conftest import _evidence, _tiny  # noqa: F401 (fixtures: what the methods of the zoo start from)
-from tests.laws.test_laws import net, shake
-from tests.laws.zoo import ZOO
+from tests.support.layers import net
+from tests.support.numbers import shake
+from tests.support.zoo import ZOO
 from undula import (
     AuroRA,
     AuroRAStatic,
@@ -29,10 +29,7 @@ from undula.methods.activations import Identity, Sine, Sinter, Tanh
 from undula.methods.aurora import PerChannel
 from undula.observe.diagnose import effective_rank, plot
 
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("made_up_evidence", "float64")
 
 
 def each(methods):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
 from undula import (
     NOLA,
     LoRASB,
@@ -26,12 +27,9 @@ from undula.methods.tera import split
 from undula.methods.unilora import Balanced, Independent
 from undula.starts.first_step import first_step, leading
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 O, I = 10, 7
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
 
 
 def where(o=O, i=I, name="l", **changes):
@@ -45,12 +43,6 @@ def shaken(m, place=None, by=0.3):
 
 def net():
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6), nn.Tanh(), nn.Linear(6, 9))
-
-
-def shake(adapter, by=0.1):
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(by * torch.randn_like(p))
 
 
 def same_as_peft(model, x, theirs, pairs):

@@ -8,16 +8,14 @@ import torch
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
 from undula.host.views import site, view
 from undula.methods.dylora import Frozen, Full
 from undula.methods.lora import Fixed
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 O, I = 10, 7
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
 
 
 def shaken(m):
@@ -140,16 +138,9 @@ def net():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3, bias=False))
 
 
-def shake(adapter):
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(torch.randn_like(p))
-    return adapter
-
-
 def test_adapter_at_rank(tmp_path):
     model, x = net(), torch.randn(4, 6)
-    adapter = shake(undula.attach(model, undula.Dropout(undula.DyLoRA(r=4), 0.1), "*"))
+    adapter = shake(undula.attach(model, undula.Dropout(undula.DyLoRA(r=4), 0.1), "*"), 1.0)
     model.eval()
     for b in (1, 3):
         for f in adapter.factors.values():
@@ -171,7 +162,7 @@ def test_adapter_at_rank(tmp_path):
 def test_pruned_is_gated(name, alpha):
     m = getattr(undula, name)(r=4, alpha=alpha)
     model, x = net(), torch.randn(5, 6)
-    adapter = shake(undula.attach(model, m, overrides={"2": undula.Dropout(m, 0.1)}))
+    adapter = shake(undula.attach(model, m, overrides={"2": undula.Dropout(m, 0.1)}), 1.0)
     model.eval()
     with torch.no_grad():
         adapter.factors["0"][m.gate][[0, 2]] = 0
@@ -197,7 +188,9 @@ def test_pruned_is_gated(name, alpha):
 
 def test_pruning_leaves_the_rest_alone():
     model = net()
-    adapter = shake(undula.attach(model, undula.GatedLoRA(r=4, open=2), ["0", "2"], overrides={"2": undula.LoRAN(r=2)}))
+    adapter = shake(
+        undula.attach(model, undula.GatedLoRA(r=4, open=2), ["0", "2"], overrides={"2": undula.LoRAN(r=2)}), 1.0
+    )
     pruned = undula.prune(adapter)
     assert [type(m) for m in pruned.methods.values()] == [undula.LoRA, undula.LoRAN]
     assert torch.equal(pruned.delta("2"), adapter.delta("2"))

@@ -15,12 +15,9 @@ from undula.methods.aurora import PerChannel, SharedSum
 from undula.methods.dropout import drop
 from undula.starts import Gaussian, Kaiming
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 O, I = 10, 7
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
 
 
 def shaken(m):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import undula
-from tests.interop.test_quantised import BASES
+from tests.support.bases import BASES
 from undula import Centred, LoRA, Probe
 from undula.host import quantised
 from undula.host.views import site
@@ -23,10 +23,7 @@ from undula.host.where import choose
 from undula.observe.probe import weight_gradient
 from undula.starts import EVA, LoRAGA, Start
 
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Net(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import undula
+from tests.support.numbers import shake
 from undula.host.switching import Switch
 from undula.host.views import site, view
 from undula.kernels import elementwise, frozen, reference, sparse
@@ -32,13 +33,9 @@ from undula.starts.channels import (
 from undula.starts.masks import SNIP, Magnitude, Rand, Struct
 from undula.starts.masks import Gradient as GradientMask
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 O, I = 60, 40  # K = 100 of 2400 at r = 1: sampled products, not dense ones
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
 
 
 class Known:
@@ -56,13 +53,6 @@ class Known:
 
 def net():
     return nn.Sequential(nn.Linear(I, O), nn.Tanh(), nn.Linear(O, I, bias=False))
-
-
-def shake(adapter):
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(torch.randn_like(p))
-    return adapter
 
 
 def full_gradient(layer, W_OI, x, g):
@@ -213,7 +203,7 @@ def test_struct_is_the_diagonal_and_whole_rows():
 
 def test_rank_is_far_above_loras():
     model = nn.Sequential(nn.Linear(14, 16))
-    a, b = (shake(undula.attach(model, m, name=m.rung())) for m in (undula.SHiRA(r=1), undula.LoRA(r=1)))
+    a, b = (shake(undula.attach(model, m, name=m.rung()), 1.0) for m in (undula.SHiRA(r=1), undula.LoRA(r=1)))
     assert a.num_parameters() == b.num_parameters() == 30
     assert torch.linalg.matrix_rank(b.delta("0")) == 1
     assert torch.linalg.matrix_rank(a.delta("0")) >= 8
@@ -277,7 +267,7 @@ def test_interference():
         "lora": undula.LoRA(r=1),
     }.items():
         made[name] = undula.detach(model := nn.Sequential(nn.Linear(40, 40)), undula.attach(model, m) and None)
-        shake(made[name])
+        shake(made[name], 1.0)
     one, other = made["a"].delta("0").numpy(), made["b"].delta("0").numpy()
     got = interference(made["a"], made["b"])["0"]
     np.testing.assert_allclose(got.awom, np.sqrt(np.square(one.T @ other).sum()))
@@ -303,10 +293,10 @@ def test_switch_there_and_back(dtype):
         "columns": undula.S2FT(share=0.1, side=Inputs()),
     }.items():
         model = copy.deepcopy(base)
-        adapters[name] = shake(undula.attach(model, m, name=name))
+        adapters[name] = shake(undula.attach(model, m, name=name), 1.0)
         undula.detach(model, name)
     adapters["sum"] = 0.5 * adapters["shira"] + adapters["overlapping"]
-    adapters["lora"] = shake(undula.attach(model := copy.deepcopy(base), undula.LoRA(r=2), ["2"]))
+    adapters["lora"] = shake(undula.attach(model := copy.deepcopy(base), undula.LoRA(r=2), ["2"]), 1.0)
     merged = {}
     for name, adapter in adapters.items():
         undula.attach(model := copy.deepcopy(base), adapter.copy())
@@ -324,7 +314,7 @@ def test_switch_there_and_back(dtype):
 
 def test_switch_reads_and_writes_the_entries_alone():
     model = nn.Sequential(nn.Linear(I, O))
-    adapter = shake(undula.attach(model, undula.SHiRA(r=1)))
+    adapter = shake(undula.attach(model, undula.SHiRA(r=1)), 1.0)
     undula.detach(model)
     switch = Switch(model)
     switch(adapter)
@@ -337,7 +327,7 @@ def test_switch_in_other_layers():
     for layer, x in ((conv, torch.randn(2, 3, 6, 6)), (gpt.double(), torch.randn(4, 12)), (nn.Embedding(9, 6), None)):
         model, x = nn.Sequential(layer), torch.tensor([[1, 5]]) if x is None else x
         before = model(x)
-        adapter = shake(undula.attach(model, undula.SHiRA(r=1), "*"))
+        adapter = shake(undula.attach(model, undula.SHiRA(r=1), "*"), 1.0)
         y = model(x)
         undula.detach(model)
         switch = Switch(model)
@@ -390,7 +380,7 @@ def test_what_files_hold(tmp_path):
         (undula.S2FT(share=0.1, side=Inputs(), selection=Weight()), {"columns", "order"}),
     ]:
         model, path = net().float(), tmp_path / str(len(list(tmp_path.iterdir())))
-        adapter = shake(undula.attach(model, m))
+        adapter = shake(undula.attach(model, m), 1.0)
         x = torch.randn(3, I, dtype=torch.float32)
         y = model(x)
         adapter.save(path)
@@ -488,7 +478,7 @@ def test_order_is_whole_units():
 def test_as_a_plain_lora(tmp_path):
     """Exact as a pair, and as the PEFT LoRA that is written from it."""
     model = net().float()
-    adapter = shake(undula.attach(model, undula.S2FT(share=0.1)))
+    adapter = shake(undula.attach(model, undula.S2FT(share=0.1)), 1.0)
     x = torch.randn(3, I, dtype=torch.float32)
     y = model(x)
     undula.io.export_lora(adapter, tmp_path)
@@ -547,7 +537,7 @@ def test_it_is_the_papers_contiguous_block(heads, groups, bias):
     """Coupled matrices, permuted by `order`, are the same model; the update is then the slice [0, k) of each."""
     model, tokens = llama(heads, groups, bias), torch.randint(0, 31, (2, 9))
     base = copy.deepcopy(model)
-    adapter = shake(s2ft(model))
+    adapter = shake(s2ft(model), 1.0)
     blocks = {name: adapter.methods[name].block(f) for name, f in adapter.factors.items()}
     orders = {name: (blocks[name][0], f["order"]) for name, f in adapter.factors.items()}
     moved = permuted(base, orders)

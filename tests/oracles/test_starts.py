@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import undula
-from tests.interop.test_quantised import BASES
+from tests.support.bases import BASES
 from undula import Centred, Dropout, LoRA, LoRAN, Probe
 from undula.host import quantised
 from undula.host.views import site, view
@@ -40,14 +40,11 @@ from undula.starts import (
 )
 from undula.starts.first_step import first_step
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 O, I, R = 12, 10, 3
 EVERY = [Orthogonal(), PiSSA(), PiSSA(Randomised()), MiLoRA(), OLoRA(), LoRAGA(), LoRASB(), EVA()]
 each = pytest.mark.parametrize("start", EVERY, ids=repr)
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
 
 
 class Told:

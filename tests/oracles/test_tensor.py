@@ -17,6 +17,8 @@ from undula.methods.lora import Classic
 from undula.methods.lorta import HeadsInInputs, HeadsInOutputs
 from undula.study import sizes
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 D, HEADS, LAYERS, KINDS = 16, 4, 3, 4
 STACKINGS = [m() for m in tl.Stacking.registry.values()]
 RANKS = tl.Tucker(r_outputs=5, r_heads=2, r_kinds=2, r_depth=3)
@@ -26,11 +28,6 @@ SHARED = [
     *(TensLoRA(r=4, heads=HEADS, stacking=s, factorisation=f) for s in STACKINGS for f in (RANKS, tl.CP())),
 ]
 TIED = [m for m in SHARED if getattr(m, "stacking", None) != tl.Att()]  # Att has a tensor for every matrix
-
-
-@pytest.fixture(autouse=True)
-def _wide():
-    torch.set_default_dtype(torch.float64)
 
 
 class Block(nn.Module):

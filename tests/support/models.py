@@ -7,6 +7,8 @@ from torch import nn
 
 import undula
 
+from .numbers import shake
+
 VOCABULARY = 64
 PREFIX = "base_model.model."
 
@@ -48,13 +50,6 @@ class Picture(nn.Module):
 
 def tokens(rows=4, length=7):
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def shake(parameters):
-    """Away from the start, as after training."""
-    with torch.no_grad():
-        for p in parameters:
-            p.add_(0.1 * torch.randn_like(p))
 
 
 def trained(model):
