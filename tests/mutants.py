@@ -76,7 +76,7 @@ MUTANTS = [
     ("io/lora_parameters.py", "B_ORE[:, :, i]", "B.reshape(B.shape[0], count, r)[:, i]", "tests/interop/test_peft_experts.py"),
     ("io/peft.py", "alphas.of(named, alpha)", "alphas.of(site, alpha)", "tests/interop/test_peft_experts.py"),
     ("host/readers.py", "reading.of_self or name in forward", "True", WEIGHTS + " -k not_taken"),
-    ("host/mounted.py", "_now.made is None or", "True or", WEIGHTS + " -k made_once"),
+    ("host/mounted.py", "if _now.made is None:\n            return", "if True:\n            return", WEIGHTS + " -k made_once"),
     ("host/mounted.py", "class _Now(threading.local):", "class _Now:", WEIGHTS + " -k 'threads or made_once'"),
     ("host/mounted.py", "torch.is_grad_enabled(), *", "*", WEIGHTS + " -k 'gradients and LoRA'"),
     ("host/mounted.py", ".transpose(1, 2) if laws[0][0].turned", " if False", WEIGHTS + " -k 'GPT and LoRA and wherever'"),

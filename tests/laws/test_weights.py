@@ -459,3 +459,27 @@ def test_layers_that_a_model_calls_are_not_taken_for_weights(name):
     config = getattr(transformers, f"{name}Config")(**sizes, ffn_dim=6, word_embed_proj_dim=8)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     assert {n for n, layer in views(model).items() if layer.reader is not None} == set()
+
+
+class Hidden(nn.Module):
+    """Reads a weight in a way that no class shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.unseen = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(self.seen(x), self.get_submodule("unseen").weight)
+
+
+def test_a_site_that_never_computed_is_told_when_it_is_merged():
+    model, x = Hidden(), vectors()
+    shake(undula.attach(model, LoRA(r=2), ["seen", "unseen"]))
+    model(x)
+    with pytest.warns(UserWarning, match=r"has computed since .*, and never with unseen: .*where=\['layer.weight'\]"):
+        undula.merge(model)
+    model = Hidden()
+    shake(undula.attach(model, LoRA(r=2), ["seen", "unseen.weight"]))
+    live = model(x)
+    undula.merge(model)
+    torch.testing.assert_close(model(x), live)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,7 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
     )
     for path, slot in host.slots.items():
         check_writable(path, slot.layer)
+    _tell_idle(host)
     errors: dict[str, float] = {}
     weights: dict[str, nn.Parameter] = {}
     for path, slot in host.slots.items():
@@ -90,6 +92,19 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
             every.attached = False
     host.untied = untie(model)
     return errors
+
+
+def _tell_idle(host: Host) -> None:
+    """Warns where the model computed, and never with some of its sites: a merge may be another function there."""
+    idle = [path for path, slot in host.slots.items() if not slot.ran]
+    if idle and len(idle) < len(host.slots):
+        more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
+        warnings.warn(
+            f"the model has computed since the adapter was selected, and never with {', '.join(idle[:3])}{more}: "
+            "there the adapter had no effect, and merged it has one on whatever reads these weights. Where something "
+            "does, adapt the weight by its parameter's own name (`where=['layer.weight']`)",
+            stacklevel=4,
+        )
 
 
 def untie(model: nn.Module) -> list[Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.method import Factors, LowRank, Reweight
 from . import masters, quantised
-from .sharded import is_sharded
+from .sharded import PARALLEL, is_sharded
 from .weights import Mounted, Read, own
 
 
@@ -37,7 +37,11 @@ class Below(nn.Module):
         whole = own(owner, leaf)
         if not laws or is_sharded(whole):  # the last: `fully_shard` asks for what it has cut; none computes with that
             return whole
-        if _now.made is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return _made(owner, leaf, laws)
+        for slot in self.leaves[leaf]:
+            slot.__dict__["ran"] = True
+        if _now.made is None:
             return _made(owner, leaf, laws)
         key = (id(self), leaf, torch.is_grad_enabled(), *(id(f) for _, (_, f) in laws))
         if key not in _now.made:
@@ -112,6 +116,12 @@ class Weighed(Mounted):
             return super().forward(*args, **named)  # type: ignore[misc]
         with once():
             return super().forward(*args, **named)  # type: ignore[misc]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Raises RuntimeError for a shard, as an adapted layer does."""
+        if name in self.leaves and is_sharded(param):
+            raise RuntimeError(PARALLEL.format(self._modules["undula"].leaves[name][0].path))  # type: ignore[attr-defined]
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _revive, (*masters.parts(self.original), self.leaves), self.__getstate__()  # type: ignore[attr-defined]

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 
+PARALLEL = (
+    "{} is adapted, and tensor parallel (parallelize_module) would cut its weight and not know what to do with the "
+    "adapter. Use fully_shard (FSDP2) or DistributedDataParallel; or merge the adapter (undula.merge, undula.detach) "
+    "and parallelize what is left"
+)
+
 
 def is_sharded(t: Any) -> bool:
     """Whether a tensor is a DTensor: torch's module for these is not imported before there is one."""

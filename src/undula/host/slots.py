@@ -6,12 +6,13 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.method import Factors, Reweight
 from . import masters, mounted
 from .route import At, Base
-from .sharded import is_sharded
+from .sharded import PARALLEL, is_sharded
 from .views import Acts, LinearView, adapted
 from .weights import Read
 
@@ -30,6 +31,7 @@ class Slot(nn.Module):
         super().__init__()
         self.host, self.path, self.method, self.layer = host, path, method, layer
         self.last = 0  # the number of the route of its last forward, 0 outside of `rows`
+        self.ran = False  # whether the model computed with it since, see `merging`
         layer.product  # noqa: B018 (examples go through the layer now, not within a forward)
         # the adapter's own dictionary: what replaces parameters here (FSDP2) replaces the adapter's
         self._parameters = factors  # type: ignore[assignment]
@@ -91,6 +93,8 @@ class Adapted:
         layer = slot.layer
         if layer.override is not None and threading.get_ident() in layer.inside:  # of such a hook, within `layer`
             return layer.call(self, *args, **named)
+        if not torch.compiler.is_compiling() and not slot.ran:
+            slot.ran = True
         method = slot.method
         if slot.host.routed:
             route = slot.host.route(slot)
@@ -100,11 +104,7 @@ class Adapted:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Raises RuntimeError for a shard: `parallelize_module` knows how to cut a layer, and no method."""
         if is_sharded(param):
-            raise RuntimeError(
-                f"{self.undula.path} is adapted, and tensor parallel (parallelize_module) would cut its weight and not "
-                "know what to do with the adapter. Use fully_shard (FSDP2) or DistributedDataParallel; or merge the "
-                "adapter (undula.merge, undula.detach) and parallelize what is left"
-            )
+            raise RuntimeError(PARALLEL.format(self.undula.path))
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
