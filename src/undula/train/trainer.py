@@ -80,7 +80,7 @@ class AdapterTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         for p, memory in self.optimizer.state.items():  # type: ignore[union-attr]
-            if p.shape == (1,):  # of a number that had no dimension when this was written, see `native.with_dimension`
+            if p.shape == (1,):  # of a number that had no dimension when this was written, see `reading.with_dimension`
                 memory |= {k: t.reshape(1) for k, t in memory.items() if k.startswith("exp_") and t.ndim == 0}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

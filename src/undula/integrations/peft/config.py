@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 
 from ...core.method import Method
-from ...io import files, native
+from ...io import files, native, reading
 from ...observe.probe import Probe
 
 
@@ -27,7 +27,7 @@ class _PeftType(str):
         return self
 
 
-UNDULA: Any = _PeftType(native.TYPE)
+UNDULA: Any = _PeftType(reading.TYPE)
 
 _IN_THE_METHOD = "it is part of the method here, as in undula.peft_config({})"
 INSTEAD = {
@@ -92,7 +92,7 @@ class UndulaConfig(PeftConfig):
         self.rule: Any = None  # `target_modules` while PEFT must not see it
         self.method = None if self.method is None else _method(self.method, "method")
         self.overrides = {pattern: _method(m, f"overrides[{pattern!r}]") for pattern, m in self.overrides.items()}
-        self.sites = {} if self.undula is None else native.read_sites(self.undula, files.CONFIG)[0]
+        self.sites = {} if self.undula is None else reading.read_sites(self.undula, files.CONFIG)[0]
         self.check()
 
     def with_probe(self, probe: Probe | None) -> UndulaConfig:

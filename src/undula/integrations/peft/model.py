@@ -20,7 +20,7 @@ from ...host import quantised
 from ...host.merging import check_mergeable, untie
 from ...host.views import EmbeddingView, LinearView, check_writable, view
 from ...host.where import aliases
-from ...io import files, native
+from ...io import files, reading
 from . import starting, storing
 from .config import UndulaConfig
 from .guards import check_called, keep_slow
@@ -164,7 +164,7 @@ class UndulaModel(tuners_utils.BaseTuner):
             target = UndulaLinear(base) if linear else UndulaLayer(base)
             self._replace_module(parent, target_name, target, base)
         new, rebuilt = self.new, self.record["rebuilt"]
-        seeded = [k for k in new.factors[current_key] if native.key_of(current_key, k) in rebuilt]
+        seeded = [k for k in new.factors[current_key] if reading.key_of(current_key, k) in rebuilt]
         hosted = Hosted(
             new.methods[current_key], new.factors[current_key], seeded, self.record, current_key, self.alone
         )

@@ -19,7 +19,7 @@ from ...core.adapter import Adapter
 from ...core.method import Factors, Method
 from ...host.build import again, assigned, made, outlined
 from ...host.views import LinearView, site
-from ...io import files, native
+from ...io import files, native, reading
 from .config import UndulaConfig
 from .layer import hosts
 
@@ -51,12 +51,12 @@ def by_record(
 ) -> tuple[Adapter, dict[str, Any]]:
     """(a new adapter, its record) of the methods in a record, tied, frozen and rebuilt as it says.  Raises ValueError
     where shapes or checksums differ."""
-    every = native.read_sites(record, files.CONFIG)[0]
+    every = reading.read_sites(record, files.CONFIG)[0]
     methods = {s: every[s] for s in layers}
     own = _part(record, layers)
     seeded = own.get("rebuilt", {})
     new = _apart(outlined(layers, methods) if meta else again(layers, methods, _floats(layers, live)), seeded)
-    new = native.as_recorded(new, own, files.CONFIG)
+    new = reading.as_recorded(new, own, files.CONFIG)
     if live is not None and not meta:
         _take_frozen(new, live)
     new = replace(new, apart={**own["apart"], **new.apart})
@@ -67,15 +67,15 @@ def _part(record: Mapping[str, Any], sites: Collection[str]) -> dict[str, Any]:
     """What a record says of some of its sites."""
 
     def mine(keys: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in keys.items() if native.split(k)[0] in sites}
+        return {k: v for k, v in keys.items() if reading.split(k)[0] in sites}
 
     return {
         **record,
         "sites": {s: v for s, v in record["sites"].items() if s in sites},
         "order": [s for s in record.get("order", record["sites"]) if s in sites],
-        "tied": {k: v for k, v in mine(record.get("tied", {})).items() if native.split(v)[0] in sites},
+        "tied": {k: v for k, v in mine(record.get("tied", {})).items() if reading.split(v)[0] in sites},
         "rebuilt": mine(record.get("rebuilt", {})),
-        "apart": {s: why for s, why in native.texts(record, "apart", files.CONFIG).items() if s in sites},
+        "apart": {s: why for s, why in reading.texts(record, "apart", files.CONFIG).items() if s in sites},
     }
 
 
@@ -101,7 +101,7 @@ def _apart(new: Adapter, seeded: Collection[str]) -> Adapter:
         new,
         factors={
             s: {
-                k: t if native.key_of(s, k) in seeded else nn.Parameter(t.detach().clone(), t.requires_grad)
+                k: t if reading.key_of(s, k) in seeded else nn.Parameter(t.detach().clone(), t.requires_grad)
                 for k, t in f.items()
             }
             for s, f in new.factors.items()
@@ -124,7 +124,7 @@ def _record(new: Adapter, seeded: Collection[str] | None) -> dict[str, Any]:
     record["rebuilt"] = {k: c for k, c in record["rebuilt"].items() if k in seeded}
     first: dict[int, str] = {}
     for at, factor, t in new.tensors():
-        key = native.key_of(at, factor)
+        key = reading.key_of(at, factor)
         if key not in record["rebuilt"] and first.setdefault(id(t), key) != key:
             record["tied"][key] = first[id(t)]
     return record
@@ -148,4 +148,4 @@ def record_of(model: nn.Module, name: str) -> dict[str, Any] | None:
 
 def methods_of(record: Mapping[str, Any]) -> dict[str, Method]:
     """The sites of a record and their methods."""
-    return native.read_sites(record, files.CONFIG)[0]
+    return reading.read_sites(record, files.CONFIG)[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...host.build import check_range, check_shapes
 from ...host.views import site
-from ...io import files, native
+from ...io import files, reading
 from .config import UndulaConfig
 from .layer import UndulaLayer, hosts
 from .starting import factors_of, methods_of, record_of
@@ -63,17 +63,17 @@ def _hide_embeddings(model: nn.Module, config: UndulaConfig) -> None:
 def checked(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Strict, where PEFT only warns: missing, surplus or misshapen tensors and NaN are errors."""
     name, record = f"adapter {adapter!r}", record_of(model, adapter) or {"tied": {}, "rebuilt": {}}
-    state_dict = dict(native.untied(state_dict, record["tied"], name))
+    state_dict = dict(reading.untied(state_dict, record["tied"], name))
     files.check_finite(state_dict, name)
     wanted = factors_of(model, adapter)
     found: dict = {at: {} for at in wanted}
     for key, t in state_dict.items():
-        at, factor = native.split(key)
+        at, factor = reading.split(key)
         if at is not None:  # else it is of modules_to_save: PEFT looks after those
-            state_dict[key] = native.with_dimension({factor: t}, wanted.get(at, {})).get(factor, t)
+            state_dict[key] = reading.with_dimension({factor: t}, wanted.get(at, {})).get(factor, t)
             found.setdefault(at, {})[factor] = state_dict[key]
     for at, factors in wanted.items():
-        rebuilt = {k: t for k, t in factors.items() if native.key_of(at, k) in record["rebuilt"]}
+        rebuilt = {k: t for k, t in factors.items() if reading.key_of(at, k) in record["rebuilt"]}
         found[at] = {**rebuilt, **found[at]}
     for at, tensors in found.items():
         check_shapes(f"{name}: {at}", tensors, wanted.get(at, {}))
@@ -108,7 +108,7 @@ def placed(model: nn.Module, adapter: str, renamed: Mapping[str, Tensor]) -> dic
 def _as_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as the parameters that they become, one for those that are tied: low_cpu_mem_usage puts them in place of
     the model's own.  Copies: parts of a mapped file are not aligned, and BLAS rounds those differently."""
-    ours = {k: p for k, p in model.named_parameters(remove_duplicate=False) if native.MARK in k}
+    ours = {k: p for k, p in model.named_parameters(remove_duplicate=False) if reading.MARK in k}
     once: dict[int, Tensor] = {}
 
     def live(t: Tensor, p: nn.Parameter) -> Tensor:
