@@ -15,7 +15,8 @@ from torch import nn
 
 import undula
 from undula import LoRA
-from undula.host.host import change, host_of
+from undula.host.host import change
+from undula.host.state import host_of
 
 ALIKE = [LoRA(r=2), LoRA(r=2), LoRA(r=3)]  # two in one pool, one apart
 MIXED = [LoRA(r=2), LoRA(r=2), undula.AuroRA(r=2), undula.DoRA(LoRA(r=2)), undula.VeRA(r=4)]

@@ -113,7 +113,7 @@ def test_the_effective_weight_is_continuous_and_the_base_untouched(allocator):
     assert [id(p) for p in adapter.parameters()] == [id(p) for p in trained]  # what the optimiser knows
     assert torch.equal(torch.get_rng_state(), state)
     assert any((W - base[f"{s}.weight"]).norm() > 1e-2 for s, W in weights(model).items())
-    assert not any(getattr(slot.layer, "clean", None) for slot in undula.host.host.host_of(model).slots.values())
+    assert not any(getattr(slot.layer, "clean", None) for slot in undula.host.state.host_of(model).slots.values())
 
 
 @each

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import Factors, Layer, Method
-from ..host.host import attach, detach, host_of, layer_at, select
+from ..host.host import attach, detach, layer_at, select
+from ..host.state import host_of
 from ..host.where import inner
 from ..kernels import reference
 from ..methods.lora import LoRA

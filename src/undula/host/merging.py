@@ -13,20 +13,11 @@ from torch import Tensor, nn
 from ..core.adapter import Live
 from ..core.method import Method, Reweight
 from . import masters, quantised
-from .host import (
-    Host,
-    changing,
-    exchange,
-    find,
-    host_of,
-    nest,
-    parameter,
-    restore,
-    select,
-)
+from .host import nest, restore, select
 from .saving import unguard
 from .sharded import check_whole
 from .slots import remove
+from .state import Host, changing, exchange, find, host_of, parameter
 from .views import LinearView, check_writable
 from .weights import parameter_of, placed
 from .where import inner

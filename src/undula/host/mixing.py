@@ -12,22 +12,11 @@ import torch
 from torch import nn
 
 from ..core.adapter import Live
-from .host import (
-    PATIENCE,
-    Host,
-    adapt,
-    check_shape,
-    dismiss,
-    find,
-    forget,
-    layers_now,
-    nest,
-    replaced,
-    unnest,
-)
+from .host import adapt, forget, layers_now, nest, unnest
 from .route import ROUTES, Base, Route
 from .sharded import is_fsdp
 from .slots import Slot
+from .state import PATIENCE, Host, check_shape, dismiss, find, replaced
 from .weights import own
 from .where import inner, resolve
 

@@ -17,7 +17,7 @@ from .views import Acts, LinearView, adapted
 from .weights import Read
 
 if TYPE_CHECKING:
-    from .host import Host
+    from .state import Host
 
 
 def never_called(*_: Any) -> None:

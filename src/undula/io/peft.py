@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import LowRank, Method
 from ..host.apart import THEIRS
-from ..host.build import check_shapes
+from ..host.checks import check_shapes
 from ..host.sharded import check_whole
 from ..host.views import outline
 from ..methods.dora import DoRA

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import Factors, Method
 from ..host.apart import check_theirs
-from ..host.build import check_shapes, rebuilt
+from ..host.build import rebuilt
+from ..host.checks import check_shapes
 from ..host.views import outline
 from ..kernels import frozen
 from . import files

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import Factors, Layer, Method
-from ..host.host import Host, host_of, select, selected
+from ..host.host import select, selected
 from ..host.masters import Cast
 from ..host.masters import wide as master_type
 from ..host.slots import Slot
+from ..host.state import Host, host_of
 from ..host.views import check_product
 from ..host.where import inner
 from .padding import watching

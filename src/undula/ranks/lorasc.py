@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.method import LowRank
 from ..core.ranges import Count, Few, NotNegative, Seed, Share
-from ..host.host import host_of
+from ..host.state import host_of
 from ..host.views import LinearView, check_product
 from ..kernels import frozen, reference
 from .allocator import Allocator, Course, Quality

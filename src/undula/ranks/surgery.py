@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..host.host import change, host_of, selected
+from ..host.host import change, selected
+from ..host.state import host_of
 from ..host.views import LinearView, site
 
 

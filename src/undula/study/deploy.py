@@ -10,8 +10,9 @@ import torch
 from ..compress import LeastSquares, Substitute, collapse
 from ..compress.approximation import Approximation
 from ..core.method import Method, Reweight
-from ..host.host import attach, detach, host_of, select
+from ..host.host import attach, detach, select
 from ..host.merging import merge, unmerge
+from ..host.state import host_of
 from ..observe import listen, padding
 from ..train.fit import Prepared
 from ..train.task import Examples

@@ -10,7 +10,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
 
-from ...host.build import check_range, check_shapes
+from ...host.checks import check_range, check_shapes
 from ...host.views import site
 from ...io import files, reading
 from .config import UndulaConfig
