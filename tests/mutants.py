@@ -82,7 +82,7 @@ MUTANTS = [
     ("host/mounted.py", ".transpose(1, 2) if laws[0][0].turned", " if False", WEIGHTS + " -k 'GPT and LoRA and wherever'"),
     ("host/mounted.py", "def _update_flat_weights(self) -> None: ...", "", WEIGHTS + " -k 'LSTM or threads'"),
     ("host/mixing.py", "len(set(route.names)) > 1", "False", WEIGHTS + " -k rows_of_several"),
-    ("host/readers.py", '"weight" in names[1:]', '"weight" in names[:0]', WEIGHTS + " -k wherever"),
+    ("host/readers.py", "reading.of_self or name in forward", "False", WEIGHTS + " -k wherever"),
     ("host/weights.py", "if other != path:", "if False:", WEIGHTS + " -k under_two_names"),
     ("host/checks.py", "isinstance(method, Reweight) and not method.drops", "isinstance(method, Reweight)", WEIGHTS + " -k refused_by_name"),
     ("host/route.py", "linear and not (drops and layer.training)", "linear", ROUTES),
