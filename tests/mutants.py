@@ -43,7 +43,7 @@ HALVING = "tests/interop/test_study.py::test_rates_are_halved_by_one_seed_and_ma
 REPORT, STATISTICS = "tests/oracles/test_study_report.py", "tests/oracles/test_statistics.py"
 COMPARE = "tests/interop/test_compare.py::test_runs_of_one_arm_differ_in_nothing_but_the_seed"
 IMAGES = "tests/interop/test_images.py"
-GATED, RANKS = "tests/oracles/test_gated.py", "tests/oracles/test_ranks.py"
+GATED = "tests/oracles/test_gated.py"
 ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_ranks_gates.py"
 STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
@@ -220,7 +220,7 @@ MUTANTS = [
     ("ranks/alora.py", "forget(self.optimizer, A_RI, rows, 0)", "pass", GATES),
     ("ranks/adalora.py", "max(1, round(how.warmup * steps))", "round(how.warmup * steps)", ADALORA),
     ("ranks/adalora.py", "self.uncertainty, now, 1 - self.how.beta2", "self.uncertainty, now, 1 - self.how.beta1", ADALORA),
-    ("ranks/adalora.py", "t.copy_(tensors[n])", "pass", RANKS),
+    ("ranks/adalora.py", "t.copy_(tensors[n])", "pass", COURSES),
     ("ranks/sora.py", "g.grad = None", "pass", GATES),
     ("ranks/alora.py", "B_OR.index_fill_(1, rows, 0)", "pass", GATES),
     ("ranks/alora.py", "forget(self.optimizer, B_OR, rows, 1)", "pass", GATES),
@@ -228,7 +228,7 @@ MUTANTS = [
     ("ranks/dylora.py", "for t in (p, *memory)", "for t in (p,)", GATES),
     ("ranks/diffora.py", "(1 - torch.sigmoid(self.theta_N)) * along_N", "along_N", GATES),
     ("ranks/diffora.py", "self.B[i].mul_(torch.sigmoid(self.theta_N[i]))", "pass", GATES),
-    ("ranks/gates.py", "torch.distributed.broadcast(there, 0)", "pass", RANKS),
+    ("ranks/gates.py", "torch.distributed.broadcast(there, 0)", "pass", COURSES),
     ("ranks/gates.py", "there = t.to(device)", "there = t", GATES),
     ("methods/shira.py", "self.r * (O + I), O * I", "self.r * (O + I) + 1, O * I", SPARSE),
     ("methods/shira.py", "return f[\"index\"], self.s * f[\"values\"]", "return f[\"index\"], f[\"values\"]", SPARSE),

@@ -26,6 +26,7 @@ import undula
 from tests.support import tiny
 from undula import ranks, starts
 from undula.cli.main import app
+from undula.integrations import callback
 from undula.ranks import diffora
 from undula.study.plan import Plan
 from undula.study.read import Faults, parse
@@ -39,6 +40,7 @@ from undula.train import (
     Run,
     evaluate,
 )
+from undula.train import trainer
 from undula.train.fit import prepare
 
 from ..support.courses import COURSES
@@ -135,6 +137,23 @@ def test_interruptions_change_nothing(name, usual, whole, tmp_path):
     assert {key: again[key] for key in same} == {key: report[key] for key in same}
 
 
+@pytest.mark.parametrize("name", ["Budget", "ReLoRA", "SRLoRA", "L2SP"])
+def test_a_checkpoint_is_loaded_once(name, usual, tmp_path, monkeypatch):
+    """Starting changes nothing, so what was loaded stands; and what begins a run is no part of one that goes on."""
+    method, how = COURSES[name]
+    run = dataclasses.replace(usual, method=method, allocator=how, out=tmp_path)
+    with pytest.raises(MemoryError, match="fallen over"):
+        undula.train(run, callbacks=(Until(5, False),))
+    loaded, begun = [], []
+    adopt = callback.adopt
+    monkeypatch.setattr(callback, "adopt", lambda model, saved: (loaded.append(saved), adopt(model, saved)))
+    monkeypatch.setattr(trainer, "restore", lambda live, saved: loaded.append(saved))
+    probe = how.start(prepare(run).model, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), STEPS)
+    monkeypatch.setattr(type(probe), "on_begin", lambda course: begun.append(course))
+    undula.train(Run.load(tmp_path), resume=True)
+    assert (len(loaded), begun) == (1, [])
+
+
 RANKS = {  # in all, at the least and at the most of six sites
     "AdaLoRA": (6, 0, 2),
     "ALoRA": (6, 0, 2),
@@ -188,8 +207,13 @@ def test_a_method_that_is_not_served_is_refused_first(name, usual):
     """Before anything is opened: neither the model nor the data exist."""
     _, how = COURSES[name]
     stranger = undula.AuroRA()
+    if how.serves(stranger):  # a penalty goes with every method, with the head alone it does not
+        with pytest.raises(ValueError, match="works on Method, not on None"):
+            dataclasses.replace(usual, allocator=how)
+        return
     nowhere = {"model": "nowhere", "data": "nothing", "method": stranger}
-    served = "trained gate" if name == "SoRA" else how.works_on[0].__name__
+    serving = how.procedures[0] if isinstance(how, ranks.Together) else how
+    served = "trained gate" if name == "SoRA" else serving.works_on[0].__name__
     with pytest.raises(ValueError, match=rf"works on .*{served}.*not on AuroRA\("):
         dataclasses.replace(usual, **nowhere, allocator=how)
     with pytest.raises(ValueError, match="not on None"):
@@ -217,13 +241,18 @@ def test_on_the_command_line(bert, reviews, tmp_path):
     assert sum(ranks.live(undula.Adapter.load(tmp_path / "a")).values()) == 52
     bad = {
         ("--allocator", "adalora"): "works on AdaLoRA, not on LoRA(r=8",
-        ("--allocator", "adolora"): "no allocator is called 'adolora'; there are: ALoRA, AdaLoRA, Budget",
-        ("--allocate", "target=4"): "--allocate has the options of an allocator: name one with --allocator",
+        ("--allocator", "adolora"): "no procedure is called 'adolora'; there are: ALoRA, AdaLoRA, Budget",
+        ("--allocate", "target=4"): "--allocate has the options of a procedure: name one with --allocator",
         ("--allocator", "relora", "--allocate", "cycle=2"): "ReLoRA has no option cycle; it has: cycles",
     }
     for words, message in bad.items():
         assert message in call(*usual, *words, "--out", tmp_path / "no", code=2)
     assert not (tmp_path / "no").exists()
+    both = ("--allocator", "together", "--allocate", "procedures=adalora,l2sp")
+    call(*gated, *both, "--max-steps", 12, "--out", tmp_path / "b")
+    assert Run.load(tmp_path / "b").allocator == ranks.Together((ranks.AdaLoRA(), ranks.L2SP()))
+    two = ("--allocator", "together", "--allocate", "procedures=adalora,budget")
+    call(*gated, *two, "--out", tmp_path / "no", code=2)
 
 
 def test_prune_and_cut(whole, tmp_path):
@@ -358,7 +387,7 @@ def test_faults_of_allocators_have_their_lines(study):
         parse(study + FAULTS, check=False)
     first = study.count("\n") + 1
     found = {line - first: text for line, text in caught.value.found}
-    wanted = {3: "no allocator is called 'adolora'", 7: "name one (allocator = ...)", 11: "not on LoRA(r=8",
+    wanted = {3: "no procedure is called 'adolora'", 7: "name one (allocator = ...)", 11: "not on LoRA(r=8",
               15: "AdaLoRA has no option goal", 18: "method = 'none' has no ranks to allocate"}  # fmt: skip
     assert set(found) == set(wanted)
     for line, part in wanted.items():

@@ -1,6 +1,9 @@
-"""What every allocator promises, whichever it is: gates, draws and restarts go through the same battery."""
+"""What every procedure promises, whichever it is: gates, draws, restarts and penalties, alone and together, go through
+the same battery."""
 
+import contextlib
 import copy
+import json
 
 import pytest
 import torch
@@ -13,62 +16,14 @@ from undula.io import files
 from undula.ranks import memory
 from undula.ranks.surgery import adopt
 
-from ..support.courses import COURSES, check_complete
+from ..support.courses import ALL, COURSES, STEPS, Loop, assert_equal, batch, check_complete, every, net
 
-each = pytest.mark.parametrize("name", COURSES)
-STEPS = 12
+each = pytest.mark.parametrize("name", ALL)
 
 
-def test_every_allocator_is_in_the_battery():
-    """An allocator that no course stands for would pass everything below."""
+def test_every_procedure_is_in_the_battery():
+    """One that no course stands for would pass everything below."""
     check_complete()
-
-
-def net():
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-def batch(step):
-    g = torch.Generator().manual_seed(step)
-    kind = torch.get_default_dtype()
-    return torch.randn(16, 6, generator=g, dtype=kind), torch.randn(16, 4, generator=g, dtype=kind)
-
-
-class Loop:
-    """The loop of the allocators' documentation over a model of its own."""
-
-    def __init__(self, name, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1), steps=STEPS):
-        method, self.how = COURSES[name]
-        self.model = net()
-        self.adapter = undula.attach(self.model, method)
-        self.optimizer = optimizer(self.adapter.parameters())
-        x, target = batch(1000)
-        quality = lambda: -float(F.mse_loss(self.model(x), target).detach())  # noqa: E731
-        self.course = self.how.start(self.model, self.optimizer, steps, quality)
-
-    def backward(self, number, factor=1.0, micro=1):
-        torch.manual_seed(number)  # of dropout
-        self.course.before_forward()
-        x, target = batch(number)
-        for part, wanted in zip(x.chunk(micro), target.chunk(micro), strict=True):
-            (F.mse_loss(self.model(part), wanted) * factor / micro).backward()
-
-    def update(self, number, micro=1):
-        self.backward(number, micro=micro)
-        self.course.before_update()
-        self.optimizer.step()
-        self.course.after_update()
-        self.optimizer.zero_grad()
-
-
-def every(adapter):
-    return {f"{s}.{n}": t.detach().clone() for s, n, t in adapter.tensors()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
 def pattern(loop):
@@ -89,11 +44,11 @@ def test_from_where_on_a_result_counts(name):
     counts = loop.how.counts_from(20, loop.adapter)
     assert 0 <= counts <= 20
     if name.startswith("SoRA"):  # its gates go on closing within the last level
-        assert counts == loop.course.ends[-2] + 1
-    elif name == "LoRASC":
+        assert counts == loop.first.ends[-2] + 1
+    elif name in ("LoRASC", "LoRASC + L2SP"):
         assert counts == 20  # only then is the portion of the last pair what stays
-    elif name == "DiffoRA, shared":
-        assert counts == loop.course.end + 1  # the next update makes the choice
+    elif name.startswith("DiffoRA, shared"):
+        assert counts == loop.first.end + 1  # the next update makes the choice
     else:
         assert settled <= max(counts, 1) <= settled + 1
     if name == "SRLoRA":
@@ -108,35 +63,118 @@ def checkpoint(loop, folder):
     torch.save(loop.optimizer.state_dict(), folder / "optimizer.pt")
 
 
-def resumed(name, folder):
-    """A new process: everything made anew, then what the files hold."""
-    loop = Loop(name)
+def resumed(name, folder, start_first):
+    """A new process: everything made anew, then what the files hold.  Whether a course is started before the adapter is
+    loaded or after makes no difference, since starting changes nothing."""
+    loop = Loop(name, started=start_first)
     adopt(loop.model, undula.Adapter.load(folder / "adapter"))
     loop.optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
+    if not start_first:
+        loop.start()
     values, tensors = files.read_state(folder, "course")
     loop.course.restore(tensors, values)
     return loop
 
 
 @each
-@pytest.mark.parametrize("k", [5, 9])
+@pytest.mark.parametrize("k", [0, 1, 5, 9])
 def test_resumes_to_the_bit(name, k, tmp_path):
     """k updates, everything through files, the rest; against all of them at once.  Nothing advances the generators."""
     loop = Loop(name)
     for step in range(k):
         loop.update(step)
     checkpoint(loop, tmp_path)
-    again = resumed(name, tmp_path)
-    assert again.course.step == k
-    for each_loop in (loop, again):
+    loops = loop, resumed(name, tmp_path, True), resumed(name, tmp_path, False)
+    for each_loop in loops:
+        assert each_loop.course.step == k
         for step in range(k, STEPS):
             each_loop.update(step)
         each_loop.course.finish()
         each_loop.course.finish()  # once is enough
-    assert_equal(every(loop.adapter), every(again.adapter))
-    assert dict(loop.adapter.methods) == dict(again.adapter.methods)
-    assert_equal(loop.course.state()[0], again.course.state()[0])
-    assert loop.course.state()[1] == again.course.state()[1]
+    for again in loops[1:]:
+        assert_equal(every(loop.adapter), every(again.adapter))
+        assert dict(loop.adapter.methods) == dict(again.adapter.methods)
+        assert trains(loop.adapter) == trains(again.adapter)
+        assert_equal(loop.course.state()[0], again.course.state()[0])
+        assert loop.course.state()[1] == again.course.state()[1]
+
+
+def trains(adapter):
+    return {f"{s}.{n}": t.requires_grad for s, n, t in adapter.tensors()}
+
+
+@each
+def test_parameters_stay_what_the_optimiser_knows(name):
+    loop = Loop(name)
+    known = {(s, n): (id(t), t.shape) for s, n, t in loop.adapter.tensors() if t.requires_grad}
+    for step in range(STEPS):
+        loop.update(step)
+    assert {(s, n): (id(t), t.shape) for s, n, t in loop.adapter.tensors() if t.requires_grad} == known
+    assert undula.selected(loop.model) is loop.adapter
+
+
+@each
+def test_global_generators_are_untouched(name):
+    loop = Loop(name)
+    for step in range(STEPS):
+        loop.update(step, around=untouched)
+    with untouched():
+        loop.course.finish()
+
+
+@contextlib.contextmanager
+def untouched():
+    state = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@each
+def test_configuration_round_trip(name):
+    how = ALL[name][1]
+    assert ranks.Procedure.decode(json.loads(json.dumps(how.encode()))) == how
+
+
+@each
+def test_other_methods_are_refused(name):
+    method, how = ALL[name]
+    model = net()
+    adapter = undula.attach(model, undula.AuroRA(), overrides={"2": method})
+    if how.serves(undula.AuroRA()):
+        how.start(model, torch.optim.AdamW(adapter.parameters()), STEPS)
+    else:
+        with pytest.raises(TypeError, match=r"works on .*, not on AuroRA\(.*\(0 and 1 other sites\)"):
+            how.start(model, torch.optim.AdamW(adapter.parameters()), STEPS, quality=lambda: 0.0)
+
+
+def worker(rank, file, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    for name in COURSES:
+        loop = Loop(name)
+        x, target = batch(1000 + rank)  # measured on other data: only ALoRA asks
+        quality = lambda model=loop.model, x=x, t=target: -float(F.mse_loss(model(x), t).detach())  # noqa: E731
+        course = loop.how.start(loop.model, loop.optimizer, STEPS, quality)
+        wrapped = nn.parallel.DistributedDataParallel(loop.model)
+        for step in range(STEPS):
+            x, target = batch(2 * step + rank)
+            course.before_forward()
+            F.mse_loss(wrapped(x), target).backward()
+            course.before_update()
+            loop.optimizer.step()
+            course.after_update()
+            loop.optimizer.zero_grad()
+        torch.save(every(loop.adapter), f"{folder}/{name}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_agree(tmp_path):
+    """Two processes under DDP, each with data of its own, end with the same gates and factors, bit for bit."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    for name in COURSES:
+        a, b = (torch.load(tmp_path / f"{name}.{rank}") for rank in range(2))
+        assert_equal(a, b)
+        start = every(Loop(name).adapter)
+        assert any(k not in start or not torch.equal(t, start[k]) for k, t in a.items())
 
 
 class Scaled(Loop):
@@ -190,20 +228,20 @@ def test_a_training_that_ends_early_keeps_the_promise(name):
     loop.course.finish()
     assert all(t.isfinite().all() for t in every(loop.adapter).values())
     live = ranks.live(loop.adapter)
-    if name == "AdaLoRA":
+    if name in ("AdaLoRA", "Together"):
         assert sum(live.values()) == 3
     if name == "DiffoRA":
         assert sorted(live.values()) == [0, 3, 3]
         assert {float(v) for f in loop.adapter.factors.values() for v in f["g"]} == {0.0, 1.0}
     if name.startswith("SoRA"):
-        assert loop.course.path[-1].step == 4
+        assert loop.first.path[-1].step == 4
 
 
 @each
 def test_accumulated_gradients_are_one_update(name):
     """Two halves of a batch are the batch."""
     torch.set_default_dtype(torch.float64)
-    if isinstance(COURSES[name][0], undula.Dropout):
+    if isinstance(ALL[name][0], undula.Dropout):
         pytest.skip("halves draw other masks")
     loops = Loop(name), Loop(name)
     for micro, loop in zip((1, 2), loops, strict=True):

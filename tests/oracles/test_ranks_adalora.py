@@ -69,7 +69,7 @@ def test_schedule_is_pefts():
 def test_at_the_first_update_nothing_is_scored_away():
     """P and Q have no gradient of the loss yet: even with no warm-up the budget waits."""
     _, _, _, course = begun(ranks.AdaLoRA(target=1, warmup=0.0, settle=0.0, every=1), 10)
-    assert [course.begin, course.end] == [1, 10]
+    assert [course.wait, course.end] == [1, 10]
     course.step = 1
     assert course.budget == 8
 

@@ -431,7 +431,7 @@ def test_everything_kept_is_lora():
         opt = adam(adapter)
         torch.manual_seed(1)
         target = planted(model, 1)
-        course = ranks.allocator.Course(_Any(), model, opt, 30) if how is None else how.start(model, opt, 30)
+        course = ranks.Course(_Any(), model, opt, 30) if how is None else how.start(model, opt, 30)
         train(model, target, course, opt, 30)
         found.append([f[k].detach() for f in adapter.factors.values() for k in "AB"])
     for a, b in zip(*found, strict=True):

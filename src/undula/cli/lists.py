@@ -12,13 +12,13 @@ import typer
 import undula
 
 from ..core.method import Wrapper
-from ..ranks import Allocator
+from ..ranks import Procedure
 from ..starts import Start
 from . import shell
 
 
 def methods(to: shell.Json = None) -> None:
-    """The methods (rung, law, cost, source), the allocators, the starts."""
+    """The methods (rung, law, cost, source), the allocators and other procedures, the starts."""
     rows = [*_methods(), *_allocators(), *_starts()]
     shell.write(to, rows)
     if str(to) != "-":
@@ -54,7 +54,7 @@ def _allocators() -> list[dict[str, str]]:
             "source": a.source,
             "grade": a.grade,
         }
-        for a in sorted(Allocator.registry.values(), key=lambda a: a.__name__.lower())
+        for a in sorted(Procedure.registry.values(), key=lambda a: a.__name__.lower())
     ]
 
 

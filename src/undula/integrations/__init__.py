@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..core.method import Method
     from ..observe.probe import Probe
-    from ..ranks.allocator import Allocator, Quality
+    from ..ranks import Procedure, Quality
     from .callback import Allocating
 
 __all__ = ["allocating", "enable_peft", "peft_config"]
@@ -74,7 +74,7 @@ def peft_config(
 
 @told
 def allocating(
-    allocator: Allocator,
+    allocator: Procedure,
     quality: Quality | None = None,
     *,
     clip: float | None = None,

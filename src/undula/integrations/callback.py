@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from ..core.adapter import Adapter
 from ..host.host import selected
 from ..io import files
-from ..ranks import Allocator, Course, Quality
+from ..ranks import Course, Procedure, Quality
 from ..ranks.surgery import adopt
 
 STATE = "allocator"  # the stem of its two files in a checkpoint
@@ -36,7 +36,7 @@ class Allocating(TrainerCallback):
 
     def __init__(
         self,
-        allocator: Allocator,
+        allocator: Procedure,
         quality: Quality | None = None,
         *,
         clip: float | None = None,
@@ -57,12 +57,14 @@ class Allocating(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         model = found["model"]
+        folder = self._resumed(args, state) if state.global_step else None
+        if folder is not None:
+            adopt(model, Adapter.load(folder))
         self.course = self.allocator.start(model, found["optimizer"], state.max_steps, self.quality)
-        if state.global_step:
-            folder = self._resumed(args, state)
+        if folder is not None:
             values, tensors = files.read_state(folder, STATE)
-            adopt(model, Adapter.load(folder))  # `start` has changed what the Trainer had loaded
             self.course.restore(tensors, values)
+        self.course.begin()
         self.run = state.stateful_callbacks.setdefault(RUN, {}).setdefault("run", uuid.uuid4().hex)
         if args.load_best_model_at_end:  # before the Trainer loads it: shapes may have grown since then
             self.hook = model.register_load_state_dict_pre_hook(lambda *_: self._take_best(model, state))

@@ -26,8 +26,9 @@ from ..core.adapter import Adapter
 from ..core.choice import Choice
 from ..core.ranges import Count, NotNegative, PartShare, Positive
 from ..methods import adalora as law
-from .allocator import Allocator, Quality
+from .allocator import Allocator
 from .gates import GateAllocator, GateCourse
+from .procedure import Quality
 
 
 class Orthogonality(Choice):
@@ -103,11 +104,11 @@ class AdaLoRACourse(GateCourse):
         super().__init__(how, model, optimizer, steps)
         self.how = how
         # at the first update P and Q have no gradient of the loss: scores would be those of E alone
-        self.begin, self.end = max(1, round(how.warmup * steps)), steps - round(how.settle * steps)
+        self.wait, self.end = max(1, round(how.warmup * steps)), steps - round(how.settle * steps)
         self.first = sum(g.numel() for g in self.gates)
         self.last = round(how.target * len(self.sites))
-        if self.begin >= self.end:
-            raise ValueError(f"{how!r}: of {steps} updates none is left between t_i={self.begin} and T-t_f={self.end}")
+        if self.wait >= self.end:
+            raise ValueError(f"{how!r}: of {steps} updates none is left between t_i={self.wait} and T-t_f={self.end}")
         if not 1 <= self.last <= self.first:
             raise ValueError(f"{how!r} asks for {self.last} ranks in all, the adapter has {self.first}")
         self.A, self.B = self.factor("A"), self.factor("B")
@@ -123,7 +124,7 @@ class AdaLoRACourse(GateCourse):
     @property
     def budget(self) -> int:
         """b(t): how many ranks may be left now."""
-        return cubic(self.step, self.begin, self.end, self.first, self.last)
+        return cubic(self.step, self.wait, self.end, self.first, self.last)
 
     @torch.no_grad()
     def on_gradients(self) -> None:
@@ -164,7 +165,7 @@ class AdaLoRACourse(GateCourse):
         elif self.step == self.end:
             self.pattern = self._keep(self.last)
             self._apply(self.pattern)
-        elif self.step > self.begin and self.step % self.how.every == 0:
+        elif self.step > self.wait and self.step % self.how.every == 0:
             self._apply(self._keep(self.budget))
 
     @torch.no_grad()

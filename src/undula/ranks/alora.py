@@ -24,9 +24,10 @@ from ..core.adapter import Adapter
 from ..core.ranges import Count, Few, PartShare, Seed
 from ..kernels import frozen
 from ..methods.gated import GatedLoRA
-from .allocator import Allocator, Quality
+from .allocator import Allocator
 from .gates import GateAllocator, GateCourse, agreed, spread
 from .memory import forget
+from .procedure import Quality
 
 
 @Allocator.register
@@ -36,13 +37,16 @@ class ALoRA(GateAllocator):
 
     works_on = (GatedLoRA,)
     source = "Liu et al. 2024, arXiv:2403.16187"
-    needs_quality = True
 
     rounds: Few = 8
     count: Count | None = None  # ranks that move per round; None: as many as there are sites
     first: PartShare = 0.1  # K1, share of the updates before the first round
     between: PartShare = 0.025  # K2, share of the updates between two rounds
     seed: Seed = 0
+
+    @property
+    def needs_quality(self) -> bool:
+        return True
 
     def moments(self, steps: int) -> list[int]:
         """After how many updates ranks move.  Before the first update every B is zero and all are worth the same."""

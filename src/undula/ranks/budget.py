@@ -10,8 +10,9 @@ from torch import nn
 from ..core.ranges import Count
 from ..host.where import matches
 from ..methods.gated import GatedLoRA
-from .allocator import Allocator, Quality
+from .allocator import Allocator
 from .gates import GateAllocator, GateCourse, spread
+from .procedure import Quality
 
 
 @Allocator.register
@@ -61,11 +62,14 @@ class Budget(GateAllocator):
 
 
 class BudgetCourse(GateCourse):
-    """Everything happens at the start.  At the first ranks of a site, which are all alike then."""
+    """Everything happens when it begins.  At the first ranks of a site, which are all alike then."""
 
-    @torch.no_grad()
     def __init__(self, how: Budget, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         super().__init__(how, model, optimizer, steps)
-        gates = dict(zip(self.sites, self.gates, strict=True))
-        for site, r in how.table({s: len(g) for s, g in gates.items()}).items():
-            gates[site].zero_()[:r] = 1
+        self.table = how.table({s: len(g) for s, g in zip(self.sites, self.gates, strict=True)})
+
+    @torch.no_grad()
+    def on_begin(self) -> None:
+        for site, gate in zip(self.sites, self.gates, strict=True):
+            if site in self.table:
+                gate.zero_()[: self.table[site]] = 1

@@ -27,8 +27,9 @@ from ..core.choice import Choice
 from ..core.ranges import Inside, PartShare, Positive, SomeShare
 from ..host.host import change
 from ..methods.gated import GatedLoRA
-from .allocator import Allocator, Quality
+from .allocator import Allocator
 from .gates import GateAllocator, GateCourse
+from .procedure import Quality
 
 
 class Rest(Choice):
@@ -91,9 +92,9 @@ class DiffoRACourse(GateCourse):
         self.how = how
         self.A, self.B = self.factor("A"), self.factor("B")
         self.keep = math.ceil(how.rho * len(self.sites))
-        self.begin, self.end = max(1, round(how.warmup * steps)), round(how.search * steps)
-        if not self.begin + 2 <= self.end < steps:
-            raise ValueError(f"{how!r}: a search from update {self.begin} to {self.end} does not fit into {steps}")
+        self.wait, self.end = max(1, round(how.warmup * steps)), round(how.search * steps)
+        if not self.wait + 2 <= self.end < steps:
+            raise ValueError(f"{how!r}: a search from update {self.wait} to {self.end} does not fit into {steps}")
         self.theta_N = self.gates[0].new_zeros(len(self.sites))
         self.chosen: list[bool] | None = None
         self.shared: list[list[int]] = []  # once the choice is made: the sites that train as one
@@ -107,10 +108,10 @@ class DiffoRACourse(GateCourse):
     @property
     def choosing(self) -> bool:
         """Whether the update that comes is one of theta."""
-        return self.searching and self.step >= self.begin and (self.step - self.begin) % 2 == 0
+        return self.searching and self.step >= self.wait and (self.step - self.wait) % 2 == 0
 
     @torch.no_grad()
-    def before_forward(self) -> None:
+    def on_forward(self) -> None:
         if self.searching:
             self._relax()
         elif self.chosen is None:

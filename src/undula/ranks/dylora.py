@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.choice import Choice
+from ..core.method import Factors
 from ..core.ranges import Inside, Rank, Seed
 from ..kernels import frozen
 from ..methods import dylora as law
-from .allocator import Allocator, Course, Quality
+from .allocator import Allocator
 from .gates import GateAllocator
 from .memory import moments, stand_still
+from .procedure import Course, Quality
 
 
 class Distribution(Choice):
@@ -76,7 +78,6 @@ class DyLoRACourse(Course):
         super().__init__(how, model, optimizer, steps)
         self.how = how
         self.methods: list[law.DyLoRA] = [p.method.undropped() for p in self.places()]  # type: ignore[misc]
-        self.f = [p.f for p in self.places()]
         least = min(m.r for m in self.methods)
         if not 1 <= how.low <= least:
             raise ValueError(f"{how!r}: low lies between 1 and the least rank of the adapter, {least}")
@@ -85,13 +86,18 @@ class DyLoRACourse(Course):
         self.still: list[tuple[Tensor, slice, int]] = []  # (parameter, rows, dim) that an update does not train
 
     @property
+    def f(self) -> list[Factors]:
+        """The live factors of every site."""
+        return [p.f for p in self.places()]
+
+    @property
     def b(self) -> int:
         """The rank of the update that comes; sites of a lower rank use all they have."""
         u = int(frozen.integers(self.how.seed, ("DyLoRA", self.step), (1,), 2**31)) / 2**31
         return self.how.low - 1 + self.how.distribution(u, max(m.r for m in self.methods) - self.how.low + 1)
 
     @torch.no_grad()
-    def before_forward(self) -> None:
+    def on_forward(self) -> None:
         b = self.b
         for m, f in zip(self.methods, self.f, strict=True):
             f["b"].fill_(min(b, m.r))
@@ -126,8 +132,7 @@ class DyLoRACourse(Course):
             stand_still(self.optimizer, p, rows, dim)
 
     @torch.no_grad()
-    def after_update(self) -> None:
-        super().after_update()
+    def on_close(self) -> None:
         self.kept, self.fresh, self.still = [], [], []
         for m, f in zip(self.methods, self.f, strict=True):
             f["b"].fill_(m.r)

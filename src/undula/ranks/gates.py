@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.method import LowRank, Method
-from .allocator import Allocator, Course
+from .allocator import Allocator
+from .procedure import Course
 
 
 def gate_of(method: Method) -> str | None:
@@ -57,12 +58,15 @@ class GateCourse(Course):
 
     def __init__(self, allocator: Allocator, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         super().__init__(allocator, model, optimizer, steps)
-        adapter = self.adapter
-        self.sites = list(adapter.factors)
+        self.sites = list(self.adapter.factors)
         if not self.sites:
             raise ValueError(f"{allocator!r}: the adapter has no sites")
-        names = {s: gate_of(m) for s, m in adapter.methods.items()}
-        self.gates: list[Tensor] = [adapter.factors[s][name] for s, name in names.items() if name is not None]
+
+    @property
+    def gates(self) -> list[Tensor]:
+        """The live gate of every site."""
+        named = ((place, gate_of(place.method)) for place in self.places())
+        return [place.f[name] for place, name in named if name is not None]
 
     def factor(self, name: str) -> list[Tensor]:
         """This factor of every site."""

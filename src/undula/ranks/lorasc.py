@@ -23,7 +23,8 @@ from ..core.ranges import Count, Few, NotNegative, Seed, Share
 from ..host.state import host_of
 from ..host.views import LinearView, check_product
 from ..kernels import frozen, reference
-from .allocator import Allocator, Course, Quality
+from .allocator import Allocator
+from .procedure import Course, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 from .surgery import live_layers
 
@@ -75,7 +76,7 @@ class _LoRASC(Cycles):
         self._noisy: dict[str, Tensor] = {}
         self._noisy_in = -1  # the cycle that they belong to
 
-    def before_forward(self) -> None:
+    def on_forward(self) -> None:
         if not self.allocator.noise:
             return
         if self._noisy_in != self.cycle:
@@ -84,9 +85,8 @@ class _LoRASC(Cycles):
             self._noisy = {path: self._with_noise(path, layer.weight) for path, layer in layers.items()}
         self._exchange(lambda layer, path: _Noisy(layer, self._noisy[path]))
 
-    def before_update(self) -> None:
+    def on_backward(self) -> None:
         self._exchange(lambda layer, path: layer)  # also where the update will be skipped
-        super().before_update()
 
     def _exchange(self, new: Callable[[LinearView, str], Any]) -> None:
         slots = host_of(self.model).slots

@@ -20,7 +20,8 @@ from ..core.adapter import Adapter
 from ..core.method import LowRank
 from ..core.ranges import Count, Few, Seed, Share
 from ..optim.schedules import Schedule
-from .allocator import Allocator, Course, Quality
+from .allocator import Allocator
+from .procedure import Course, Quality
 from .restart import (
     Cycles,
     Moments,

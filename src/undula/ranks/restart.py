@@ -22,8 +22,9 @@ from ..host.host import change
 from ..host.views import site
 from ..kernels import frozen, svd
 from ..methods.restarted import Restarted
-from .allocator import Allocator, Course, Place
+from .allocator import Allocator
 from .memory import begin_again, moments
+from .procedure import Course, Place
 from .surgery import live_layers
 
 

@@ -27,8 +27,9 @@ from ..core.method import Method
 from ..core.ranges import Few, NotNegative, Positive, Share
 from ..host.views import outline
 from ..methods import sora as law
-from .allocator import Allocator, Quality
+from .allocator import Allocator
 from .gates import GateAllocator, GateCourse, gate_of
+from .procedure import Quality
 
 
 class Levels(Choice):
@@ -146,12 +147,16 @@ class SoRACourse(GateCourse):
     ):
         super().__init__(how, model, optimizer, steps)
         self.how, self.quality, self.path = how, quality, list[Point]()
-        self.gates = list({id(g): g for g in self.gates}.values())
         self.lambdas = how.levels.values()
         self.rising = max(1, round(how.warmup * steps))
         self.ends = how.ends(steps)
         if len(set(self.ends)) < len(self.ends) or self.ends[0] < 1:
             raise ValueError(f"{how!r}: {len(self.lambdas)} levels do not fit into {steps} updates")
+
+    @property
+    def gates(self) -> list[Tensor]:
+        """Each live gate once, whichever sites share it."""
+        return list({id(g): g for g in super().gates}.values())
 
     @property
     def penalty(self) -> float:

@@ -25,8 +25,9 @@ from ..host.views import site
 from ..kernels import svd
 from ..methods.lora import LoRA
 from ..methods.restarted import Restarted
-from .allocator import Allocator, Course, Place, Quality, places_of
+from .allocator import Allocator
 from .memory import forget
+from .procedure import Course, Place, Quality, places_of
 from .restart import inner_of, push
 from .surgery import live_layers
 
@@ -84,7 +85,6 @@ class _SRLoRA(Course):
         if small:
             at, shape = next(iter(small.items()))
             raise ValueError(f"{at} {shape} (O, I) has fewer singular directions than target={allocator.target}")
-        self.begun = False  # the start waits for the first forward pass: a course that is restored has had it
         self.directions: dict[str, tuple[Tensor, Tensor]] = {}  # (B (O, target), A (target, I)), s B A = U S V'
         self.mean, self.deviation = ([torch.zeros_like(p) for p in self._trained()] for _ in range(2))
 
@@ -93,10 +93,8 @@ class _SRLoRA(Course):
         return [place.f[k] for place in self.places() for k in "AB"]
 
     @torch.no_grad()
-    def before_forward(self) -> None:
-        if self.begun:
-            return
-        self.begun, layers = True, live_layers(self.model)
+    def on_begin(self) -> None:
+        layers = live_layers(self.model)
         for place in list(self.places()):
             B_OR, A_RI = inner_of(place).pair(place.f)
             if B_OR.any():  # trained before: what it learnt stays
@@ -158,11 +156,10 @@ class _SRLoRA(Course):
             tensors |= {f"{kind}.{name}": t for name, t in zip(names, kept, strict=True)}
         for s, (B_OT, A_TI) in self.directions.items():
             tensors |= {f"directions.{s}.B": B_OT, f"directions.{s}.A": A_TI}
-        return tensors, {**values, "begun": self.begun}
+        return tensors, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super().restore(tensors, values)
-        self.begun = values["begun"]
         places = list(self.places())
         for kind, kept in {"mean": self.mean, "deviation": self.deviation}.items():
             names = [f"{kind}.{place.site}.{k}" for place in places for k in "AB"]

@@ -15,34 +15,24 @@ from ..host.views import LinearView, site
 def adopt(model: nn.Module, saved: Adapter) -> None:
     """Puts the methods and numbers of a saved adapter onto the live one of the same sites, to go on training it.
 
-    Parameters that train stay the objects that an optimiser knows, though their shapes may change, and frozen factors
-    those that a course knows, where their shapes allow it; what sites share in `saved` is one.  Raises ValueError, with
-    nothing changed, where the two have other sites or train other factors.
+    Parameters that train stay the objects that an optimiser knows, though their shapes may change; what sites share in
+    `saved` is one.  Raises ValueError, with nothing changed, where the two have other sites or train other factors.
     """
     adapter = selected(model)
     taken = _taken(adapter, saved)
     layers = live_layers(model)
-    used: set[int] = set()  # the live frozen factors that have new numbers
-    for path, live in adapter.factors.items():
+    for path in adapter.factors:
         where = site(path, layers[path])
-        for k, t in saved.factors[path].items():
+        for t in saved.factors[path].values():
             dtype = where.dtype if t.is_floating_point() else t.dtype
             data = t.detach().to(where.device, dtype, copy=True)
             if t.requires_grad:
                 taken[id(t)].data, taken[id(t)].grad = data, None
             elif id(t) not in taken:
-                taken[id(t)] = _refilled(live.get(k), data, used)
+                taken[id(t)] = nn.Parameter(data, requires_grad=False)
         change(model, path, saved.methods[path], {k: taken[id(t)] for k, t in saved.factors[path].items()})
     for name, p in adapter.full.items():
         p.data, p.grad = saved.full[name].detach().to(p.device, p.dtype, copy=True), None
-
-
-def _refilled(live: Tensor | None, data: Tensor, used: set[int]) -> Tensor:
-    """The frozen factor `live` with the numbers `data`; a new one where it cannot have them."""
-    if live is None or live.requires_grad or id(live) in used or (live.shape, live.dtype) != (data.shape, data.dtype):
-        return nn.Parameter(data, requires_grad=False)
-    used.add(id(live))
-    return live.copy_(data)
 
 
 def _taken(adapter: Adapter, saved: Adapter) -> dict[int, Tensor]:

@@ -19,7 +19,8 @@ from ..core.adapter import Adapter
 from ..core.method import LowRank
 from ..core.ranges import Count, Few, NotNegative, Seed
 from ..kernels import frozen
-from .allocator import Allocator, Course, Place, Quality
+from .allocator import Allocator
+from .procedure import Course, Place, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..core.method import Method
 from ..core.options import build_from
-from ..ranks import Allocator
+from ..ranks import Procedure
 from ..train.recipe import dtype_called
 from ..train.task import Task
 from . import splits
@@ -165,13 +165,13 @@ def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
     return Arm(t.get("name", called), method, False, rates, allocator, own)
 
 
-def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None) -> Allocator | None:
+def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None) -> Procedure | None:
     place = ("methods", i, "allocate" if t.get("allocate") else "allocator")
     if "allocator" not in t:
         if t.get("allocate"):
             reader.fault(place, "allocate has the options of an allocator: name one (allocator = ...)")
         return None
-    made = reader.attempt(place, lambda: build_from(Allocator, t["allocator"], t.get("allocate", {})))
+    made = reader.attempt(place, lambda: build_from(Procedure, t["allocator"], t.get("allocate", {})))
     if made is not None and method is not None and not made.serves(method):
         reader.fault(place, made.refusal(method))
         return None

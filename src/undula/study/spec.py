@@ -18,7 +18,7 @@ from ..core.ranges import (
     Rank,
     Seed32,
 )
-from ..ranks import Allocator
+from ..ranks import Procedure
 from ..train.recipe import Settings, default_of, refusals
 from ..train.task import Task
 
@@ -34,7 +34,7 @@ class Arm(metaclass=Checked):
     method: Method | None
     full: bool = False  # with method None: train everything
     rates: tuple[Positive, ...] = ()  # its own grid to begin with; empty: the sweep's
-    allocator: Allocator | None = None
+    allocator: Procedure | None = None
     own: Mapping[str, Any] = field(default_factory=dict)  # settings in the place of [train]'s, by their names
 
     def __post_init__(self) -> None:

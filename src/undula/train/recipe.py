@@ -31,7 +31,7 @@ from ..core.ranges import (
 )
 from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
-from ..ranks import Allocator
+from ..ranks import Procedure
 from .task import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -142,7 +142,7 @@ class Recipe(Settings):
     task: Task = field(metadata=facts("{names}."))
     method: Method | None = field(metadata=facts("See `undula methods`; none: the head alone.", options="--set"))
     _: KW_ONLY
-    allocator: Allocator | None = option(
+    allocator: Procedure | None = option(
         None, "Who gets how much rank, when: see `undula methods`.", options="--allocate"
     )
     lr: Positive = option(1e-3, "Learning rate, at the top of the schedule.")
@@ -195,7 +195,7 @@ class Recipe(Settings):
 
 
 def refusals(
-    allocator: Allocator | None, method: Method | None, overrides: Mapping[str, Method], optimiser: Optimiser
+    allocator: Procedure | None, method: Method | None, overrides: Mapping[str, Method], optimiser: Optimiser
 ) -> Iterator[tuple[str, str]]:
     """(field, why) of what an allocator does not go with."""
     if allocator is None:
@@ -203,7 +203,7 @@ def refusals(
     for name, each in (("allocator", method), *(("overrides", m) for m in overrides.values())):
         if each is None or not allocator.serves(each):
             yield name, allocator.refusal(each)
-    if not optimiser.entrywise:
+    if allocator.entrywise and not optimiser.entrywise:
         yield (
             "optimiser",
             f"{allocator!r} lets single entries of a factor begin again, and {optimiser!r} remembers sums of its rows "

@@ -84,11 +84,8 @@ class AdapterTrainer(Trainer):
                 memory |= {k: t.reshape(1) for k, t in memory.items() if k.startswith("exp_") and t.ndim == 0}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        saved = Adapter.load(resume_from_checkpoint)
-        if self.allocated:
-            adopt(self.model, saved)
-        else:
-            restore(selected(self.model), saved)
+        if not self.allocated:  # else the callback loads the adapter, with the state of the course that belongs to it
+            restore(selected(self.model), Adapter.load(resume_from_checkpoint))
 
 
 def _rows(batch: Any) -> int:
@@ -254,8 +251,8 @@ def as_left(run: Run, model: Any, checkpoint: Path, quality: Callable[[], float]
     if values.get("finished"):
         detach(model)
         return attach(model, saved)
-    course = run.allocator.start(model, torch.optim.AdamW(selected(model).parameters()), values["step"], quality)
     adopt(model, saved)
+    course = run.allocator.start(model, torch.optim.AdamW(selected(model).parameters()), values["step"], quality)
     course.restore(tensors, values)
     course.finish()
     return selected(model)
