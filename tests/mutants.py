@@ -55,6 +55,7 @@ FROZEN = "tests/oracles/test_frozen.py"
 TENSOR = "tests/oracles/test_tensor.py"
 RESTARTS = "tests/oracles/test_restarts.py"
 COURSES = "tests/oracles/test_courses.py"
+PROCEDURES = "tests/oracles/test_procedures.py"
 PADDING = "tests/oracles/test_padding.py"
 DATA = "tests/interop/test_data_training.py"
 MASTERS = "tests/laws/test_masters.py"
@@ -280,6 +281,13 @@ MUTANTS = [
     ("methods/restarted.py", "return self._layer.weight + B_OK @ A_KI", "return self._layer.weight", RESTARTS + "::test_a_layer_with_a_past_is_one_layer"),
     ("starts/orthogonal.py", "return site.zeros(O, r), Q_IR.T.contiguous()", "return site.zeros(O, r), Q_IR.T.contiguous() / s", STARTS + "::test_orthogonal"),
     ("starts/pissa.py", "svd.halves(U_OR, s_R / s, V_IR)", "svd.halves(U_OR, s_R, V_IR)", STARTS + "::test_pissa_is_the_best_approximation_of_w"),
+    ("ranks/procedure.py", "        if not self.begun:\n            self.begun = True", "        if True:\n            self.begun = True", PROCEDURES),
+    ("ranks/procedure.py", "self.begun = values.get(\"begun\", True)", "self.begun = values.get(\"begun\", False)", PROCEDURES + "::test_states_of_earlier_versions_go_on"),
+    ("ranks/procedure.py", "        self._check_begun()\n        self.skipped", "        self.skipped", PROCEDURES + "::test_a_loop_without_before_forward_is_told"),
+    ("ranks/together.py", "for last in (False, True)", "for last in (True, False)", PROCEDURES + "::test_the_allocator_has_the_last_word_on_gradients"),
+    ("ranks/together.py", "c.step, c.skipped, c.clipped = self.step, self.skipped, self.clipped", "pass", PROCEDURES + "::test_a_procedure_with_one_that_does_nothing_is_itself"),
+    ("ranks/l2sp.py", "if first[id(t)] == name", "if True", PROCEDURES + "::test_the_gradient_is_that_of_the_loss_and_the_penalty"),
+    ("ranks/l2sp.py", "if p.grad is not None:", "if True:", PROCEDURES + "::test_what_has_no_gradient_is_passed_over"),
     ("ranks/memory.py", "if BEGAN in state and p.grad is not None:", "if BEGAN in state:", COURSES + "::test_where_the_optimiser_made_no_step_there_is_nothing_to_correct"),
     ("ranks/memory.py", "state.get(\"max_exp_avg_sq\", state[\"exp_avg_sq\"])", "state[\"exp_avg_sq\"]", COURSES + "::test_entries_that_begin_again_step_as_a_new_optimiser_would"),
     ("host/masters.py", "return dtype if dtype == torch.float64 else torch.float32", "return torch.float32", MASTERS),

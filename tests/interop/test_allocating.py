@@ -26,6 +26,7 @@ import undula
 from tests.support import tiny
 from undula import ranks, starts
 from undula.cli.main import app
+from undula.core.options import build_from
 from undula.integrations import callback
 from undula.ranks import diffora
 from undula.study.plan import Plan
@@ -40,7 +41,7 @@ from undula.train import (
     Run,
     evaluate,
 )
-from undula.train import trainer
+from undula.train import trainer as training
 from undula.train.fit import prepare
 
 from ..support.courses import COURSES
@@ -147,9 +148,9 @@ def test_a_checkpoint_is_loaded_once(name, usual, tmp_path, monkeypatch):
     loaded, begun = [], []
     adopt = callback.adopt
     monkeypatch.setattr(callback, "adopt", lambda model, saved: (loaded.append(saved), adopt(model, saved)))
-    monkeypatch.setattr(trainer, "restore", lambda live, saved: loaded.append(saved))
+    monkeypatch.setattr(training, "restore", lambda live, saved: loaded.append(saved))
     probe = how.start(prepare(run).model, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), STEPS)
-    monkeypatch.setattr(type(probe), "on_begin", lambda course: begun.append(course))
+    monkeypatch.setattr(type(probe), "on_begin", begun.append)
     undula.train(Run.load(tmp_path), resume=True)
     assert (len(loaded), begun) == (1, [])
 
@@ -248,11 +249,13 @@ def test_on_the_command_line(bert, reviews, tmp_path):
     for words, message in bad.items():
         assert message in call(*usual, *words, "--out", tmp_path / "no", code=2)
     assert not (tmp_path / "no").exists()
-    both = ("--allocator", "together", "--allocate", "procedures=adalora,l2sp")
-    call(*gated, *both, "--max-steps", 12, "--out", tmp_path / "b")
-    assert Run.load(tmp_path / "b").allocator == ranks.Together((ranks.AdaLoRA(), ranks.L2SP()))
-    two = ("--allocator", "together", "--allocate", "procedures=adalora,budget")
-    call(*gated, *two, "--out", tmp_path / "no", code=2)
+    two = ("--allocator", "together", "--allocate")
+    call(*usual, *two, "procedures=relora,l2sp", "--out", tmp_path / "b")
+    assert Run.load(tmp_path / "b").allocator == ranks.Together((ranks.ReLoRA(), ranks.L2SP()))
+    assert "change the ranks of the same" in call(*usual, *two, "procedures=relora,lorasc", "--out", tmp_path, code=2)
+    table = {"procedures": [{"is": "relora", "cycles": 2}, "l2sp"]}  # as in a study file
+    wanted = ranks.Together((ranks.ReLoRA(cycles=2), ranks.L2SP()))
+    assert build_from(ranks.Procedure, "together", table) == wanted
 
 
 def test_prune_and_cut(whole, tmp_path):
