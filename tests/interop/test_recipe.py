@@ -66,7 +66,7 @@ from undula.cli import app
 from undula.study.read import parse
 from undula.study.compare import _entries
 from undula.study.plan import Plan
-from undula.train import Run
+from undula.train import Classification, Run
 from undula.cli import training
 
 room, new = Path(sys.argv[1]), ("colour", "share", "dark", "names", "title", "second", "by_name")
