@@ -1,4 +1,4 @@
-"""An allocator under `transformers.Trainer`."""
+"""Allocators, restarts and penalties under `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN = "undula_run"  # under which name checkpoints know the run that they are of
 
 
 class Allocating(TrainerCallback):
-    """Calls the moments of an allocator's course at the Trainer's own, once per update whatever the accumulation.
+    """Calls the moments of a procedure's course at the Trainer's own, once per update whatever the accumulation.
 
         Trainer(model, ..., callbacks=[Allocating(undula.ranks.AdaLoRA(target=4))])
 

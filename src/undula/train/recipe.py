@@ -143,7 +143,7 @@ class Recipe(Settings):
     method: Method | None = field(metadata=facts("See `undula methods`; none: the head alone.", options="--set"))
     _: KW_ONLY
     allocator: Procedure | None = option(
-        None, "Who gets how much rank, when: see `undula methods`.", options="--allocate"
+        None, "Who gets how much rank, when; or a penalty: see `undula methods`.", options="--allocate"
     )
     lr: Positive = option(1e-3, "Learning rate, at the top of the schedule.")
     seed: Seed32 = option(0, "Of the factors, a new head, the order of rows, dropout, the split.")
