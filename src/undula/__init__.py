@@ -115,3 +115,4 @@ __version__ = "0.1.0"
 
 for _verb in (methods, study, train):  # which hide packages of their names: by this one `import ... as` finds those
     _verb.__name__ = f"{__name__}.{_verb.__name__}"
+del _verb

@@ -28,6 +28,7 @@ usual = Run(model=str(folder / "llama"), data=str(folder / "pairs.jsonl"), task=
             method=undula.LoRA(r=2), out=folder / "lm", lr=1e-2, batch=4, train_rows=64, max_steps=3, save_every=1)
 classes = dataclasses.replace(usual, model=str(folder / "bert"), data=str(folder / "reviews.csv"),
                               task=Classification(), out=folder / "classes", batch=2, accumulate=2)
+at_once = dataclasses.replace(classes, out=folder / "at-once", batch=4, accumulate=1)
 told = {}
 
 
@@ -61,6 +62,7 @@ def stop(control):
 told["report"] = undula.train(usual)
 told["again"] = raised(usual)
 undula.train(classes, callbacks=[At(9, stop)])
+undula.train(at_once)
 told["looks"] = told["looks for unused"]
 cut = dataclasses.replace(usual, out=folder / "cut")
 told["interrupted"] = raised(cut, callbacks=[At(2, interrupt)])
@@ -110,7 +112,7 @@ def _runs(folder):
         max_steps=3,
     )
     data = {"model": str(folder / "bert"), "data": str(folder / "reviews.csv"), "task": Classification()}
-    return usual, dataclasses.replace(usual, **data, out=folder / "classes")
+    return usual, *(dataclasses.replace(usual, **data, out=folder / name) for name in ("classes", "at-once"))
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +142,17 @@ def _close(one, other):
     assert any(bool(f["B"].any()) for f in one.factors.values())
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_two_processes_train_as_one_with_twice_the_rows(two, tmp_path, which):
-    """Completions of unequal lengths (a mean over tokens), a head and accumulated batches (a mean over rows)."""
+    """Completions of unequal lengths (a mean over tokens), a head with and without accumulated batches (a mean over
+    rows).  The losses too: Adam would hide gradients that are twice as large."""
     folder, _ = two
     run = _runs(folder)[which]
     undula.train(dataclasses.replace(run, out=tmp_path / "alone"))
     _close(tmp_path / "alone", run.out)
+    reports = [json.loads((out / "report.json").read_text()) for out in (tmp_path / "alone", run.out)]
+    losses = [[loss for _, loss in report["losses"]] for report in reports]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_first_measures_writes_and_speaks_for_all(two):

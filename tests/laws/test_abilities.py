@@ -162,6 +162,16 @@ def test_a_gate_is_pruned_by_and_counted():
     torch.testing.assert_close(model(x), y)
 
 
+def test_a_gate_without_a_pair_is_refused_by_name():
+    @dataclass(frozen=True)
+    class Odd(Cubic):
+        gate = "A"
+
+    del Method.registry["odd"]
+    with pytest.raises(TypeError, match=r"Odd.* at 0 has a gate, but no pair"):
+        undula.prune(trained(Odd())[1])
+
+
 def test_no_core_file_asks_which_method_it_has():
     """Only what makes a method (allocators, formats, arithmetic) knows one by name."""
     import ast

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import types
 from collections import OrderedDict
 
 import pytest
@@ -483,3 +484,116 @@ def test_a_site_that_never_computed_is_told_when_it_is_merged():
     live = model(x)
     undula.merge(model)
     torch.testing.assert_close(model(x), live)
+
+
+class Two(nn.Module):
+    """`a` is called; a subclass reads the weight of `b` in one way or another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+
+class ByAMethod(Two):
+    def get_weight(self):
+        return self.b.weight
+
+    def forward(self, x):
+        return F.linear(self.a(x), self.get_weight())
+
+
+class UnderAnotherName(Two):
+    def forward(this, x):
+        return F.linear(this.a(x), this.b.weight)
+
+
+class ByAVariable(Two):
+    def forward(self, x):
+        me = self
+        part = me.b
+        return F.linear(self.a(x), part.weight)
+
+
+class AtOnce(Two):
+    def forward(self, x):
+        return F.linear(self.a(x), (b := self.b).weight) + b.bias
+
+
+class InLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"b": nn.Linear(6, 6)}) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.linear(x, layer["b"].weight)
+        return x
+
+
+def on_the_object():
+    model = Two()
+    model.forward = types.MethodType(UnderAnotherName.forward, model)
+    return model
+
+
+def patched():
+    """The class gets another forward after an adapter was there once."""
+
+    class Patched(Two):
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    undula.attach(Patched(), undula.LoRA(r=1), "b")
+    Patched.forward = UnderAnotherName.forward
+    return Patched()
+
+
+@pytest.mark.parametrize("make", [ByAMethod, UnderAnotherName, ByAVariable, AtOnce, InLists, on_the_object, patched])
+def test_however_a_weight_is_read_its_adapter_acts(make):
+    model, x = make(), torch.randn(4, 6)
+    base = model(x)
+    shake(undula.attach(model, undula.LoRA(r=2), ["*.b"] if make is InLists else ["b"]))
+    live = model(x)
+    assert not torch.allclose(live, base)
+    undula.merge(model)
+    torch.testing.assert_close(model(x), live)
+
+
+def test_a_weight_that_changes_within_a_forward_is_made_anew():
+    """Other parameters for a part, and a step on the factors, between two reads of one forward."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.RNN(4, 4), nn.Linear(4, 4)
+            self.between = lambda: None
+
+        def forward(self, x):
+            first = self.rnn(x)[0]
+            self.between()
+            doubled = {n: 2 * p.detach() for n, p in self.rnn.named_parameters() if "undula" not in n}
+            other = torch.func.functional_call(self.rnn, doubled, (x,))[0]
+            return first, self.rnn(x)[0], other, F.linear(x, self.head.weight)
+
+    model, x = Twice(), torch.randn(3, 2, 4)
+    adapter = shake(undula.attach(model, undula.LoRA(r=2), ["rnn", "head"]))
+    with torch.no_grad():
+        first, again, other, _ = model(x)
+        torch.testing.assert_close(again, first)
+        assert not torch.allclose(other, first)
+        model.between = lambda: adapter.factors["rnn.weight_ih_l0"]["B"].add_(1.0)
+        first, again, _, _ = model(x)
+        assert not torch.allclose(again, first)
+
+
+def test_naming_attention_takes_all_of_it():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    assert set(undula.attach(model, undula.LoRA(r=2), ["0"]).factors) == {"0.in_proj_weight", "0.out_proj"}
+
+
+def test_a_merged_recurrent_module_computes_with_the_list_that_it_keeps():
+    model = nn.LSTM(4, 4)
+    shake(undula.attach(model, undula.LoRA(r=2), "*"))
+    undula.merge(model, keep=False)
+    kept = zip(model._flat_weights, model._flat_weights_names, strict=True)
+    assert all(t is getattr(model, name) for t, name in kept)

@@ -43,10 +43,11 @@ class Below(nn.Module):
             slot.__dict__["ran"] = True
         if _now.made is None:
             return _made(owner, leaf, laws)
-        key = (id(self), leaf, torch.is_grad_enabled(), *(id(f) for _, (_, f) in laws))
+        parts = [whole, *(t for _, (_, f) in laws for t in f.values())]
+        key = (id(self), leaf, torch.is_grad_enabled(), *((id(t), t._version) for t in parts))
         if key not in _now.made:
-            _now.made[key] = _made(owner, leaf, laws)
-        return _now.made[key]
+            _now.made[key] = _made(owner, leaf, laws), parts  # which live on, so that no other gets their ids
+        return _now.made[key][0]
 
 
 def _made(owner: nn.Module, leaf: str, laws: list[tuple[Read, tuple[Reweight, Factors]]]) -> Tensor:
@@ -87,7 +88,9 @@ def _stack_of_pairs(W: Tensor, laws: list[tuple[Read, tuple[Reweight, Factors]]]
 
 
 class _Now(threading.local):
-    made: dict[Any, Tensor] | None = None  # the adapted weights of the forward that this thread is in
+    made: dict[Any, tuple[Tensor, list[Tensor]]] | None = (
+        None  # the adapted weights of the forward that this thread is in
+    )
 
 
 _now = _Now()

@@ -54,7 +54,9 @@ def readers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        for reading in _read(type(module)):  # type: ignore[arg-type]
+        own = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
+        here = set(_of(own)) if isinstance(own, FunctionType) else set()
+        for reading in here | _read(type(module), getattr(type(module).forward, "__code__", None)):  # type: ignore[arg-type]
             for path in _meant(name, module, reading, modules):
                 found.setdefault(path, module)
     return found
@@ -66,9 +68,8 @@ def _meant(name: str, module: nn.Module, reading: Reading, modules: Mapping[str,
     if reading.of_self:
         yield ".".join([*([name] if name else []), *reading.path])
         return
-    for child, held in module.named_children():
-        elements = [f"{child}.{n}" for n, _ in held.named_children()] if isinstance(held, LISTS) else [child]
-        yield from (".".join([*([name] if name else []), e, *reading.path]) for e in elements)
+    for element in _elements(module):
+        yield ".".join([*([name] if name else []), element, *reading.path])
     if reading.argument is not None:
         yield from (".".join([n, *reading.path]) for n in modules if n.rpartition(".")[2] == reading.argument)
 
@@ -76,9 +77,18 @@ def _meant(name: str, module: nn.Module, reading: Reading, modules: Mapping[str,
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
+def _elements(module: nn.Module) -> Iterator[str]:
+    """The names of a module's children, and of what those hold that are lists, in lists too."""
+    for child, held in module.named_children():
+        if isinstance(held, LISTS):
+            yield from (f"{child}.{element}" for element in _elements(held))
+        else:
+            yield child
+
+
 @functools.cache
-def _read(cls: type[nn.Module]) -> frozenset[Reading]:
-    """What the class reads in its forward or what that may call."""
+def _read(cls: type[nn.Module], forward_code: CodeType | None) -> frozenset[Reading]:
+    """What the class reads in its forward or what that may call.  A forward that is replaced later is another one."""
     held: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if base not in (object, nn.Module):
@@ -87,9 +97,8 @@ def _read(cls: type[nn.Module]) -> frozenset[Reading]:
     forward = _reached(functions)
     found: set[Reading] = set()
     for name, function in functions.items():
-        if not name.startswith(ELSEWHERE) and not _called(function):
-            every = (reading for code in _codes(function.__code__) for reading in _readings(code))
-            found.update(reading for reading in every if reading.of_self or name in forward)
+        if (name in forward or not name.startswith(ELSEWHERE)) and not _called(function):
+            found.update(reading for reading in _of(function) if reading.of_self or name in forward)
     return frozenset(found)
 
 
@@ -122,25 +131,39 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(const)
 
 
-def _readings(code: CodeType) -> Iterator[Reading]:
+def _of(function: FunctionType) -> Iterator[Reading]:
+    """What a function reads; its first argument is the module."""
+    code = function.__code__
+    me = code.co_varnames[0] if code.co_argcount else "self"
+    held: dict[str, tuple[str, ...]] = {me: ()}
+    for part in _codes(code):
+        yield from _readings(part, held)
+
+
+def _readings(code: CodeType, held: dict[str, tuple[str, ...]]) -> Iterator[Reading]:
+    """`held` are the variables that are the module or something of it, by the path to it: what is assigned joins."""
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "NOP")]
+    steps = [
+        s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "NOP", "COPY")
+    ]
     for i, step in enumerate(steps):
-        if not _loads_part(step) or step.argval != "weight":
-            continue
         first = i
         while _loads_part(steps[first - 1]) and first > 1:
             first -= 1
         path, root = tuple(str(s.argval) for s in steps[first:i]), steps[first - 1]
+        if step.opname in ("STORE_FAST", "STORE_DEREF") and i and (whole := _variable(root)) in held:
+            held[str(step.argval)] = (*held[whole], *path)
+        if not _loads_part(step) or step.argval != "weight":
+            continue
         after = steps[i + 1 : i + 3]
         if (after and _loads_part(after[0]) and after[0].argval in ASKED) or _is_asked(
             steps[first - 2 : first - 1], after
         ):
             continue
         variable = _variable(root)
-        if variable == "self" and path:
-            yield Reading(path, of_self=True)
-        elif variable not in (None, "self"):
+        if variable in held and (held[variable] or path):
+            yield Reading((*held[variable], *path), of_self=True)
+        elif variable is not None and variable not in held:
             yield Reading(path, of_self=False, argument=variable if variable in arguments else None)
 
 
@@ -152,7 +175,7 @@ def _variable(step: dis.Instruction) -> str | None:
     """The variable that is loaded, "[]" for an element of something, None for anything else."""
     if step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and "[" in step.argrepr):
         return "[]"
-    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "STORE_FAST", "STORE_DEREF")):  # stored and used at once
         return None
     return str(step.argval[-1] if isinstance(step.argval, tuple) else step.argval)  # the last of two loads in one
 

@@ -180,6 +180,8 @@ def exchange(model: nn.Module, path: str, new: Tensor) -> nn.Parameter:
     owner = model.get_submodule(parent)
     old = owner._parameters[leaf]
     owner._parameters[leaf] = new  # type: ignore[assignment]
+    if isinstance(owner, nn.RNNBase) and leaf in owner._flat_weights_names:  # it keeps its weights in a list too
+        owner._flat_weights[owner._flat_weights_names.index(leaf)] = new
     return old  # type: ignore[return-value]
 
 

@@ -147,6 +147,8 @@ def _parts(model: nn.Module, layers: Mapping[str, LinearView]) -> list[tuple[str
     for name, (_, owner, _, count) in stacks(model).items():
         for i in range(count):
             found += [(called, f"{name}.{i}") for called in (f"{name}.{i}", name, owner)]
+    attention = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    found += [(n, out) for n in attention if (out := f"{n}.out_proj".lstrip(".")) in layers]
     return found + [(v.place, n) for n, v in layers.items() if isinstance(v, Matrix)]
 
 

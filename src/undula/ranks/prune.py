@@ -35,7 +35,8 @@ def prune(adapter: Adapter) -> Adapter:
         alive = f[name] != 0
         if not alive.any():
             continue
-        assert isinstance(method, LowRank)
+        if not isinstance(method, LowRank):
+            raise TypeError(f"{method!r} at {site} has a gate, but no pair (B, A) to prune: it is on no LowRank rung")
         B_OR, A_RI = method.pair(f)
         s = getattr(method.undropped(), "scale", 1.0)
         pair = {"A": A_RI[alive].requires_grad_(), "B": (B_OR[:, alive] / s).requires_grad_()}

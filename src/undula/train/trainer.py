@@ -208,8 +208,8 @@ def trainer(
     made.remove_callback(PrinterCallback)
     if arguments.world_size > 1:
         made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)
-    if run.accumulate > 1 and run.task.has_head:  # whose loss is a batch's mean: many a head is given the number of all
-        made.model_accepts_loss_kwargs = False  # items and ignores it, and the Trainer then would not divide by batches
+    if run.task.has_head:  # whose loss is a batch's mean: many a head is given the number of all items and ignores it,
+        made.model_accepts_loss_kwargs = False  # and the Trainer would multiply by processes, and not divide by batches
     made.rates = run.rates()
     made.allocated = run.allocator is not None
     made.own_rates = tuple(own_rates(run, model))
