@@ -185,7 +185,7 @@ def test_verbs_from_end_to_end(lite, folder, tmp_path):
 
 OPEN = """
 import sys, torch, transformers, undula
-undula.bundled.enable()
+from undula import bundled; bundled.enable()
 model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1])
 processor = transformers.AutoImageProcessor.from_pretrained(sys.argv[1])
 assert processor.size["height"] == 16 and model.config.id2label == {0: "green", 1: "red"}

@@ -278,7 +278,7 @@ def test_a_training_that_failed_is_told_by_its_report(change, named, adapter, tm
 
 def test_a_training_that_diverged_ends_in_a_failure(adapter, tmp_path, monkeypatch):
     report = REPORT | {"after": {"loss": 7195.0}, "peak_memory_bytes": 1, "ranks": None, "method": "LoRA", "out": "o"}
-    report |= {"trainable_parameters": 1, "steps": 1, "seconds": 1.0}
+    report |= {"trainable_parameters": 1, "steps": 1, "seconds": 1.0, "processes": 1, "rows_in_a_step": 8}
     monkeypatch.setattr("undula.cli.training.fit", lambda *_, **__: report)
     words = ("--model", "m", "--data", "d", "--task", "classification", "--out", tmp_path / "o")
     code, _, said = run("train", *words)

@@ -11,8 +11,9 @@ import undula
 SOURCES = Path(undula.__file__).parent
 
 USER = """
+from collections.abc import Mapping
 from pathlib import Path
-from torch import nn
+from torch import Tensor, nn
 import undula
 from undula import LoRA, Run, VeRA
 from undula.study.read import read
@@ -32,6 +33,15 @@ names: list[str] = list(undula.methods())
 loss: float = undula.collapse(model, undula.Truncate(2)).error
 callback = undula.allocating(undula.ranks.AdaLoRA(target=2))
 config = undula.peft_config(LoRA())
+centred: undula.Method = undula.Centred(LoRA(), undula.starts.PiSSA())
+
+
+class Mine(undula.Additive):
+    def init(self, site: undula.Site) -> dict[str, Tensor]:
+        return {}
+
+    def delta(self, f: Mapping[str, Tensor]) -> Tensor:
+        return f["A"]
 """
 WRONG = 'undula.train("m")\nundula.study(resume=True)\nundula.LoRa(r=2)\n'
 MYPY = """

@@ -446,7 +446,7 @@ def test_show_says_whether_rows_were_run(gated, monkeypatch):
     seen, real = [], adapters.diagnose
     monkeypatch.setattr(adapters, "diagnose", lambda model, rows=None: seen.append(rows) or real(model, rows))
     said = call("show", gated, "--rows", 2)[0]
-    assert "--rows: no row was run, since rows tell something of AuroRA alone" in said
+    assert "--rows: no row was run, since rows tell something only of a method that bends" in said
     assert "--data" not in said
     assert seen == [None]
     assert "no row was run" not in call("show", gated)[0]

@@ -586,6 +586,15 @@ def test_a_weight_that_changes_within_a_forward_is_made_anew():
         assert not torch.allclose(again, first)
 
 
+def test_all_linear_in_a_list_takes_what_is_named_beside():
+    """What "all-linear" leaves out, and says to name, is named beside it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.GRU(4, 4))
+    with pytest.warns(UserWarning, match="matrices of a GRU") as said:
+        sites = undula.attach(model, undula.LoRA(r=2), ["all-linear", "1"]).factors
+    assert set(sites) == {"0", "1.weight_ih_l0", "1.weight_hh_l0"}
+    assert not any("LSTM" in str(w.message) for w in said)
+
+
 def test_naming_attention_takes_all_of_it():
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     assert set(undula.attach(model, undula.LoRA(r=2), ["0"]).factors) == {"0.in_proj_weight", "0.out_proj"}

@@ -26,7 +26,7 @@ from .checks import check_layer, check_padding, check_range, check_shapes
 from .masters import wide
 from .views import LinearView, outline, site
 from .weights import check_once, parameter_of
-from .where import Where, aliases, choose, layers_at, matches
+from .where import Where, aliases, choose, layers_at, matches, with_body
 
 if TYPE_CHECKING:
     from ..observe.probe import Probe
@@ -45,7 +45,7 @@ def fresh(
 ) -> Adapter:
     """A new adapter for `model`, not attached."""
     layers, parameters = choose(model, where, exclude), chosen_parameters(model, full)
-    if where == "all-linear":  # a layer that trains in full needs no adapter beside
+    if with_body(where)[0]:  # a layer that trains in full needs no adapter beside
         layers = {n: v for n, v in layers.items() if parameter_of(n, v) not in parameters}
         layers = _readable(layers, assigned(layers, method, overrides))
     evidence = None if probe is None else probe.on(model, layers)

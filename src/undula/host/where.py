@@ -110,7 +110,8 @@ def choose(model: nn.Module, where: Where, exclude: Where = ()) -> dict[str, Lin
     """The layers that `where` names and `exclude` does not, in the model's order.
 
     `where` is `"all-linear"` (every linear layer of the model's body: not its output head), a glob over full names
-    (`"*.q_proj"`), a compiled regular expression (full match), or a list of names, suffixes (`"q_proj"`) or globs;
+    (`"*.q_proj"`), a compiled regular expression (full match), or a list of names, suffixes (`"q_proj"`) or globs, with
+    `"all-linear"` among them or not;
     `exclude` is such a name, glob, expression or list.  A module that stands at several places is one layer, under its
     first name, and may be named by any.  Raises LookupError that lists what exists when a pattern matches nothing,
     TypeError when all that it matches is of a kind that cannot be adapted; warns of such layers beside others.
@@ -120,19 +121,29 @@ def choose(model: nn.Module, where: Where, exclude: Where = ()) -> dict[str, Lin
     candidates = [n for n, _ in model.named_modules() if n in barred] + list(layers)
     called = [(n, n) for n in candidates] + [(other, n) for n in layers for other in layers[n].also]
     called += [(other, n) for other, n in aliases(model).items() if n in barred]
-    if where == "all-linear":
-        asked, odd = _all_linear(model, layers)
+    body, patterns = with_body(where)
+    asked = _asked(patterns, called + _parts(model, layers))
+    asked |= {p: _parameters_named(model, p) for p, names in asked.items() if not names}
+    if body:
+        linear, odd = _all_linear(model, layers)
+        named = set().union(*asked.values())
+        odd = {n: why for n, why in odd.items() if not any(f"{p}.".startswith(f"{n}.") for p in named)}
         barred |= odd
-    else:
-        named = called + _parts(model, layers)
-        asked = _asked(where, named)
-        asked |= {p: _parameters_named(model, p) for p, names in asked.items() if not names}
+        asked["'all-linear'"] = linear | set(odd)
     if exclude:
         asked = _without(asked, _asked(exclude, called + _parts(model, layers)), candidates)
     _say_left_out(asked, barred)
     new = sorted(set().union(*asked.values()) - set(layers) - set(barred), key=_in_order)
     layers |= layers_at(model, new)
     return _checked({pattern: names - set(barred) for pattern, names in asked.items()}, layers, model)
+
+
+def with_body(where: Where) -> tuple[bool, Where]:
+    """(whether "all-linear" is among what is asked for, the rest)."""
+    if isinstance(where, str | re.Pattern):
+        return where == "all-linear", () if where == "all-linear" else where
+    patterns = list(where)
+    return "all-linear" in patterns, [p for p in patterns if p != "all-linear"]
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -164,7 +175,7 @@ def _parameters_named(model: nn.Module, pattern: str) -> set[str]:
     return found
 
 
-def _all_linear(model: nn.Module, layers: Mapping[str, LinearView]) -> tuple[dict[str, set[str]], dict[str, str]]:
+def _all_linear(model: nn.Module, layers: Mapping[str, LinearView]) -> tuple[set[str], dict[str, str]]:
     """The linear layers of the body, and {name: why} of those among them that compute something else than W x + b."""
     body = _body(model)
     linear = {n for n, m in model.named_modules() if n in body and n not in layers and isinstance(m, nn.Linear)}
@@ -176,7 +187,7 @@ def _all_linear(model: nn.Module, layers: Mapping[str, LinearView]) -> tuple[dic
             odd[n] = STACK.format(type(m).__name__, n.rpartition(".")[2] or "*")
         elif n in body and _is_recurrent(m):
             odd[n] = RECURRENT.format(type(m).__name__, n.rpartition(".")[2] or "*")
-    return {"'all-linear'": linear | own | set(odd)}, odd
+    return linear | own, odd
 
 
 def _is_linear(layer: LinearView) -> bool:

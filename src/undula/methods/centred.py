@@ -9,7 +9,7 @@ at twice the rank.  A start with B = 0 has nothing to count out: its method keep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..core.bend import Bend
 from ..core.method import (
     Additive,
     Factors,
+    Layer,
     LowRank,
     Method,
     Site,
@@ -36,6 +37,10 @@ class Centred(Wrapper):
 
     inner: Method
     start: Start = Gaussian()
+
+    if TYPE_CHECKING:  # the variants have it: each from its rung
+
+        def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor: ...
 
     def __new__(cls, inner: Method, start: Start = Gaussian()) -> Self:
         return object.__new__(on_rung(Centred, inner))  # type: ignore[return-value]

@@ -9,7 +9,7 @@ sum_i r_i: the factors stacked (as in FLoRA, Wang et al. 2024, arXiv:2409.05976)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..core.method import (
     RUNGS,
     Additive,
     Factors,
+    Layer,
     LowRank,
     Method,
     Site,
@@ -37,6 +38,10 @@ class Sum(Wrapper):
 
     parts: tuple[Method, ...]
     weights: tuple[Finite, ...]
+
+    if TYPE_CHECKING:  # the variants have it: each from its rung
+
+        def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor: ...
 
     def __new__(cls, parts: tuple[Method, ...], weights: tuple[float, ...]) -> Self:
         if not parts or len(parts) != len(weights):
