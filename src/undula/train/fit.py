@@ -274,7 +274,7 @@ def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:
 
 
 def _before(ready: Prepared, resume: bool) -> dict[str, float]:
-    """The metric before training: from run.json where an earlier session measured it."""
+    """The metric before training: from run.json where an earlier start measured it."""
     told = read_run(ready.run.out) if resume else {}
     digest = _digest(ready)
     changed = [name for name, made in told.get("digest", digest).items() if digest.get(name) != made]
