@@ -5,7 +5,7 @@ READY := .venv/.undula-ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm quick test setup mutants bench lint snippets
+.PHONY: demo demo-lm quick test setup mutants bench lint snippets docs
 
 demo: setup
 	$(PY) -m undula.bundled fetch minilm wordnet
@@ -40,7 +40,11 @@ lint: setup
 
 snippets: setup
 	$(PY) -m undula.bundled fetch minilm efficientnet-lite0 wordnet
-	$(PY) tests/snippets.py README.md docs/*.md docs/methods/*.md
+	$(PY) tests/snippets.py README.md $(sort $(shell find docs -name '*.md'))
+
+# The site, in site/; every warning is an error.  `$(PY) -m http.server -d site` shows it.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --clean
 
 setup: $(READY)
 
