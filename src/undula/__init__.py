@@ -5,6 +5,7 @@ An adapter is a value; a method is a law W -> W'.
 
 from . import io, ranks, starts
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
+from .core import VERSION
 from .core.adapter import Adapter
 from .core.method import Additive, Layer, LowRank, Method, Reweight, Site
 from .host.host import adapters, attach, detach, select, selected
@@ -111,7 +112,7 @@ __all__ = [
     "train",
     "unmerge",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 for _verb in (methods, study, train):  # which hide packages of their names: by this one `import ... as` finds those
     _verb.__name__ = f"{__name__}.{_verb.__name__}"

@@ -102,6 +102,10 @@ def test_checkpoints_hold_the_adapter_alone(whole, bert):
 def test_a_saved_run_measures_the_same(whole):
     out, report = whole
     assert evaluate(out) == report["after"]
+    told = undula.Adapter.load(out).about
+    assert told["created_by"] == f"undula {undula.__version__}"
+    assert told["training"]["after"] == report["after"]
+    assert told["training"]["steps"] == report["steps"]
     assert evaluate(out, split="train", rows=20) != report["after"]
     with pytest.raises(LookupError, match=r"no split 'exam'; there are: train \(80 rows\)"):
         evaluate(out, split="exam")

@@ -287,14 +287,17 @@ def test_numbers_that_no_reader_takes_are_not_written_over_a_good_adapter(bad, e
     assert float(next(undula.Adapter.load(tmp_path / "x").tensors())[2].flatten()[0]) == 1.0
 
 
+MADE = {"created_by": f"undula {undula.__version__}"}
 SAID = {"revision": "main", "auto_mapping": {"base_model_class": "Net", "parent_library": "here"}}
 
 
 @pytest.mark.parametrize("export", [False, True], ids=["own", "export"])
 def test_what_a_directory_says_beside_is_kept(export, tmp_path):
     """Base, task and the rest, through loading, attaching, copying, arithmetic and saving; arguments count first."""
+    own = {} if export else {"created_by": "another version", "training": {"steps": 3, "after": {"loss": 0.5}}}
+    said = {**SAID, **own}
     adapter = dataclasses.replace(
-        small(16.0, 1.0), about={"base_model_name_or_path": "my/base", "task_type": "CAUSAL_LM", **SAID}
+        small(16.0, 1.0), about={"base_model_name_or_path": "my/base", "task_type": "CAUSAL_LM", **said}
     )
     written(adapter, tmp_path / "a", export)
     first = undula.Adapter.load(tmp_path / "a")
@@ -305,9 +308,24 @@ def test_what_a_directory_says_beside_is_kept(export, tmp_path):
         assert undula.Adapter.load(tmp_path / f"b{i}").about == adapter.about
     first.save(tmp_path / "c", base="other", task="SEQ_CLS")
     again = undula.Adapter.load(tmp_path / "c").about
-    assert again == {**adapter.about, "base_model_name_or_path": "other", "task_type": "SEQ_CLS"}
-    other = dataclasses.replace(first, about={**SAID, "task_type": "SEQ_CLS"})
-    assert (first + other).about == SAID, "what the terms disagree on is said by none"
+    assert again == {**MADE, **adapter.about, "base_model_name_or_path": "other", "task_type": "SEQ_CLS"}
+    other = dataclasses.replace(first, about={**said, "task_type": "SEQ_CLS"})
+    assert (first + other).about == said, "what the terms disagree on is said by none"
+
+
+def test_a_directory_says_what_made_it(tmp_path):
+    small(16.0, 1.0).save(tmp_path)
+    assert undula.Adapter.load(tmp_path).about == MADE
+
+
+@pytest.mark.parametrize("field", ["classes", "created_by", "training"])
+def test_what_is_told_of_an_adapter_has_its_kind(field, tmp_path):
+    small(16.0, 1.0).save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["undula"][field] = 5
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"`{field}` .* found 5"):
+        undula.Adapter.load(tmp_path)
 
 
 def lora(path, change=None):

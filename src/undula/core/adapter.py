@@ -23,12 +23,13 @@ class Adapter:
     """methods[site] is the law of a site, factors[site][name] its tensors, shapes[site] the layer's (O, I);
     full[name] replaces a parameter of the model (a classification head, a norm).  These mappings are the value's own
     and read-only; what is attached to a model is a `Live` one.  kernels[site] is there for layers that are not linear,
-    which other formats write differently: (C_in/groups, kh, kw) of a convolution in two dimensions, () of an embedding,
-    (i,) of one whose row i is padding, which stays the base's whatever dW says.  `about` is what a directory says
-    beside (`base_model_name_or_path`, `task_type`, a head's `classes` in order ...): it comes with loading and goes
-    with saving.  apart[site] says why no plain LoRA of PEFT's computes W + dW at that layer, or that the factors are
-    such a LoRA's (see `undula.host.apart`).  `weight` is the sum of the weights of the adapters that a combination is
-    made of: what is in `full` has a meaning where it is 1, an average."""
+    which other formats write differently: (C_in/groups, kh, kw) of a convolution in two dimensions, () of an
+    embedding, (i,) of one whose row i is padding, which stays the base's whatever dW says.  `about` is what a
+    directory says beside (`base_model_name_or_path`, `task_type`, a head's `classes` in order, `created_by`, the
+    `training` in figures): it comes with loading and goes with saving.  apart[site] says why no plain LoRA of PEFT's
+    computes W + dW at that layer, or that the factors are such a LoRA's (see `undula.host.apart`).  `weight` is the
+    sum of the weights of the adapters that a combination is made of: what is in `full` has a meaning where it is 1, an
+    average."""
 
     methods: Mapping[str, Method]
     factors: Mapping[str, Factors]

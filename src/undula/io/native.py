@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core import VERSION as UNDULA
 from ..core.adapter import Adapter
 from ..host.build import rebuilt
 from ..kernels import frozen
 from . import diffusers, files
 from .peft import about, read_lora
 from .reading import (
+    ABOUT,
     TYPE,
     VERSION,
     assemble,
@@ -73,7 +75,7 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
             first[id(t)], tensors[key] = key, t
     kinds = {m: i for i, m in enumerate(dict.fromkeys(adapter.methods.values()))}
     config = {
-        **{k: v for k, v in adapter.about.items() if k != "classes"},
+        **{k: v for k, v in adapter.about.items() if k not in ABOUT},
         "peft_type": TYPE,
         "task_type": adapter.about.get("task_type") if task is None else task,
         "base_model_name_or_path": adapter.about.get("base_model_name_or_path") if base is None else base,
@@ -94,8 +96,8 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
     apart = {s: why for s, why in adapter.apart.items() if s in adapter.methods}
     if apart:  # versions before this field read what has none
         config["undula"]["apart"] = apart
-    if adapter.about.get("classes"):
-        config["undula"]["classes"] = list(adapter.about["classes"])
+    whole = {"created_by": f"undula {UNDULA}", **adapter.about}
+    config["undula"] |= {k: whole[k] for k in ABOUT if whole.get(k)}
     return config, tensors | {files.PREFIX + name: t for name, t in adapter.full.items()}
 
 

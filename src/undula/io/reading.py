@@ -20,7 +20,8 @@ from . import files
 
 VERSION = 1
 TYPE, MARK = "UNDULA", ".undula_factors."
-OWN = {"version", "methods", "sites", "order", "kernels", "apart", "tied", "rebuilt", "frozen", "classes"}
+ABOUT = ("classes", "created_by", "training")  # of `Adapter.about`, what no other reader knows
+OWN = {"version", "methods", "sites", "order", "kernels", "apart", "tied", "rebuilt", "frozen", *ABOUT}
 LARGEST_SIDE = 1 << 31  # rows or columns of a layer
 MOST_CHOICES, DEEPEST = 20_000, 100  # methods within methods, and what they are made of
 
@@ -143,17 +144,21 @@ def assemble(
     for t in full.values():
         t.requires_grad_()
     kernels, apart = _kernels(own.get("kernels", {}), shapes, path), texts(own, "apart", path)
-    said, named = {k: v for k, v in said.items() if k != "classes"}, classes(own, path)
-    return Adapter(methods, factors, shapes, full, kernels, {**said, "classes": named} if named else said, apart)
+    said = {k: v for k, v in said.items() if k not in ABOUT} | told(own, path)
+    return Adapter(methods, factors, shapes, full, kernels, said, apart)
 
 
-def classes(own: Mapping[str, Any], path: str) -> list[str]:
-    """The names of a head's classes, in order, in the config's `undula` object; empty where there are none.  Raises
-    ValueError."""
-    found = own.get("classes", [])
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{path}: `classes` lists texts; found {found!r:.80}")
-    return found
+def told(own: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What the config's `undula` object says of the adapter as a whole: the names of a head's classes in order, what
+    made it, and its training in figures; without what is not there.  Raises ValueError."""
+    classes, maker, training = (own.get(name, none) for name, none in zip(ABOUT, ([], "", {}), strict=True))
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path}: `classes` lists texts; found {classes!r:.80}")
+    if not isinstance(maker, str):
+        raise ValueError(f"{path}: `created_by` is a text; found {maker!r:.80}")
+    if not isinstance(training, dict):
+        raise ValueError(f"{path}: `training` maps names to figures; found {training!r:.80}")
+    return {name: value for name, value in zip(ABOUT, (classes, maker, training), strict=True) if value}
 
 
 def _checked(

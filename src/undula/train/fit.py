@@ -103,7 +103,7 @@ def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback
         "run": ready.run.encode(),
         "out": str(run.out),
     }
-    report = processes.by_first(lambda: _written(run, finite(report)))
+    report = processes.by_first(lambda: _written(ready, finite(report)))
     if diverged:
         raise Diverged(
             f"the training diverged at step {course['steps']} of {course['steps_asked']}: its loss or its adapter is "
@@ -112,9 +112,23 @@ def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback
     return report
 
 
-def _written(run: Run, report: dict[str, Any]) -> dict[str, Any]:
+SUMMARY = ("metric", "before", "after", "steps", "train_rows", "eval_rows", "rows_in_a_step", "seed")
+
+
+def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
+    """Writes the report, and its figures into the adapter, with which they go wherever that goes."""
+    run, adapter = ready.run, ready.adapter
     write_json(run.out / REPORT, report)
+    if report["after"]:
+        data = Path(run.data).name if Path(run.data).exists() else run.data
+        training = {"data": data, **{k: report[k] for k in SUMMARY}, "lr": run.lr}
+        adapter.about = {**adapter.about, "training": training}  # type: ignore[misc]
+        _save(ready)
     return report
+
+
+def _save(ready: Prepared) -> None:
+    ready.adapter.save(ready.run.out, base=called_elsewhere(ready.run.model), task=ready.run.task.peft)
 
 
 def _after(ready: Prepared) -> dict[str, float]:
@@ -122,7 +136,7 @@ def _after(ready: Prepared) -> dict[str, float]:
     run = ready.run
     if not all(torch.isfinite(t).all() for t in ready.adapter.parameters()):
         return {}  # no directory would take it back
-    ready.adapter.save(run.out, base=called_elsewhere(run.model), task=run.task.peft)
+    _save(ready)
     return run.task.score(ready.model, ready.held, run.batch)
 
 

@@ -59,7 +59,7 @@ def by_record(
     new = reading.as_recorded(new, own, files.CONFIG)
     if live is not None and not meta:
         _take_frozen(new, live)
-    new = replace(new, apart={**own["apart"], **new.apart})
+    new = replace(new, apart={**own["apart"], **new.apart}, about=reading.told(own, files.CONFIG))
     return new, _record(new, seeded)
 
 
