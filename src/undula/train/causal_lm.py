@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
-import contextlib
+import itertools
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,10 +15,11 @@ import torch
 from ..core.choice import Choice
 from ..core.ranges import Count, Natural
 from .columns import named_columns, texts
-from .conversation import conversations, rendered, tokens
+from .conversation import conversations, questions, rendered, tokens
 from .faults import Faults
-from .limits import UNLIMITED
-from .task import Example, Examples, Task, Traced, outputs
+from .generation import Sampling, room_after, write
+from .limits import UNLIMITED, Cuts
+from .task import WINDOW, Example, Examples, Task, Traced, outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,6 +96,7 @@ class CausalLM(Task):
         ("text",),
     )  # the roles of each form, the first that fits
     optional = ("context",)
+    targets = ("completion",)
     peft = "CAUSAL_LM"
     headline = "loss"
     has_head = False
@@ -155,10 +158,66 @@ class CausalLM(Task):
         else:
             made = {r: texts(split, column, faults, blank=r == "context") for r, column in columns.items()}
         faults.check()
-        if "context" in made:
-            asked = zip(made["prompt"], made.pop("context"), strict=True)
-            made["prompt"] = [f"{prompt}\n\n{context}" if context.strip() else prompt for prompt, context in asked]
-        return Dataset.from_dict(made)
+        return Dataset.from_dict(_joined(made))
+
+    def inputs(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
+        """{role: column} of a form without its completion: the one that is named, else the first that there is."""
+        forms = [tuple(role for role in form if role not in self.targets) for form in self.forms]
+        named = [form for form in forms if any(getattr(self, role) is not None for role in form)]
+        met = [form for form in forms if all(any(c in there for c in self.roles[role]) for role in form)]
+        form = (*named, *met, ("prompt",))[0]
+        made = self._columns((*form, "context") if form == ("prompt",) else form, there, faults)
+        if made.get("context") == made.get("prompt"):
+            made.pop("context", None)
+        return made
+
+    def asked(self, split: Dataset, faults: Faults) -> Dataset:
+        from datasets import Dataset
+
+        columns = self.inputs(split.column_names, faults)
+        if "messages" in columns:
+            return Dataset.from_dict({"messages": questions(split, columns["messages"], faults)})
+        return Dataset.from_dict(_joined({r: texts(split, c, faults, r == "context") for r, c in columns.items()}))
+
+    def asked_ids(
+        self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, new: int, cuts: Cuts | None = None
+    ) -> list[int]:
+        """The tokens of a row that is to be gone on with, {prompt}, {messages} or {text}, as in training; a prompt that
+        leaves less than half of the model's places, and not `new`, is cut at its end, and counted in `cuts`.  Raises
+        ValueError for another row that leaves no place."""
+        if row.get("messages") is not None:
+            ids = _ids(rendered(row["messages"], tokenizer, generate=True), tokenizer)
+        elif row.get("text") is not None:
+            ids = _begin(tokenizer) + _ids(row["text"], tokenizer)
+        else:
+            whole = min(tokenizer.model_max_length, UNLIMITED)
+            ids = self.prompt_ids(row["prompt"], tokenizer, max(1, whole // 2, whole - new))
+            form = self.format or (Chat() if tokenizer.chat_template else Plain())
+            had = len(_ids(form(row["prompt"], tokenizer), tokenizer))
+            if cuts is not None and len(ids) < had:
+                cuts.add("the prompt is cut at the end of its text", had, len(ids))
+        room_after(len(ids), tokenizer)
+        return ids
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        rows: Iterable[Mapping[str, Any]],
+        processor: PreTrainedTokenizerBase,
+        batch: int,
+        sampling: Sampling | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """{text, ended: whether it ended by itself}; sampling None: the likeliest tokens, `max_completion` of them at
+        most (None: 256)."""
+        how = Sampling(self.max_completion or WRITTEN) if sampling is None else sampling
+        cuts, count, left = Cuts(), 0, iter(rows)
+        while window := list(itertools.islice(left, WINDOW * batch)):
+            ids = [self.asked_ids(row, processor, how.max_new_tokens, cuts) for row in window]
+            for made in write(model, ids, processor, batch, how, count):
+                yield {"text": made.text.strip(), "ended": made.ended}
+            count += len(window)
+        for note in cuts.told(count, "given"):
+            logging.getLogger("undula.train").warning(note)
 
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM as Auto
@@ -266,49 +325,21 @@ class CausalLM(Task):
         ids = [self.prompt_ids(text, tokenizer) for text in prompts]
         return self._written(model, ids, tokenizer, batch, self.max_completion or WRITTEN)
 
-    @torch.no_grad()
     def _written(
         self, model: PreTrainedModel, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, batch: int, most: int
     ) -> list[str]:
         whole = max(2, min(tokenizer.model_max_length, UNLIMITED))
         ids = [i[-(whole - 1) :] for i in ids]  # a place for one token at least
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        written = [""] * len(ids)
-        training = model.training
-        model.eval()
-        try:
-            with greedy(model, tokenizer):
-                for start in range(0, len(order), batch):
-                    numbers = order[start : start + batch]
-                    given = {"input_ids": [ids[i] for i in numbers]}
-                    inputs = tokenizer.pad(given, padding_side="left", return_tensors="pt")
-                    width = inputs["input_ids"].shape[1]
-                    made = model.generate(**inputs.to(model.device), max_new_tokens=min(most, whole - width))  # type: ignore[operator]
-                    texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
-                    for i, text in zip(numbers, texts, strict=True):
-                        written[i] = text.strip()
-        finally:
-            model.train(training)
-        return written
+        return [made.text.strip() for made in write(model, ids, tokenizer, batch, Sampling(most))]
 
 
-@contextlib.contextmanager
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """The model's generation by its likeliest token alone: of its own generation_config, which may ask for beams,
-    penalties or sampling, only the tokens that end a text stay."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    ends = getattr(own, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=getattr(own, "bos_token_id", None),
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _joined(made: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """A context follows its prompt."""
+    columns = dict(made)
+    if "context" in columns:
+        asked = zip(columns["prompt"], columns.pop("context"), strict=True)
+        columns["prompt"] = [f"{prompt}\n\n{context}" if context.strip() else prompt for prompt, context in asked]
+    return columns
 
 
 def room(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,6 +52,13 @@ class TextTask(HeadTask):
         labels = self.labels(split, columns["label"], faults)
         faults.check()
         return Dataset.from_dict({**named, "label": labels})
+
+    def asked(self, split: Dataset, faults: Faults) -> Dataset:
+        from datasets import Dataset
+
+        return Dataset.from_dict({
+            role: texts(split, column, faults) for role, column in self.inputs(split.column_names, faults).items()
+        })  # fmt: skip
 
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification as Auto
@@ -105,6 +112,11 @@ class Regression(TextTask):
 
     def outputs(self) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}
+
+    def said(self, logits: torch.Tensor) -> Iterator[dict[str, Any]]:
+        """{value}."""
+        for row in logits[:, 0].tolist():
+            yield {"value": row}
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         guesses = self.logits(model, examples, batch)[:, 0]

@@ -4,7 +4,7 @@ learned: the assistant's turns, each with its end."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .columns import spot
@@ -26,10 +26,29 @@ UNSERVED = ("tool_calls", "function_call", "weight", "loss")  # keys that change
 
 def conversations(rows: Dataset, column: str, faults: Faults) -> list[list[Message]]:
     """A column of conversations as lists of {role, content}; also as the JSON text of such a list."""
+    return _each(rows, column, faults, _conversation)
+
+
+def questions(rows: Dataset, column: str, faults: Faults) -> list[list[Message]]:
+    """A column of conversations up to where the assistant is to speak: what of it stands at the end is left out."""
+    return _each(rows, column, faults, question)
+
+
+def question(value: Any) -> list[Message]:
+    """A conversation up to where the assistant is to speak.  Raises ValueError for what is none."""
+    made = _messages(value)
+    while made and made[-1]["role"] == ASSISTANT:
+        made.pop()
+    if not made or not made[-1]["content"].strip():
+        raise ValueError("it says nothing that could be answered")
+    return made
+
+
+def _each(rows: Dataset, column: str, faults: Faults, read: Callable[[Any], list[Message]]) -> list[list[Message]]:
     source, found = source_of(rows), []
     for row, value in enumerate(rows[column][:]):
         try:
-            found.append(_conversation(value))
+            found.append(read(value))
         except ValueError as error:
             found.append([])
             advice = 'A conversation is [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
@@ -38,7 +57,7 @@ def conversations(rows: Dataset, column: str, faults: Faults) -> list[list[Messa
     return found
 
 
-def _conversation(value: Any) -> list[Message]:
+def _messages(value: Any) -> list[Message]:
     """Raises ValueError for what is none."""
     if isinstance(value, str):
         try:
@@ -47,7 +66,12 @@ def _conversation(value: Any) -> list[Message]:
             raise ValueError(f"found the text {value!r:.40}") from None
     if not isinstance(value, list) or not value:
         raise ValueError(f"found {value!r:.40}")
-    made = [_message(i, message) for i, message in enumerate(value)]
+    return [_message(i, message) for i, message in enumerate(value)]
+
+
+def _conversation(value: Any) -> list[Message]:
+    """Raises ValueError for what is none, or holds nothing to learn."""
+    made = _messages(value)
     if not any(m["role"] == ASSISTANT for m in made):
         raise ValueError("no turn of the assistant's, so there is nothing to learn")
     while made[-1]["role"] != ASSISTANT:  # nothing is learned from what comes after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,7 +12,7 @@ from .base import lacking
 from .columns import alike, classes, in_order, known
 from .faults import Faults
 from .splitting import counts
-from .task import Examples, Task, outputs
+from .task import Examples, Processor, Task, outputs, windows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +46,28 @@ class HeadTask(Task):
         found = [(numbers, logits.float().cpu()) for numbers, _, logits in outputs(model, examples, batch)]
         order = torch.tensor([i for numbers, _ in found for i in numbers])
         return torch.cat([logits for _, logits in found])[order.argsort()]
+
+    def answers(
+        self, model: PreTrainedModel, rows: Iterable[Mapping[str, Any]], processor: Processor, batch: int
+    ) -> Iterator[dict[str, Any]]:
+        count = 0
+        for window in windows(self, rows, processor, batch, label=self.no_label()):
+            logits = self.logits(model, window, batch)
+            if not (finite := logits.isfinite().flatten(1).all(1)).all():
+                raise ValueError(
+                    f"the model's output for row {count + int(finite.int().argmin()) + 1} is not finite (NaN or "
+                    "infinite), so there is no answer: open the base in float32, or train the adapter again"
+                )
+            yield from self.said(logits)
+            count += len(window)
+
+    def no_label(self) -> Any:
+        """What stands for the label of a row that has none."""
+        return 0
+
+    def said(self, logits: torch.Tensor) -> Iterator[dict[str, Any]]:
+        """What outputs (rows, classes) of the head mean."""
+        raise NotImplementedError
 
 
 class Classes(HeadTask):
@@ -102,6 +124,13 @@ class Classes(HeadTask):
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         return self.metrics(self.logits(model, examples, batch), examples.rows["label"][:])
+
+    def said(self, logits: torch.Tensor) -> Iterator[dict[str, Any]]:
+        """{label, probability, probabilities: {class: p}}, p the softmax of the outputs."""
+        for row in logits.double().softmax(1):
+            found = dict(zip(self.names, row.tolist(), strict=True))
+            label = max(found, key=lambda name: found[name])
+            yield {"label": label, "probability": found[label], "probabilities": found}
 
     def metrics(self, logits: torch.Tensor, labels: list[int]) -> dict[str, float]:
         """The metrics of a head's outputs (rows, classes)."""

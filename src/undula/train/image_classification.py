@@ -50,11 +50,19 @@ class ImageClassification(Classes):
         faults = Faults()
         columns = self.columns(split.column_names)
         labels = self.labels(split, columns["label"], faults)
-        pictures = images(split.select_columns([columns["image"]]), columns["image"], faults)
+        pictures = self._pictures(split, columns["image"], faults)
         faults.check()
-        if columns["image"] != "image":
-            pictures = pictures.rename_column(columns["image"], "image")
         return pictures.add_column("label", labels, feature=ClassLabel(names=list(self.names)))
+
+    def asked(self, split: Dataset, faults: Faults) -> Dataset:
+        column = self.inputs(split.column_names, faults).get("image")
+        if column is None:
+            raise faults.error()
+        return self._pictures(split, column, faults)
+
+    def _pictures(self, split: Dataset, column: str, faults: Faults) -> Dataset:
+        found = images(split.select_columns([column]), column, faults)
+        return found if column == "image" else found.rename_column(column, "image")
 
     def processor(self, path: str) -> BaseImageProcessor:
         from transformers import AutoImageProcessor

@@ -6,7 +6,9 @@ One more task is one more class: registered, a frozen dataclass, its fields the 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,7 +18,7 @@ from ..core.choice import Choice
 from .columns import named_columns
 from .data import split_of
 from .faults import Faults
-from .limits import fits, padding
+from .limits import Cuts, fits, padding
 from .source import named, sound, source_of
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Example = dict[str, Any]
 Traced = tuple[Example, dict[str, tuple[int, int]]]  # and what was cut: {what: (tokens that there were, that are kept)}
+WINDOW = 64  # batches of rows without labels that are in memory at once, and sorted by their length
 Processor = Any  # what comes with a pretrained model and makes its inputs: a tokenizer, an image processor
 
 
@@ -37,6 +40,7 @@ class Task(Choice):
     headline: ClassVar[str]  # the metric of tables
     more_is_better: ClassVar[bool] = True
     has_head: ClassVar[bool] = True  # whether the model gets a new head, which trains in full
+    targets: ClassVar[tuple[str, ...]] = ("label",)  # the roles of what is learned: rows to answer need none of them
 
     def fitted(self, train: Dataset) -> Self:
         """This task with what the training rows tell it (the names of the classes)."""
@@ -161,10 +165,32 @@ class Task(Choice):
         """The parameters that train in full: all that stand outside the model's body; none for a language model."""
         return ()
 
+    def answers(
+        self, model: PreTrainedModel, rows: Iterable[Mapping[str, Any]], processor: Processor, batch: int
+    ) -> Iterator[dict[str, Any]]:
+        """What the model says to rows without labels, {role: value} as `asked` gives them: a dict of JSON values for
+        each, in their order.  The rows may be endless: so many as make 64 batches are in memory at once.
+
+        Raises NotImplementedError for a task that cannot, ValueError for a row whose answer is not finite.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers no rows")
+
+    def asked(self, split: Dataset, faults: Faults) -> Dataset:
+        """The rows with one column per role, but without what is learned: what `answers` takes.  Adds what is wrong
+        with them; raises LookupError where a column is missing."""
+        raise NotImplementedError(f"{type(self).__name__} reads no rows without labels")
+
+    def inputs(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
+        """{role: column} of rows without labels.  Raises as `columns` does."""
+        return self._columns([role for role in self.roles if role not in self.targets], there, faults)
+
     def columns(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
         """{role: column}.  Raises LookupError that lists the columns that exist, or adds to the `faults`."""
+        return self._columns(self.roles, there, faults)
+
+    def _columns(self, roles: Iterable[str], there: Sequence[str], faults: Faults | None) -> dict[str, str]:
         found = faults if faults is not None else Faults()
-        made = {role: column for role in self.roles if (column := self._column(role, there, found)) is not None}
+        made = {role: column for role in roles if (column := self._column(role, there, found)) is not None}
         if faults is None:
             found.check()
         return made
@@ -197,6 +223,32 @@ class Examples:
 
     def __getitem__(self, i: int) -> Example:
         return self.task.example(self.rows[i], self.processor)
+
+
+@dataclass(frozen=True)
+class Asked(Examples):
+    """Rows to answer as examples; what is cut of them is counted."""
+
+    cuts: Cuts
+
+    def __getitem__(self, i: int) -> Example:
+        example, lost = self.task.traced(self.rows[i], self.processor)
+        for what, (had, kept) in lost.items():
+            self.cuts.add(what, had, kept)
+        return example
+
+
+def windows(
+    task: Task, rows: Iterable[Mapping[str, Any]], processor: Processor, batch: int, **fixed: Any
+) -> Iterator[Asked]:
+    """Rows to answer, so many at once as `WINDOW` batches take, each with the values `fixed` beside its own; says in
+    the end what was cut of them."""
+    cuts, left, count = Cuts(), iter(rows), 0
+    while window := [{**row, **fixed} for row in itertools.islice(left, WINDOW * batch)]:
+        count += len(window)
+        yield Asked(task, window, processor, cuts)  # type: ignore[arg-type]
+    for note in cuts.told(count, "given"):
+        logging.getLogger("undula.train").warning(note)
 
 
 @torch.no_grad()
