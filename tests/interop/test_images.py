@@ -286,10 +286,12 @@ def test_grey_palette_turned_and_transparent_images_become_rgb():
 
 
 def test_columns_without_images_are_named():
-    rows = datasets.Dataset.from_list([{"image": "cat.png", "label": 0}, {"image": "dog.png", "label": 1}])
-    with pytest.raises(ValueError, match=r"'image' holds no images \(it holds string, as in row 1: 'cat.png'\)"):
+    rows = datasets.Dataset.from_list([{"image": 3, "label": 0}, {"image": 4, "label": 1}])
+    with pytest.raises(ValueError, match=r"'image' holds no images \(it holds int64, as in row 1: 3\)"):
         ImageClassification(names=("0", "1")).rows(rows)
-    with pytest.raises(LookupError, match=r"no column for image \(looked for image, img\); their columns are: text"):
+    with pytest.raises(
+        LookupError, match=r"no column for image \(looked for image, img, file_name\); their columns are: text"
+    ):
         ImageClassification(names=("0", "1")).rows(rows.rename_column("image", "text"))
 
 
@@ -316,7 +318,9 @@ def test_other_bad_data(lite, tmp_path):
         load_data(strange)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"nor one with images in train/CLASS/; it has: a.png"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nor one with images or sounds in train/CLASS/ or CLASS/; it has: a.png"
+    ):
         load_data(str(tmp_path / "flat"))
     hole = datasets.Dataset.from_list([*tiny.pictures(2), {"image": None, "label": "red"}])
     with pytest.raises(ValueError, match="column 'image' is empty: row 3"):

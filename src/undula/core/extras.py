@@ -16,8 +16,16 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "plot": ("matplotlib",),
     "study": ("pyarrow",),
     "bits": ("bitsandbytes",),
+    "speech": ("soundfile", "jiwer"),
+    "similarity": ("sentence_transformers",),
 }
-INCLUDED = {"train": ("hf", "cli"), "study": ("train", "plot"), "bits": ("hf",)}
+INCLUDED = {
+    "train": ("hf", "cli"),
+    "study": ("train", "plot"),
+    "bits": ("hf",),
+    "speech": ("train",),
+    "similarity": ("train",),
+}
 EXTRAS = {package: extra for extra, packages in BROUGHT.items() for package in packages}  # the smallest that brings it
 
 

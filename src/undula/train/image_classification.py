@@ -29,7 +29,7 @@ class ImageClassification(Classes):
     processor has; with it a network of convolutions takes small images as they are.
     """
 
-    roles: ClassVar = {"image": ("image", "img"), "label": ("label", "labels")}
+    roles: ClassVar = {"image": ("image", "img", "file_name"), "label": ("label", "labels")}
     peft = None
 
     image: str | None = None

@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .columns import spot
 from .faults import Faults
-from .source import Source, described, source_of
+from .media import IMAGES, named_files
+from .source import source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-KINDS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-
 
 def images(rows: Dataset, column: str, faults: Faults) -> Dataset:
     """The rows with `column` as encoded images, {bytes, path}, each read when it is asked for (see `opened`).
 
-    Takes an `Image` feature, encoded images as bytes, or {bytes, path}.  A column of anything else is a fault, and so
-    are rows without an image or whose beginning is not that of one; where rows may be left out, also whose end is not.
+    Takes an `Image` feature, encoded images as bytes, {bytes, path}, or names of files (see `named_files`).  A column
+    of anything else is a fault, and so are rows without an image or whose beginning is not that of one; where rows may
+    be left out, also whose end is not.
     """
     from datasets import Image, Value
 
     feature = rows.features[column]
     encoded = isinstance(feature, dict) and {"bytes", "path"} >= set(feature) and "bytes" in feature
     binary = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-    if not (isinstance(feature, Image) or encoded or binary):
+    named = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    if not (isinstance(feature, Image) or encoded or binary or named):
         found = f"it holds {feature.dtype}" if isinstance(feature, Value) else f"it is a {type(feature).__name__}"
         faults.add(
             spot(rows, column, f"holds no images ({found}, as in {source_of(rows).place(0)}: {rows[0][column]!r:.60})"),
-            advice="An image is an `Image` of `datasets`, the bytes of a PNG or JPEG file, or a file in a folder "
-            "train/CLASS/",
+            advice="An image is an `Image` of `datasets`, the bytes of a PNG or JPEG file, the name of one, or a file "
+            "in a folder CLASS/",
         )
         return rows
     source = source_of(rows)
-    lazy = rows.cast_column(column, Image(decode=False))
+    lazy = named_files(rows, column, IMAGES, faults) if named else rows.cast_column(column, Image(decode=False))
     look = (
         _decoded if faults.skip else _header
     )  # who leaves rows out must see them all; else pixels are read once, later
     for number, value in enumerate(lazy[column]):
+        if value is None and named:
+            continue
         if value is None or not (value.get("bytes") or value.get("path")):
             place, advice = source.place(number), "Fill or remove these rows"
             faults.add(spot(rows, column, "is empty"), place, advice, source.key(number))
@@ -107,38 +107,3 @@ def fingerprint(value: dict[str, Any]) -> str:
     """The same for images with the same pixels, however they are stored."""
     image = opened(value)
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-
-
-def class_folders(path: Path) -> Dataset:
-    """The images below PATH/CLASS/, class by class, in the order of their names; a label is the name of its folder.
-
-    Raises ValueError for a class without an image.
-    """
-    from datasets import ClassLabel, Dataset, Features, Image
-
-    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    rows: list[dict[str, Any]] = []
-    for number, folder in enumerate(classes):
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
-        if not found:
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-            raise ValueError(f"{folder} holds no images ({', '.join(sorted(KINDS))}); it has: {there}")
-        rows += [{"image": {"path": str(p), "bytes": None}, "label": number} for p in found]
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=[p.name for p in classes])})
-    return described(Dataset.from_list(rows, features=features), Source(str(path), notes=tuple(_unread(path, classes))))
-
-
-LITTER = {"thumbs.db", "desktop.ini"}  # what a file manager leaves, beside names with a dot before
-
-
-def _unread(path: Path, classes: Sequence[Path]) -> Iterator[str]:
-    """What of such a folder is no row, though its owner may think so."""
-    every = (p for folder in classes for p in folder.rglob("*") if p.suffix.lower() not in KINDS and p.is_file())
-    others = [p for p in every if not p.name.startswith(".") and p.name.lower() not in LITTER]
-    counted = Counter(p.suffix.lower() or p.name for p in others)
-    kinds = [f"{count} {kind}" for kind, count in sorted(counted.items())]
-    if kinds:
-        yield f"files that are not read: {', '.join(kinds)[:200]}; images are {', '.join(sorted(KINDS))}"
-    loose = sorted(p.name for p in path.iterdir() if p.suffix.lower() in KINDS and p.is_file())
-    if loose:
-        yield f"images that are in no class's folder are not read: {', '.join(loose)[:200]} ({len(loose)} in all)"

@@ -132,8 +132,8 @@ class Recipe(Settings):
     """What is trained on what, and how.
 
     model: a folder, a name on the model hub, or `bundled:NAME`; data: a JSONL, CSV, TSV or Parquet file, a folder of
-    such files named after splits, of images in SPLIT/CLASS/, or saved by `datasets`, a name on the hub (`NAME:CONFIG`),
-    or `bundled:NAME`.
+    such files named after splits, of images or sounds in SPLIT/CLASS/ or CLASS/, or saved by `datasets`, a name on the
+    hub (`NAME:CONFIG`), or `bundled:NAME`.
     method None trains the task's head alone.
     """
 

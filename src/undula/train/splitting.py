@@ -10,11 +10,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .media import MEDIA, encoded
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 VALIDATION_SHARE, VALIDATION_MOST = 0.1, 2000
-INPUTS = ("text", "pair", "prompt", "messages", "image")  # the columns that a task's rows have beside what is learned
+INPUTS = (
+    "text",
+    "pair",
+    "prompt",
+    "messages",
+    "image",
+    "audio",
+)  # the columns that a task's rows have beside what is learned
 
 
 def with_validation(data: DatasetDict, seed: int, by_chance: bool = False) -> DatasetDict:
@@ -96,14 +105,12 @@ def _classes(rows: Dataset) -> Sequence[Any]:
 
 
 def inputs(rows: Dataset) -> Iterator[bytes]:
-    """Of each row a hash of its input: its texts, or its image as it is stored."""
+    """Of each row a hash of its input: its texts, or its image or sound as it is stored."""
     names = [c for c in INPUTS if c in rows.column_names] or rows.column_names
-    if "image" in names:
-        from datasets import Image
-
-        lazy = rows.select_columns(["image"]).cast_column("image", Image(decode=False))
+    if medium := next((m for m in MEDIA.values() if m.column in names), None):
+        lazy = rows.select_columns([medium.column]).cast_column(medium.column, encoded(medium))
         for i in range(len(lazy)):
-            value = lazy[i]["image"]
+            value = lazy[i][medium.column]
             yield hashlib.sha256(value["bytes"] or Path(value["path"]).read_bytes()).digest()
         return
     for row in zip(*(rows[c][:] for c in names), strict=True):
