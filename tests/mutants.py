@@ -86,7 +86,7 @@ MUTANTS = [
     ("host/readers.py", "reading.of_self or name in forward", "False", WEIGHTS + " -k wherever"),
     ("host/mounted.py", "*((id(t), t._version) for t in parts)", "*(id(t) for t in parts)", WEIGHTS + " -k changes_within"),
     ("host/state.py", "isinstance(owner, nn.RNNBase) and leaf in owner._flat_weights_names", "False", WEIGHTS + " -k list_that_it_keeps"),
-    ("train/trainer.py", "if run.task.has_head:  # whose", "if run.accumulate > 1 and run.task.has_head:  # whose", "tests/interop/test_processes.py -k twice_the_rows"),
+    ("train/trainer.py", "if run.task.has_head or", "if run.accumulate > 1 and run.task.has_head or", "tests/interop/test_processes.py -k twice_the_rows"),
     ("host/weights.py", "if other != path:", "if False:", WEIGHTS + " -k under_two_names"),
     ("host/checks.py", "isinstance(method, Reweight) and not method.drops", "isinstance(method, Reweight)", WEIGHTS + " -k refused_by_name"),
     ("host/route.py", "linear and not (drops and layer.training)", "linear", ROUTES),

@@ -99,7 +99,9 @@ def _choice(f: Field[Any], family: type[Choice], text: str | None, pairs: Texts)
 def member(family: type[C], name: str) -> type[C]:
     """The member of that name.  Raises LookupError that lists them as the help does."""
     if plain(name.strip()) not in family.registry:
-        raise LookupError(f"no {family.__name__.lower()} is called {name.strip()!r}; there are: {_names(family)}")
+        raise LookupError(
+            f"no {family.__name__.lower()} is called {name.strip()!r}; there are: {_names(family)}{family.advice}"
+        )
     return family.named(name.strip())
 
 

@@ -32,6 +32,7 @@ class Choice(metaclass=Checked):
 
     family: ClassVar[type[Choice]]
     registry: ClassVar[dict[str, type[Any]]]
+    advice: ClassVar[str] = ""  # what to do where no member is what is wanted
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -53,7 +54,7 @@ class Choice(metaclass=Checked):
         member = cls.registry.get(plain(name))
         if member is None:
             known = ", ".join(sorted(m.__name__ for m in cls.registry.values()))
-            raise LookupError(f"no {cls.__name__.lower()} is called {name!r}; there are: {known}")
+            raise LookupError(f"no {cls.__name__.lower()} is called {name!r}; there are: {known}{cls.advice}")
         return member
 
     @classmethod

@@ -4,6 +4,7 @@ from .causal_lm import CausalLM, Chat, Format, Plain
 from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare, train
 from .image_classification import ImageClassification
+from .multi_label import MultiLabel
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
@@ -17,6 +18,7 @@ __all__ = [
     "Format",
     "ImageClassification",
     "Interrupted",
+    "MultiLabel",
     "Plain",
     "Prepared",
     "Recipe",

@@ -32,7 +32,7 @@ class TextTask(HeadTask):
         "pair": ("sentence2", "hypothesis"),
         "label": ("label", "labels"),
     }
-    optional = ("pair",)
+    optional: ClassVar[tuple[str, ...]] = ("pair",)
     peft = "SEQ_CLS"
     max_length: Count | None
 
@@ -48,7 +48,7 @@ class TextTask(HeadTask):
 
         faults = Faults()
         columns = self.columns(split.column_names)
-        named = {role: texts(split, column, faults) for role, column in columns.items() if role != "label"}
+        named = self.texts(split, {r: c for r, c in columns.items() if r != "label"}, faults)
         labels = self.labels(split, columns["label"], faults)
         faults.check()
         return Dataset.from_dict({**named, "label": labels})
@@ -59,6 +59,10 @@ class TextTask(HeadTask):
         return Dataset.from_dict({
             role: texts(split, column, faults) for role, column in self.inputs(split.column_names, faults).items()
         })  # fmt: skip
+
+    def texts(self, split: Dataset, columns: Mapping[str, str], faults: Faults) -> dict[str, list[str]]:
+        """{role: texts} of the columns of these roles."""
+        return {role: texts(split, column, faults) for role, column in columns.items()}
 
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification as Auto

@@ -97,14 +97,18 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def alike(rows: Dataset, column: str, found: Sequence[str], faults: Faults) -> None:
-    """Adds a fault for names of classes that differ by case, white space or the normal form of Unicode alone."""
+def alike(
+    rows: Dataset, column: str, found: Sequence[str], faults: Faults, places: Sequence[int] | None = None
+) -> None:
+    """Adds a fault for names of classes that differ by case, white space or the normal form of Unicode alone.
+    `places`: the row of each name (None: one in a row)."""
+    at = range(len(found)) if places is None else places
     counted, groups = Counter(filter(None, found)), dict[str, list[str]]()
     for name in counted:
         groups.setdefault(plain(name), []).append(name)
     for group in (g for g in groups.values() if len(g) > 1):
         source = source_of(rows)
-        shown = ", ".join(f"{n!r} ({counted[n]} rows, first {source.place(found.index(n))})" for n in group)
+        shown = ", ".join(f"{n!r} ({counted[n]} rows, first {source.place(at[found.index(n)])})" for n in group)
         what = spot(rows, column, "names classes that differ by case, white space or Unicode's normal form alone")
         faults.add(
             what,
@@ -119,11 +123,18 @@ def plain(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
-def known(rows: Dataset, column: str, found: Sequence[str], names: Sequence[str], faults: Faults) -> list[int]:
-    """The number of each row's class."""
+def known(
+    rows: Dataset,
+    column: str,
+    found: Sequence[str],
+    names: Sequence[str],
+    faults: Faults,
+    places: Sequence[int] | None = None,
+) -> list[int]:
+    """The number of each name's class.  `places`: the row of each (None: one in a row)."""
     number, source = {name: i for i, name in enumerate(names)}, source_of(rows)
     advice = f"The classes are: {', '.join(names[:TOLD_CLASSES])}{', ...' if len(names) > TOLD_CLASSES else ''}"
-    for row, name in enumerate(found):
+    for row, name in zip(range(len(found)) if places is None else places, found, strict=True):
         if name not in number:
             what = spot(rows, column, "holds classes that are not known")
             faults.add(what, f"{source.place(row)} has {name!r:.60}", advice, source.key(row))

@@ -17,6 +17,7 @@ from ..io import files
 from .base import config_of
 from .causal_lm import CausalLM
 from .classification import Classification, Regression
+from .multi_label import MultiLabel
 from .task import Example, Examples, Processor, Task
 
 if TYPE_CHECKING:
@@ -123,17 +124,18 @@ def named_as(config: PretrainedConfig, path: Path, of_base: PretrainedConfig) ->
     count = int(config.num_labels or 0)
     found = _names(path, of_base, count) or {i: f"LABEL_{i}" for i in range(count)}
     config.id2label, config.label2id = found, {name: i for i, name in found.items()}
-    config.problem_type = of_base.problem_type
+    config.problem_type = _json(path / CONFIG).get("problem_type") or of_base.problem_type
 
 
 def _classification(path: Path, adapter: Adapter, of_base: PretrainedConfig) -> Task:
     found = _count(CLASSES["SEQ_CLS"], adapter, of_base)
     count = int(of_base.num_labels or 0) if found is None else found
-    if of_base.problem_type == "multi_label_classification":
-        return Unmeasured("SEQ_CLS", CLASSES["SEQ_CLS"], count)
+    names = _names(path, of_base, count)
+    said = _json(path / CONFIG).get("problem_type") or of_base.problem_type
+    if said == "multi_label_classification":
+        return MultiLabel(names=tuple(names[i] for i in range(count)) if names else tuple(map(str, range(count))))
     if count == 1:
         return Regression()
-    names = _names(path, of_base, count)
     if names is None or all(name == f"LABEL_{i}" for i, name in names.items()):
         return Classification(names=tuple(str(i) for i in range(count)))
     return Classification(names=tuple(names[i] for i in range(count)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -70,6 +70,15 @@ class HeadTask(Task):
         raise NotImplementedError
 
 
+def named_outputs(names: Sequence[str]) -> dict[str, Any]:
+    """An output for each name, in the model's configuration."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
 class Classes(HeadTask):
     """To one of several classes: accuracy, macro F1, Matthews' correlation, loss.
 
@@ -115,12 +124,7 @@ class Classes(HeadTask):
         return {"classes": counted, "majority": counted["validation"][most] / max(len(parts["validation"]), 1)}
 
     def outputs(self) -> dict[str, Any]:
-        return {
-            "num_labels": len(self.names),
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: i for i, name in enumerate(self.names)},
-            "problem_type": "single_label_classification",
-        }
+        return {**named_outputs(self.names), "problem_type": "single_label_classification"}
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         return self.metrics(self.logits(model, examples, batch), examples.rows["label"][:])

@@ -15,7 +15,7 @@ from .columns import plain
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-HEADS = ("ForSequenceClassification", "ForImageClassification")
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
 
 
 def own_names(config: PretrainedConfig) -> tuple[str, ...] | None:

@@ -52,12 +52,13 @@ def rows_of(run: Run) -> RunRows:
     most = {"train": run.train_rows, "validation": run.eval_rows}
     chosen = {name: sample(made[name], most[name], run.seed) for name in most}
     figures = task.figures(chosen) | ({"left_out": left} if (left := faults.left_out()) else {})
-    return RunRows(task, chosen["train"], chosen["validation"], figures, (*notes, *_classes(figures)))
+    notes = [*notes, *_classes(figures), *task.told(figures)]
+    return RunRows(task, chosen["train"], chosen["validation"], figures, tuple(notes))
 
 
 def _classes(figures: Mapping[str, Any]) -> Iterator[str]:
     """What there is to know of the classes: which have no row, how many rows the others have, what guessing scores."""
-    if "classes" not in figures:
+    if "majority" not in figures:
         return
     for part, counted in figures["classes"].items():
         none = [name for name, rows in counted.items() if not rows]
@@ -92,21 +93,21 @@ def in_own_order(
 ) -> tuple[Task, DatasetDict, str]:
     """(the fitted task, the parts, what was done): classes in the order of the base's own head, where it has one for
     the same classes and `asked`, the task before it was fitted, does not say another order."""
-    own = own_names(config)
-    if not isinstance(task, Classes) or own is None:
+    own, mine = own_names(config), getattr(task, "names", ())
+    if not mine or own is None:
         return task, parts, ""
-    order, shown = order_of(own, task.names), ", ".join(own[:10]) + (", ..." if len(own) > 10 else "")
+    order, shown = order_of(own, mine), ", ".join(own[:10]) + (", ..." if len(own) > 10 else "")
     if order is None:
         told = (
             f"the model has a head for other classes ({len(own)}: {shown}); it is replaced by a new one for those of "
-            f"the data ({len(task.names)}: {', '.join(task.names[:10])}). To keep it, name the classes as it does"
+            f"the data ({len(mine)}: {', '.join(mine[:10])}). To keep it, name the classes as it does"
         )
         return task, parts, told
-    names = tuple(task.names[order.index(i)] for i in range(len(order)))
-    pairs = [mine if mine == theirs else f"{mine} is its {theirs}" for mine, theirs in zip(names, own, strict=True)]
+    names = tuple(mine[order.index(i)] for i in range(len(order)))
+    pairs = [ours if ours == theirs else f"{ours} is its {theirs}" for ours, theirs in zip(names, own, strict=True)]
     shown = ", ".join(pairs[:10]) + (", ..." if len(own) > 10 else "")
     told = f"the model's own head for these classes is kept ({shown})"
-    if getattr(asked, "names", ()) or order == list(range(len(order))):
+    if getattr(asked, "names", ()) or order == list(range(len(order))) or not isinstance(task, Classes):
         return task, parts, told
     parts = type(parts)({name: _renumbered(rows, order, names) for name, rows in parts.items()})
     return replace(task, names=names), parts, told  # type: ignore[type-var]

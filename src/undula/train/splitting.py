@@ -16,14 +16,11 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 VALIDATION_SHARE, VALIDATION_MOST = 0.1, 2000
+# the columns that a task's rows have beside what is learned
 INPUTS = (
-    "text",
-    "pair",
-    "prompt",
-    "messages",
-    "image",
-    "audio",
-)  # the columns that a task's rows have beside what is learned
+    *("text", "pair", "prompt", "messages", "image", "audio", "tokens", "source"),
+    *("sentence1", "sentence2", "anchor"),
+)
 
 
 def with_validation(data: DatasetDict, seed: int, by_chance: bool = False) -> DatasetDict:
@@ -99,7 +96,8 @@ def _chosen(groups: list[list[int]], quota: int, draw: random.Random) -> list[in
 
 def _classes(rows: Dataset) -> Sequence[Any]:
     """The class of each row, or one for all where labels are no classes."""
-    if "label" not in rows.column_names or rows.features["label"].dtype.startswith("float"):
+    kind = getattr(rows.features.get("label"), "dtype", None)  # of a list of labels there is none
+    if kind is None or kind.startswith("float"):
         return [0] * len(rows)
     return rows["label"][:]
 
@@ -128,7 +126,7 @@ def contradicted(rows: Dataset) -> int:
         return 0
     keys, found = list(inputs(rows)), dict[bytes, set[Any]]()
     for key, label in zip(keys, rows["label"][:], strict=True):
-        found.setdefault(key, set()).add(label)
+        found.setdefault(key, set()).add(tuple(label) if isinstance(label, list) else label)
     return sum(len(found[key]) > 1 for key in keys)
 
 

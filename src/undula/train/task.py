@@ -41,6 +41,14 @@ class Task(Choice):
     more_is_better: ClassVar[bool] = True
     has_head: ClassVar[bool] = True  # whether the model gets a new head, which trains in full
     targets: ClassVar[tuple[str, ...]] = ("label",)  # the roles of what is learned: rows to answer need none of them
+    mean_loss: ClassVar[bool] = False  # that the model's loss is a mean, see `items`; one with a new head is so anyway
+    advice = """
+Any other task of transformers takes five lines of Python, with a loop or a Trainer of your own:
+    model = transformers.AutoModelFor...from_pretrained(MODEL)
+    adapter = undula.attach(model, undula.LoRA())
+    ...  # train it: adapter.parameters() are what learns, and alone ask for gradients
+    adapter.save(OUT)
+    undula.merge(model)  # where it is to be an ordinary model again"""
 
     def fitted(self, train: Dataset) -> Self:
         """This task with what the training rows tell it (the names of the classes)."""
@@ -113,6 +121,10 @@ class Task(Choice):
         """What the report says of the rows (as `splits` gives them), beside their numbers."""
         return {}
 
+    def told(self, figures: Mapping[str, Any]) -> Iterator[str]:
+        """Sentences on those figures."""
+        return iter(())
+
     @abc.abstractmethod
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         """The pretrained model with this task's head; a new head follows `torch.manual_seed`.  `quantised` is empty, or
@@ -152,6 +164,12 @@ class Task(Choice):
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
             yield numbers, [made[i] for i in numbers]
+
+    def items(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """How many things the loss of a batch is the mean of: rows, or where labels stand at tokens, those that count.
+        Batches that are accumulated weigh by it."""
+        labels = batch.get("labels")
+        return 1 if labels is None else len(labels)
 
     @abc.abstractmethod
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:

@@ -37,7 +37,8 @@ class AdapterTrainer(Trainer):
     allocated = False  # whether an allocator may have changed the methods that a checkpoint holds
     own_rates: tuple[tuple[list[torch.nn.Parameter], float], ...] = ()  # of those that have one of their own
     rates: Schedule = Linear()
-    rows = batches = 1  # of the update under way
+    items_of: Callable[[Any], int] = staticmethod(len)  # see `Task.items`
+    items = batches = 1  # of the update under way
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -48,7 +49,7 @@ class AdapterTrainer(Trainer):
 
     def get_batch_samples(self, *given: Any) -> Any:
         samples, items = super().get_batch_samples(*given)
-        self.rows, self.batches = sum(_rows(batch) for batch in samples), len(samples)
+        self.items, self.batches = sum(self.items_of(batch) for batch in samples), len(samples)
         return samples, items
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
@@ -64,7 +65,9 @@ class AdapterTrainer(Trainer):
         found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs or self.batches == 1:
             return found
-        share = _rows(inputs) * self.batches / self.rows  # a mean over this batch, which may be shorter than others
+        share = (
+            self.items_of(inputs) * self.batches / max(self.items, 1)
+        )  # a mean over this batch, which may be shorter than others
         return (found[0] * share, *found[1:]) if return_outputs else found * share
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -86,10 +89,6 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if not self.allocated:  # else the callback loads the adapter, with the state of the course that belongs to it
             restore(selected(self.model), Adapter.load(resume_from_checkpoint))
-
-
-def _rows(batch: Any) -> int:
-    return len(batch["labels"]) if "labels" in batch else 1
 
 
 def give_rate(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], lr: float) -> None:
@@ -208,8 +207,11 @@ def trainer(
     made.remove_callback(PrinterCallback)
     if arguments.world_size > 1:
         made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)
-    if run.task.has_head:  # whose loss is a batch's mean: many a head is given the number of all items and ignores it,
+    if (
+        run.task.has_head or run.task.mean_loss
+    ):  # whose loss is a batch's mean: many a head is given the number of all items and ignores it,
         made.model_accepts_loss_kwargs = False  # and the Trainer would multiply by processes, and not divide by batches
+    made.items_of = run.task.items  # type: ignore[method-assign]
     made.rates = run.rates()
     made.allocated = run.allocator is not None
     made.own_rates = tuple(own_rates(run, model))

@@ -1,0 +1,205 @@
+"""Every task beyond classification and language models: trained really, from the command line, in a study and in
+Python; measured, resumed to the bit, merged into a model that transformers opens."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+import undula
+from tests.support import tiny
+from undula.cli.main import app
+from undula.train import Interrupted, MultiLabel, Run, evaluate, restored
+
+
+def labelled(n, seed=0):
+    """Words with the labels of those that have one."""
+    draw, rows = random.Random(seed), []
+    for _ in range(n):
+        words = draw.sample(["film", "good", "sad", *tiny.WORDS[12:]], 5)
+        rows.append({"text": " ".join(words), "label": [w for w in words if w in ("film", "good", "sad")]})
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A task with a tiny model and rows from which it can be learned."""
+
+    name: str  # as the command line has it
+    base: object  # writes the model into a folder
+    rows: object  # n, seed -> rows
+    opener: str  # the class of transformers for the merged model
+    chance: float  # the headline metric that no answer without skill has
+    options: tuple = ()
+    lr: float = 1e-2
+    steps: int = 40
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (Kind("multi-label", tiny.bert, labelled, "AutoModelForSequenceClassification", 0.75),)
+}  # fmt: skip
+
+
+def verb(*words):
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, tmp_path_factory):
+    """(the kind, its base, its data, the directory of a run from the command line)."""
+    kind, path = KINDS[request.param], tmp_path_factory.mktemp(request.param)
+    (path / "base").mkdir()
+    base, data = kind.base(path / "base"), tiny.jsonl(path / "rows.jsonl", kind.rows(160))
+    options = [word for option in kind.options for word in ("--task-set", option)]
+    verb("train", "--model", base, "--data", data, "--task", kind.name, *options, "--set", "r=4", "--lr", kind.lr,
+         "--max-steps", kind.steps, "--batch", 8, "--save-every", 10, "--out", path / "out")  # fmt: skip
+    return kind, base, data, path / "out"
+
+
+def test_it_learns(trained):
+    kind, _, _, out = trained
+    report = json.loads((out / "report.json").read_text())
+    metric, losses = report["metric"], [loss for _, loss in report["losses"]]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert report["after"][metric] > max(kind.chance, report["before"][metric])
+
+
+def test_it_is_measured_again(trained):
+    _, _, _, out = trained
+    after = json.loads((out / "report.json").read_text())["after"]
+    assert json.loads(verb("eval", out, "--json", "-")) == after == evaluate(out)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_it_resumes_to_the_bit(trained, tmp_path):
+    *_, out = trained
+    run = dataclasses.replace(Run.load(out), out=tmp_path, max_steps=10, save_every=4)
+    undula.train(dataclasses.replace(run, out=tmp_path / "whole"))
+    with pytest.raises((Interrupted, KeyboardInterrupt)):
+        undula.train(run, callbacks=(Stop(),))
+    assert undula.train(run, resume=True)["resumed_from_step"] == 4
+    a, b = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def batch_of(opened, number=4):
+    made = [opened.examples()[i] for i in range(number)]
+    return {k: v for k, v in opened.run.task.collator(opened.processor)(made).items() if k != "labels"}
+
+
+def first(output):
+    """The first tensor of a model's output."""
+    return output["logits"] if "logits" in output else next(iter(output.values()))
+
+
+def test_it_merges_into_a_model_that_transformers_opens(trained, tmp_path):
+    import transformers
+
+    kind, _, _, out = trained
+    opened = restored(out)
+    verb("merge", out, "--out", tmp_path / "merged")
+    merged = getattr(transformers, kind.opener).from_pretrained(tmp_path / "merged").eval()
+    batch = batch_of(opened)
+    with torch.no_grad():
+        torch.testing.assert_close(first(merged(**batch)), first(opened.model.eval()(**batch)), atol=1e-4, rtol=1e-4)
+
+
+def test_what_peft_opens_is_measured_too(trained, tmp_path):
+    """The exported LoRA, which has no run.json: its task type and configuration say which task it is for."""
+    *_, data, out = trained
+    if Run.load(out).task.peft is None:
+        pytest.skip("PEFT has no type for this task")
+    verb("export", out, "--out", tmp_path / "plain")
+    options = ("--data", data, "--split", "train", "--rows", 40, "--json", "-")
+    found, own = (json.loads(verb("eval", path, *options)) for path in (tmp_path / "plain", out))
+    assert found == pytest.approx(own, rel=1e-3, abs=1e-5)
+
+
+# Multi-label
+
+
+FORMS = {
+    "lists.jsonl": [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["y"]}],
+    "lists as text.csv": 'text,label\na,"[""x"", ""y""]"\nb,[]\nc,"[""y""]"\n',
+    "semicolons.csv": "text,label\na,x; y;\nb,\nc,y\n",
+    "commas.csv": 'text,label\na,"x,y"\nb,\nc,y\n',
+    "bars.tsv": "text\tlabels\na\tx|y\nb\t\nc\ty\n",
+    "columns.csv": "text,x,y,id\na,1,1,17\nb,0,0,18\nc,0,1,19\n",
+    "columns.jsonl": [
+        {"text": "a", "x": True, "y": True},
+        {"text": "b", "x": False, "y": False},
+        {"text": "c", "x": False, "y": True},
+    ],
+    "vectors.jsonl": [{"text": "a", "label": [1, 1]}, {"text": "b", "label": [0, 0]}, {"text": "c", "label": [0, 1]}],
+    "fractions.jsonl": [
+        {"text": "a", "label": [1.0, 1.0]},
+        {"text": "b", "label": [0.0, 0.0]},
+        {"text": "c", "label": [0.0, 1.0]},
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sets_of_labels_are_read_as_people_write_them(form, tmp_path):
+    from undula.train.data import load_data
+
+    content = FORMS[form]
+    if isinstance(content, str):
+        (tmp_path / form).write_text(content)
+    else:
+        tiny.jsonl(tmp_path / form, content)
+    data = load_data(str(tmp_path / form))
+    task, parts = MultiLabel().read(data, "train")
+    assert task.names in (("x", "y"), ("0", "1"))
+    assert parts["train"]["label"][:] == [[0, 1], [], [1]]
+    assert "2 train rows have no label" not in " ".join(task.told(task.figures(parts)))
+    assert "1 train rows have no label, and count as such" in task.told(task.figures(parts))
+    again = dataclasses.replace(MultiLabel(), names=("b", "a"), vectors=task.vectors)
+    if form.startswith(("vectors", "fractions")):
+        assert again.read(data, "train")[1]["train"]["label"][:] == [[0, 1], [], [1]]
+
+
+WRONG = {
+    r"differ by case.*'X ' \(1 rows, first line 2\)": [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["X "]}],
+    "column 'y' of a class holds .*line 2 has 7": [
+        {"text": "a", "x": 1, "y": 0},
+        {"text": "b", "x": 0, "y": 7},
+        {"text": "c", "x": 0, "y": 1},
+    ],
+    "no column for label .* nor two columns or more that hold 0 and 1": [{"text": "a", "score": 0.3}],
+    "column 'text' is empty: line 2": [{"text": "a", "label": ["x"]}, {"text": " ", "label": ["x"]}],
+    "no set of labels: line 1": [{"text": "a", "label": [""]}, {"text": "b", "label": ["x"]}],
+    "no set of labels: line 1 ": [{"text": "a", "label": [{"a": 1}]}, {"text": "b", "label": []}],
+    "has no label in any row": [{"text": "a", "label": []}],
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_is_no_set_of_labels_is_named(said, tmp_path):
+    from undula.train.data import load_data
+
+    data = load_data(tiny.jsonl(tmp_path / "d.jsonl", WRONG[said]))
+    with pytest.raises((ValueError, LookupError), match=said):
+        MultiLabel().read(data, "train")
+
+
+def test_an_unknown_label_of_the_validation_rows_is_named(tmp_path):
+    from undula.train.data import load_data
+
+    tiny.jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": ["x", "y"]}])
+    tiny.jsonl(tmp_path / "validation.jsonl", [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["x", "z"]}])
+    with pytest.raises(ValueError, match=r"not known: line 2 has 'z'"):
+        MultiLabel().read(load_data(str(tmp_path)), "train", "validation")
