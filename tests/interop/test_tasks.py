@@ -5,6 +5,7 @@ import dataclasses
 import json
 import random
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.train import Interrupted, MultiLabel, Run, evaluate, restored
+from undula.train.faults import Faults
 
 
 def labelled(n, seed=0):
@@ -128,7 +130,26 @@ def test_what_peft_opens_is_measured_too(trained, tmp_path):
     assert found == pytest.approx(own, rel=1e-3, abs=1e-5)
 
 
+def answers(opened, rows):
+    task = opened.run.task
+    asked = task.asked(datasets.Dataset.from_list(rows), faults := Faults())
+    faults.check()
+    return list(task.answers(opened.model, asked, opened.processor, 8))
+
+
 # Multi-label
+
+
+def test_sets_of_labels_are_answered(trained):
+    """Of rows without labels, in their order, and as good as the metric says."""
+    kind, *_, out = trained
+    if kind.name != "multi-label":
+        pytest.skip("another task")
+    rows = labelled(40, seed=5)
+    found = answers(restored(out), [{"text": row["text"]} for row in rows])
+    right = sum(set(a["labels"]) == set(row["label"]) for a, row in zip(found, rows, strict=True))
+    assert right > 20  # by chance one in eight
+    assert all({n for n, p in a["probabilities"].items() if p >= 0.5} == set(a["labels"]) for a in found)
 
 
 FORMS = {

@@ -179,6 +179,15 @@ class MultiLabel(TextTask):
             "subset_accuracy": float((found == wanted).all(1).mean()),
         }
 
+    def no_label(self) -> list[int]:
+        return []
+
+    def said(self, logits: torch.Tensor) -> Iterator[dict[str, Any]]:
+        """{labels: those that are given, probabilities: {class: p}}, p the sigmoid of the outputs."""
+        for row, given in zip(logits.double().sigmoid(), self.given(logits), strict=True):
+            found = dict(zip(self.names, row.tolist(), strict=True))
+            yield {"labels": [name for name, has in zip(self.names, given, strict=True) if has], "probabilities": found}
+
     def given(self, logits: torch.Tensor) -> torch.Tensor:
         """Which classes each row is said to have, (rows, classes)."""
         return logits.sigmoid() >= self.threshold
