@@ -43,7 +43,7 @@ from .observe.probe import Probe
 from .optim.groups import loraplus_groups
 from .ranks.prune import prune
 from .study import study
-from .train import Run, evaluate, train
+from .train import Run, evaluate, load, train
 
 __all__ = [
     "NOLA",
@@ -98,6 +98,7 @@ __all__ = [
     "enable_peft",
     "evaluate",
     "io",
+    "load",
     "loraplus_groups",
     "merge",
     "methods",

@@ -19,7 +19,7 @@ from ..train import dense as unquantised
 from ..train import restored
 from ..train.worries import reported, worries
 from . import shell
-from .carry import carry
+from .carry import carry, tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,6 +95,7 @@ def merge(
         opened = unquantised(opened)
         opened.model.float()
     errors = merging.merge(opened.model, keep=False)
+    tell(opened.model.config, opened.run.task, opened.roles)
     with whole(out) as folder:
         try:
             opened.model.save_pretrained(folder)

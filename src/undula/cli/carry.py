@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..core.adapter import Adapter
 from ..io import files
 from ..train.base import asset_of, called_elsewhere, config_of, model_folder, quiet
 from ..train.data import BUNDLED
-from ..train.foreign import BASE, CLASSES, CONFIG, Unmeasured, named_as
+from ..train.foreign import BASE, CLASSES, CONFIG, Unmeasured, named_as, roles_of, telling
 from ..train.heads import HeadTask
 from ..train.image_classification import ImageClassification
 from ..train.limits import settle_pad
@@ -102,8 +103,16 @@ def companions(path: Path, adapter: Adapter, model: str | None) -> Companions | 
         named_as(config, path, config_of(source))
     asset = asset_of(source)
     setattr(config, BASE, source if asset else None)
+    tell(config, run.task, roles_of(path, adapter))
     base = called_elsewhere(source) if asset else _resolved(source)
     return Companions(run.task, base, asset, config, processor)
+
+
+def tell(config: Any, task: Task, roles: Sequence[str]) -> None:
+    """Has a configuration say the task as it was trained, for `undula.load`; other readers pass it by."""
+    if not isinstance(task, Unmeasured):
+        for name, value in telling(task, roles).items():
+            setattr(config, name, value)
 
 
 def _resolved(source: str) -> str:

@@ -5,6 +5,7 @@ from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare, train
 from .image_classification import ImageClassification
 from .multi_label import MultiLabel
+from .load import load
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "dense",
     "evaluate",
+    "load",
     "prepare",
     "restored",
     "train",

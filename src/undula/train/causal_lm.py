@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -19,11 +19,12 @@ from .conversation import conversations, questions, rendered, tokens
 from .faults import Faults
 from .generation import Sampling, room_after, write
 from .limits import UNLIMITED, Cuts
+from .outputs import head_of
 from .task import WINDOW, Example, Examples, Task, Traced, outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # a label that the loss leaves out
 LENGTH = 2048  # tokens of a row where neither the task nor the model says less
@@ -111,6 +112,10 @@ class CausalLM(Task):
     context: str | None = None
     messages: str | None = None
     text: str | None = None
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        return cls() if head_of(config, "ForCausalLM") or head_of(config, "LMHeadModel") else None
 
     def encode(self) -> dict[str, Any]:
         """As JSON values; the columns of the newer forms only where they are named."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -12,12 +12,12 @@ from ..core.ranges import Count
 from .columns import numbers, texts
 from .faults import Faults
 from .heads import Classes, HeadTask
-from .outputs import with_head
+from .outputs import head_of, own_names, with_head
 from .task import Example, Examples, Task, Traced
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 LENGTH = 512  # tokens of a row, special ones included, where a task does not say: longer texts are cut
@@ -99,6 +99,13 @@ class Classification(Classes, TextTask):
     max_length: Count | None = None
     names: tuple[str, ...] = ()
 
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        several = head_of(config, "ForSequenceClassification") and config.num_labels > 1
+        if not several or config.problem_type not in (None, "single_label_classification"):
+            return None
+        return cls(names=own_names(config) or tuple(map(str, range(config.num_labels))))
+
 
 @Task.register
 @dataclass(frozen=True)
@@ -110,6 +117,11 @@ class Regression(TextTask):
     pair: str | None = None
     label: str | None = None
     max_length: Count | None = None
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        one = head_of(config, "ForSequenceClassification") and config.num_labels == 1
+        return cls() if one and config.problem_type in (None, "regression") else None
 
     def labels(self, split: Dataset, column: str, faults: Faults) -> list[float]:
         return numbers(split, column, faults)

@@ -121,7 +121,8 @@ def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
     write_json(run.out / REPORT, report)
     if report["after"]:
         data = Path(run.data).name if Path(run.data).exists() else run.data
-        training = {"data": data, **{k: report[k] for k in SUMMARY}, "lr": run.lr}
+        roles = [role for role in ready.train.rows.column_names if role in run.task.roles]
+        training = {"data": data, **{k: report[k] for k in SUMMARY}, "lr": run.lr, "roles": roles}
         adapter.about = {**adapter.about, "training": training}  # type: ignore[misc]
         _save(ready)
     return report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from .base import config_of
 from .causal_lm import CausalLM
 from .classification import Classification, Regression
 from .multi_label import MultiLabel
+from .faults import Faults
 from .task import Example, Examples, Processor, Task
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 CONFIG, BASE = "base/config.json", "undula_base"  # the configuration beside an exported LoRA; its key for our own name
+TOLD = "undula_task"  # a configuration's key for the task as it was trained, and the roles that its rows had
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,21 @@ class Unmeasured(Task):
     labels: Count | None = None
 
     def rows(self, split: Dataset) -> Dataset:
-        raise ValueError(
+        raise self._unread()
+
+    def asked(self, split: Dataset, faults: Faults) -> Dataset:
+        raise self._unread()
+
+    def answers(
+        self, model: PreTrainedModel, rows: Iterable[Mapping[str, Any]], processor: Processor, batch: int
+    ) -> Iterator[dict[str, Any]]:
+        raise self._unread()
+
+    def _unread(self) -> ValueError:
+        return ValueError(
             f"undula reads no data for adapters of the task type {self.peft!r} ({self.model_class}): it merges them, "
-            "and truncates and exports those that have an update dW (--how truncate)"
+            "and truncates and exports those that have an update dW (--how truncate). In Python the model itself is "
+            "at hand: undula.load(path).model"
         )
 
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
@@ -104,6 +118,14 @@ def base_of(path: Path, config: Mapping[str, Any], model: str | None) -> str:
 def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) -> Task:
     """The task of an adapter directory.  Raises what opening the base's configuration raises."""
     kind = config.get("task_type")
+    told = told_task(_json(path / CONFIG), str(path / CONFIG))
+    if told is not None:
+        if told[0].peft != kind:
+            raise ValueError(
+                f"{path / CONFIG} says {type(told[0]).__name__} (task_type {told[0].peft}), {path / files.CONFIG} says "
+                f"task_type {kind}: make them agree"
+            )
+        return told[0]
     if kind == CausalLM.peft:
         return CausalLM()
     of_base = config_of(base)
@@ -116,6 +138,45 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
         )
     name = _class(config, adapter, of_base) if kind is None else CLASSES[kind]
     return Unmeasured(kind, name, _count(name, adapter, of_base))
+
+
+def told_task(config: Mapping[str, Any], where: str) -> tuple[Task, tuple[str, ...]] | None:
+    """(the task, the roles of its rows) that a configuration holds which undula wrote; None where it holds none.
+    Raises ValueError or LookupError for what is malformed."""
+    found = config.get(TOLD)
+    if found is None:
+        return None
+    with files.door(where):
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{TOLD} is an object, found {found!r:.80}")
+        task, roles = Task.decode(found.get("task")), found.get("roles") or []
+        if not isinstance(roles, list) or not all(role in task.roles for role in roles):
+            raise ValueError(f"{TOLD}.roles lists roles of {type(task).__name__}; found {roles!r:.80}")
+        return task, tuple(roles)
+
+
+def telling(task: Task, roles: Sequence[str]) -> dict[str, Any]:
+    """What `told_task` reads."""
+    return {TOLD: {"task": task.encode(), "roles": list(roles)}}
+
+
+def roles_of(path: Path, adapter: Adapter) -> tuple[str, ...]:
+    """The roles of the rows that an adapter was trained on; empty where nothing says it."""
+    told = adapter.about.get("training", {}).get("roles")
+    if told is None:
+        found = told_task(_json(path / CONFIG), str(path / CONFIG))
+        told = () if found is None else found[1]
+    return tuple(map(str, told)) if isinstance(told, list | tuple) else ()
+
+
+def whole_task(config: PretrainedConfig, where: str) -> Task:
+    """The task of a whole model, by its configuration.  Raises ValueError for one that undula has no task for."""
+    for kind in Task.registry.values():
+        made = kind.of_model(config)
+        if made is not None:
+            return made
+    kinds = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture"
+    raise ValueError(f"{where} is a model for which undula has no task ({kinds}): open it with transformers")
 
 
 def named_as(config: PretrainedConfig, path: Path, of_base: PretrainedConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 
@@ -12,12 +12,12 @@ from ..core.ranges import Range
 from .faults import Faults
 from .heads import Classes
 from .images import frames, images, opened
-from .outputs import with_head
+from .outputs import head_of, own_names, with_head
 from .task import Example, Examples, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
 
 
 @Task.register
@@ -36,6 +36,12 @@ class ImageClassification(Classes):
     label: str | None = None
     size: Annotated[int, Range(least=1, most=1 << 16)] | None = None
     names: tuple[str, ...] = ()
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        if not head_of(config, "ForImageClassification") or config.problem_type == "multi_label_classification":
+            return None
+        return cls(names=own_names(config) or tuple(map(str, range(config.num_labels))))
 
     def check(self, split: Dataset, faults: Faults) -> None:
         columns = self.columns(split.column_names, faults)

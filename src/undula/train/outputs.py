@@ -27,6 +27,11 @@ def own_names(config: PretrainedConfig) -> tuple[str, ...] | None:
     return tuple(str(names[i]) for i in range(len(names)))
 
 
+def head_of(config: PretrainedConfig, ending: str) -> bool:
+    """Whether a configuration is that of a whole model whose class has such a name."""
+    return any(str(kind).endswith(ending) for kind in getattr(config, "architectures", None) or ())
+
+
 def order_of(own: Sequence[str], names: Sequence[str]) -> list[int] | None:
     """The number that each of `names` has in the base, where they are the same set; None where they are not.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,10 @@ from ..core.adapter import Adapter
 from ..core.extras import needs
 from ..host.host import attach, detach
 from ..io import files
+from .asking import Question, columns_named, is_conversation, question
 from .base import config_of, lacking, model_folder, open_model, same_base
+from .causal_lm import CausalLM, Chat, Plain
+from .conversation import question as turns
 from .data import load_data, sample, split_of, with_validation
 from .faults import Faults
 from .foreign import (
@@ -23,8 +26,11 @@ from .foreign import (
     base_of,
     named_as,
     own_name,
+    roles_of,
     task_of,
 )
+from .generation import Sampling, write
+from .generation import stream as streamed
 from .heads import HeadTask
 from .rows import LOG
 from .run import RUN, Run
@@ -61,7 +67,8 @@ class Restored:
     run: Run
     model: PreTrainedModel
     processor: Processor
-    adapter: Adapter
+    adapter: Adapter  # of no layers, where it is a whole model
+    roles: tuple[str, ...] = ()  # that the rows of the training had; empty where nothing says it
 
     @property
     def folder(self) -> str:
@@ -70,11 +77,104 @@ class Restored:
 
     def reading(self, columns: Mapping[str, str]) -> Restored:
         """The same, its task reading these columns, {role: column}.  Raises LookupError for a role that it has not."""
-        unknown = [role for role in columns if role not in self.run.task.roles]
-        if unknown:
-            name, there = type(self.run.task).__name__, ", ".join(self.run.task.roles)
-            raise LookupError(f"{name} has no column {', '.join(unknown)}; it has: {there}")
-        return replace(self, run=replace(self.run, task=replace(self.run.task, **columns))) if columns else self  # type: ignore[type-var]
+        task = columns_named(self.run.task, columns)
+        return replace(self, run=replace(self.run, task=task)) if columns else self
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the outputs.  Raises AttributeError where there are none."""
+        names: tuple[str, ...] | None = getattr(self.run.task, "names", None)
+        if names is None:
+            raise AttributeError(f"{type(self.run.task).__name__} has no labels: it answers with no classes")
+        return names
+
+    def predict(self, given: Any, *, batch: int = 32, columns: Mapping[str, str] | None = None) -> Any:
+        """What the model says: a dict for one thing, a list of dicts for several, in their order.
+
+        given: a text, a pair in a list [(a, b)], a prompt, messages, an image (its path, a PIL image, its bytes), a
+        dict with the names of columns; a list of one kind of these; a DataFrame, a `Dataset`, {column: values}; the
+        path of a file as `undula train` reads it, of a text file (a row a line) or of a folder of images.
+        columns: {role: column} where these have other names than the training looked for.
+
+        A class is {label, probability, probabilities}, a number {value}, a text {text, ended}.  The numbers are the
+        same whatever `batch` is, but for rounding.  Raises TypeError, ValueError or LookupError for rows that cannot be
+        answered, with all that is wrong with them.
+        """
+        task = columns_named(self.run.task, columns or {})
+        asked = question(task, given, self.roles)
+        found = list(task.answers(self.model, asked.asked, self.processor, batch))
+        return found[0] if asked.single else found
+
+    def answers(self, asked: Question, batch: int = 32, **options: Any) -> Iterator[dict[str, Any]]:
+        """The same, one by one, for rows that have been read (see `question`)."""
+        return self.run.task.answers(self.model, asked.asked, self.processor, batch, **options)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Any],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        system: str | None = None,
+        raw: bool = False,
+        stream: bool = False,
+        batch: int = 8,
+    ) -> Any:
+        """What a language model writes after a prompt (a text), or in answer to messages ([{role, content}, ...]): a
+        text; for a list of these a list of texts; with `stream`, an iterator over the pieces of one.
+
+        The prompt is put to the model as in training (its chat template, or instruction and line break); `raw`: as it
+        is.  `system`: a message that goes before, for models with a chat template.  temperature 0 is the likeliest
+        token each time; else tokens are drawn, by `seed` and the prompt's place in the list alone (see `Sampling`).
+        Raises TypeError for a model that writes no text, ValueError for a prompt that leaves no place.
+        """
+        self.check_writes()
+        rows = self.written_rows(prompt, system, raw)
+        single = isinstance(prompt, str) or is_conversation(prompt)
+        most = max_new_tokens or self.run.task.max_completion or Sampling.max_new_tokens  # type: ignore[attr-defined]
+        how = Sampling(most, temperature, top_p, seed)
+        ids = [self.run.task.asked_ids(row, self.processor, most) for row in rows]  # type: ignore[attr-defined]
+        if stream:
+            if not single:
+                raise ValueError("stream=True is for one prompt; found a list")
+            return streamed(self.model, ids[0], self.processor, how)
+        made = [found.text for found in write(self.model, ids, self.processor, batch, how)]
+        return made[0] if single else made
+
+    def check_writes(self) -> None:
+        """Raises TypeError for a model that writes no text."""
+        if not isinstance(self.run.task, CausalLM):
+            name = type(self.run.task).__name__
+            raise TypeError(f"generate is for language models; this is {name}: ask it with predict(...)")
+
+    def written_rows(self, prompt: Any, system: str | None = None, raw: bool = False) -> list[dict[str, Any]]:
+        """Prompts or conversations as rows to go on with, {prompt}, {messages} or {text}."""
+        task = self.run.task
+        assert isinstance(task, CausalLM)
+        every = [prompt] if isinstance(prompt, str) or is_conversation(prompt) else list(prompt)
+        if raw and (system is not None or not all(isinstance(each, str) for each in every)):
+            raise ValueError("raw=True puts one text to the model as it is: it takes no messages and no system message")
+        return [self._row(task, each, system, raw) for each in every]
+
+    def _row(self, task: CausalLM, prompt: Any, system: str | None, raw: bool) -> dict[str, Any]:
+        before = [] if system is None else [{"role": "system", "content": system}]
+        if not isinstance(prompt, str):
+            return {"messages": [*before, *turns(list(prompt))]}
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        if system is not None:
+            said = (task.format.instruction if isinstance(task.format, Chat) else "") + prompt
+            if isinstance(task.format, Plain) or not self.processor.chat_template:
+                raise ValueError(
+                    "a system message needs a chat template, and this model is asked without one: write it into the "
+                    "prompt"
+                )
+            return {"messages": [*before, {"role": "user", "content": said}]}
+        trained = self.roles
+        whole = raw or ("text" in trained and "prompt" not in trained)  # trained to go on, not to answer
+        return {"text" if whole else "prompt": prompt}
 
     def examples(
         self,
@@ -151,7 +251,7 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
             "numbers stand there, and the adapter computes with others wherever it is opened. Train it again",
             stacklevel=2,
         )
-    return Restored(run, base, processor, attach(base, adapter))
+    return Restored(run, base, processor, attach(base, adapter), roles_of(path, adapter))
 
 
 def described(path: Path, adapter: Adapter, model: str | None = None) -> Run:

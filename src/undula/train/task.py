@@ -23,7 +23,7 @@ from .source import named, sound, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Example = dict[str, Any]
 Traced = tuple[Example, dict[str, tuple[int, int]]]  # and what was cut: {what: (tokens that there were, that are kept)}
@@ -49,6 +49,11 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     ...  # train it: adapter.parameters() are what learns, and alone ask for gradients
     adapter.save(OUT)
     undula.merge(model)  # where it is to be an ordinary model again"""
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        """The task that a whole model has been trained for, by its configuration; None where it is not of this kind."""
+        return None
 
     def fitted(self, train: Dataset) -> Self:
         """This task with what the training rows tell it (the names of the classes)."""

@@ -1,0 +1,94 @@
+"""load(path): what a training, an export or a merge left, opened for use."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+import torch
+
+from ..core.adapter import Adapter
+from ..core.extras import needs
+from ..io import files
+from ..io.diffusers import WEIGHTS
+from .base import config_of, lacking, open_model
+from .foreign import told_task, whole_task
+from .restored import Restored, restored
+from .run import Run
+
+MODEL = "config.json"  # of a whole model
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what a model is made of: no pickles
+HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@needs("train")
+def load(path: str | Path, model: str | None = None, *, device: str | torch.device | None = None) -> Restored:
+    """What `path` holds, opened for use: `.predict(texts)`, `.generate(prompt)`, `.labels`, `.model`, `.processor`,
+    `.adapter` (see `undula.train.Restored`).
+
+    path: a directory that `undula.train` wrote, a LoRA of PEFT's, a whole model (a merged one, any of transformers'
+    that undula has a task for), or the name of one of these on the hub.  `model`: another base than the adapter says.
+    device: where it computes; None: an accelerator where there is one.
+
+    Raises FileNotFoundError for what is not there or holds no model, ValueError where the parts do not fit.
+    """
+    place = _place(path)
+    if (place / files.CONFIG).is_file() or (place / WEIGHTS).is_file():
+        opened = restored(place, model)
+    elif (place / MODEL).is_file():
+        if model is not None:
+            raise ValueError(f"{place} holds a whole model, which needs no base: leave out model={model!r}")
+        opened = _whole(place)
+    else:
+        there = ", ".join(sorted(p.name for p in place.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{place} holds neither an adapter ({files.CONFIG}) nor a model ({MODEL}); it has: {there}"
+        )
+    opened.model.eval()
+    if not getattr(opened.model, "is_quantized", False):
+        opened.model.to(device or _best())  # type: ignore[arg-type]
+    return opened
+
+
+def _best() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _place(path: str | Path) -> Path:
+    """The directory; one on the hub is fetched.  Raises FileNotFoundError."""
+    place = Path(path)
+    if place.is_dir():
+        return place
+    if place.is_file():
+        raise FileNotFoundError(f"{place} is a file: name the directory that holds it ({place.parent})")
+    siblings = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
+    close = difflib.get_close_matches(place.name, siblings, 1)
+    hint = f" Did you mean '{place.parent / close[0]}'?" if close else ""
+    if isinstance(path, Path) or not HUB.fullmatch(str(path)) or hint:
+        raise FileNotFoundError(f"there is no directory {place}.{hint}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
+    except Exception as error:  # whatever the hub's client raises: offline, unknown, private ...
+        why = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}"
+        raise FileNotFoundError(
+            f"there is no directory {place}, and the hub gave nothing of that name ({why})"
+        ) from error
+
+
+def _whole(place: Path) -> Restored:
+    """A whole model."""
+    config = config_of(str(place))
+    task, roles = told_task(config.to_dict(), str(place)) or (whole_task(config, str(place)), ())
+    run = Run(model=str(place), data="", task=task, method=None, out=place)
+    base, processor = open_model(str(place), task, run.dtype, run.seed)
+    if missing := lacking(base):
+        raise ValueError(
+            f"the files of {place} lack {', '.join(missing[:5])}, {len(missing)} parameters in all: random numbers "
+            "would answer. Where it is the base of an adapter, load the adapter's directory"
+        )
+    return Restored(run, base, processor, Adapter({}, {}, {}), roles)
