@@ -190,9 +190,9 @@ def test_images_are_asked_by_path_bytes_pil_or_folder(tmp_path):
         assert opened.predict(image) == want
         assert opened.predict([image, str(file), file.read_bytes(), {"image": file}], batch=1) == [want] * 4
     assert opened.predict(tmp_path / "data/train/red", batch=1)[0] == want
-    with pytest.raises(FileNotFoundError, match="no image"):
+    with pytest.raises(FileNotFoundError, match="no file"):
         opened.predict(["absent.png"])
-    with pytest.raises(TypeError, match="is no image"):
+    with pytest.raises(TypeError, match="none of the images"):
         opened.predict([3])
 
 

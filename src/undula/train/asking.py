@@ -13,7 +13,7 @@ from .columns import named_columns
 from .data import load_data, split_of
 from .decoding import encoding_of, opened
 from .faults import Faults
-from .images import KINDS
+from .media import IMAGES, MEDIA, Medium, encoded, medium_of, visible
 from .readers import READERS
 from .source import Source, described, sound, source_of
 from .task import Task
@@ -84,7 +84,7 @@ def rows_of(task: Task, given: Any, faults: Faults) -> tuple[Dataset, bool]:
         return table, False
     if isinstance(given, Path) or (isinstance(given, str) and _is_file(given, task)):
         path = Path(given)
-        single = "image" in task.roles and path.suffix.lower() in KINDS
+        single = medium_of(path) is not None and medium_of(path) is medium_asked(task)
         return (_made(task, [path]) if single else read_path(path, task, faults)), single
     if isinstance(given, str | bytes | Mapping) or _is_image(given) or is_conversation(given):
         return _made(task, [given]), True
@@ -109,9 +109,16 @@ def _table(given: Any) -> Dataset | None:
     return None
 
 
+def medium_asked(task: Task) -> Medium | None:
+    """Of which kind the files are that a task asks for; None for one that asks for texts."""
+    return next((MEDIA[role] for role in task.roles if role in MEDIA), None)
+
+
 def _taken(task: Task) -> str:
-    if "image" in task.roles:
-        return "an image (its path, a PIL image, its bytes), a list of these, a folder of images, or a table"
+    medium = medium_asked(task)
+    if medium is not None:
+        one = "an image (its path, a PIL image, its bytes)" if medium is IMAGES else "a sound (its path, its bytes)"
+        return f"{one}, a list of these, a folder of {medium.called}, or a table"
     one = "a prompt or messages" if isinstance(task, CausalLM) else "a text"
     pair = ", pairs (a, b)" if "pair" in task.roles else ""
     return f"{one}, a list of these{pair}, of dicts, a table, or the Path of a file ({', '.join(FILES)})"
@@ -119,11 +126,12 @@ def _taken(task: Task) -> str:
 
 def _is_file(text: str, task: Task) -> bool:
     """Whether a text is meant as the path of a file."""
-    suffixes = (*FILES, *KINDS) if "image" in task.roles else FILES
+    medium = medium_asked(task)
+    suffixes = (*FILES, *(medium.suffixes if medium else ()))
     path = Path(text) if len(text) < 4096 and "\n" not in text and "\0" not in text else None
     if path is None:
         return False
-    folder = "image" in task.roles and path.is_dir()
+    folder = medium is not None and path.is_dir()
     named = path.suffix.lower() in suffixes and (" " not in text or path.is_file())
     return folder or named or text.startswith("bundled:") or (path / "dataset_dict.json").is_file()
 
@@ -145,11 +153,12 @@ def _made(task: Task, items: Sequence[Any]) -> Dataset:
     if not items:
         raise ValueError("there are no rows to answer")
     roles = [role for role in task.roles if role not in task.targets]
+    medium = medium_asked(task)
+    if medium is not None:
+        return _files([_held(item, task, medium) for item in items], medium)
     if all(isinstance(item, Mapping) for item in items):
         names = list(dict.fromkeys(name for item in items for name in item))
         return Dataset.from_dict({name: [item.get(name) for item in items] for name in names})
-    if "image" in roles:
-        return _images([item["image"] if isinstance(item, Mapping) else item for item in items])
     if "messages" in roles and all(is_conversation(item) for item in items):
         return Dataset.from_dict({"messages": [list(map(dict, item)) for item in items]})
     if "pair" in roles and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
@@ -167,41 +176,55 @@ def _made(task: Task, items: Sequence[Any]) -> Dataset:
     return Dataset.from_dict({task.roles[role][0]: list(items)})
 
 
-def _images(items: Sequence[Any]) -> Dataset:
-    """Paths, PIL images and bytes as a column of encoded images."""
+def _held(item: Any, task: Task, medium: Medium) -> Any:
+    """What stands in a row for its file."""
+    named = getattr(task, medium.column, None)
+    columns = task.roles[medium.column] if named is None else (named,)
+    return next((item[c] for c in columns if c in item), item) if isinstance(item, Mapping) else item
+
+
+def _files(items: Sequence[Any], medium: Medium) -> Dataset:
+    """Paths, bytes, PIL images and what `datasets` decodes files to, as a column of encoded files."""
     import io
 
-    from datasets import Dataset, Features, Image
+    from datasets import Dataset, Features
 
     def value(item: Any) -> dict[str, Any]:
         if isinstance(item, str | Path):
             if not Path(item).is_file():
-                raise FileNotFoundError(f"there is no image {item}")
+                raise FileNotFoundError(f"there is no file {item}")
             return {"path": str(item), "bytes": None}
         if isinstance(item, bytes):
             return {"path": None, "bytes": item}
-        if not _is_image(item):
-            raise TypeError(f"{item!r:.80} ({type(item).__name__}) is no image: give its path, a PIL image or bytes")
+        if isinstance(item, Mapping) and {"path", "bytes"} >= set(item):
+            return {"path": item.get("path"), "bytes": item.get("bytes")}
+        if not (medium is IMAGES and _is_image(item)):
+            raise TypeError(f"{item!r:.80} ({type(item).__name__}) is none of the {medium.called}: a path or bytes")
         from PIL import ImageOps
 
         ImageOps.exif_transpose(item).convert("RGB").save(buffer := io.BytesIO(), "PNG")
         return {"path": None, "bytes": buffer.getvalue()}
 
-    return Dataset.from_dict({"image": [value(i) for i in items]}, features=Features({"image": Image(decode=False)}))
+    if all(isinstance(item, Mapping) and "array" in item for item in items):
+        return Dataset.from_dict({medium.column: list(items)})
+    return Dataset.from_dict(
+        {medium.column: [value(i) for i in items]}, features=Features({medium.column: encoded(medium)})
+    )
 
 
 def read_path(path: Path | str, task: Task, faults: Faults, split: str | None = None) -> Dataset:
-    """The rows of a file, of a folder of images (classes are not needed), or of a split of what `load_data` reads."""
-    place = Path(path)
+    """The rows of a file, of a folder of images or sounds (classes are not needed), or of a split of what `load_data`
+    reads.  Raises as that does."""
+    place, medium = Path(path), medium_asked(task)
     if place.suffix.lower() in TEXTS and place.suffix.lower() not in READERS and place.is_file():
         return _lines(place, task, faults)
-    if "image" in task.roles and place.is_dir():
-        pictures = sorted(p for p in place.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
-        if pictures:
-            rows = _images(pictures).add_column("file", [str(p.relative_to(place)) for p in pictures])
+    if medium is not None and place.is_dir() and split is None:
+        found = sorted(p for p in place.rglob("*") if medium_of(p) is medium and p.is_file() and visible(p))
+        if found:
+            rows = _files(found, medium).add_column("file", [str(p.relative_to(place)) for p in found])
             return described(rows, Source(str(place)))
-    if place.suffix.lower() in KINDS and place.is_file():
-        return described(_images([place]).add_column("file", [str(place)]), Source(str(place)))
+    if medium is not None and medium_of(place) is medium and place.is_file():
+        return described(_files([place], medium).add_column("file", [str(place)]), Source(str(place)))
     return only(load_data(str(path), faults), split)
 
 

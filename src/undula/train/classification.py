@@ -101,10 +101,10 @@ class Classification(Classes, TextTask):
 
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:
-        several = head_of(config, "ForSequenceClassification") and config.num_labels > 1
+        several = head_of(config, "ForSequenceClassification") and int(config.num_labels or 0) > 1
         if not several or config.problem_type not in (None, "single_label_classification"):
             return None
-        return cls(names=own_names(config) or tuple(map(str, range(config.num_labels))))
+        return cls(names=own_names(config) or tuple(map(str, range(int(config.num_labels or 0)))))
 
 
 @Task.register

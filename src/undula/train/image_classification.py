@@ -41,7 +41,7 @@ class ImageClassification(Classes):
     def of_model(cls, config: PretrainedConfig) -> Self | None:
         if not head_of(config, "ForImageClassification") or config.problem_type == "multi_label_classification":
             return None
-        return cls(names=own_names(config) or tuple(map(str, range(config.num_labels))))
+        return cls(names=own_names(config) or tuple(map(str, range(int(config.num_labels or 0)))))
 
     def check(self, split: Dataset, faults: Faults) -> None:
         columns = self.columns(split.column_names, faults)
