@@ -9,7 +9,8 @@ from datasets import Dataset
 
 import undula
 from tests.support import tiny
-from undula.train import CausalLM, Chat, Classification, ImageClassification, Regression, Run
+from undula.train import CausalLM, Chat, Classification, ImageClassification, MultiLabel, Regression, Run
+from undula.train.base import open_model
 
 TEXTS = ["the film was good", "the food was awful", "nice"]
 COMMON = {"method": undula.LoRA(r=2), "max_steps": 4, "batch": 4, "lr": 1e-2}
@@ -254,3 +255,24 @@ def test_what_holds_no_model_is_refused_with_what_is_there(texts, tmp_path):
         undula.load(whole, model="x")
     with pytest.raises(ValueError, match="lack classifier"):
         undula.load(whole)
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        (Classification(names=("no", "yes")), "single_label_classification"),
+        (MultiLabel(names=("no", "yes")), "multi_label_classification"),
+        (Regression(), "regression"),
+        (ImageClassification(names=("no", "yes")), "single_label_classification"),
+        (CausalLM(), None),
+    ],
+    ids=lambda value: type(value).__name__ if value is not None else "",
+)
+def test_a_whole_model_of_anybodys_is_known_by_its_configuration(tmp_path, task, problem):
+    """What transformers saved, without a word of undula's."""
+    make = {ImageClassification: tiny.vit, CausalLM: tiny.llama}.get(type(task), tiny.bert)
+    model, processor = open_model(make(tmp_path / "base"), task, torch.float32, 0)
+    model.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    assert getattr(model.config, "problem_type", None) == problem
+    assert undula.load(tmp_path / "whole").run.task == task

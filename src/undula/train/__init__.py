@@ -4,8 +4,8 @@ from .causal_lm import CausalLM, Chat, Format, Plain
 from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare, train
 from .image_classification import ImageClassification
-from .multi_label import MultiLabel
 from .load import load
+from .multi_label import MultiLabel
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run

@@ -17,8 +17,8 @@ from ..io import files
 from .base import config_of
 from .causal_lm import CausalLM
 from .classification import Classification, Regression
-from .multi_label import MultiLabel
 from .faults import Faults
+from .multi_label import MultiLabel
 from .task import Example, Examples, Processor, Task
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from .columns import alike, in_order
 from .faults import Faults
 from .heads import named_outputs
 from .label_sets import are_vectors, bit_columns, declared, from_bits, from_vectors, label_sets, numbered, separator_of
+from .outputs import head_of, own_names
 from .task import Example, Examples, Task, Traced
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TOLD = 20  # classes that a sentence names
 
@@ -147,6 +148,12 @@ class MultiLabel(TextTask):
         by_rows = sorted(figures["classes"]["train"].items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {rows}" for name, rows in by_rows[:TOLD]) + (", ..." if len(by_rows) > TOLD else "")
         yield f"{len(by_rows)} classes, and how many train rows have them: {shown}"
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        if not head_of(config, "ForSequenceClassification") or config.problem_type != "multi_label_classification":
+            return None
+        return cls(names=own_names(config) or tuple(map(str, range(int(config.num_labels or 0)))))
 
     def outputs(self) -> dict[str, Any]:
         return {**named_outputs(self.names), "problem_type": "multi_label_classification"}
