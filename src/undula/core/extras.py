@@ -16,6 +16,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "plot": ("matplotlib",),
     "study": ("pyarrow",),
     "bits": ("bitsandbytes",),
+    "gguf": ("gguf",),
     "speech": ("soundfile", "jiwer"),
     "similarity": ("sentence_transformers",),
 }
@@ -23,6 +24,7 @@ INCLUDED = {
     "train": ("hf", "cli"),
     "study": ("train", "plot"),
     "bits": ("hf",),
+    "gguf": ("hf",),
     "speech": ("train",),
     "similarity": ("train",),
 }
