@@ -23,7 +23,7 @@ from ..train import Restored, restored
 from ..train.base import called_elsewhere
 from ..train.restored import check_agreed
 from ..train.run import RUN
-from . import shell
+from . import gguf, shell
 from .carry import Companions, carry, companions
 
 How = Annotated[str | None, typer.Option(help="truncate, substitute or least-squares. (default: by the rung)")]
@@ -130,6 +130,7 @@ class Form(StrEnum):
 
     peft = "peft"
     diffusers = "diffusers"
+    gguf = "gguf"
 
 
 def export(
@@ -140,7 +141,8 @@ def export(
         Form,
         typer.Option(
             "--format",
-            help="peft: a plain LoRA that PEFT, vLLM and others read. diffusers: for a pipeline's load_lora_weights.",
+            help="peft: a plain LoRA that PEFT, vLLM and others read. diffusers: for a pipeline's load_lora_weights. "
+            "gguf: a file for llama.cpp's --lora.",
         ),
     ] = Form.peft,
     component: Annotated[
@@ -154,7 +156,7 @@ def export(
 ) -> None:
     """Write an adapter as a plain LoRA.  What is none is collapsed first, and the error of that printed; what is one
     leaves as it is, or collapsed as --how and --set say."""
-    shell.fresh(out)
+    (gguf if form is Form.gguf else shell).fresh(out)
     if (component is None) == (form is Form.diffusers):
         raise ValueError(
             "--format diffusers goes with --component, the part of the pipeline that is adapted: unet, transformer, "
@@ -171,6 +173,9 @@ def export(
     found = None if exact else _squeezed(path, adapter, how, options, data, rows, model)
     lora = adapter if found is None else found.made.adapter
     base, task = _about(lora.about, model, found.opened if found else None)
+    if form is Form.gguf:
+        gguf.write_lora(path, lora, out, model)
+        return _exported(found, adapter, out)
     beside = companions(path, adapter, model) if component is None else None
     with whole(out) as folder:
         if component is not None:
@@ -180,6 +185,12 @@ def export(
             beside.write(folder, out.name)
         else:
             export_lora(lora, folder, base, task)
+    if isinstance(beside, str):
+        shell.say(f"only the adapter's own files were written: {beside}", "yellow")
+    _exported(found, adapter, out)
+
+
+def _exported(found: Squeezed | None, adapter: Adapter, out: Path) -> None:
     if found is None:
         shell.note("exported exactly (a method on the rung LowRank)")
     else:
@@ -189,8 +200,6 @@ def export(
             else f"on the rung {adapter.rung.__name__} there is no exact LoRA: collapsed first"
         )
         _show(found.made, None)
-    if isinstance(beside, str):
-        shell.say(f"only the adapter's own files were written: {beside}", "yellow")
     shell.note(f"Saved in {out}")
 
 

@@ -13,6 +13,7 @@ from . import (
     adapters,
     collapsing,
     compare,
+    gguf,
     lists,
     shell,
     studies,
@@ -54,6 +55,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "prune": adapters.prune,
     "cut": adapters.cut,
     "export": collapsing.export,
+    "gguf": gguf.gguf,
     "study": studies.study,
     "assets": lists.assets,
 }
