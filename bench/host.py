@@ -99,12 +99,14 @@ class _nothing:
 
 
 @torch.no_grad()
-def entering(adapters: int, layers: int, rounds: int) -> dict[str, float]:
+def entering(adapters: int, layers: int, rounds: int, frozen: bool) -> dict[str, float]:
     """Seconds of entering `rows` with as many adapters as rows on a model of many tiny layers, of the first forward
-    there and of a later one, and of the base's; medians."""
+    there and of a later one, and of the base's; medians.  The adapters are live, or frozen ones in stacks."""
     model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(layers))).eval()
     for i in range(adapters):
         undula.attach(model, undula.LoRA(r=4), name=str(i))
+        if frozen:
+            undula.attach(model, undula.detach(model, str(i)), name=str(i), frozen=True)
     undula.select(model, None)
     x, names = torch.randn(adapters, 16), [str(i) for i in range(adapters)]
     spent: dict[str, list[float]] = {"base": [], "enter": [], "first forward": [], "later forward": [], "leave": []}
@@ -135,19 +137,23 @@ def main() -> None:
     figures |= peft_adding(args.peft_adapters)
     for name, value in figures.items():
         print(f"{name:20} {value * 1e3:10.1f} ms")
-    entered = entering(args.rows_adapters, args.rows_layers, args.rounds)
-    for name, value in entered.items():
-        print(f"rows, {args.rows_adapters} adapters x {args.rows_layers} layers: {name:14} {value * 1e3:8.1f} ms")
-    spent = decoding(model, args.rounds, CLOCKS[args.clock])
-    decode = {n: ratios(s, spent["base"]) for n, s in spent.items()}
+    entered = {
+        kind: entering(args.rows_adapters, args.rows_layers, args.rounds, kind == "frozen")
+        for kind in ("live", "frozen")
+    }
+    for kind, spent in entered.items():
+        for name, value in spent.items():
+            print(f"rows, {args.rows_adapters} {kind} x {args.rows_layers} layers: {name:14} {value * 1e3:8.1f} ms")
+    decoded = decoding(model, args.rounds, CLOCKS[args.clock])
+    decode = {n: ratios(s, decoded["base"]) for n, s in decoded.items()}
     for n, r in decode.items():
         print(f"decode {n:18} x base {r['median']:.3f} ({r['low']:.3f}-{r['high']:.3f})")
     targets = {
         "attach last / first <= 1.5": figures["attach last"] / figures["attach first"],
         "select last / first <= 1.5": figures["select last"] / figures["select first"],
         "decode 16 adapters / base <= 1.3": decode["16 adapters"]["median"],
-        "ms to enter rows, and what its first forward takes more <= 10": 1e3
-        * (entered["enter"] + entered["first forward"] - entered["later forward"]),
+        "ms to enter rows of frozen adapters, and what its first forward takes more <= 10": 1e3
+        * (entered["frozen"]["enter"] + entered["frozen"]["first forward"] - entered["frozen"]["later forward"]),
     }
     met = {n: v <= float(n.rpartition(" ")[2]) for n, v in targets.items()}
     for n, v in targets.items():

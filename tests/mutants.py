@@ -28,6 +28,7 @@ LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tes
 DAMAGE = DISK + "::test_damage_is_refused"
 WEIGHT = LAWS + "::test_forward_is_weight"
 FUSED, GRADIENTS = LAWS + "::test_fused_is_reference", LAWS + "::test_gradients"
+SHELF = "tests/laws/test_frozen.py"
 ROUTES = "tests/laws/test_routes.py"
 VALUES = "tests/laws/test_values.py"
 GROUPS = LAWS + "::test_rows_of_low_rank_adapters"
@@ -90,7 +91,12 @@ MUTANTS = [
     ("host/weights.py", "if other != path:", "if False:", WEIGHTS + " -k under_two_names"),
     ("host/checks.py", "isinstance(method, Reweight) and not method.drops", "isinstance(method, Reweight)", WEIGHTS + " -k refused_by_name"),
     ("host/route.py", "linear and not (drops and layer.training)", "linear", ROUTES),
-    ("host/route.py", "torch.tensor(repeats, device=device) if self.each else None", "None", GROUPS),
+    ("host/share.py", "for k, n in enumerate(self.counts) for _ in range(n)] if self.each else None", "for k, n in enumerate(self.counts) for _ in range(n)] if False else None", GROUPS),
+    ("host/share.py", "None if places == list(range(len(self.shelf))) else places", "None", SHELF),
+    ("host/shelf.py", "self.free.append(k)", "", SHELF + " -k come_and_go"),
+    ("host/shelf.py", "uses[id(f[p.A])] == uses[id(f[p.B])] == 1", "True", SHELF),
+    ("host/shelf.py", "s.form == places and s.dtypes == of", "s.form == places", SHELF + " -k types"),
+    ("io/native.py", '{"created_by": f"undula {UNDULA}", **adapter.about}', "adapter.about", "tests/laws/test_files.py -k says"),
     ("host/state.py", "host.lock.lock.wait_for(lambda: not host.routes, PATIENCE)", "True", ROUTES + " -k verbs_wait"),
     ("host/state.py", "if route.host is self and route in self.routes", "", ROUTES + " --timeout=20 -k 'two_models or outlives'"),
     ("host/state.py", '"routes": [], "waiting": 0}', '"waiting": 0}', ROUTES + " --timeout=20 -k two_models"),

@@ -21,6 +21,7 @@ from .around import APART, in_parallel, of_sentences
 from .build import check_what, fitted, fresh, narrowed
 from .saving import guard, unguard
 from .sharded import is_fsdp
+from .shelf import Held
 from .slots import Slot, install, remove
 from .state import (
     Host,
@@ -53,6 +54,7 @@ def attach(
     full: Sequence[str] = (),
     probe: Probe | None = None,
     dtype: torch.dtype | None = None,
+    frozen: bool = False,
 ) -> Adapter:
     """Puts a new adapter of the method `what` (or an existing Adapter) on `model` and selects it.
 
@@ -63,7 +65,9 @@ def attach(
     `undula.Probe`).  Factors and what trains in full are float32 (float64 over a float64 base); with `dtype` the
     factors are of that type (torch.bfloat16 for many adapters that only serve: in training small steps would be lost in
     it).  Layers whose own parameters train go on computing in the base's type.  An Adapter that is given is copied; a
-    live one that was detached goes on as the object that it is.  Raises LookupError for names that match nothing,
+    live one that was detached goes on as the object that it is.  With `frozen` an Adapter is attached for `rows`: it
+    does not train, is not selected, and lies in one stack with others like it, so that a batch of hundreds costs no
+    more to enter than its rows.  Raises LookupError for names that match nothing,
     ValueError for an adapter that does not fit the model; the model is then unchanged.
     """
     if not isinstance(name, str) or not name:
@@ -77,7 +81,7 @@ def attach(
     try:
         with changing(host, "attach"):
             model.__dict__["_undula"] = host  # where another thread's refused attach took it away
-            return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype)
+            return _attach(model, host, what, where, exclude, name, overrides or {}, full, probe, dtype, frozen)
     finally:
         forget(model, host)
 
@@ -93,8 +97,11 @@ def _attach(
     full: Sequence[str],
     probe: Probe | None,
     dtype: torch.dtype | None,
+    frozen: bool,
 ) -> Adapter:
     check_what(what, overrides)
+    if frozen and not isinstance(what, Adapter):
+        raise TypeError(f"frozen=True is for an Adapter that was trained; {what!r} would stay at its initialisation")
     if isinstance(what, Adapter) and (where is not None or exclude or overrides or full or probe is not None):
         raise ValueError(
             "an Adapter knows its own sites: `where`, `exclude`, `overrides`, `full` and `probe` go with a method alone"
@@ -114,9 +121,13 @@ def _attach(
             if isinstance(what, Adapter)
             else fresh(model, what, "all-linear" if where is None else where, overrides, full, probe, exclude)
         )
-        adapter = Live.of(narrowed(made, dtype))
-        if isinstance(what, Live) and not what.attached:
-            adapter = what.resumed(adapter)
+        adapter: Live
+        if frozen:
+            adapter = Held.on(narrowed(made, dtype), host.shelves)
+        else:
+            adapter = Live.of(narrowed(made, dtype))
+            if isinstance(what, Live) and not what.attached:
+                adapter = what.resumed(adapter)
     except BaseException:
         _select(model, host, before)
         raise
@@ -125,7 +136,7 @@ def _attach(
         model.requires_grad_(False)
     host.adapters[name], adapter.attached = adapter, True
     model.__dict__["_undula"] = host
-    _select(model, host, name)
+    _select(model, host, before if frozen else name)
     quantised.keep_gradients(model)
     quantised.warn_where_cut(model)
     return adapter
@@ -185,6 +196,8 @@ def change(model: nn.Module, site: str, method: Method, factors: Factors) -> Non
     live: dict[str, Any] = {
         k: t if isinstance(t, nn.Parameter) else nn.Parameter(t, t.requires_grad) for k, t in factors.items()
     }
+    if isinstance(adapter, Held):
+        raise RuntimeError(f"{host.selected!r} was attached with frozen=True: no allocator changes what does not train")
     if host.routes:
         raise RuntimeError("an allocator changes an adapter within `undula.rows`: train with it outside of the block")
     host.forms.pop(host.selected, None)  # type: ignore[arg-type]
@@ -272,7 +285,7 @@ def detach(model: nn.Module, name: str | None = None) -> Adapter:
     with changing(host, "detach"):
         host, adapter = _named(model, name)
         _detach(model, host, name if name is not None else host.selected)
-    return adapter
+        return adapter.off(host.shelves) if isinstance(adapter, Held) else adapter
 
 
 def _detach(model: nn.Module, host: Host, name: str | None) -> None:

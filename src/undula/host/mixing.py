@@ -15,6 +15,7 @@ from ..core.adapter import Live
 from .host import adapt, forget, layers_now, nest, unnest
 from .route import ROUTES, Base, Route
 from .sharded import is_fsdp
+from .shelf import Held, OnShelf
 from .slots import Slot
 from .state import PATIENCE, Host, check_shape, dismiss, find, replaced
 from .weights import own
@@ -82,6 +83,9 @@ def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route
             )
     for name, adapter in used.items():
         _move_beside(model, host, name, adapter)
+    for shelf in {id(a.shelf): a.shelf for a in used.values() if isinstance(a, Held) and a.shelf}.values():
+        for path in shelf.stacks:
+            shelf.to(path, _device(model, path))
     route = Route(host, used, names, host.formed)
     try:
         _invite(model, host, route)
@@ -96,10 +100,11 @@ def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route
 
 def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None:
     """Puts factors where their layers are: `model.to` moves those of the selected adapter alone."""
-    first = next(iter(adapter.factors), None)
-    if first is None or _device(model, first) == next(iter(adapter.factors[first].values())).device:
+    factors = adapter.factors.rest if isinstance(adapter.factors, OnShelf) else adapter.factors
+    first = next(iter(factors), None)
+    if first is None or _device(model, first) == next(iter(factors[first].values())).device:
         return
-    for path, f in adapter.factors.items():
+    for path, f in factors.items():
         for t in f.values():
             t.data = t.data.to(_device(model, path))
     host.forms.pop(name, None)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,8 +18,8 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.method import Factors, LowRank, Method
-from ..kernels import reference
 from ..kernels.grouped import grouped, stacked
+from .share import Form, Kept, OfShelf, Share, changed, flat
 from .views import LinearView, adapted
 
 
@@ -68,7 +66,7 @@ class Rows:
         if self.low:
             pairs, stacks = self._kept.of([t for _, f in self.low for t in f.values()], self._stacked)
             mine = x if self.order is None else x[self.order]
-            y = changed(y, grouped(_flat(mine, pairs[0][1].dtype), pairs, self.counts, stacks), self.order)
+            y = changed(y, grouped(flat(mine, pairs[0][1].dtype), pairs, self.counts, stacks), self.order)
         for method, own, index in self.other:
             y = y.index_copy(0, index, method.forward(x[index], layer, own))
         return y
@@ -104,28 +102,6 @@ class Rows:
         return pairs, stacked(pairs, self.counts)
 
 
-class Kept:
-    """What was made of some tensors, for as long as they stay: without gradients, for the next forward of a batch.  A
-    tensor that is another one, lies elsewhere or was written into by an operation that counts is seen; writing into
-    `t.data` leaves no trace in torch."""
-
-    def __init__(self) -> None:
-        self.marks: tuple | None = None
-        self.made: Any = None
-
-    def of(self, tensors: list[Tensor], make: Callable[[], Any]) -> Any:
-        if torch.is_grad_enabled() or any(map(Tensor.is_inference, tensors)):
-            return make()
-        now = (
-            list(map(id, tensors)),
-            list(map(Tensor.data_ptr, tensors)),
-            [t._version for t in tensors],
-        )
-        if self.marks != now:
-            self.marks, self.made = now, make()
-        return self.made
-
-
 def rows_of(names: Sequence[str | None]) -> dict[str, list[int]]:
     """The rows of each name, in the order in which the names come."""
     rows: dict[str, list[int]] = {}
@@ -146,102 +122,6 @@ def together(x: Tensor, layer: LinearView, count: int, drops: bool) -> bool:
     return linear and not (drops and layer.training)
 
 
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of any number of dimensions as (N, T, I)."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
-
-
-def changed(y: Tensor, change: Tensor, order: Tensor | None) -> Tensor:
-    """y with `change` (N, T, O) added to the rows `order`, or to all of them, in the wider type and rounded once."""
-    change = change.view(change.shape[0], *y.shape[1:])
-    if order is None:
-        return reference.added(y, change) if torch.is_grad_enabled() else y.add_(change)
-    if change.dtype == y.dtype:
-        return y.index_add(0, order, change) if torch.is_grad_enabled() else y.index_add_(0, order, change)
-    return y.index_copy(0, order, reference.added(y[order], change))
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A pair (s f[B], f[A]) of one site in words that compare."""
-
-    path: str
-    s: float
-    B: str
-    A: str
-    shapes: tuple[torch.Size, torch.Size]
-    drops: bool  # whether dropout acts on it while it trains
-
-
-Form = tuple[Plain, ...]
-
-
-def form(adapter: Adapter) -> Form:
-    """The sites at which the adapter is a plain pair; adapters of equal forms go through one product each time."""
-    found = []
-    for path, method in adapter.methods.items():
-        named = method.plain() if isinstance(method, LowRank) else None
-        if named is not None:
-            s, B, A = named
-            f = adapter.factors[path]
-            found.append(Plain(path, s, B, A, (f[B].shape, f[A].shape), method.drops))
-    return tuple(found)
-
-
-class Share:
-    """The rows of a batch that go through adapters of one form, sorted by adapter."""
-
-    def __init__(self, form: Form, count: int):
-        self.sites = {plain.path: plain for plain in form}
-        self.count = count
-        self.order: list[int] = []
-        self.counts: list[int] = []
-        self.adapters: list[Adapter] = []
-
-    def add(self, adapter: Adapter, rows: list[int]) -> None:
-        self.order += rows
-        self.counts.append(len(rows))
-        self.adapters.append(adapter)
-
-    def settle(self) -> None:
-        """What all layers will read: how the rows lie, and of which adapters' pairs a product is made."""
-        self.equal = len(set(self.counts)) == 1
-        self.each = not self.equal and len(self.order) <= 2 * len(self.counts)  # mostly rows of their own: a pair each
-        self.moved = self.order != list(range(self.count))
-        self._there: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
-        self._here: dict[str, tuple[list[Factors], Kept]] = {}
-
-    def positions(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """(rows of the batch, the adapter of each row) on a device; None for all of them in turn, and where one pair
-        serves several rows."""
-        if device not in self._there:
-            with torch.inference_mode(False):  # a later forward of the batch may want gradients
-                order = torch.tensor(self.order, device=device) if self.moved else None
-                repeats = [k for k, n in enumerate(self.counts) for _ in range(n)]
-                self._there[device] = order, torch.tensor(repeats, device=device) if self.each else None
-        return self._there[device]
-
-    def change(self, path: str, x: Tensor) -> Tensor:
-        """s B A x of these rows at one site, (N, T, O)."""
-        plain, (order, repeats) = self.sites[path], self.positions(x.device)
-        if path not in self._here:
-            self._here[path] = [a.factors[path] for a in self.adapters], Kept()
-        every, kept = self._here[path]
-        A, B = [f[plain.A] for f in every], [f[plain.B] for f in every]
-
-        def stacks() -> tuple[Tensor, Tensor]:
-            A_KRI, B_KOR = torch.stack(A), torch.stack(B)
-            return (A_KRI, B_KOR) if repeats is None else (A_KRI[repeats], B_KOR[repeats])
-
-        A_KRI, B_KOR = kept.of(A + B, stacks)
-        mine = _flat(x if order is None else x[order], A_KRI.dtype)
-        if self.equal or self.each:
-            z_KTR = torch.bmm(mine.reshape(len(A_KRI), -1, mine.shape[2]), A_KRI.transpose(1, 2))
-            return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(*mine.shape[:2], B_KOR.shape[1])
-        parts = zip(mine.split(self.counts), A_KRI.unbind(), B_KOR.unbind(), strict=True)
-        return torch.cat([p @ A.t() * plain.s @ B.t() for p, A, B in parts])
-
-
 numbers = itertools.count(1)
 
 
@@ -258,12 +138,15 @@ class Route:
         self.owed = False  # whether layers wait to be computed again, see `forward`
         self.loose: dict[str, set[str]] = {}  # {adapter: its sites that are no plain pair}
         self.laws: dict[tuple[str, bool], Rows | None] = {}
-        shares: dict[Form, Share] = {}
+        shares: dict[tuple[int, int], Share] = {}
         rows = rows_of(names)
         for name, adapter in used.items():
-            plain = formed(name)
+            plain, shelf = formed(name), getattr(adapter, "shelf", None)
             if plain:
-                shares.setdefault(plain, Share(plain, len(names))).add(adapter, rows[name])
+                alike = id(plain), id(shelf)
+                if alike not in shares:
+                    shares[alike] = Share(plain, len(names)) if shelf is None else OfShelf(shelf, len(names))
+                shares[alike].add(adapter, rows[name])
             if len(plain) < len(adapter.factors):
                 self.loose[name] = set(adapter.factors) - {p.path for p in plain}
         self.shares = list(shares.values())

@@ -132,9 +132,10 @@ def install(slot: Slot) -> None:
         return
     module = slot.layer.module
     module.__dict__.pop("forward", None)  # an accelerate hook: `slot.layer` holds and calls it
-    module.__class__ = _adapted(type(module))
+    object.__setattr__(module, "__class__", _adapted(type(module)))  # past the search of nn.Module's own
     module._modules["undula"] = slot
-    slot.train(module.training)
+    if slot.training != module.training:
+        slot.train(module.training)
 
 
 def remove(slot: Slot) -> None:
@@ -144,6 +145,6 @@ def remove(slot: Slot) -> None:
         return
     module = slot.layer.module
     del module._modules["undula"]
-    module.__class__ = type(module).original  # type: ignore[attr-defined]
+    object.__setattr__(module, "__class__", type(module).original)  # type: ignore[attr-defined]
     if slot.layer.override is not None:
         module.__dict__["forward"] = slot.layer.override

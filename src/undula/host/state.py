@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
 from . import masters, quantised
-from .route import ROUTES, Form, Route, form, innermost
+from .route import ROUTES, Route, innermost
 from .sharded import is_fsdp
+from .share import Form, form
+from .shelf import Held, Shelf
 from .slots import Slot, remove
 from .views import LinearView
 from .weights import Read
@@ -52,6 +54,7 @@ class Host:
     routes: list[Route] = field(default_factory=list)  # that somebody is inside
     routed: bool = False  # whether anybody ever was
     waiting: int = 0  # verbs that wait until nobody is
+    shelves: list[Shelf] = field(default_factory=list)  # of the adapters that do not train
     forms: dict[str, Form] = field(default_factory=dict)  # of the adapters that went through `rows`
     lock: Lock = field(default_factory=Lock, repr=False)  # held while layers change
 
@@ -89,7 +92,10 @@ class Host:
         return route
 
     def formed(self, name: str) -> Form:
-        """`routing.form` of an adapter, one object for equal ones."""
+        """`share.form` of an adapter, one object for equal ones."""
+        held = self.adapters[name]
+        if isinstance(held, Held):
+            return () if held.shelf is None else held.shelf.form
         if name not in self.forms:
             new = form(self.adapters[name])
             self.forms[name] = next((f for f in self.forms.values() if f == new), new)

@@ -1,0 +1,179 @@
+"""Adapters attached with `frozen=True`: on shelves, where many are one stack, they compute what live ones do."""
+
+import copy
+import dataclasses
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import undula
+from tests.support.numbers import shake
+from undula import LoRA
+from undula.host.state import host_of
+from undula.methods.dropout import Dropout
+
+METHODS = {
+    "one shelf": [LoRA(r=2)] * 5,
+    "two ranks": [LoRA(r=2), LoRA(r=3), LoRA(r=2), LoRA(r=3), LoRA(r=2)],
+    "two scales": [LoRA(r=2), LoRA(r=2, alpha=3.0), LoRA(r=2), LoRA(r=2), LoRA(r=2)],
+    "other rungs": [LoRA(r=2), undula.AuroRA(r=2), undula.DoRA(LoRA(r=2)), undula.LoRAN(r=2), LoRA(r=2)],
+    "shared factors": [undula.VeRA(r=3), LoRA(r=2), undula.VeRA(r=3), undula.S2LoRA(r=2), undula.AdaLoRA(r=2)],
+}
+ROWS = [
+    ["0", "1", "2", "3", "4", None],  # each its own
+    ["4", "4", "1", "1", "0", "0"],  # as many each
+    ["3", "0", "0", "0", "0", "0"],
+    ["2", None, "1", "2", None, "4"],
+    ["1"] * 6,
+]
+
+
+def bodies(methods, dtype=torch.float64):
+    """Two equal models with the same adapters: live ones, and frozen ones."""
+    torch.manual_seed(0)
+    live = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))).to(dtype).eval()
+    held = copy.deepcopy(live)
+    for i, method in enumerate(methods):
+        adapter = undula.attach(live, method, name=str(i))
+        shake(adapter)
+        undula.attach(held, adapter.copy(), name=str(i), frozen=True)
+    undula.select(live, None)
+    return live, held, torch.randn(6, 8, dtype=dtype)
+
+
+@pytest.mark.parametrize("names", ROWS, ids=str)
+@pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
+def test_rows_are_those_of_live_adapters(methods, names):
+    live, held, x = bodies(methods)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), undula.rows(live, names), undula.rows(held, names):
+            torch.testing.assert_close(held(x), live(x))
+
+
+def test_what_is_alike_lies_on_one_shelf():
+    """Else the point of it is lost, and nobody would see."""
+    assert [len(host_of(bodies(METHODS[n])[1]).shelves) for n in ("one shelf", "two ranks", "two scales")] == [1, 2, 2]
+
+
+def test_adapters_come_and_go_and_the_others_stay_what_they_are():
+    """A place is used again, a shelf grows and goes."""
+    live, held, x = bodies(METHODS["one shelf"])
+    values = {name: a.copy() for name, a in undula.adapters(live).items()}
+    place = undula.adapters(held)["1"].k
+    back = undula.detach(held, "1")
+    assert type(back) is undula.Adapter
+    for (site, name, t), (_, _, mine) in zip(values["1"].tensors(), back.tensors(), strict=True):
+        torch.testing.assert_close(mine, t, msg=f"{site}.{name}")
+        assert mine.requires_grad == t.requires_grad
+    assert undula.attach(held, values["3"], name="again", frozen=True).k == place
+    with undula.rows(held, ["again"] * 6), undula.rows(live, ["3"] * 6):
+        torch.testing.assert_close(held(x), live(x))
+    torch.testing.assert_close(back.delta("0"), values["1"].delta("0"), msg="a value is its own, off the shelf")
+    for names in (["0", "2", "3", "4", "0", None], ["4"] * 6):
+        with undula.rows(held, names), undula.rows(live, names):
+            torch.testing.assert_close(held(x), live(x))
+    for name in ("0", "2", "3", "4", "again"):
+        undula.detach(held, name)
+    assert "_undula" not in held.__dict__
+    assert all(p.requires_grad for p in held.parameters())
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.AuroRA(r=2), undula.VeRA(r=3)], ids=repr)
+def test_a_frozen_adapter_is_selected_merged_saved_and_copied_like_any(method, tmp_path):
+    live, held, x = bodies([method] * 2)
+    undula.select(live, "1")
+    undula.select(held, "1")
+    torch.testing.assert_close(held(x), live(x))
+    assert not [n for n, p in held.named_parameters() if p.requires_grad], "it does not train"
+    undula.selected(held).save(tmp_path)
+    other = copy.deepcopy(live)
+    undula.detach(other, "1")
+    undula.attach(other, undula.Adapter.load(tmp_path), name="read")
+    torch.testing.assert_close(other(x), live(x))
+    if isinstance(method, undula.LowRank):
+        undula.merge(held)
+        torch.testing.assert_close(held(x), live(x))
+        undula.unmerge(held)
+    twin = copy.deepcopy(held)
+    undula.detach(held, "0")
+    for each in (twin, torch.load(_pickled(held), weights_only=False)):
+        with undula.rows(each, ["1"] * 6):
+            torch.testing.assert_close(each(x), live(x))
+
+
+def _pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+def test_moving_a_model_with_a_frozen_adapter_selected_leaves_its_shelf_alone():
+    """`model.to` gives the selected one other tensors; the stack is still the adapter's own."""
+    live, held, x = bodies(METHODS["one shelf"])
+    undula.select(held, "1")
+    held.float().double()
+    with undula.rows(live, ["1", "0"] * 3), undula.rows(held, ["1", "0"] * 3):
+        torch.testing.assert_close(held(x), live.float().double()(x))
+
+
+def test_the_selected_adapter_stays_selected():
+    live, held, x = bodies(METHODS["one shelf"])
+    one = undula.attach(held, LoRA(r=4), name="trains")
+    undula.attach(held, undula.adapters(live)["2"].copy(), name="more", frozen=True)
+    assert undula.selected(held) is one
+    held(x).sum().backward()
+    assert all(p.grad is not None for p in one.parameters())
+
+
+def test_dropout_of_a_frozen_adapter_is_off_in_evaluation_and_on_in_training():
+    live, held, x = bodies([Dropout(LoRA(r=2), p=0.5)] * 2)
+    with undula.rows(live, ["0", "1"] * 3), undula.rows(held, ["0", "1"] * 3):
+        torch.testing.assert_close(held(x), live(x))
+        held.train()
+        torch.manual_seed(1)
+        assert not torch.equal(held(x), held(x))
+
+
+def test_types_are_kept_apart():
+    """One stack has one type: an adapter in bfloat16 does not round its neighbours."""
+    _, held, x = bodies([LoRA(r=2)], torch.float32)
+    value = undula.detach(held, "0")
+    undula.attach(held, value, name="wide", frozen=True)
+    undula.attach(held, value, name="narrow", frozen=True, dtype=torch.bfloat16)
+    with undula.rows(held, ["wide", "narrow"] * 3):
+        y = held(x)
+    with undula.rows(held, ["wide"] * 6):
+        torch.testing.assert_close(y[::2], held(x)[::2])
+    assert undula.adapters(held)["narrow"].factors["0"]["A"].dtype == torch.bfloat16
+
+
+def test_factors_that_sites_share_are_shared_when_it_comes_back():
+    """Else a file stores them once for each site, and training moves them apart."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    value = undula.attach(model, LoRA(r=2)).copy()
+    A = value.factors["0"]["A"]
+    tied = dataclasses.replace(value, factors={s: {**f, "A": A} for s, f in value.factors.items()})
+    undula.attach(model, tied, name="tied", frozen=True)
+    back = undula.detach(model, "tied")
+    assert back.factors["0"]["A"] is back.factors["1"]["A"]
+    assert back.num_parameters() == tied.num_parameters()
+
+
+def test_what_cannot_be_frozen_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match="frozen=True is for an Adapter that was trained"):
+        undula.attach(model, LoRA(r=2), frozen=True)
+    assert "_undula" not in model.__dict__
+
+
+def test_entering_looks_at_no_factor(monkeypatch):
+    """What makes a batch of hundreds cheap to enter: nothing is done for each adapter at each layer."""
+    _, held, x = bodies([LoRA(r=2)] * 2)
+    looked = []
+    monkeypatch.setattr("undula.host.shelf.OnShelf.__getitem__", lambda self, path: looked.append(path))
+    with undula.rows(held, ["0", "1"] * 3):
+        held(x)
+    assert not looked
