@@ -307,6 +307,7 @@ def test_classes_are_counted_and_the_majority_is_told(tmp_path):
     data = tiny.jsonl(tmp_path / "d.jsonl", rows)
     figures = rows_of(run_of(tiny.bert(tmp_path / "bert"), data, tmp_path / "o")).figures
     assert figures == {
+        "form": "text is 'text', label is 'label'",
         "classes": {"train": {"often": 54, "rare": 18}, "validation": {"often": 6, "rare": 2}},
         "majority": 0.75,
     }

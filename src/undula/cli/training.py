@@ -17,12 +17,16 @@ from ..train.fit import train as fit
 from ..train.resume import left_behind
 from ..train.worries import diverged, worries
 from . import declared, shell
+from . import look as looks
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from ..train.fit import Prepared
+
 USUAL = {"method": "lora"}  # what stands where nothing is typed for a field that has no default
 COLUMN = Annotated[declared.Texts, typer.Option("--column", help="ROLE=COLUMN, as in text=review. Repeatable.")]
+DRY = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop there: write nothing.")]
 RESUME = Annotated[Path | None, typer.Option("--resume", help="Go on with the training in this directory.")]
 
 
@@ -39,7 +43,10 @@ def train(ctx: typer.Context, **typed: Any) -> None:
         _check_none(ctx)
     columns = _columns(typed["task"], typed["column"])
     made = declared.values(Run, typed | {"task_set": [*columns, *typed["task_set"]]})
-    _fit(Run(**made), False, to)
+    if typed["dry_run"]:
+        _look(Run(**made), to)
+    else:
+        _fit(Run(**made), False, to)
 
 
 def _signature() -> inspect.Signature:
@@ -49,6 +56,7 @@ def _signature() -> inspect.Signature:
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         *declared.parameters(Run, USUAL),
         inspect.Parameter("column", only, default=[], annotation=COLUMN),
+        inspect.Parameter("dry_run", only, default=False, annotation=DRY),
         inspect.Parameter("resume", only, default=None, annotation=RESUME),
         inspect.Parameter("to", only, default=None, annotation=shell.Json),
     ])  # fmt: skip
@@ -93,7 +101,7 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
 
     try:
         with quiet(), contextlib.ExitStack() as bars:
-            report = fit(run, resume=resume, callbacks=_bar(bars))
+            report = fit(run, resume=resume, callbacks=_bar(bars), begins=_begins)
     except KeyboardInterrupt:
         shell.say(left_behind(run.out), "yellow")
         raise typer.Exit(130) from None
@@ -106,6 +114,26 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
         shell.remark(text)
     if diverged(report):
         raise typer.Exit(1)
+
+
+@needs("train")
+def _look(run: Run, to: Path | None) -> None:
+    """The look alone; a place where the training could not begin is refused as the training would."""
+    from ..train.base import quiet
+    from ..train.look import look
+    from ..train.resume import claim
+
+    claim(run, False)
+    with quiet():
+        found = look(run)
+    looks.show(found)
+    shell.write(to, found.encode())
+
+
+def _begins(ready: Prepared) -> None:
+    from ..train.look import looked
+
+    looks.show(looked(ready))
 
 
 def _bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:

@@ -5,6 +5,7 @@ from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare, train
 from .image_classification import ImageClassification
 from .load import load
+from .look import Look, look
 from .multi_label import MultiLabel
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
@@ -19,6 +20,7 @@ __all__ = [
     "Format",
     "ImageClassification",
     "Interrupted",
+    "Look",
     "MultiLabel",
     "Plain",
     "Prepared",
@@ -30,6 +32,7 @@ __all__ = [
     "dense",
     "evaluate",
     "load",
+    "look",
     "prepare",
     "restored",
     "train",

@@ -18,15 +18,15 @@ from .columns import named_columns, texts
 from .conversation import conversations, questions, rendered, tokens
 from .faults import Faults
 from .generation import Sampling, room_after, write
-from .limits import UNLIMITED, Cuts
+from .limits import END, UNLIMITED, Cuts
 from .outputs import head_of
+from .shown import IGNORED
 from .task import WINDOW, Example, Examples, Task, Traced, outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # a label that the loss leaves out
 LENGTH = 2048  # tokens of a row where neither the task nor the model says less
 WRITTEN = 256  # tokens that a prompt is continued by at most, where nothing tells how long completions are
 
@@ -91,11 +91,11 @@ class CausalLM(Task):
         "messages": ("messages", "conversations"),
         "text": ("text",),
     }
-    forms: ClassVar = (
-        ("messages",),
-        ("prompt", "completion"),
-        ("text",),
-    )  # the roles of each form, the first that fits
+    forms: ClassVar[Mapping[str, tuple[str, ...]]] = {  # their roles; the first that fits
+        "conversations": ("messages",),
+        "pairs": ("prompt", "completion"),
+        "texts": ("text",),
+    }
     optional = ("context",)
     targets = ("completion",)
     peft = "CAUSAL_LM"
@@ -124,8 +124,8 @@ class CausalLM(Task):
 
     def columns(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
         """{role: column} of one of the forms: the one that is named, else the first that the columns allow."""
-        named = [form for form in self.forms if any(getattr(self, role) is not None for role in form)]
-        met = [f for f in self.forms if all(any(c in there for c in self.roles[role]) for role in f)]
+        named = [form for form in self.forms.values() if any(getattr(self, role) is not None for role in form)]
+        met = [f for f in self.forms.values() if all(any(c in there for c in self.roles[role]) for role in f)]
         form: tuple[str, ...] = (*named, *met, ())[0]
         found = faults if faults is not None else Faults()
         if len(named) > 1:
@@ -147,6 +147,11 @@ class CausalLM(Task):
             found.check()
         return made
 
+    def form(self, there: Sequence[str]) -> str:
+        found = self.columns(there)
+        name = next(name for name, roles in self.forms.items() if roles[0] in found)
+        return f"{name}: {super().form(there)}"
+
     def check(self, split: Dataset, faults: Faults) -> None:
         for role, column in self.columns(split.column_names, faults).items():
             if role == "messages":
@@ -167,7 +172,7 @@ class CausalLM(Task):
 
     def inputs(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
         """{role: column} of a form without its completion: the one that is named, else the first that there is."""
-        forms = [tuple(role for role in form if role not in self.targets) for form in self.forms]
+        forms = [tuple(role for role in form if role not in self.targets) for form in self.forms.values()]
         named = [form for form in forms if any(getattr(self, role) is not None for role in form)]
         met = [form for form in forms if all(any(c in there for c in self.roles[role]) for role in form)]
         form = (*named, *met, ("prompt",))[0]
@@ -259,7 +264,7 @@ class CausalLM(Task):
         limit, had, lost = self.max_length or room(tokenizer), len(ids), {}
         if had > limit:
             ids, learned = ids[:limit], learned[:limit]
-            lost[f"{what} at its end, its end token included"] = had, limit
+            lost[f"{what} at its end, {END}"] = had, limit
             if not any(learned[1:]):
                 lost["nothing is left that would be learned"] = had, limit
         return _example(ids, learned), lost
@@ -272,7 +277,7 @@ class CausalLM(Task):
         completion = _ids(row["completion"], tokenizer) + _end(tokenizer)
         most = self.max_completion or max(1, whole - min(asked, self.max_length or whole // 2))
         if len(completion) > most:
-            lost["the completion is cut at its end, its end token included"] = len(completion), most
+            lost[f"the completion is cut at its end, {END}"] = len(completion), most
             completion = completion[:most]
         prompt = self.prompt_ids(row["prompt"], tokenizer, max(1, whole - len(completion)))
         if len(prompt) < asked:

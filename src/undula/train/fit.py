@@ -7,7 +7,7 @@ import inspect
 import math
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,14 +63,22 @@ class Prepared:
 
 
 @needs("train")
-def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> dict[str, Any]:
+def train(
+    run: Run,
+    *,
+    resume: bool = False,
+    callbacks: Iterable[TrainerCallback] = (),
+    begins: Callable[[Prepared], None] | None = None,
+) -> dict[str, Any]:
     """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
 
     With `resume`, goes on from the last complete checkpoint of `run.out` (from the beginning if there is none): the
     result is the same to the bit as without the interruption.  A callback may end the training (early stopping): then
-    what there is is the result.  Raises Interrupted after Ctrl-C (a checkpoint is saved), Diverged after the report
-    where a number is not finite, FileExistsError when `run.out` holds a run already, ValueError when its data or model
-    have changed, LookupError, ValueError or FileNotFoundError for bad input.
+    what there is is the result.  `begins` is called with what is in memory, before anything is measured.
+
+    Raises Interrupted after Ctrl-C (a checkpoint is saved), Diverged after the report where a number is not finite,
+    FileExistsError when `run.out` holds a run already, ValueError when its data or model have changed, LookupError,
+    ValueError or FileNotFoundError for bad input.
 
     Where torchrun started several processes, all call this: each step is of `run.batch` rows in each, the first process
     measures and writes, and all return the same report.  Raises RuntimeError where they cannot be joined.
@@ -83,6 +91,8 @@ def train(run: Run, *, resume: bool = False, callbacks: Iterable[TrainerCallback
     processes.by_first(lambda: claim(run, resume))
     with PeakMemory() as memory:
         ready = processes.first_then_all(lambda: prepare(run))
+        if begins is not None:
+            processes.by_first(lambda: begins(ready))
         before = processes.by_first(lambda: _before(ready, resume))
         ready, course = _fit(ready, resume, callbacks)
         after = processes.by_first(lambda: _after(ready))
@@ -199,7 +209,13 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
         adapter = attach(model, _head_only(model, run, full))
     else:
         adapter = attach(
-            model, run.method, run.where, exclude=run.exclude, overrides=run.overrides, full=full, probe=Probe(batches)
+            model,
+            run.method,
+            run.where,
+            exclude=run.exclude,
+            overrides=run.overrides,
+            full=full,
+            probe=Probe(batches, run.task.loss()),
         )
     if names := getattr(run.task, "names", ()):
         adapter.about = {**adapter.about, "classes": list(names)}  # type: ignore[misc]

@@ -11,6 +11,7 @@ import torch
 from .base import lacking
 from .columns import alike, classes, in_order, known
 from .faults import Faults
+from .shown import Piece, pieces
 from .splitting import counts
 from .task import Examples, Processor, Task, outputs, windows
 
@@ -125,6 +126,9 @@ class Classes(HeadTask):
 
     def outputs(self) -> dict[str, Any]:
         return {**named_outputs(self.names), "problem_type": "single_label_classification"}
+
+    def shown(self, row: Mapping[str, Any], processor: Processor) -> list[Piece]:
+        return pieces(self.example(row, processor), processor, self.names[row["label"]])
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         return self.metrics(self.logits(model, examples, batch), examples.rows["label"][:])

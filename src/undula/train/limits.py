@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from .task import Examples
 
+END = "its end token included"  # what is said of a cut that takes the end of what is learned
 UNLIMITED = 10**9  # tokenizers write 10^30 where they do not know
 
 
@@ -144,19 +146,23 @@ def fits(examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
     """
     cuts, table, size = Cuts(), table_of(model), vocabulary(model)
     unknown = Unknown.to(examples.processor)
-    longest, largest, over = 0, -1, 0
+    lengths, largest, over, cut, ends = array("Q"), -1, 0, 0, 0
     for i in range(len(examples)):
         example, lost = examples.task.traced(examples.rows[i], examples.processor)
         ids = example["input_ids"]
-        longest, largest = max(longest, len(ids)), max(largest, max(ids, default=-1))
+        lengths.append(len(ids))
+        largest = max(largest, max(ids, default=-1))
+        cut += bool(lost)
+        ends += any(END in what for what in lost)
         over += table is not None and len(ids) > table
         unknown.add(ids)
         for what, (had, kept) in lost.items():
             cuts.add(what, had, kept)
+    examples.seen.update(lengths=lengths, cut=cut, lost_ends=ends)
     if table is not None and over:
         raise ValueError(
-            f"{over} of {len(examples)} {name} rows are longer than the model can take: the longest has {longest} "
-            f"tokens, the model has {table} positions. {_asked(examples.task)}"
+            f"{over} of {len(examples)} {name} rows are longer than the model can take: the longest has "
+            f"{max(lengths)} tokens, the model has {table} positions. {_asked(examples.task)}"
         )
     if size is not None and largest >= size:
         token = examples.processor.convert_ids_to_tokens(largest)

@@ -51,7 +51,8 @@ def rows_of(run: Run) -> RunRows:
     notes += [told] if told else []
     most = {"train": run.train_rows, "validation": run.eval_rows}
     chosen = {name: sample(made[name], most[name], run.seed) for name in most}
-    figures = task.figures(chosen) | ({"left_out": left} if (left := faults.left_out()) else {})
+    left = {"left_out": found} if (found := faults.left_out()) else {}
+    figures = {"form": task.form(data["train"].column_names)} | task.figures(chosen) | left
     notes = [*notes, *_classes(figures), *task.told(figures)]
     return RunRows(task, chosen["train"], chosen["validation"], figures, tuple(notes))
 

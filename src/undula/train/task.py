@@ -9,16 +9,18 @@ import abc
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
 from ..core.choice import Choice
+from ..observe.probe import Loss, loss_of
 from .columns import named_columns
 from .data import split_of
 from .faults import Faults
 from .limits import Cuts, fits, padding
+from .shown import Piece, pieces
 from .source import named, sound, source_of
 
 if TYPE_CHECKING:
@@ -170,11 +172,25 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
             numbers = order[start : start + size]
             yield numbers, [made[i] for i in numbers]
 
+<<<<<<< HEAD
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
         """How many things the loss of a batch is the mean of: rows, or where labels stand at tokens, those that count.
         Batches that are accumulated weigh by it."""
         labels = batch.get("labels")
         return 1 if labels is None else len(labels)
+=======
+    def loss(self) -> Loss:
+        """What a training lowers, a function of the model and a batch that `collator` made."""
+        return loss_of
+
+    def shown(self, row: Mapping[str, Any], processor: Processor) -> list[Piece]:
+        """A row as the model sees it, for people: (text, whether it is learned) in order."""
+        return pieces(self.example(row, processor), processor)
+
+    def form(self, there: Sequence[str]) -> str:
+        """What was found in columns of these names, in words."""
+        return ", ".join(f"{role} is {column!r}" for role, column in self.columns(there).items())
+>>>>>>> 1fe8115 (A look before a training starts: rows, form, classes, lengths, examples, steps and an estimated time; --dry-run stops there)
 
     @abc.abstractmethod
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
@@ -235,11 +251,13 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as a torch data set: each becomes an example when it is asked for."""
+    """Rows as a torch data set: each becomes an example when it is asked for.  `seen`: what a look at all of them found
+    (see `limits.fits`)."""
 
     task: Task
     rows: Dataset
     processor: Processor
+    seen: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -150,7 +150,7 @@ def quality_of(model: Any, held: Examples) -> Callable[[], float]:
         training = model.training
         model.eval()
         try:
-            return -float(model(**moved(batch, model.device)).loss)
+            return -float(held.task.loss()(model, moved(batch, model.device)))
         finally:
             model.train(training)
 
@@ -227,7 +227,7 @@ def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
     trained = [p for p in model.parameters() if p.requires_grad]
     batch = [examples[i] for i in range(min(trainer.args.per_device_train_batch_size, len(examples)))]
     still_statistics(model.train())
-    model(**moved(trainer.data_collator(batch), trainer.args.device)).loss.backward()
+    examples.task.loss()(model, moved(trainer.data_collator(batch), trainer.args.device)).backward()
     found = by_chance or any(p.grad is None for p in trained)
     model.zero_grad()
     return processes.agreed([found], trainer.args.device)[0]

@@ -1,0 +1,183 @@
+"""look(run): what a training is about to do, before it does it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.extras import needs
+from ..observe.listen import moved
+from . import processes
+from .fit import Prepared, prepare
+from .run import Run
+from .shown import Piece
+from .splitting import told_quality
+from .task import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXAMPLES = 3
+WARM = 5.0  # seconds of a first step, which prepares things once, above which no second one is taken
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the rows of a part as the model gets them, how many rows are cut, and how many of these lose the end
+    token that they would have learned."""
+
+    median: float
+    longest: int
+    cut: int
+    lost_ends: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a training is about to do.
+
+    rows, lengths: of each part; form: what was found in the columns of the data; classes: {part: {class: rows}};
+    majority: the share of validation rows that always answering the most frequent class of train gets right;
+    examples: training rows as the model sees them, in pieces (text, whether it is learned);
+    seconds: an estimate of the training alone, from a step forwards and backwards that changed nothing.
+    """
+
+    rows: dict[str, int]
+    form: str
+    classes: dict[str, dict[str, int]]
+    majority: float | None
+    lengths: dict[str, Lengths]
+    examples: tuple[tuple[Piece, ...], ...]
+    trainable_parameters: int
+    parameters: int
+    device: str
+    processes: int
+    rows_in_a_step: int
+    steps: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"examples": [[list(piece) for piece in example] for example in self.examples]}
+
+
+@needs("train")
+def look(run: Run) -> Look:
+    """What `train(run)` would begin with: rows, form, classes, lengths, examples, parameters, device, steps and time.
+    Opens data and model, and writes nothing.  Raises what `train` raises for bad input."""
+    processes.join()
+    return looked(processes.first_then_all(lambda: prepare(run)))
+
+
+def looked(ready: Prepared) -> Look:
+    """The look at a run that is in memory."""
+    run, parts = ready.run, {"train": ready.train, "validation": ready.held}
+    steps = steps_of(run, len(ready.train))
+    spread = sorted({i * (len(ready.train) - 1) // (EXAMPLES - 1) for i in range(EXAMPLES)})
+    made = [run.task.shown(ready.train.rows[i], ready.processor) for i in spread]
+    lengths = {name: found for name, part in parts.items() if (found := _lengths(part)) is not None}
+    return Look(
+        rows={name: len(part) for name, part in parts.items()},
+        form=ready.figures.get("form", ""),
+        classes=dict(ready.figures.get("classes", {})),
+        majority=ready.figures.get("majority"),
+        lengths=lengths,
+        examples=tuple(tuple(pieces) for pieces in made),
+        trainable_parameters=ready.adapter.num_parameters(),
+        parameters=sum(p.numel() for p in ready.model.parameters()),
+        device=str(device_of(ready.model)),
+        processes=processes.count(),
+        rows_in_a_step=processes.count() * run.batch * run.accumulate,
+        steps=steps,
+        seconds=steps * run.accumulate * _seconds(ready),
+        notes=ready.notes,
+    )
+
+
+def steps_of(run: Run, rows: int) -> int:
+    """How many steps the Trainer will take."""
+    if run.max_steps is not None:
+        return run.max_steps
+    if run.allocator is not None and run.allocator.needs_quality:
+        rows -= told_quality(rows)
+    batches = math.ceil(math.ceil(rows / run.batch) / processes.count())
+    return math.ceil(run.epochs * max(1, math.ceil(batches / run.accumulate)))
+
+
+def _lengths(part: Examples) -> Lengths | None:
+    """None for rows that have no tokens, or that nobody has looked at."""
+    found = part.seen.get("lengths")
+    if not found:
+        return None
+    return Lengths(median(found), max(found), part.seen["cut"], part.seen["lost_ends"])
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the Trainer will put the model."""
+    there = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kept = there.type != "cpu" or (processes.count() > 1 and processes.on_cpu()) or not torch.accelerator.is_available()
+    return there if kept else torch.accelerator.current_accelerator() or there
+
+
+def _seconds(ready: Prepared) -> float:
+    """Of one batch forwards and backwards: rows that lie evenly in the training part, on the device that will train."""
+    run, model, device = ready.run, ready.model, device_of(ready.model)
+    home = next((p.device for p in model.parameters()), device)
+    apart = max(1, len(ready.train) // run.batch)
+    chosen = range(0, len(ready.train), apart)[: run.batch]
+    batch = run.task.collator(ready.processor)([ready.train[i] for i in chosen])
+    with _unchanged(model):
+        if home != device:
+            model.to(device)  # type: ignore[arg-type]
+        try:
+            first = _step(ready, batch, device)
+            return first if first > WARM else min(first, _step(ready, batch, device))
+        finally:
+            if home != device:
+                model.to(home)  # type: ignore[arg-type]
+
+
+def _step(ready: Prepared, batch: Mapping[str, Any], device: torch.device) -> float:
+    begun = time.perf_counter()
+    ready.run.task.loss()(ready.model, moved(batch, device)).backward()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - begun
+
+
+@contextlib.contextmanager
+def _unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """In training mode within; afterwards gradients, buffers, modes and random generators are what they were."""
+    import numpy
+
+    from .trainer import still_statistics
+
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    gradients = [(p, p.grad) for p in model.parameters()]
+    drawn = random.getstate(), numpy.random.get_state()
+    devices = [device_of(model)] if device_of(model).type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        try:
+            still_statistics(model.train())
+            model.zero_grad()
+            yield
+        finally:
+            random.setstate(drawn[0])
+            numpy.random.set_state(drawn[1])
+            for p, gradient in gradients:
+                p.grad = gradient
+            with torch.no_grad():
+                for name, b in model.named_buffers():  # by name: a model that moves gets others
+                    b.copy_(buffers[name])
+            for module, mode in modes:
+                module.training = mode
