@@ -16,7 +16,8 @@ from .faults import Faults
 from .heads import named_outputs
 from .label_sets import are_vectors, bit_columns, declared, from_bits, from_vectors, label_sets, numbered, separator_of
 from .outputs import head_of, own_names
-from .task import Example, Examples, Task, Traced
+from .shown import Piece, pieces
+from .task import Example, Examples, Processor, Task, Traced
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -171,6 +172,9 @@ class MultiLabel(TextTask):
             return {**batch, "labels": labels}
 
         return together
+
+    def shown(self, row: Mapping[str, Any], processor: Processor) -> list[Piece]:
+        return pieces(self.example(row, processor), processor, ", ".join(self.names[i] for i in row["label"]) or "none")
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         from sklearn.metrics import f1_score

@@ -172,13 +172,12 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
             numbers = order[start : start + size]
             yield numbers, [made[i] for i in numbers]
 
-<<<<<<< HEAD
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
         """How many things the loss of a batch is the mean of: rows, or where labels stand at tokens, those that count.
         Batches that are accumulated weigh by it."""
         labels = batch.get("labels")
         return 1 if labels is None else len(labels)
-=======
+
     def loss(self) -> Loss:
         """What a training lowers, a function of the model and a batch that `collator` made."""
         return loss_of
@@ -190,7 +189,6 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     def form(self, there: Sequence[str]) -> str:
         """What was found in columns of these names, in words."""
         return ", ".join(f"{role} is {column!r}" for role, column in self.columns(there).items())
->>>>>>> 1fe8115 (A look before a training starts: rows, form, classes, lengths, examples, steps and an estimated time; --dry-run stops there)
 
     @abc.abstractmethod
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
