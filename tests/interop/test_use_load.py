@@ -9,38 +9,27 @@ from datasets import Dataset
 
 import undula
 from tests.support import tiny
-from undula.train import CausalLM, Chat, Classification, ImageClassification, MultiLabel, Regression, Run
+from tests.support import trained as small
+from tests.support.trained import trained
+from undula.train import CausalLM, Classification, ImageClassification, MultiLabel, Regression
 from undula.train.base import open_model
 
 TEXTS = ["the film was good", "the food was awful", "nice"]
-COMMON = {"method": undula.LoRA(r=2), "max_steps": 4, "batch": 4, "lr": 1e-2}
-
-
-def trained(tmp, name, base, rows, task):
-    data = tiny.jsonl(tmp / f"{name}.jsonl", rows)
-    undula.train(Run(model=base, data=data, task=task, out=tmp / name, **COMMON))
-    return tmp / name
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("texts")
-    return trained(tmp, "run", tiny.bert(tmp / "base"), tiny.reviews(24), Classification())
+    return small.texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("pairs")
-    rows = [{"premise": r["text"], "hypothesis": "nice", "label": r["label"]} for r in tiny.reviews(24)]
-    return trained(tmp, "run", tiny.bert(tmp / "base"), rows, Classification())
+    return small.pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    tmp = tmp_path_factory.mktemp("words")
-    rows = [{"prompt": r["text"], "completion": r["label"]} for r in tiny.reviews(24)]
-    base = tiny.llama(tmp / "base", chat=True)
-    return trained(tmp, "run", base, rows, CausalLM(format=Chat("very "), generate=0))
+    return small.words(tmp_path_factory.mktemp("words"))
 
 
 def test_two_lines_are_enough_and_say_what_the_model_says(texts):
@@ -140,6 +129,7 @@ def test_a_language_model_writes_as_it_was_trained(words):
     """The prompt goes through the training's own format; `raw` does not; messages and streams come to the same."""
     opened = undula.load(words)
     text = opened.generate("the film was", max_new_tokens=6)
+    assert text.strip()
     assert text == opened.predict("the film was")["text"][: len(text)] or text.strip() == text
     same = [{"role": "user", "content": "very the film was"}]
     assert opened.generate(same, max_new_tokens=6) == text
@@ -180,10 +170,7 @@ def test_what_was_trained_on_texts_goes_on_with_a_text(tmp_path):
 def test_images_are_asked_by_path_bytes_pil_or_folder(tmp_path):
     from PIL import Image
 
-    rows = tiny.pictures(24)
-    data = tiny.classes(tmp_path / "data", {"train": rows})
-    run = tmp_path / "run"
-    undula.train(Run(model=tiny.vit(tmp_path / "base"), data=data, task=ImageClassification(), out=run, **COMMON))
+    run = small.images(tmp_path)
     opened, file = undula.load(run), sorted((tmp_path / "data/train/red").iterdir())[0]
     want = opened.predict(file)
     assert want["label"] in opened.labels == ("green", "red")

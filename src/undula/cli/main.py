@@ -15,9 +15,11 @@ from . import (
     compare,
     gguf,
     lists,
+    predicting,
     shell,
     studies,
     training,
+    writing,
 )
 
 app = typer.Typer(
@@ -48,6 +50,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "methods": lists.methods,
     "train": training.train,
     "eval": training.evaluate,
+    "predict": predicting.predict,
+    "generate": writing.generate,
+    "chat": writing.chat,
     "show": adapters.show,
     "compare": compare.compare,
     "merge": adapters.merge,

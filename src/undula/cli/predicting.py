@@ -1,0 +1,140 @@
+# ruff: noqa: B006 (typer wants lists as defaults of lists, and copies them)
+"""`undula predict`: rows without labels in, the same rows with answers out."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..core.extras import needs
+from ..core.options import split_pair
+from . import answers_out, shell
+
+if TYPE_CHECKING:
+    from ..train.asking import Question
+    from ..train.restored import Restored
+
+Saved = Annotated[Path, typer.Argument(help="What a training, an export or a merge left.")]
+Column = Annotated[list[str], typer.Option("--column", help="ROLE=COLUMN, as in text=review. Repeatable.")]
+OutFile = Annotated[
+    Path | None, typer.Option("--out", help="The file to write: .csv, .tsv or .jsonl. (default: shown)")
+]
+Form = Annotated[answers_out.As | None, typer.Option("--as", help="csv, tsv or jsonl, where no file says it.")]
+Split = Annotated[str | None, typer.Option(help="Of data with several splits, the one to answer.")]
+
+
+def predict(
+    path: Saved,
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE|TEXT...]",
+            help="A file or folder as `train` reads it, labels not needed; a text file, a row a line; images; or "
+            "texts. (default: the lines of the input)",
+        ),
+    ] = None,
+    *,
+    out: OutFile = None,
+    form: Form = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="That of every class too.")] = False,
+    column: Column = [],
+    split: Split = None,
+    skip_faulty: shell.Skip = None,
+    batch: Annotated[int, typer.Option(help="Rows at once; the answers do not depend on it.", min=1)] = 32,
+    model: shell.Base = None,
+) -> None:
+    """Answer new rows: every row with its label and probability (a number, a text), as CSV or JSON lines."""
+    shape = answers_out.form_of(out, form, answers_out.As.csv, given or [])
+    opened = open_saved(path, model)
+    asked = rows_asked(opened, given or [], column, split, skip_faulty)
+    with answers_out.opened(out) as to, bar(len(asked.rows), out) as counted:
+        answers = counted(opened.answers(asked, batch))
+        names = answers_out.write(to, shape, asked.rows, answers, probabilities)
+    told(out, len(asked.rows), names)
+
+
+def told(out: Path | None, rows: int, names: dict[str, str]) -> None:
+    """Says what was written where, and which columns got other names."""
+    for name, new in names.items():
+        shell.remark(f"the rows have a column {name!r} already: the answers' is called {new!r}")
+    if out is not None:
+        shell.note(f"{rows} rows answered. Saved in {out}")
+
+
+@needs("train")
+def open_saved(path: Path, model: str | None) -> Restored:
+    """See `undula.load`; without transformers' bars and notes."""
+    from ..train import load
+    from ..train.base import quiet
+
+    with quiet():
+        return load(path if path.exists() else str(path), model)
+
+
+def rows_asked(
+    opened: Restored, given: list[str], column: list[str], split: str | None, skip_faulty: float | None
+) -> Question:
+    """The rows that are meant: of one file or folder, texts or images from the command line, or lines of the input.
+    Their notes are said."""
+    from ..train.asking import columns_named, question, read_path
+    from ..train.faults import Faults
+    from ..train.source import source_of
+
+    columns = dict(split_pair(pair, "a column") for pair in column)
+    task, faults = columns_named(opened.run.task, columns), Faults(checked_share(skip_faulty))
+    places = [Path(one) for one in given if is_place(one)]
+    if places and len(given) > 1 and not all(p.is_file() for p in places):
+        raise ValueError(f"{given[0]} and {len(given) - 1} more: name one file or folder, or give texts alone")
+    if places and len(given) == 1:
+        rows: Any = read_path(given[0], task, faults, split)
+    else:
+        if split is not None:
+            raise ValueError("--split is of a file or folder of rows, and none is named")
+        rows = list(given) or [line.rstrip("\r\n") for line in _input() if line.strip()]
+    asked = question(task, rows, opened.roles, faults)
+    notes = [*faults.told(), *(f"{s.name}: {note}" for s in [source_of(asked.rows)] for note in s.notes)]
+    for note in notes:
+        shell.remark(note)
+    return asked
+
+
+def checked_share(share: float | None) -> float | None:
+    """Raises ValueError for what is no share."""
+    if share is not None and not 0 <= share < 1:
+        raise ValueError(f"--skip-faulty is a share from 0 to below 1, found {share:g}")
+    return share
+
+
+def is_place(text: str) -> bool:
+    """Whether an argument names a file or folder: one that is there, or that has such a name."""
+    from ..train.asking import FILES
+    from ..train.media import medium_of
+
+    if len(text) > 4000 or "\n" in text:
+        return False
+    path = Path(text)
+    named = path.suffix.lower() in FILES or medium_of(path) is not None
+    return (named and " " not in text) or path.exists() or text.startswith("bundled:")
+
+
+def _input() -> Iterator[str]:
+    if sys.stdin.isatty():
+        raise ValueError("nothing to answer: name a file, give texts, or send lines into the input")
+    yield from sys.stdin
+
+
+@contextlib.contextmanager
+def bar(total: int, out: Path | None) -> Iterator[Any]:
+    """A function that counts what goes through it in a bar on the error stream, where that is a terminal and the
+    answers do not go to one."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not shell.err.is_terminal or (out is None and sys.stdout.isatty())
+    with Progress(*columns, console=shell.err, disable=hidden, transient=True) as progress:
+        yield lambda items: progress.track(items, total=total)
