@@ -56,15 +56,14 @@ def generate(
     opened.check_writes()
     how = sampling(opened, max_new_tokens, temperature, top_p, seed)
     given = _prompts(prompt or [])
-    single = isinstance(given, str)
-    if single and out is None and form is None:
-        _, ended = _spoken(opened, opened.written_rows(given, system, raw)[0], how, 0)
-        _tell_cut(0 if ended else 1, 1, how)
+    if len(given) == 1 and out is None and form is None and not _rows(given[0], prompt):
+        _, whole = _spoken(opened, opened.written_rows(given[0], system, raw)[0], how, 0)
+        _tell_cut(0 if whole else 1, 1, how)
         return
-    asked = predicting.rows_asked(opened, [given] if single else list(given), column, split, skip_faulty)
+    asked = predicting.rows_asked(opened, given, column, split, skip_faulty)
     every = [row.get("messages") or row.get("prompt") or row.get("text") for row in asked.asked]
     put = [row for one in every for row in opened.written_rows(one, system, raw)]
-    ended = []
+    ended: list[bool] = []
 
     def counted(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for answer in answers:
@@ -86,8 +85,13 @@ def sampling(opened: Restored, most: int | None, temperature: float, top_p: floa
     return Sampling(most or opened.run.task.max_completion or WRITTEN, temperature, top_p, seed)  # type: ignore[attr-defined]
 
 
-def _prompts(given: Sequence[str]) -> str | Sequence[str]:
-    """One prompt, or several, or the one file that holds them."""
+def _rows(given: str, typed: Sequence[str] | None) -> bool:
+    """Whether the one argument that was typed is a file of rows."""
+    return list(typed or ()) == [given] and predicting.is_place(given)
+
+
+def _prompts(given: Sequence[str]) -> list[str]:
+    """The prompts, or the one file of rows that holds them; a text file is one prompt."""
     from ..train.asking import TEXTS
     from ..train.decoding import encoding_of, opened
     from ..train.faults import Faults
@@ -95,17 +99,17 @@ def _prompts(given: Sequence[str]) -> str | Sequence[str]:
     if not given or list(given) == ["-"]:
         if sys.stdin.isatty():
             raise ValueError("nothing to write after: give a prompt, name a file, or send one into the input")
-        return sys.stdin.read().rstrip("\r\n")
-    if len(given) > 1:
-        return given
-    path = Path(given[0]) if len(given[0]) < 4000 and "\n" not in given[0] else None
-    if path is not None and path.suffix.lower() in TEXTS and path.is_file():
-        faults = Faults()
-        encoding = encoding_of(path, faults)
-        faults.check()
-        with opened(path, encoding) as file:
-            return file.read().rstrip("\r\n")
-    return given if path is not None and predicting.is_place(given[0]) else given[0]
+        return [sys.stdin.read().rstrip("\r\n")]
+    path = Path(given[0])
+    if len(given) > 1 or path.suffix.lower() not in TEXTS or not predicting.is_place(given[0]):
+        return list(given)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    faults = Faults()
+    encoding = encoding_of(path, faults)
+    faults.check()
+    with opened(path, encoding) as file:
+        return [file.read().rstrip("\r\n")]
 
 
 def _tell_cut(cut: int, rows: int, how: Sampling) -> None:
