@@ -14,11 +14,16 @@ NAMES = "undula", "undula.io", "undula.starts", "undula.ranks", "undula.train"
 
 
 def shown():
-    """What the reference shows: the objects themselves, by whichever name a page gives them."""
+    """What the reference shows: the objects themselves, by whichever name a page gives them; of a package that a page
+    shows as a whole, all that it exports."""
     for page in DOCS.glob("reference/*.md"):
         for path in SHOWN.findall(page.read_text(encoding="utf-8")):
             module, _, name = path.rpartition(".")
-            yield getattr(import_module(module), name, None) or import_module(path)
+            try:
+                whole = import_module(path)
+                yield from (getattr(whole, public) for public in getattr(whole, "__all__", ()))
+            except ModuleNotFoundError:
+                yield getattr(import_module(module), name)
 
 
 @pytest.mark.parametrize("module", NAMES)

@@ -30,7 +30,7 @@ VERBS: tuple[str, ...] = (
     "prune",
     "convert",
 )
-VERBS += ("rescale", "bnb")  # they write into weights
+VERBS += ("rescale", "bnb", "fuse", "unfuse")  # they write into weights
 ELSEWHERE = (*VERBS, *(f"_{verb}" for verb in VERBS), "__", "extra_repr")
 # What is asked of a weight here is not its numbers.
 ASKED = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "layout"}
