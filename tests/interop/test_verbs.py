@@ -256,10 +256,10 @@ def test_a_head_of_another_size_than_the_bases_tells_how_many_classes_there_are(
 
 
 def test_what_has_no_metric_here_says_so(data, tmp_path):
-    cls, config, task, targets = bases("tokens", tmp_path / "base")
+    cls, config, task, targets = bases("questions", tmp_path / "base")
     cls(config).save_pretrained(tmp_path / "base")
     foreign(tmp_path / "lora", tmp_path / "base", cls, task, targets)
-    assert "TOKEN_CLS" in call("eval", tmp_path / "lora", "--data", data, code=2)[1]
+    assert "QUESTION_ANS" in call("eval", tmp_path / "lora", "--data", data, code=2)[1]
 
 
 # What a colleague needs

@@ -11,6 +11,7 @@ from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
 from .task import Examples, Task
+from .token_classification import TokenClassification
 
 __all__ = [
     "CausalLM",
@@ -29,6 +30,7 @@ __all__ = [
     "Restored",
     "Run",
     "Task",
+    "TokenClassification",
     "dense",
     "evaluate",
     "load",

@@ -20,6 +20,7 @@ from .classification import Classification, Regression
 from .faults import Faults
 from .multi_label import MultiLabel
 from .task import Example, Examples, Processor, Task
+from .token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -137,6 +138,8 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
             "undula.attach(model, undula.Adapter.load(path))"
         )
     name = _class(config, adapter, of_base) if kind is None else CLASSES[kind]
+    if kind == TokenClassification.peft:
+        return TokenClassification(names=_all_names(path, of_base, _count(name, adapter, of_base)))
     return Unmeasured(kind, name, _count(name, adapter, of_base))
 
 
@@ -194,12 +197,19 @@ def _classification(path: Path, adapter: Adapter, of_base: PretrainedConfig) -> 
     names = _names(path, of_base, count)
     said = _json(path / CONFIG).get("problem_type") or of_base.problem_type
     if said == "multi_label_classification":
-        return MultiLabel(names=tuple(names[i] for i in range(count)) if names else tuple(map(str, range(count))))
+        return MultiLabel(names=_all_names(path, of_base, count))
     if count == 1:
         return Regression()
     if names is None or all(name == f"LABEL_{i}" for i, name in names.items()):
         return Classification(names=tuple(str(i) for i in range(count)))
     return Classification(names=tuple(names[i] for i in range(count)))
+
+
+def _all_names(path: Path, of_base: PretrainedConfig, count: int | None) -> tuple[str, ...]:
+    """The names of so many classes (None: as many as the base has); their numbers where nothing names them."""
+    count = int(of_base.num_labels or 0) if count is None else count
+    names = _names(path, of_base, count)
+    return tuple(names[i] if names else str(i) for i in range(count))
 
 
 def _names(path: Path, of_base: PretrainedConfig, count: int) -> dict[int, str] | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .conll import read_conll
 from .faults import Faults
 from .jsons import read_json, read_jsonl
 from .source import Source, described
@@ -40,6 +41,7 @@ READERS: dict[str, Callable[[Path, Faults], Dataset]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
+    **dict.fromkeys((".conll", ".bio", ".iob", ".iob2"), read_conll),
 }
 
 
