@@ -12,12 +12,8 @@ AROUND = ("study", "cli", "bundled", "integrations", "__main__")  # what `import
 
 
 def imports(tree):
-    """The import statements that run when a module is loaded."""
-    for node in tree.body if hasattr(tree, "body") else ():
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
-        elif isinstance(node, ast.Try) or (isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test)):
-            yield from imports(node)
+    """All import statements: those within functions and for types too."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def name(path):
@@ -26,7 +22,7 @@ def name(path):
 
 
 def graph():
-    """{module: the modules of undula whose loading its own asks for}; that of a package stands for what it exports."""
+    """{module: the modules of undula that it imports}; that of a package stands for what it exports."""
     files = {name(path): path for path in SOURCES.rglob("*.py")}
     found = {}
     for module, path in files.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, Live
+from ..core.adapter import ABOVE, Adapter, Live
 from ..core.method import Factors, Method
 from ..methods.sum import added
 
@@ -54,3 +54,6 @@ def _averaged(terms: list[tuple[float, Adapter]], weight: float) -> dict[str, Te
     with torch.no_grad():
         sums = {n: sum((w * a.full[n] for w, a in terms[1:]), terms[0][0] * terms[0][1].full[n]) for n in names}
     return {n: t.requires_grad_(terms[0][1].full[n].requires_grad) for n, t in sums.items()}
+
+
+ABOVE["combined"] = combined

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .method import RUNGS, Additive, Factors, Method
 
+# What an adapter does with files and with methods, which stand above it: put here by these.
+ABOVE: dict[str, Callable[..., Any]] = {}
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -155,19 +158,12 @@ class Adapter:
     def save(self, path: str | Path, base: str | None = None, task: str | None = None) -> None:
         """Writes a PEFT adapter directory (see `undula.io.native.save`); `base` and `task` are for its readers, and
         default to what `about` says.  Shards (FSDP2) are gathered: all processes call this, the first writes."""
-        from ..host.sharded import gathered, writes
-        from ..io.native import save
-
-        whole = gathered(self)
-        if writes(self):
-            save(whole, path, base, task)
+        ABOVE["save"](self, path, base, task)
 
     @staticmethod
     def load(path: str | Path) -> Adapter:
         """The adapter in a directory: undula's own, or a plain PEFT LoRA.  Strict; see `undula.io.native.load`."""
-        from ..io.native import load
-
-        return load(path)
+        return ABOVE["load"](path)  # type: ignore[no-any-return]
 
     def check_usable(self) -> None:
         """Raises ValueError for a combination whose parameters in full are not an average."""
@@ -275,6 +271,4 @@ def _value(*parts: Any) -> Adapter:
 
 
 def _combined(terms: list[tuple[float, Adapter]]) -> Adapter:
-    from ..combine.weighted import combined  # which makes adapters, and knows a method, `Sum`
-
-    return combined(terms)
+    return ABOVE["combined"](terms)  # type: ignore[no-any-return]

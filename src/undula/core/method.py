@@ -44,6 +44,13 @@ class Evidence(Protocol):
         """(sum of x x' (I, I), sum of x (I), count) of the layer's inputs."""
 
 
+class Evident(Protocol):
+    """What gives `Evidence` of a model's layers: `undula.Probe`."""
+
+    def on(self, model: Any, layers: Mapping[str, Any]) -> Evidence:
+        """The evidence of these layers."""
+
+
 @dataclass(frozen=True)
 class Site:
     """Where: one matrix of the model.

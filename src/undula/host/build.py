@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..core.adapter import Adapter
 from ..core.choice import plain
 from ..core.method import (
     Evidence,
+    Evident,
     Factors,
     Method,
     NoEvidence,
@@ -28,9 +29,6 @@ from .views import LinearView, outline, site
 from .weights import check_once, parameter_of
 from .where import Where, aliases, choose, layers_at, matches, with_body
 
-if TYPE_CHECKING:
-    from ..observe.probe import Probe
-
 Shapes = Mapping[str, tuple[int, int]]
 
 
@@ -40,7 +38,7 @@ def fresh(
     where: Where,
     overrides: Mapping[str, Method],
     full: Sequence[str],
-    probe: Probe | None = None,
+    probe: Evident | None = None,
     exclude: Where = (),
 ) -> Adapter:
     """A new adapter for `model`, not attached."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
-from ..core.method import Factors, Method
+from ..core.method import Evident, Factors, Method
 from . import masters, quantised
 from .around import APART, in_parallel, of_sentences
 from .build import check_what, fitted, fresh, narrowed
@@ -39,9 +39,6 @@ from .state import (
 from .views import LinearView
 from .where import Where, inner, layers_at
 
-if TYPE_CHECKING:
-    from ..observe.probe import Probe
-
 
 def attach(
     model: nn.Module,
@@ -52,7 +49,7 @@ def attach(
     name: str = "default",
     overrides: Mapping[str, Method] | None = None,
     full: Sequence[str] = (),
-    probe: Probe | None = None,
+    probe: Evident | None = None,
     dtype: torch.dtype | None = None,
     frozen: bool = False,
 ) -> Adapter:
@@ -95,7 +92,7 @@ def _attach(
     name: str,
     overrides: Mapping[str, Method],
     full: Sequence[str],
-    probe: Probe | None,
+    probe: Evident | None,
     dtype: torch.dtype | None,
     frozen: bool,
 ) -> Adapter:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import Factors, LowRank, Method
 from ..kernels.grouped import grouped, stacked
-from .share import Form, Kept, OfShelf, Share, changed, flat
+from .share import Form, Kept, Share, changed, flat
+from .shelf import OfShelf
 from .views import LinearView, adapted
 
 
@@ -192,6 +193,14 @@ class Route:
             with torch.inference_mode(False):
                 self.laws[path, loose] = Rows(laws, self.names, layer.device) if laws else None
         return self.laws[path, loose]
+
+
+class Routing(Protocol):
+    """What tells a layer its route: the host."""
+
+    routed: bool
+
+    def route(self, slot: Any) -> Route | None: ...
 
 
 class At:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import Factors, LowRank
 from ..kernels import reference
-
-if TYPE_CHECKING:
-    from .shelf import Shelf
 
 
 class Kept:
@@ -124,7 +121,7 @@ class Share:
             self._here[plain.path] = [a.factors[plain.path] for a in self.adapters], Kept()
         every, kept = self._here[plain.path]
         A, B = [f[plain.A] for f in every], [f[plain.B] for f in every]
-        return kept.of(A + B, lambda: _of((torch.stack(A), torch.stack(B)), taken))
+        return kept.of(A + B, lambda: chosen((torch.stack(A), torch.stack(B)), taken))
 
     def change(self, path: str, x: Tensor) -> Tensor:
         """s B A x of these rows at one site, (N, T, O)."""
@@ -138,21 +135,5 @@ class Share:
         return torch.cat([p @ A.t() * plain.s @ B.t() for p, A, B in parts])
 
 
-class OfShelf(Share):
-    """The rows of adapters that lie on one shelf: their stacks are there."""
-
-    def __init__(self, shelf: Shelf, count: int):
-        super().__init__(shelf.form, count)
-        self.shelf = shelf
-
-    def taken(self) -> list[int] | None:
-        each = self.counts if self.each else [1] * len(self.counts)
-        places = [a.k for a, n in zip(self.adapters, each, strict=True) for _ in range(n)]  # type: ignore[attr-defined]
-        return None if places == list(range(len(self.shelf))) else places
-
-    def pairs(self, plain: Plain, taken: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _of(self.shelf.stacks[plain.path], taken)
-
-
-def _of(stacks: tuple[Tensor, Tensor], taken: Tensor | None) -> tuple[Tensor, Tensor]:
+def chosen(stacks: tuple[Tensor, Tensor], taken: Tensor | None) -> tuple[Tensor, Tensor]:
     return stacks if taken is None else (stacks[0][taken], stacks[1][taken])

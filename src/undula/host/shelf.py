@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
 from ..core.method import Factors
-from .share import Form, form
+from .share import Form, Plain, Share, chosen, form
 
 
 class Shelf:
@@ -65,6 +65,22 @@ def dtypes(form: Form, factors: Mapping[str, Factors]) -> tuple[torch.dtype, ...
 
 def _grown(stack: Tensor, places: list[int]) -> Tensor:
     return torch.cat([stack, stack.new_zeros(len(places), *stack.shape[1:])])
+
+
+class OfShelf(Share):
+    """The rows of adapters that lie on one shelf: their stacks are there."""
+
+    def __init__(self, shelf: Shelf, count: int):
+        super().__init__(shelf.form, count)
+        self.shelf = shelf
+
+    def taken(self) -> list[int] | None:
+        each = self.counts if self.each else [1] * len(self.counts)
+        places = [a.k for a, n in zip(self.adapters, each, strict=True) for _ in range(n)]  # type: ignore[attr-defined]
+        return None if places == list(range(len(self.shelf))) else places
+
+    def pairs(self, plain: Plain, taken: Tensor | None) -> tuple[Tensor, Tensor]:
+        return chosen(self.shelf.stacks[plain.path], taken)
 
 
 class OnShelf(Mapping[str, Any]):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.method import Factors, Reweight
 from . import masters, mounted
-from .route import At, Base
+from .route import At, Base, Routing
 from .sharded import PARALLEL, is_sharded
 from .views import Acts, LinearView, adapted
 from .weights import Read
-
-if TYPE_CHECKING:
-    from .state import Host
 
 
 def never_called(*_: Any) -> None:
@@ -27,7 +24,7 @@ def never_called(*_: Any) -> None:
 class Slot(nn.Module):
     """What hangs below an adapted layer: a method, the layer as a matrix, and the factors as parameters."""
 
-    def __init__(self, host: Host, path: str, method: Acts, layer: LinearView, factors: Factors):
+    def __init__(self, host: Routing, path: str, method: Acts, layer: LinearView, factors: Factors):
         super().__init__()
         self.host, self.path, self.method, self.layer = host, path, method, layer
         self.last = 0  # the number of the route of its last forward, 0 outside of `rows`

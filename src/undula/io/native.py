@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from ..core import VERSION as UNDULA
-from ..core.adapter import Adapter
+from ..core.adapter import ABOVE, Adapter
 from ..host.build import rebuilt
+from ..host.sharded import gathered, writes
 from ..kernels import frozen
 from . import diffusers, files
 from .peft import about, read_lora
@@ -140,3 +141,13 @@ def load(path: str | Path) -> Adapter:
         own = data["undula"]
         said = {k: v for k, v in data.items() if k not in WRITTEN and v is not None}
         return assemble(*read_sites(own, str(path)), own, tensors, about(said, str(path)), str(path))
+
+
+def _save_whole(adapter: Adapter, path: str | Path, base: str | None, task: str | None) -> None:
+    """`Adapter.save`."""
+    whole = gathered(adapter)
+    if writes(adapter):
+        save(whole, path, base, task)
+
+
+ABOVE |= {"save": _save_whole, "load": load}

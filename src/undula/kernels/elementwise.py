@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from torch._C import _len_torch_dispatch_stack
 from torch.autograd import Function
 
 from .autocast import exact, exact_backward, wide
-
-if TYPE_CHECKING:
-    from ..methods.activations import Activation
 
 BLOCK = 1 << 20  # elements of W per block: 4 MiB in float32
 LEAST_ROWS = 64  # thinner blocks make slow products
@@ -57,7 +54,19 @@ def scratch(count: int, rows: slice, like: Tensor) -> tuple[Tensor, ...]:
     return memory[:size].view(like.dtype).view(count, m, I).unbind()
 
 
-def bent(f: Activation, scale: float, B_OR: Tensor, A_RI: Tensor, constants: dict[str, Tensor]) -> Tensor:
+class Curve(Protocol):
+    """An elementwise f, see `methods.activations.Activation`."""
+
+    def __call__(self, u: Tensor, c: Mapping[str, Any]) -> Tensor: ...
+
+    def bend(self, u: Tensor, c: Mapping[str, Any], spare: Tensor) -> Tensor: ...
+
+    def pull(
+        self, u: Tensor, g: Tensor, c: Mapping[str, Any], spare: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]: ...
+
+
+def bent(f: Curve, scale: float, B_OR: Tensor, A_RI: Tensor, constants: dict[str, Tensor]) -> Tensor:
     """s f(B A), the reference: the product and f in float32 at least, whatever autocast says."""
     dtype = wide(A_RI.dtype)
     with exact(A_RI.device):
@@ -123,7 +132,7 @@ def elementwise(
     bias: Tensor | None,
     A_RI: Tensor,
     B_OR: Tensor,
-    f: Activation,
+    f: Curve,
     scale: float,
     constants: dict[str, Tensor],
 ) -> Tensor:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .task import Examples
 
 END = "its end token included"  # what is said of a cut that takes the end of what is learned
 UNLIMITED = 10**9  # tokenizers write 10^30 where they do not know
@@ -138,7 +136,22 @@ def padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         tokenizer.padding_side = "right"
 
 
-def fits(examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
+class Read(Protocol):
+    """Rows as examples, see `task.Examples`."""
+
+    @property
+    def task(self) -> Any: ...
+
+    @property
+    def rows(self) -> Any: ...
+
+    @property
+    def processor(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+def fits(examples: Read, model: PreTrainedModel, name: str) -> list[str]:
     """Looks at every row as the model will get it.  Returns sentences on what is cut.
 
     Raises ValueError for rows that are longer than the model's table of positions, or that have ids beyond its
