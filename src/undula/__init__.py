@@ -3,7 +3,7 @@
 An adapter is a value; a method is a law W -> W'.
 """
 
-from . import io, ranks, starts
+from . import combine, io, ranks, starts
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .core import VERSION
 from .core.adapter import Adapter
@@ -93,6 +93,7 @@ __all__ = [
     "allocating",
     "attach",
     "collapse",
+    "combine",
     "detach",
     "diagnose",
     "enable_peft",

@@ -148,6 +148,9 @@ class Read(Protocol):
     @property
     def processor(self) -> Any: ...
 
+    @property
+    def seen(self) -> dict[str, Any]: ...
+
     def __len__(self) -> int: ...
 
 
