@@ -99,6 +99,7 @@ class CausalLM(Task):
     optional = ("context",)
     targets = ("completion",)
     peft = "CAUSAL_LM"
+    pipeline = "text-generation"
     headline = "loss"
     has_head = False
     more_is_better = False

@@ -34,6 +34,7 @@ class TextTask(HeadTask):
     }
     optional: ClassVar[tuple[str, ...]] = ("pair",)
     peft = "SEQ_CLS"
+    pipeline = "text-classification"
     max_length: Count | None
 
     def check(self, split: Dataset, faults: Faults) -> None:

@@ -25,6 +25,7 @@ from ..optim.groups import factors_B
 from ..ranks.gates import in_use
 from . import processes
 from .base import called_elsewhere, lacking, model_folder, open_model
+from .card import of_run, put
 from .doubts import doubts, finite
 from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
@@ -135,6 +136,7 @@ def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
         training = {"data": data, **{k: report[k] for k in SUMMARY}, "lr": run.lr, "roles": roles}
         adapter.about = {**adapter.about, "training": training}  # type: ignore[misc]
         _save(ready)
+        put(of_run(run, adapter), run.out)
     return report
 
 

@@ -31,6 +31,8 @@ class ImageClassification(Classes):
 
     roles: ClassVar = {"image": ("image", "img", "file_name"), "label": ("label", "labels")}
     peft = None
+    auto = "AutoModelForImageClassification"
+    pipeline = "image-classification"
 
     image: str | None = None
     label: str | None = None

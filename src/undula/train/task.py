@@ -39,6 +39,8 @@ class Task(Choice):
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()  # roles that may have no column
     peft: ClassVar[str | None]  # PEFT's task type, written into the adapter directory; None where PEFT has none
+    auto: ClassVar[str | None] = None  # the class of transformers that opens its model, where no PEFT type tells it
+    pipeline: ClassVar[str | None] = None  # what the hub, and transformers' pipelines, call such a task
     headline: ClassVar[str]  # the metric of tables
     more_is_better: ClassVar[bool] = True
     has_head: ClassVar[bool] = True  # whether the model gets a new head, which trains in full
