@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -118,7 +118,7 @@ def merge(
 
 
 def _card(opened: Restored, out: Path) -> Card:
-    run, labels = opened.run, opened.model.config.id2label or {}
+    run, labels = opened.run, dict[Any, Any](opened.model.config.id2label or {})
     names = [str(labels[i]) for i in sorted(labels)] if getattr(run.task, "names", ()) else []
     base = called_elsewhere(run.model)
     kind = maker(opened.processor)
