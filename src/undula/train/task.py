@@ -188,7 +188,7 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
         """A row as the model sees it, for people: (text, whether it is learned) in order."""
         return pieces(self.example(row, processor), processor)
 
-    def form(self, there: Sequence[str]) -> str:
+    def reads(self, there: Sequence[str]) -> str:
         """What was found in columns of these names, in words."""
         return ", ".join(f"{role} is {column!r}" for role, column in self.columns(there).items())
 
