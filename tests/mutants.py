@@ -201,7 +201,7 @@ MUTANTS = [
     ("study/alive.py", 'if fields[0] in ("Z", "X") else', "if False else", CHOICES),
     ("study/alive.py", "min(now - last, LOOK)", "now - last", CHOICES),
     ("study/alive.py", "if (who, count) == (owner, beat) else 0.0", "", CHOICES),
-    ("study/lines.py", "arrays[table] = arrays.get(table, -1) + 1", "arrays[table] = 0", CHOICES),
+    ("io/toml.py", "arrays[table] = arrays.get(table, -1) + 1", "arrays[table] = 0", CHOICES),
     ("study/summary.py", "setdefault(row.place, {})", "setdefault(row.group, {})", REPORT),
     ("study/summary.py", "if by_luck & {(row.group, row.arm), (row.group, baseline)}", "if (row.group, row.arm) in by_luck", REPORT),
     ("study/statistics.py", "rejected - 1)[rejected - 1])\n    high", "rejected)[rejected])\n    high", STATISTICS),

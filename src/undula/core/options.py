@@ -29,6 +29,23 @@ def build_from(family: type[C], name: str, table: Mapping[str, Any]) -> C:
     return family.build(name, _values(family.named(name), _tree_of(table)))
 
 
+def changed(choice: C, pairs: Iterable[str]) -> C:
+    """The same choice with these options, see `build`."""
+    values = _changed(choice, _tree(pairs))
+    return type(choice).family.build(values.pop("is"), values)  # type: ignore[return-value]
+
+
+def _changed(choice: Choice, tree: Mapping[str, Tree]) -> dict[str, Any]:
+    said = choice.encode()
+    for name, node in tree.items():
+        own = getattr(choice, name, None)
+        if isinstance(own, Choice) and OWN not in node:  # an option of what stands there
+            said[name] = _changed(own, node)
+        else:
+            said |= _values(type(choice), {name: node})
+    return said
+
+
 def split_pair(pair: str, what: str) -> tuple[str, str]:
     """(name, value) of `name=value`, the value to the letter: in a text, blanks mean something.  Raises ValueError."""
     name, mark, value = pair.partition("=")

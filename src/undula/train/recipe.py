@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -27,6 +27,7 @@ from ..core.ranges import (
     NotNegative,
     PartShare,
     Positive,
+    Range,
     Seed32,
 )
 from ..optim.optimisers import AdamW, Optimiser
@@ -34,6 +35,7 @@ from ..optim.schedules import Linear, Schedule
 from ..ranks import Procedure
 from .task import Task
 
+Every = Annotated[float, Range(least=0, most=1e9)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # What JSON holds whatever it is.  Fields that came later are there only where they are not at their default, so that
 # what was written without them, files and the keys of studies' runs, is what it was.
@@ -92,6 +94,9 @@ class Settings(metaclass=Checked):
     warmup: PartShare = option(0.05, "Share of the steps.")
     weight_decay: NotNegative = option(0.0, "Of all that trains but biases and norms: all factors too.")
     max_grad_norm: NotNegative = option(1.0, "Clip gradients to this norm; 0: never.")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, a third more time.", figures=False
+    )
     probe_batches: Count | None = option(None, "For a method that starts from data. (default: 8)", layers=True)
 
     @staticmethod
@@ -150,6 +155,13 @@ class Recipe(Settings):
     train_rows: Count | None = option(None, "So many training rows, sampled. (default: all)")
     eval_rows: Count | None = option(1000, "Rows for the metric, sampled.", figures=False)
     save_every: Count | None = option(None, "Steps between checkpoints. (default: a tenth)", figures=False)
+    eval_every: Every | None = option(
+        None,
+        "Steps between evaluations, or below 1 a share of all; 0: none. (default: each epoch, at most ten and a tenth "
+        "of the training's time)",
+    )
+    keep_best: bool | None = option(None, "Save the adapter of the best evaluation. (default: where there are any)")
+    patience: Count | None = option(None, "Stop after so many evaluations without a better one.")
     dtype: torch.dtype = option(torch.float32, "Type of the frozen model; what trains is float32.")
     bits: Bits | None = option(None, "4 or 8: quantise the frozen model (bitsandbytes).")
     skip_faulty: PartShare | None = option(None, "Leave out rows with faults: this share of a file at most, as in 0.1.")
@@ -160,6 +172,19 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         for _, why in refusals(self.allocator, self.method, self.overrides, self.optimiser):
             raise ValueError(why)
+        if (every := self.eval_every) is not None and every >= 1 and every % 1:
+            raise ValueError(f"eval_every is a number of steps, or a share of them below 1, found {every:g}")
+        if every == 0 and (self.keep_best or self.patience is not None):
+            asked = "keep_best" if self.keep_best else f"patience={self.patience}"
+            raise ValueError(f"{asked} goes by evaluations, and eval_every=0 makes none: leave one of them out")
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """The recipe in a TOML or JSON file, as `undula train --config` takes it and every run leaves one (run.toml);
+        see `train.config`.  Raises FileNotFoundError, ValueError with all that is wrong with it, LookupError."""
+        from .config import recipe_in
+
+        return recipe_in(path)
 
     @staticmethod
     def as_meant(name: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..io import files
 from . import processes
-from .run import CHECKPOINTS, REPORT, RUN, Run, read_run
+from .run import CHECKPOINTS, CONFIG, REPORT, RUN, Run, read_run
 
 STATE = "allocator.json"  # of an allocator, see `integrations.callback`
 
@@ -23,7 +23,7 @@ def claim(run: Run, resume: bool) -> None:
     elif (run.out / RUN).is_file() or (run.out / "adapter_config.json").is_file():
         again = "" if (run.out / REPORT).is_file() else f" resume it ({resume_command(run.out)}), or"
         raise FileExistsError(f"{run.out} holds a run already:{again} name another directory")
-    elif foreign := [name for name in (REPORT, CHECKPOINTS, files.TENSORS) if (run.out / name).exists()]:
+    elif foreign := [name for name in (REPORT, CONFIG, CHECKPOINTS, files.TENSORS) if (run.out / name).exists()]:
         raise FileExistsError(
             f"{run.out} holds {', '.join(foreign)} of something else, which this run would overwrite: name another"
         )
