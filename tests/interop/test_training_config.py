@@ -13,9 +13,9 @@ from tests.support import tiny
 from undula import ranks
 from undula.cli.main import app
 from undula.io import toml
+from undula.methods.activations import Sinter
 from undula.optim.optimisers import SGD, AdamW
 from undula.optim.schedules import Cosine
-from undula.methods.activations import Sinter
 from undula.ranks.relora import Jagged
 from undula.starts import PiSSA
 from undula.train import CausalLM, Chat, Classification, ImageClassification, Plain, Recipe, Run, config

@@ -11,6 +11,7 @@ from ..io import files
 from . import processes
 from .run import CHECKPOINTS, CONFIG, REPORT, RUN, Run, read_run
 
+EVALUATIONS = "undula_evaluations"  # under which name checkpoints know what was the best so far
 STATE = "allocator.json"  # of an allocator, see `integrations.callback`
 
 
@@ -64,6 +65,13 @@ def progress(path: Path) -> tuple[int, int, list[Any]]:
     """(steps done, steps in all, log) of a checkpoint."""
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"], state["max_steps"], state["log_history"]
+
+
+def evaluated(path: Path) -> dict[str, Any]:
+    """What the evaluations up to a checkpoint have found, see `evaluating.Evaluations`."""
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = (state.get("stateful_callbacks") or {}).get(EVALUATIONS) or {}
+    return found
 
 
 def _complete(path: Path) -> bool:

@@ -200,6 +200,12 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
         """The headline metric alone: what a learning rate and a point of the training are chosen by."""
         return self.score(model, examples, batch)[self.headline]
 
+    def watched(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        """The metrics while it trains, the headline among them: all of `score`, where that is what `choose` takes."""
+        if type(self).choose is Task.choose:
+            return self.score(model, examples, batch)
+        return {self.headline: self.choose(model, examples, batch)}
+
     def head(self, model: PreTrainedModel) -> tuple[str, ...]:
         """The parameters that train in full: all that stand outside the model's body; none for a language model."""
         return ()
