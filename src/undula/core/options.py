@@ -3,10 +3,11 @@ from tables of values, as in a TOML file (`{ activation = { is = "sinter", a = 1
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from .choice import Choice
@@ -86,7 +87,10 @@ def _values(member: type[Choice], tree: Mapping[str, Tree]) -> dict[str, Any]:
 def _nested(member: type[Choice], field: dataclasses.Field, own: Any, inner: Mapping[str, Tree]) -> dict:
     """An option that has options itself, written as JSON."""
     where = f"{member.__name__}.{field.name}"
-    family = _family(typing.get_type_hints(member)[field.name])
+    hint = typing.get_type_hints(member)[field.name]
+    family = _family(hint)
+    if own is None and any(typing.get_origin(k) is collections.abc.Mapping for k in (hint, *typing.get_args(hint))):
+        return dict(_leaves(inner))  # NAME.KEY=VALUE: whatever stands behind the first dot is the key
     if family is None:
         raise ValueError(f"{where} is one value and has no option {', '.join(inner)} of its own")
     base: dict[str, Any] = {}
@@ -97,6 +101,14 @@ def _nested(member: type[Choice], field: dataclasses.Field, own: Any, inner: Map
     else:
         raise ValueError(f"{where} has no default: say what it is first ({field.name}=NAME)")
     return base | _values(family.named(base["is"]), inner)
+
+
+def _leaves(tree: Mapping[str, Tree], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, node in tree.items():
+        if name == OWN:
+            yield before, node
+        else:
+            yield from _leaves(node, f"{before}.{name}" if before else name)
 
 
 def _family(hint: Any) -> type[Choice] | None:

@@ -99,6 +99,7 @@ class Classification(Classes, TextTask):
     label: str | None = None
     max_length: Count | None = None
     names: tuple[str, ...] = ()
+    class_weights: str | Mapping[str, float] | None = None
 
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:

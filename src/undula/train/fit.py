@@ -201,6 +201,11 @@ def prepare(run: Run) -> Prepared:
 def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached."""
     model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+    if run.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} cannot compute activations again; leave it out, and take "
+            "smaller batches with accumulate instead"
+        )
     full = (*run.task.head(model), *run.full)
     train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
     notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"), *_new(run, model))

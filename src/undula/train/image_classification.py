@@ -38,6 +38,7 @@ class ImageClassification(Classes):
     label: str | None = None
     size: Annotated[int, Range(least=1, most=1 << 16)] | None = None
     names: tuple[str, ...] = ()
+    class_weights: str | Mapping[str, float] | None = None
 
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:

@@ -206,6 +206,10 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
             return self.score(model, examples, batch)
         return {self.headline: self.choose(model, examples, batch)}
 
+    def weights(self, train: Dataset) -> list[float] | None:
+        """What the loss of a row of each class is multiplied by while it trains; None: the model's own loss."""
+        return None
+
     def head(self, model: PreTrainedModel) -> tuple[str, ...]:
         """The parameters that train in full: all that stand outside the model's body; none for a language model."""
         return ()

@@ -28,6 +28,7 @@ from .run import CHECKPOINTS, Run
 from .splitting import QUALITY_ROWS, told_quality
 from .stop import Finite
 from .task import Examples
+from .weighing import weighed
 
 
 class AdapterTrainer(Trainer):
@@ -41,6 +42,7 @@ class AdapterTrainer(Trainer):
     items_of: Callable[[Any], int] = staticmethod(len)  # see `Task.items`
     items = batches = 1  # of the update under way
     measure: Callable[[], dict[str, float]]  # of the model as it is
+    weights: torch.Tensor | None = None  # of the classes
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -64,7 +66,10 @@ class AdapterTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         still_statistics(model)  # here, because the Trainer puts the whole model into training mode before every batch
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs or self.weights is not None, num_items_in_batch)
+        if self.weights is not None:
+            loss = weighed(found[1]["logits"], inputs["labels"], self.weights)
+            found = (loss, *found[1:]) if return_outputs else loss
         if self.model_accepts_loss_kwargs or self.batches == 1:
             return found
         share = (
@@ -231,6 +236,8 @@ def trainer(
     ):  # whose loss is a batch's mean: many a head is given the number of all items and ignores it,
         made.model_accepts_loss_kwargs = False  # and the Trainer would multiply by processes, and not divide by batches
     made.items_of = run.task.items  # type: ignore[method-assign]
+    weights = run.task.weights(examples.rows)
+    made.weights = None if weights is None else torch.tensor(weights, device=arguments.device)
     made.rates = run.rates()
     made.allocated = run.allocator is not None
     made.own_rates = tuple(own_rates(run, model))
