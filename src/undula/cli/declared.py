@@ -17,7 +17,8 @@ import typer
 from ..core.choice import Choice, plain
 from ..core.given import hints
 from ..core.options import build, changed, split_pair
-from ..train.recipe import Settings, bare, default_of, is_union, told
+from ..train.fields import bare, default_of, is_union, told
+from ..train.recipe import Settings
 from . import shell
 
 Texts = list[str]

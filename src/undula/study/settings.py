@@ -14,7 +14,8 @@ from ..core import given
 from ..core.choice import Choice, as_json
 from ..core.given import hints
 from ..io.toml import Path as Place
-from ..train.recipe import Settings, bare, decoded, is_union
+from ..train.fields import bare, decoded, is_union
+from ..train.recipe import Settings
 from .brief import brief
 from .reader import NUMBER, Reader
 from .spec import Training

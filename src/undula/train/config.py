@@ -29,7 +29,7 @@ from ..core import given
 from ..core.choice import Choice
 from ..core.given import hints, within
 from ..io import files, toml
-from .recipe import Recipe, bare, decoded, default_of, is_union, told
+from .fields import bare, decoded, default_of, is_union, told
 
 NONE = "none"
 OPTIONS = {
@@ -38,7 +38,7 @@ OPTIONS = {
 }
 
 
-def values_in(path: str | Path, kind: type[Recipe]) -> dict[str, Any]:
+def values_in(path: str | Path, kind: type, aside: tuple[str, ...] = ()) -> dict[str, Any]:
     """{field of `kind`, a Run: value} of those that a TOML or JSON file says (a run.json too, as it is).
 
     Raises FileNotFoundError, or `toml.Faults` (a ValueError) with everything that is wrong with it and where.
@@ -55,9 +55,9 @@ def values_in(path: str | Path, kind: type[Recipe]) -> dict[str, Any]:
         text = toml.text_of(path)
         data, where = toml.parsed(text, str(path)), toml.lines(text)
     made, found = {}, []
-    for name, value in data.items():
+    for name in [name for name in data if name not in aside]:
         try:
-            made[name] = _value(kind, name, value)
+            made[name] = _value(kind, name, data[name])
         except (LookupError, ValueError, TypeError) as error:
             told = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
             found.append((toml.line_of((name,), where), told))
@@ -78,27 +78,17 @@ def since(version: Any) -> dict[str, Any]:
     return ({"by_chance": True} if version == 1 else {}) | ({"eval_every": 0.0} if version in (1, 2) else {})
 
 
-def complete(path: str | Path, kind: type[Recipe]) -> Any:
-    """The `kind` in a file.  Raises as `values_in`, LookupError for one that does not say what has no default."""
-    return _made(path, kind, values_in(path, kind))
-
-
-def _made(path: str | Path, kind: type[Recipe], found: dict[str, Any]) -> Any:
+def complete(path: str | Path, kind: type, aside: tuple[str, ...] = ()) -> Any:
+    """The `kind` in a file; the fields `aside`, which it has not, may stand there too.  Raises as `values_in`,
+    LookupError for a file that does not say what has no default."""
+    found = values_in(path, kind, aside)
     missing = [f.name for f in told(kind) if default_of(f) is MISSING and f.name not in found]
     if missing:
         raise LookupError(f"{path} does not say {', '.join(missing)}, which a {kind.__name__.lower()} needs")
     return kind(**found)
 
 
-def recipe_in(path: str | Path) -> Recipe:
-    """The recipe in a file; where a run's `out` stands there too, it is left aside."""
-    from .run import Run
-
-    found = {name: value for name, value in values_in(path, Run).items() if name != "out"}
-    return _made(path, Recipe, found)
-
-
-def _value(kind: type[Recipe], name: str, value: Any) -> Any:
+def _value(kind: type, name: str, value: Any) -> Any:
     """A field's value from that of a file."""
     fields = {f.name: f for f in told(kind)}
     if name not in fields:
@@ -149,10 +139,10 @@ def _choice(table: Mapping[str, Any], family: type[Choice], default: Any, where:
     return base
 
 
-def written(recipe: Recipe) -> str:
+def written(recipe: Any) -> str:
     """The recipe as a TOML file, from which `load` makes the same one (its `encode` again)."""
-    encoded, fields = recipe.encode(), {f.name: f for f in told(Recipe)}
-    data = {name: _said(value, hints(Recipe)[name], default_of(fields[name])) for name, value in encoded.items()}
+    encoded, fields = recipe.encode(), {f.name: f for f in told(type(recipe))}
+    data = {name: _said(value, hints(type(recipe))[name], default_of(fields[name])) for name, value in encoded.items()}
     kept = {name: value for name, value in data.items() if value is not MISSING and value not in ([], {})}
     return f"# undula train --config THIS_FILE --out DIRECTORY   repeats this run\n\n{toml.written(kept)}"
 

@@ -27,9 +27,10 @@ from . import processes
 from .base import called_elsewhere, lacking, model_folder, open_model
 from .card import of_run, put
 from .doubts import doubts, finite
+from .fields import default_of
 from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
-from .recipe import Recipe, Settings, default_of
+from .recipe import Recipe, Settings
 from .resume import EVALUATIONS, check_processes, claim, evaluated, last_checkpoint, progress, resume_command
 from .rows import LOG, rows_of
 from .run import REPORT, Run, read_run, write_json

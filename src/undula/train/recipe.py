@@ -9,17 +9,15 @@ where it is written.
 from __future__ import annotations
 
 import os
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
-from ..core.choice import as_json, from_json
-from ..core.given import Checked, hints, within
+from ..core.choice import as_json
+from ..core.given import Checked
 from ..core.method import Method
 from ..core.ranges import (
     Bits,
@@ -33,6 +31,8 @@ from ..core.ranges import (
 from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
 from ..ranks import Procedure
+from . import config
+from .fields import decoded, default_of, told
 from .task import Task
 
 Every = Annotated[float, Range(least=0, most=1e9)]
@@ -182,9 +182,7 @@ class Recipe(Settings):
     def load(path: str | Path) -> Recipe:
         """The recipe in a TOML or JSON file, as `undula train --config` takes it and every run leaves one (run.toml);
         see `train.config`.  Raises FileNotFoundError, ValueError with all that is wrong with it, LookupError."""
-        from .config import recipe_in
-
-        return recipe_in(path)
+        return config.complete(path, Recipe, aside=("out",))  # type: ignore[no-any-return]
 
     @staticmethod
     def as_meant(name: str, value: Any) -> Any:
@@ -236,16 +234,6 @@ def refusals(
         )
 
 
-def told(kind: type[Settings]) -> list[Field[Any]]:
-    """The fields in the order in which they are told: what has to be said first."""
-    return sorted(fields(kind), key=lambda f: f.kw_only is True)
-
-
-def default_of(f: Field[Any]) -> Any:
-    """The default of a field; MISSING where it has none."""
-    return f.default if f.default_factory is MISSING else f.default_factory()
-
-
 def recipe_of(data: Mapping[str, Any]) -> Recipe:
     """The inverse of `Recipe.encode`.  Raises LookupError or ValueError for what does not belong there."""
     known = [f.name for f in told(Recipe)]
@@ -259,25 +247,6 @@ def recipe_of(data: Mapping[str, Any]) -> Recipe:
     if "schedule" not in data and found is not None and found.schedule() is not None:
         values["schedule"] = Linear()  # such a run goes on as it was: it said its schedule where that was another
     return Recipe(**values)
-
-
-def decoded(kind: type[Settings], name: str, value: Any, where: str) -> Any:
-    """The value of a field that is written as JSON or TOML values; numbers stay as they are, and are checked where the
-    recipe is made.  Raises LookupError or ValueError that names `where`."""
-    hint = bare(hints(kind)[name])
-    return value if hint in (int, float, torch.dtype) else from_json(value, hints(kind)[name], where)
-
-
-def bare(hint: Any) -> Any:
-    """A type without its range and without None."""
-    hint, _ = within(hint)
-    kinds = [k for k in typing.get_args(hint) if k is not type(None)] if is_union(hint) else [hint]
-    return within(kinds[0])[0] if len(kinds) == 1 else hint
-
-
-def is_union(hint: Any) -> bool:
-    """Whether it is one of several types."""
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _json(value: Any) -> Any:
