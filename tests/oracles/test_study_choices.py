@@ -14,9 +14,9 @@ from undula.core.method import Method
 from undula.core.options import build_from
 from undula.host.views import site
 from undula.host.where import choose
+from undula.io.toml import line_of, lines
 from undula.study import spec
 from undula.study.alive import LOOK, SILENCE, Owner, Watchman, birth
-from undula.study.lines import line_of, lines
 from undula.study.plan import Plan
 from undula.study.rates import Decision, decide
 from undula.study.read import Faults, read

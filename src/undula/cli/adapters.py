@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,11 +15,13 @@ from ..host import merging
 from ..io.whole import whole
 from ..observe.diagnose import COLUMNS, diagnose, needs_data
 from ..observe.figure import draw
+from ..train import Restored, restored
 from ..train import dense as unquantised
-from ..train import restored
+from ..train.base import called_elsewhere
+from ..train.card import Card, put
 from ..train.worries import reported, worries
 from . import shell
-from .carry import carry, tell
+from .carry import carry, maker, tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +105,7 @@ def merge(
             raise RuntimeError("transformers cannot write this quantised base: merge with --dense") from error
         if opened.processor is not None:
             opened.processor.save_pretrained(folder)
+        put(_card(opened, out), folder)
     worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
     shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
     lost = [site for site, error in errors.items() if not error < LOST]
@@ -112,6 +115,14 @@ def merge(
             f"{LOST:.0%} at {len(lost)} of {len(errors)} layers: the merged model is not what was trained. "
             + ("Merge with --dense" if rounded else "Keep the adapter beside the base")
         )
+
+
+def _card(opened: Restored, out: Path) -> Card:
+    run, labels = opened.run, dict[Any, Any](opened.model.config.id2label or {})
+    names = [str(labels[i]) for i in sorted(labels)] if getattr(run.task, "names", ()) else []
+    base = called_elsewhere(run.model)
+    kind = maker(opened.processor)
+    return Card("whole", out.resolve().name, run.task, base, run.model, opened.adapter, names, kind)
 
 
 def _rounds(model: PreTrainedModel) -> bool:

@@ -7,49 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundled import Asset
 from ..core.adapter import Adapter
-from ..io import files
 from ..train.base import asset_of, called_elsewhere, config_of, model_folder, quiet
-from ..train.data import BUNDLED
-from ..train.foreign import BASE, CLASSES, CONFIG, Unmeasured, named_as, roles_of, telling
+from ..train.card import Card, put
+from ..train.foreign import BASE, CONFIG, Unmeasured, named_as, roles_of, telling
 from ..train.heads import HeadTask
-from ..train.image_classification import ImageClassification
 from ..train.limits import settle_pad
 from ..train.restored import described
 from ..train.run import RUN
 from ..train.task import Task
-
-CARD = """# A LoRA adapter{of}
-
-A plain LoRA in PEFT's format, written by undula.
-
-```python
-from peft import PeftModel
-from transformers import AutoConfig, {cls}
-
-config = AutoConfig.from_pretrained("{here}", subfolder="base")
-base = {cls}.from_pretrained("{base}", config=config)
-model = PeftModel.from_pretrained(base, "{here}")
-```
-{one}{processor}{classes}{notes}"""
-ONE = """
-In one line, without the names of its classes:
-`AutoPeftModelForSequenceClassification.from_pretrained("{here}", num_labels={count})`. Without `num_labels` PEFT opens
-the base with the head that its own files have.
-"""
-LOCAL = """
-**The base is a folder of the machine on which this was made**: `{base}`. Elsewhere, put the place of the same model
-there, in the lines above and as `base_model_name_or_path` in `adapter_config.json`.
-"""
-OURS = """
-The adapter was trained on `{source}` of undula, which is {title}.{hub} Exactly that base, with undula:
-`base = {cls}.from_pretrained(undula.bundled.model_path("{name}"), config=config)`.
-"""
-ON_HUB = (
-    " On the hub the same model is `{hub}`; where undula's has been converted from fewer bits, outputs over the hub's "
-    "weights differ a little."
-)
 
 
 def carry(path: Path, adapter: Adapter, out: Path, model: str | None = None) -> None:
@@ -67,19 +33,28 @@ class Companions:
 
     task: Task
     base: str
-    asset: Asset | None
     config: Any
     processor: Any
 
-    def write(self, out: Path, called: str) -> None:
+    source: str
+    adapter: Adapter
+
+    def write(self, out: Path, called: str, note: str = "") -> None:
         """Into the directory `out`, which will be called `called`.  The configuration goes into base/config.json:
         one beside the adapter would make transformers look for a whole model there."""
         (out / CONFIG).parent.mkdir(exist_ok=True)
         self.config.save_pretrained((out / CONFIG).parent)
         if self.processor is not None:
             self.processor.save_pretrained(out)
-        kind = type(self.processor).__name__
-        files.write_text(out / "README.md", _card(self.task, self.config, self.base, self.asset, called, kind))
+        put(self.card(called, note), out)
+
+    def card(self, called: str, note: str = "") -> Card:
+        """The README of a directory of that name."""
+        task, labels = self.task, self.config.id2label or {}
+        named = isinstance(task, HeadTask) or bool(getattr(task, "names", ()))
+        names = [str(labels[i]) for i in sorted(labels)] if named else []
+        notes = (note, "") if note else ()
+        return Card("peft", called, task, self.base, self.source, self.adapter, names, maker(self.processor), notes)
 
 
 def companions(path: Path, adapter: Adapter, model: str | None) -> Companions | str:
@@ -105,7 +80,17 @@ def companions(path: Path, adapter: Adapter, model: str | None) -> Companions | 
     setattr(config, BASE, source if asset else None)
     tell(config, run.task, roles_of(path, adapter))
     base = called_elsewhere(source) if asset else _resolved(source)
-    return Companions(run.task, base, asset, config, processor)
+    return Companions(run.task, base, config, processor, source, adapter)
+
+
+def maker(processor: Any) -> str | None:
+    """The class of transformers that opens what makes a model's inputs."""
+    if processor is None:
+        return None
+    for kind in ("ImageProcessor", "FeatureExtractor", "Processor"):
+        if any(c.__name__.endswith((kind, kind + "Mixin")) for c in type(processor).__mro__):
+            return f"Auto{kind}"
+    return "AutoTokenizer"
 
 
 def tell(config: Any, task: Task, roles: Sequence[str]) -> None:
@@ -117,27 +102,3 @@ def tell(config: Any, task: Task, roles: Sequence[str]) -> None:
 
 def _resolved(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def _card(task: Task, config: Any, base: str, asset: Asset | None, here: str, processor: str) -> str:
-    cls = opener(task)
-    notes = ""
-    if Path(base).is_absolute():
-        notes = LOCAL.format(base=base)
-    if asset is not None:
-        hub = ON_HUB.format(hub=asset.hub) if asset.hub else ""
-        notes = OURS.format(source=BUNDLED + asset.name, title=asset.title, hub=hub, cls=cls, name=asset.name)
-    kind = "AutoImageProcessor" if isinstance(task, ImageClassification) else "AutoTokenizer"
-    inputs = "" if processor == "NoneType" else f'\nIts inputs are made by `{kind}.from_pretrained("{here}")`.\n'
-    names = [str(config.id2label[i]) for i in sorted(config.id2label)] if isinstance(task, HeadTask) else []
-    one = ONE.format(here=here, count=len(config.id2label)) if cls == CLASSES["SEQ_CLS"] else ""
-    classes = f"\nIts classes, in order: {', '.join(names)}.\n" if len(names) > 1 else ""
-    of = f" for {base if asset is None or asset.hub else asset.title}"
-    return CARD.format(of=of, cls=cls, here=here, base=base, one=one, processor=inputs, classes=classes, notes=notes)
-
-
-def opener(task: Task) -> str:
-    """The class of transformers that opens the model of a task."""
-    if isinstance(task, Unmeasured):
-        return task.model_class
-    return "AutoModelForImageClassification" if task.peft is None else CLASSES[task.peft]

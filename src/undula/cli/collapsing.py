@@ -182,7 +182,7 @@ def export(
             export_diffusers(lora, folder, component)
         elif isinstance(beside, Companions):
             export_lora(lora, folder, beside.base, task)
-            beside.write(folder, out.name)
+            beside.write(folder, out.resolve().name, "" if found is None else _costs(adapter, found.made))
         else:
             export_lora(lora, folder, base, task)
     if isinstance(beside, str):
@@ -230,6 +230,16 @@ def _squeezed(
     way = recipe.approximation(opened, data, number)
     held_out = list(opened.batches(opened.examples(data, None, number))) if measured else None
     return Squeezed(compress.collapse(opened.model, way, held_out=held_out), opened)
+
+
+def _costs(adapter: Adapter, made: compress.Collapsed) -> str:
+    """A sentence for a card: of what this LoRA is an approximation, and how good a one."""
+    what = "the model's change" if made.measured_on == "held-out data" else "the update"
+    rank = max(getattr(m, "r", 0) for m in made.adapter.methods.values())
+    return (
+        f"Collapsed into a plain LoRA (rank {rank} at most) from the {adapter.rung.__name__} above; relative error of "
+        f"{what}, on {made.measured_on}: {made.error:.3g}."
+    )
 
 
 def _show(made: compress.Collapsed, to: Path | None) -> None:

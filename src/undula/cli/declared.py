@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,8 +16,9 @@ import typer
 
 from ..core.choice import Choice, plain
 from ..core.given import hints
-from ..core.options import build, split_pair
-from ..train.recipe import Settings, bare, default_of, is_union, told
+from ..core.options import build, changed, split_pair
+from ..train.fields import bare, default_of, is_union, told
+from ..train.recipe import Settings
 from . import shell
 
 Texts = list[str]
@@ -65,10 +66,21 @@ def parameters(kind: type[Settings], usual: Mapping[str, str]) -> list[inspect.P
 EXAMPLE = "NAME=VALUE; of one in it: ITS.NAME=VALUE. Repeatable."
 
 
-def values(kind: type[Settings], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of fields from the parameters' own; those without one are left out.  Raises ValueError or LookupError
-    for text that is none."""
-    return {f.name: made for f in offered(kind) if (made := _value(f, hints(kind)[f.name], typed)) is not MISSING}
+def values(
+    kind: type[Settings], typed: Mapping[str, Any], said: Mapping[str, Any], given: Collection[str]
+) -> dict[str, Any]:
+    """The values of fields: those that a file has `said`, but where parameters are `given`; else the parameters' own.
+    Fields without one are left out.  Raises ValueError or LookupError for text that is no value."""
+    made = dict(said)
+    for f in offered(kind):
+        if f.name not in said or f.name in given:
+            value = _value(f, hints(kind)[f.name], typed)
+            made |= {} if value is MISSING else {f.name: value}
+        elif own(f) in given:
+            if said[f.name] is None:
+                raise ValueError(f"{options_flag(f)} has options of what is none in the file: name one with {flag(f)}")
+            made[f.name] = changed(said[f.name], typed[own(f)])
+    return made
 
 
 def _value(f: Field[Any], declared: Any, typed: Mapping[str, Any]) -> Any:
@@ -128,7 +140,8 @@ def _typed(f: Field[Any], hint: Any, default: Any) -> tuple[Any, Any]:
 
 
 def _parameter(name: str, kind: Any, default: Any, flag: str, help: str) -> inspect.Parameter:
-    declared = Annotated[kind, typer.Option(flag, help=help)]
+    names = f"{flag}/--no-{flag[2:]}" if bool in (kind, *typing.get_args(kind)) else flag
+    declared = Annotated[kind, typer.Option(names, help=help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
 
 

@@ -16,6 +16,7 @@ from . import (
     gguf,
     lists,
     predicting,
+    pushing,
     shell,
     studies,
     training,
@@ -61,6 +62,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "cut": adapters.cut,
     "export": collapsing.export,
     "gguf": gguf.gguf,
+    "push": pushing.push,
     "study": studies.study,
     "assets": lists.assets,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 from ..core.extras import needs
 from ..core.options import split_pair
 from ..train import Run, Task, restored
+from ..train.config import values_in
 from ..train.fit import train as fit
 from ..train.resume import left_behind
 from ..train.worries import diverged, worries
@@ -27,22 +28,32 @@ if TYPE_CHECKING:
 USUAL = {"method": "lora"}  # what stands where nothing is typed for a field that has no default
 COLUMN = Annotated[declared.Texts, typer.Option("--column", help="ROLE=COLUMN, as in text=review. Repeatable.")]
 DRY = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop there: write nothing.")]
+CONFIG = Annotated[
+    Path | None,
+    typer.Option("--config", help="A TOML or JSON file of these settings, as a run leaves one; options here go first."),
+]
 RESUME = Annotated[Path | None, typer.Option("--resume", help="Go on with the training in this directory.")]
 
 
 def train(ctx: typer.Context, **typed: Any) -> None:
     """Fine-tune a model with an adapter.  Ctrl-C saves a checkpoint and says how to go on."""
-    resume, to = typed["resume"], typed["to"]
+    resume, to, given = typed["resume"], typed["to"], _given(ctx)
     if resume is not None:
-        _check_alone(ctx)
+        _check_alone(given)
         _fit(Run.load(resume), True, to)
         return
-    if None in (needed := {f"--{name}": typed[name] for name in ("model", "data", "task", "out")}).values():
-        raise ValueError(f"train needs {', '.join(k for k, v in needed.items() if v is None)} (or --resume DIRECTORY)")
-    if typed["method"].lower() == "none":
-        _check_none(ctx)
-    columns = _columns(typed["task"], typed["column"])
-    made = declared.values(Run, typed | {"task_set": [*columns, *typed["task_set"]]})
+    said = {} if typed["config"] is None else values_in(typed["config"], Run)
+    needed = [name for name in ("model", "data", "task", "out") if typed[name] is None and name not in said]
+    if needed:
+        told = "--resume DIRECTORY or --config FILE" if not said else f"in {typed['config']} or here"
+        raise ValueError(f"train needs {', '.join(f'--{name}' for name in needed)} ({told})")
+    if typed["column"]:
+        task = said["task"] if "task" in said and "task" not in given else typed["task"]
+        typed["task_set"] = [*_columns(task, typed["column"]), *typed["task_set"]]
+        given["task_set"] = "--column"
+    made = declared.values(Run, typed, said, given)
+    if made["method"] is None:
+        _check_none(given)
     if typed["dry_run"]:
         _look(Run(**made), to)
     else:
@@ -55,6 +66,7 @@ def _signature() -> inspect.Signature:
     return inspect.Signature([
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         *declared.parameters(Run, USUAL),
+        inspect.Parameter("config", only, default=None, annotation=CONFIG),
         inspect.Parameter("column", only, default=[], annotation=COLUMN),
         inspect.Parameter("dry_run", only, default=False, annotation=DRY),
         inspect.Parameter("resume", only, default=None, annotation=RESUME),
@@ -72,23 +84,25 @@ def _given(ctx: typer.Context) -> dict[str, str]:
     return {n: names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-def _check_alone(ctx: typer.Context) -> None:
+def _check_alone(given: Mapping[str, str]) -> None:
     """A resumed training is what it was: options that would change it are refused.  Raises ValueError."""
-    given = [option for name, option in _given(ctx).items() if name not in ("resume", "to")]
-    if given:
-        raise ValueError(f"--resume takes everything from the run.json that is there: leave out {', '.join(given)}")
+    others = [option for name, option in given.items() if name not in ("resume", "to")]
+    if others:
+        raise ValueError(f"--resume takes everything from the run.json that is there: leave out {', '.join(others)}")
 
 
-def _check_none(ctx: typer.Context) -> None:
+def _check_none(given: Mapping[str, str]) -> None:
     """Without a method nothing is adapted: options of what would be are refused.  Raises ValueError."""
     idle = {f.name for f in declared.offered(Run) if f.metadata["layers"]} | {"method_set"}
-    given = sorted(option for name, option in _given(ctx).items() if name in idle)
-    if given:
-        raise ValueError(f"--method none adapts no layers, so these would do nothing: leave out {', '.join(given)}")
+    doing_nothing = sorted(option for name, option in given.items() if name in idle)
+    if doing_nothing:
+        raise ValueError(
+            f"--method none adapts no layers, so these would do nothing: leave out {', '.join(doing_nothing)}"
+        )
 
 
-def _columns(task: str, pairs: list[str]) -> list[str]:
-    kind = declared.member(Task, task.partition(",")[0])
+def _columns(task: str | Task, pairs: list[str]) -> list[str]:
+    kind = type(task) if isinstance(task, Task) else declared.member(Task, task.partition(",")[0])
     unknown = [p for p in pairs if split_pair(p, "a column")[0] not in kind.roles]
     if unknown:
         raise LookupError(f"{kind.__name__} has no column {', '.join(unknown)}; it has: {', '.join(kind.roles)}")

@@ -128,8 +128,11 @@ def from_json(value: Any, hint: Any, where: str, text: bool = False) -> Any:
             value is None or (text and isinstance(value, str) and value.strip() == "none")
         ):
             return None
-        many = [kind for kind in kinds if typing.get_origin(kind) is tuple]  # one or several
-        return from_json(value, (many if many and isinstance(value, list | tuple) else kinds)[0], where, text)
+        shape = tuple if isinstance(value, list | tuple) else collections.abc.Mapping  # a text, or several by name
+        many = [
+            kind for kind in kinds if typing.get_origin(kind) is shape and isinstance(value, list | tuple | Mapping)
+        ]
+        return from_json(value, (many or kinds)[0], where, text)
     if text and isinstance(value, str) and hint is not str:  # in a text, blanks mean something
         value = value.strip()
     if inspect.isclass(hint) and issubclass(hint, Choice):

@@ -3,10 +3,11 @@ from tables of values, as in a TOML file (`{ activation = { is = "sinter", a = 1
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from .choice import Choice
@@ -27,6 +28,23 @@ def build_from(family: type[C], name: str, table: Mapping[str, Any]) -> C:
     if "is" in table:
         raise ValueError(f"{name} is named already: `is` names an option that has options itself")
     return family.build(name, _values(family.named(name), _tree_of(table)))
+
+
+def changed(choice: C, pairs: Iterable[str]) -> C:
+    """The same choice with these options, see `build`."""
+    values = _changed(choice, _tree(pairs))
+    return type(choice).family.build(values.pop("is"), values)  # type: ignore[return-value]
+
+
+def _changed(choice: Choice, tree: Mapping[str, Tree]) -> dict[str, Any]:
+    said = choice.encode()
+    for name, node in tree.items():
+        own = getattr(choice, name, None)
+        if isinstance(own, Choice) and OWN not in node:  # an option of what stands there
+            said[name] = _changed(own, node)
+        else:
+            said |= _values(type(choice), {name: node})
+    return said
 
 
 def split_pair(pair: str, what: str) -> tuple[str, str]:
@@ -69,7 +87,10 @@ def _values(member: type[Choice], tree: Mapping[str, Tree]) -> dict[str, Any]:
 def _nested(member: type[Choice], field: dataclasses.Field, own: Any, inner: Mapping[str, Tree]) -> dict:
     """An option that has options itself, written as JSON."""
     where = f"{member.__name__}.{field.name}"
-    family = _family(typing.get_type_hints(member)[field.name])
+    hint = typing.get_type_hints(member)[field.name]
+    family = _family(hint)
+    if own is None and any(typing.get_origin(k) is collections.abc.Mapping for k in (hint, *typing.get_args(hint))):
+        return dict(_leaves(inner))  # NAME.KEY=VALUE: whatever stands behind the first dot is the key
     if family is None:
         raise ValueError(f"{where} is one value and has no option {', '.join(inner)} of its own")
     base: dict[str, Any] = {}
@@ -80,6 +101,14 @@ def _nested(member: type[Choice], field: dataclasses.Field, own: Any, inner: Map
     else:
         raise ValueError(f"{where} has no default: say what it is first ({field.name}=NAME)")
     return base | _values(family.named(base["is"]), inner)
+
+
+def _leaves(tree: Mapping[str, Tree], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, node in tree.items():
+        if name == OWN:
+            yield before, node
+        else:
+            yield from _leaves(node, f"{before}.{name}" if before else name)
 
 
 def _family(hint: Any) -> type[Choice] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import sys
 import threading
 import warnings
@@ -23,11 +24,14 @@ from .where import inner, resolve
 
 
 @contextlib.contextmanager
-def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+def rows(model: nn.Module, names: Sequence[str | None], tokens: Sequence[int] | None = None) -> Iterator[None]:
     """Within the context, row i of every batch goes through the adapter names[i]; None: the base alone.
 
         with undula.rows(model, ["french", None, "german"]):
             model.generate(...)
+
+    With `tokens` the batch is flat, as engines make it of requests of different lengths: inputs are (1, T, ...) or
+    (T, ...), tokens[i] of them in turn are of request i, and sum to T.
 
     Adapters of any methods mix; those on the LowRank rung share grouped products, in training too.  Layers must see the
     batch as their first dimension.  An inner `rows` counts until it is left.  Threads and tasks may each be inside one
@@ -39,11 +43,16 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     if isinstance(names, str):
         raise TypeError(f"rows takes a name for each row of the batch, as [{names!r}] * len(batch); found a text")
+    names, counts = tuple(names), None if tokens is None else tuple(map(operator.index, tokens))
+    if counts is not None and (len(counts) != len(names) or min(counts, default=0) < 0):
+        raise ValueError(
+            f"`tokens` are how many each of the {len(names)} names has, 0 or more; found {len(counts)}: {tokens!r:.80}"
+        )
     model = inner(model)
     host = model.__dict__.setdefault("_undula", Host())  # also a bare model's: nothing is attached within the block
     try:
         with host.lock.lock:
-            route = _enter(model, host, tuple(names))
+            route = _enter(model, host, names, counts)
         ROUTES.set((*ROUTES.get(), route))
         try:
             yield
@@ -65,8 +74,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         forget(model, host)
 
 
-def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route:
-    """A route for batches whose row i goes through the adapter names[i], with the layers that it needs adapted."""
+def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...], tokens: tuple[int, ...] | None) -> Route:
+    """A route for batches whose rows go through these adapters, with the layers that it needs adapted."""
     inside = any(r.thread == threading.get_ident() for r in host.routes) or bool(ROUTES.get())
     if not inside and not host.lock.lock.wait_for(lambda: not host.waiting, PATIENCE):  # verbs come first
         raise RuntimeError(f"`undula.rows` waited {PATIENCE:g} s for another thread's verb, which waits itself")
@@ -86,7 +95,7 @@ def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...]) -> Route
     for shelf in {id(a.shelf): a.shelf for a in used.values() if isinstance(a, Held) and a.shelf}.values():
         for path in shelf.stacks:
             shelf.to(path, _device(model, path))
-    route = Route(host, used, names, host.formed)
+    route = Route(host, used, names, tokens, host.formed)
     try:
         _invite(model, host, route)
     except BaseException:

@@ -31,21 +31,41 @@ class Base:
         return layer(x)
 
 
+class Done:
+    """A layer whose output for x is there already; what methods ask of a layer beside is the layer's own."""
+
+    plain = False  # nothing is gained by a product that computes y again
+
+    def __init__(self, layer: LinearView, y: Tensor):
+        self.layer, self.y = layer, y
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.y
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
 class Rows:
-    """Row i of a batch goes through the law named names[i] of one layer; names without a law here pass the frozen layer
+    """Row i of a batch goes through the law of its name at one layer; names without a law here pass the frozen layer
     alone.
 
     Low-rank laws share one frozen product and grouped low-rank ones; any other runs on its own rows.
     """
 
-    def __init__(self, laws: Mapping[str, tuple[Method, Factors]], names: Sequence[str | None], device: torch.device):
-        self.count = len(names)
+    def __init__(
+        self,
+        laws: Mapping[str, tuple[Method, Factors]],
+        rows: Mapping[str, list[int]],
+        count: int,
+        device: torch.device,
+    ):
+        self.count = count
         self.low: list[tuple[LowRank, Factors]] = []
         self.counts: list[int] = []
         self.other: list[tuple[Method, Factors, Tensor]] = []
         self.drops = any(method.drops for method, _ in laws.values())
         order: list[int] = []
-        rows = rows_of(names)
         for name, (method, f) in laws.items():
             if isinstance(method, LowRank):
                 self.low.append((method, f))
@@ -67,9 +87,10 @@ class Rows:
         if self.low:
             pairs, stacks = self._kept.of([t for _, f in self.low for t in f.values()], self._stacked)
             mine = x if self.order is None else x[self.order]
-            y = changed(y, grouped(flat(mine, pairs[0][1].dtype), pairs, self.counts, stacks), self.order)
+            y = changed(y, grouped(flat(mine).to(pairs[0][1].dtype), pairs, self.counts, stacks), self.order)
         for method, own, index in self.other:
-            y = y.index_copy(0, index, method.forward(x[index], layer, own))
+            at = Done(layer, y[index]) if method.bottleneck else layer  # one that needs W forms it with its change
+            y = y.index_copy(0, index, method.forward(x[index], at, own))
         return y
 
     def _one_by_one(self, x: Tensor, layer: LinearView) -> Tensor:
@@ -103,12 +124,14 @@ class Rows:
         return pairs, stacked(pairs, self.counts)
 
 
-def rows_of(names: Sequence[str | None]) -> dict[str, list[int]]:
-    """The rows of each name, in the order in which the names come."""
+def rows_of(names: Sequence[str | None], tokens: Sequence[int] | None) -> dict[str, list[int]]:
+    """The rows of each name, in the order in which the names come; with `tokens` so many rows for each."""
     rows: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        if name is not None:
-            rows.setdefault(name, []).append(i)
+    at = 0
+    for name, count in zip(names, (1,) * len(names) if tokens is None else tokens, strict=True):
+        if name is not None and count:
+            rows.setdefault(name, []).extend(range(at, at + count))
+        at += count
     return rows
 
 
@@ -128,31 +151,38 @@ numbers = itertools.count(1)
 
 class Route:
     """The rows of one batch, for all layers of one model: made when `undula.rows` is entered, and found by whatever
-    computes in that context."""
+    computes in that context.  With `tokens` the batch is flat, and its rows are tokens: names[i] has tokens[i] of
+    them."""
 
     def __init__(
-        self, host: Any, used: Mapping[str, Adapter], names: tuple[str | None, ...], formed: Callable[[str], Form]
+        self,
+        host: Any,
+        used: Mapping[str, Adapter],
+        names: tuple[str | None, ...],
+        tokens: tuple[int, ...] | None,
+        formed: Callable[[str], Form],
     ):
-        self.host, self.used, self.names = host, used, names
+        self.host, self.used, self.names, self.tokens = host, used, names, tokens
+        self.count = len(names) if tokens is None else sum(tokens)
         self.number, self.thread = next(numbers), threading.get_ident()
         self.frame = _entering()
         self.owed = False  # whether layers wait to be computed again, see `forward`
         self.loose: dict[str, set[str]] = {}  # {adapter: its sites that are no plain pair}
         self.laws: dict[tuple[str, bool], Rows | None] = {}
-        shares: dict[tuple[int, int], Share] = {}
-        rows = rows_of(names)
-        for name, adapter in used.items():
-            plain, shelf = formed(name), getattr(adapter, "shelf", None)
+        self.rows = rows_of(names, tokens)
+        self._orders: dict[tuple[Any, ...], Tensor | None] = {}
+        shares: dict[tuple[int, int, int], Share] = {}
+        for name, rows in self.rows.items():
+            adapter, plain = used[name], formed(name)
+            shelf = getattr(adapter, "shelf", None)
             if plain:
-                alike = id(plain), id(shelf)
+                alike = id(plain), id(shelf), len(rows)
                 if alike not in shares:
-                    shares[alike] = Share(plain, len(names)) if shelf is None else OfShelf(shelf, len(names))
-                shares[alike].add(adapter, rows[name])
+                    shares[alike] = Share(plain, len(rows)) if shelf is None else OfShelf(shelf, len(rows))
+                shares[alike].add(adapter, rows)
             if len(plain) < len(adapter.factors):
                 self.loose[name] = set(adapter.factors) - {p.path for p in plain}
         self.shares = list(shares.values())
-        for share in self.shares:
-            share.settle()
 
     def forward(self, x: Tensor, layer: LinearView, path: str) -> Tensor:
         """What the layer at `path` computes of the batch."""
@@ -162,15 +192,53 @@ class Route:
         loose = self._rows(path, layer, loose=True) if self.loose else None
         if not here and loose is None:
             return layer(x)
+        shape = x.shape
+        if self.tokens is not None:
+            x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()
+            self._check_flat(x, layer)
         drops = any(share.sites[path].drops for share in here) or (loose is not None and loose.drops)
-        if not together(x, layer, len(self.names), drops):
+        if together(x, layer, self.count, drops):
+            y = layer(x)
+            y = self._changed(y, x, here, path) if here else y
+            y = y if loose is None else loose.added(y, x, layer)
+        else:
             every = self._rows(path, layer, loose=False)
             assert every is not None
-            return every.forward(x, layer, {})
-        y = layer(x)
-        for share in here:
-            y = changed(y, share.change(path, x), share.positions(x.device)[0])
-        return y if loose is None else loose.added(y, x, layer)
+            y = every.forward(x, layer, {})
+        if self.tokens is None:
+            return y
+        return y.reshape(*(shape[:-1] if x.is_floating_point() else shape), y.shape[-1])
+
+    def _check_flat(self, x: Tensor, layer: LinearView) -> None:
+        """Raises ValueError for a layer that sees other tokens than the flat batch has, TypeError for one that does not
+        take them one by one."""
+        if x.shape[0] != self.count:
+            raise ValueError(
+                f"rows() was given {self.count} tokens in all, this layer sees {x.shape[0]}: an adapted layer has to "
+                "see all tokens of the flat batch (leave out of the adapters what sees a part of them, as a head may)"
+            )
+        if layer.channel != -1 or layer.more is not None or not (layer.product or not x.is_floating_point()):
+            raise TypeError(
+                f"{layer.call.__qualname__} is no product of single tokens: not within `rows` of a flat batch"
+            )
+
+    def _changed(self, y: Tensor, x: Tensor, here: list[Share], path: str) -> Tensor:
+        """y with what plain pairs change: the rows are moved once for all of them."""
+        order = self._order(here, x.device)
+        mine = flat(x if order is None else x[order])
+        parts = mine.split([len(share.rows) for share in here])
+        changes = [share.change(path, part) for share, part in zip(here, parts, strict=True)]
+        return changed(y, changes[0] if len(changes) == 1 else torch.cat(changes), order)
+
+    def _order(self, here: list[Share], device: torch.device) -> Tensor | None:
+        """The rows of these shares in turn; None where that is the whole batch as it is."""
+        key = device, *map(id, here)
+        if key not in self._orders:
+            order = [row for share in here for row in share.rows]
+            with torch.inference_mode(False):  # a later forward of the batch may want gradients
+                as_it_is = order == list(range(self.count))
+                self._orders[key] = None if as_it_is else torch.tensor(order, device=device)
+        return self._orders[key]
 
     def law(self, path: str) -> tuple[Method, Factors] | None:
         """What makes the weight at `path`, of a batch with one name for all rows; None where that is the base's."""
@@ -187,11 +255,11 @@ class Route:
     def _rows(self, path: str, layer: LinearView, loose: bool) -> Rows | None:
         """The laws at one site, of all adapters or of those that are no plain pair; None where there are none."""
         if (path, loose) not in self.laws:
-            names = [n for n, sites in self.loose.items() if path in sites] if loose else list(self.used)
+            names = [n for n, sites in self.loose.items() if path in sites] if loose else list(self.rows)
             here = {n: self.used[n] for n in names if path in self.used[n].factors}
             laws = {n: (a.methods[path], a.factors[path]) for n, a in here.items()}
             with torch.inference_mode(False):
-                self.laws[path, loose] = Rows(laws, self.names, layer.device) if laws else None
+                self.laws[path, loose] = Rows(laws, self.rows, self.count, layer.device) if laws else None
         return self.laws[path, loose]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,9 @@ class Kept:
         return self.made
 
 
-def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """Rows of any number of dimensions as (N, T, I)."""
-    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).to(dtype)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def changed(y: Tensor, change: Tensor, order: Tensor | None) -> Tensor:
@@ -80,60 +80,33 @@ def form(adapter: Adapter) -> Form:
 
 
 class Share:
-    """The rows of a batch that go through adapters of one form, sorted by adapter."""
+    """Adapters of one form that have `count` rows of a batch each: one product for all of them."""
 
     def __init__(self, form: Form, count: int):
         self.sites = {plain.path: plain for plain in form}
         self.count = count
-        self.order: list[int] = []
-        self.counts: list[int] = []
-        self.adapters: list[Adapter] = []
-        self._there: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+        self.rows: list[int] = []
+        self.adapters: list[Any] = []
         self._here: dict[str, tuple[list[Factors], Kept]] = {}
 
-    def add(self, adapter: Adapter, rows: list[int]) -> None:
-        self.order += rows
-        self.counts.append(len(rows))
+    def add(self, adapter: Adapter, rows: Sequence[int]) -> None:
+        self.rows += rows
         self.adapters.append(adapter)
 
-    def settle(self) -> None:
-        """What all layers will read: how the rows lie, and of which adapters' pairs a product is made."""
-        self.equal = len(set(self.counts)) == 1
-        self.each = not self.equal and len(self.order) <= 2 * len(self.counts)  # mostly rows of their own: a pair each
-        self.moved = self.order != list(range(self.count))
-
-    def taken(self) -> list[int] | None:
-        """The place in the stacks of each pair of the product; None: all of them in turn."""
-        return [k for k, n in enumerate(self.counts) for _ in range(n)] if self.each else None
-
-    def positions(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """(rows of the batch, what is `taken`) on a device; None for all of them in turn."""
-        if device not in self._there:
-            with torch.inference_mode(False):  # a later forward of the batch may want gradients
-                order, taken = self.order if self.moved else None, self.taken()
-                found = [None if index is None else torch.tensor(index, device=device) for index in (order, taken)]
-                self._there[device] = found[0], found[1]
-        return self._there[device]
-
-    def pairs(self, plain: Plain, taken: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(A (K, R, I), B (K, O, R)) of the product at one site."""
+    def pairs(self, plain: Plain) -> tuple[Tensor, Tensor]:
+        """(A (K, R, I), B (K, O, R)) of its adapters at one site."""
         if plain.path not in self._here:
             self._here[plain.path] = [a.factors[plain.path] for a in self.adapters], Kept()
         every, kept = self._here[plain.path]
+        if len(every) == 1:
+            return every[0][plain.A][None], every[0][plain.B][None]
         A, B = [f[plain.A] for f in every], [f[plain.B] for f in every]
-        return kept.of(A + B, lambda: chosen((torch.stack(A), torch.stack(B)), taken))
+        return kept.of(A + B, lambda: (torch.stack(A), torch.stack(B)))  # type: ignore[no-any-return]
 
-    def change(self, path: str, x: Tensor) -> Tensor:
-        """s B A x of these rows at one site, (N, T, O)."""
-        plain, (order, taken) = self.sites[path], self.positions(x.device)
-        A_KRI, B_KOR = self.pairs(plain, taken)
-        mine = flat(x if order is None else x[order], A_KRI.dtype)
-        if self.equal or self.each:
-            z_KTR = torch.bmm(mine.reshape(len(A_KRI), -1, mine.shape[2]), A_KRI.transpose(1, 2))
-            return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(*mine.shape[:2], B_KOR.shape[1])
-        parts = zip(mine.split(self.counts), A_KRI.unbind(), B_KOR.unbind(), strict=True)
-        return torch.cat([p @ A.t() * plain.s @ B.t() for p, A, B in parts])
-
-
-def chosen(stacks: tuple[Tensor, Tensor], taken: Tensor | None) -> tuple[Tensor, Tensor]:
-    return stacks if taken is None else (stacks[0][taken], stacks[1][taken])
+    def change(self, path: str, x_NTI: Tensor) -> Tensor:
+        """s B A x of its rows, in their order, at one site: (N, T, O)."""
+        plain = self.sites[path]
+        A_KRI, B_KOR = self.pairs(plain)
+        N, T, I = x_NTI.shape
+        z_KTR = torch.bmm(x_NTI.to(A_KRI.dtype).reshape(len(A_KRI), -1, I), A_KRI.transpose(1, 2))
+        return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(N, T, B_KOR.shape[1])

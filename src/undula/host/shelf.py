@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
 from ..core.method import Factors
-from .share import Form, Plain, Share, chosen, form
+from .share import Form, Plain, Share, form
 
 
 class Shelf:
@@ -73,14 +73,21 @@ class OfShelf(Share):
     def __init__(self, shelf: Shelf, count: int):
         super().__init__(shelf.form, count)
         self.shelf = shelf
+        self._places: dict[torch.device, Tensor | None] = {}
 
-    def taken(self) -> list[int] | None:
-        each = self.counts if self.each else [1] * len(self.counts)
-        places = [a.k for a, n in zip(self.adapters, each, strict=True) for _ in range(n)]  # type: ignore[attr-defined]
-        return None if places == list(range(len(self.shelf))) else places
+    def pairs(self, plain: Plain) -> tuple[Tensor, Tensor]:
+        A_KRI, B_KOR = self.shelf.stacks[plain.path]
+        places = self._on(A_KRI.device)
+        return (A_KRI, B_KOR) if places is None else (A_KRI[places], B_KOR[places])
 
-    def pairs(self, plain: Plain, taken: Tensor | None) -> tuple[Tensor, Tensor]:
-        return chosen(self.shelf.stacks[plain.path], taken)
+    def _on(self, device: torch.device) -> Tensor | None:
+        """The places of its adapters; None: all of them in turn."""
+        if device not in self._places:
+            found = [a.k for a in self.adapters]
+            whole = found == list(range(len(self.shelf)))
+            with torch.inference_mode(False):  # a later forward of the batch may want gradients
+                self._places[device] = None if whole else torch.tensor(found, device=device)
+        return self._places[device]
 
 
 class OnShelf(Mapping[str, Any]):

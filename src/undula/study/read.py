@@ -13,7 +13,6 @@ title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 from ..core.method import Method
 from ..core.options import build_from
+from ..io import toml
 from ..ranks import Procedure
 from ..train.recipe import dtype_called
 from ..train.task import Task
 from . import splits
-from .lines import DEEP, depth
 from .plan import impossible
 from .reader import NUMBER, Faults, Reader
 from .settings import KEYS, SETTINGS, kinds, read_settings, shown
@@ -71,26 +70,12 @@ def text_of(path: str | Path) -> str:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path} does not exist; study files there: {', '.join(there) or 'none'}")
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        why = f"not UTF-8: byte 0x{data[error.start]:02x} stands for no character; save the file as UTF-8"
-        raise Faults(str(path), [(line, why)]) from None
+    return toml.text_of(path)
 
 
 def parse(text: str, name: str = "the study", replace: Mapping[str, str] | None = None, check: bool = True) -> Study:
     """The study in a text, see `read`; without `check` neither models nor data are opened."""
-    try:
-        data = tomllib.loads(text)
-        deep = depth(data)
-    except tomllib.TOMLDecodeError as error:
-        raise Faults(name, [(None, f"not TOML: {error}")]) from None
-    except RecursionError:
-        deep = DEEP + 1
-    if deep > DEEP:
-        raise Faults(name, [(None, f"values lie more than {DEEP} deep in one another: no study has such")])
+    data = toml.parsed(text, name)
     reader = Reader(text)
     top = reader.table((), data, TOP | {t: list if t in MANY else dict for t in TABLES})
     study = _study(reader, top, replace or {})

@@ -8,20 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..core.given import hints, value
-from .lines import Path as Place
-from .lines import line_of, lines
+from ..io.toml import Faults, line_of, lines
+from ..io.toml import Path as Place
 from .sources import Sources
 
 NUMBER = (int, float)
-
-
-class Faults(ValueError):
-    """Everything that is wrong with a study file, a line each."""
-
-    def __init__(self, path: str, found: Iterable[tuple[int | None, str]]):
-        self.found = sorted(found, key=lambda f: (f[0] or 0, f[1]))
-        told = "\n".join(f"  line {line}: {text}" if line else f"  {text}" for line, text in self.found)
-        super().__init__(f"{path} cannot be run; {len(self.found)} fault(s):\n{told}")
+__all__ = ["NUMBER", "Faults", "Reader"]
 
 
 class Reader:

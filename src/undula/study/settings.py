@@ -13,9 +13,10 @@ from typing import Any
 from ..core import given
 from ..core.choice import Choice, as_json
 from ..core.given import hints
-from ..train.recipe import Settings, bare, decoded, is_union
+from ..io.toml import Path as Place
+from ..train.fields import bare, decoded, is_union
+from ..train.recipe import Settings
 from .brief import brief
-from .lines import Path as Place
 from .reader import NUMBER, Reader
 from .spec import Training
 

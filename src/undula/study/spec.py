@@ -19,7 +19,8 @@ from ..core.ranges import (
     Seed32,
 )
 from ..ranks import Procedure
-from ..train.recipe import Settings, default_of, refusals
+from ..train.fields import default_of
+from ..train.recipe import Settings, refusals
 from ..train.task import Task
 
 Halving = Annotated[int, Range(least=2, most=1 << 16)]

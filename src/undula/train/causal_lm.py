@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import itertools
 import logging
 import math
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..core.choice import Choice
 from ..core.ranges import Count, Natural
 from .columns import named_columns, texts
-from .conversation import conversations, questions, rendered, tokens
+from .conversation import Message, conversations, questions, rendered, tokens
 from .faults import Faults
+from .format import Chat, Format, Plain, begin_ids, check_talks, end_ids, ids_of, unknown_marks
 from .generation import Sampling, room_after, write
 from .limits import END, UNLIMITED, Cuts
 from .outputs import head_of
@@ -31,41 +30,6 @@ LENGTH = 2048  # tokens of a row where neither the task nor the model says less
 WRITTEN = 256  # tokens that a prompt is continued by at most, where nothing tells how long completions are
 
 
-class Format(Choice):
-    """How a prompt is put to the model."""
-
-    @abc.abstractmethod
-    def __call__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Everything up to where the completion begins, special tokens included."""
-
-
-@Format.register
-@dataclass(frozen=True)
-class Chat(Format):
-    """The tokenizer's chat template: one message of the user, then the assistant's turn."""
-
-    instruction: str = ""  # goes before the text
-
-    def __call__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        if not tokenizer.chat_template:
-            raise ValueError("this tokenizer has no chat template: use Plain(), or --task-set format=plain")
-        turn = [{"role": "user", "content": self.instruction + text}]
-        return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-
-
-@Format.register
-@dataclass(frozen=True)
-class Plain(Format):
-    """instruction + text + between, after what the tokenizer itself puts before a text (a beginning token)."""
-
-    instruction: str = ""
-    between: str = "\n"
-
-    def __call__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        begin = "".join(tokenizer.convert_ids_to_tokens(_begin(tokenizer)))
-        return f"{begin}{self.instruction}{text}{self.between}"
-
-
 @Task.register
 @dataclass(frozen=True)
 class CausalLM(Task):
@@ -78,7 +42,8 @@ class CausalLM(Task):
     by the columns that there are.  Loss and perplexity per learned token; for the first `generate` rows ROUGE-1, -2 and
     -L (F, 0 to 1) of greedy generations of the (last) completion, and the share that is the completion to the letter.
 
-    format None: `Chat` where the tokenizer has a template, else `Plain`.
+    form: one of `forms`, where the columns allow several; format None: `Chat` where the tokenizer has a template, else
+    `Plain`.
     max_length, max_completion: tokens of the prompt (a longer text is cut at its end) and of the completion with its
     end token.  None: together 2048, or what the model has positions for; the prompt gives way first, down to a half.
     What is cut is told.  A completion that is cut has no end token: it does not end there.
@@ -99,6 +64,7 @@ class CausalLM(Task):
     optional = ("context",)
     targets = ("completion",)
     peft = "CAUSAL_LM"
+    pipeline = "text-generation"
     headline = "loss"
     has_head = False
     more_is_better = False
@@ -113,31 +79,39 @@ class CausalLM(Task):
     messages: str | None = None
     text: str | None = None
 
+    form: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.form is not None and self.form not in self.forms:
+            raise LookupError(f"rows have no form {self.form!r}; there are: {shown_forms(self)}")
+
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:
         return cls() if head_of(config, "ForCausalLM") or head_of(config, "LMHeadModel") else None
 
     def encode(self) -> dict[str, Any]:
-        """As JSON values; the columns of the newer forms only where they are named."""
-        newer = ("context", "messages", "text")
+        """As JSON values; what came later only where it is said."""
+        newer = ("context", "messages", "text", "form")
         return {k: v for k, v in super().encode().items() if k not in newer or v is not None}
 
     def columns(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
         """{role: column} of one of the forms: the one that is named, else the first that the columns allow."""
         named = [form for form in self.forms.values() if any(getattr(self, role) is not None for role in form)]
         met = [f for f in self.forms.values() if all(any(c in there for c in self.roles[role]) for role in f)]
-        form: tuple[str, ...] = (*named, *met, ())[0]
+        asked = [] if self.form is None else [self.forms[self.form]]
+        form: tuple[str, ...] = (*asked, *named, *met, ())[0]
         found = faults if faults is not None else Faults()
-        if len(named) > 1:
+        if len({*named, *asked}) > 1:
             found.missing(
-                f"{' and '.join('+'.join(f) for f in named)} are different forms of rows", "Name those of one"
+                f"{' and '.join('+'.join(f) for f in dict.fromkeys((*asked, *named)))} are different forms of rows",
+                "Name columns of one",
             )
-        if not named and not met:
+        if not form:
             found.missing(
                 f"the data have no columns for a language model; their columns are: {named_columns(there)}",
-                "It takes messages (or conversations), a prompt and a completion, or a text. Name them: --column "
-                "prompt=... --column completion=..., --column messages=... or --column text=..., in Python "
-                "CausalLM(prompt=..., completion=...)",
+                f"Rows have one of these forms: {shown_forms(self)}. Name the columns: --column prompt=... --column "
+                "completion=..., --column messages=... or --column text=..., in Python CausalLM(prompt=..., "
+                "completion=...)",
             )
         roles = (*form, "context") if form == ("prompt", "completion") else form
         made = {role: column for role in roles if (column := self._column(role, there, found)) is not None}
@@ -147,10 +121,10 @@ class CausalLM(Task):
             found.check()
         return made
 
-    def form(self, there: Sequence[str]) -> str:
+    def reads(self, there: Sequence[str]) -> str:
         found = self.columns(there)
         name = next(name for name, roles in self.forms.items() if roles[0] in found)
-        return f"{name}: {super().form(there)}"
+        return f"{name}: {super().reads(there)}"
 
     def check(self, split: Dataset, faults: Faults) -> None:
         for role, column in self.columns(split.column_names, faults).items():
@@ -164,6 +138,7 @@ class CausalLM(Task):
 
         columns, faults = self.columns(split.column_names), Faults()
         if "messages" in columns:
+            check_talks(self.format)
             made: dict[str, Any] = {"messages": conversations(split, columns["messages"], faults)}
         else:
             made = {r: texts(split, column, faults, blank=r == "context") for r, column in columns.items()}
@@ -196,14 +171,14 @@ class CausalLM(Task):
         leaves less than half of the model's places, and not `new`, is cut at its end, and counted in `cuts`.  Raises
         ValueError for another row that leaves no place."""
         if row.get("messages") is not None:
-            ids = _ids(rendered(row["messages"], tokenizer, generate=True), tokenizer)
+            ids = ids_of(rendered(self._talk(row["messages"]), tokenizer, generate=True), tokenizer)
         elif row.get("text") is not None:
-            ids = _begin(tokenizer) + _ids(row["text"], tokenizer)
+            ids = begin_ids(tokenizer) + ids_of(row["text"], tokenizer)
         else:
             whole = min(tokenizer.model_max_length, UNLIMITED)
             ids = self.prompt_ids(row["prompt"], tokenizer, max(1, whole // 2, whole - new))
             form = self.format or (Chat() if tokenizer.chat_template else Plain())
-            had = len(_ids(form(row["prompt"], tokenizer), tokenizer))
+            had = len(ids_of(form(row["prompt"], tokenizer), tokenizer))
             if cuts is not None and len(ids) < had:
                 cuts.add("the prompt is cut at the end of its text", had, len(ids))
         room_after(len(ids), tokenizer)
@@ -229,6 +204,26 @@ class CausalLM(Task):
         for note in cuts.told(count, "given"):
             logging.getLogger("undula.train").warning(note)
 
+    def _talk(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return self.format.begun(messages) if isinstance(self.format, Chat) else messages
+
+    def processor(self, path: str) -> PreTrainedTokenizerBase:
+        """The tokenizer, with this format's template where it has one."""
+        own = super().processor(path)
+        if isinstance(self.format, Chat) and self.format.template:
+            own.chat_template = self.format.template
+        return own
+
+    def fits(self, examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
+        notes = super().fits(examples, model, name)
+        strange = unknown_marks(self.format, examples.processor) if name == "train" else []
+        if strange:
+            notes.append(
+                f"the template writes {', '.join(strange)}, which this tokenizer has no tokens of its own for: they "
+                "are read as ordinary text, several tokens each"
+            )
+        return notes
+
     def model(self, path: str, dtype: torch.dtype, **quantised: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM as Auto
 
@@ -239,14 +234,14 @@ class CausalLM(Task):
         what the format puts around it."""
         most = self.max_length or most or room(tokenizer)
         form = self.format or (Chat() if tokenizer.chat_template else Plain())
-        ids = _ids(form(text, tokenizer), tokenizer)
+        ids = ids_of(form(text, tokenizer), tokenizer)
         if len(ids) <= most:
             return ids
-        left = most - len(_ids(form("", tokenizer), tokenizer))
+        left = most - len(ids_of(form("", tokenizer), tokenizer))
         if left < 1:
             raise ValueError(f"max_length={most} leaves no room for a text: the format alone is that long")
-        cut = str(tokenizer.decode(_ids(text, tokenizer)[:left]))
-        return _ids(form(cut, tokenizer), tokenizer)
+        cut = str(tokenizer.decode(ids_of(text, tokenizer)[:left]))
+        return ids_of(form(cut, tokenizer), tokenizer)
 
     def example(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Example:
         return self.traced(row, tokenizer)[0]
@@ -255,11 +250,11 @@ class CausalLM(Task):
         if row.get("completion") is not None:
             return self._pair(row, tokenizer)
         if row.get("messages") is not None:
-            ids, learned = tokens(row["messages"], tokenizer)
+            ids, learned = tokens(self._talk(row["messages"]), tokenizer)
             what = "the conversation is cut"
         else:
-            begin = _begin(tokenizer)
-            ids = begin + _ids(row["text"], tokenizer) + _end(tokenizer)
+            begin = begin_ids(tokenizer)
+            ids = begin + ids_of(row["text"], tokenizer) + end_ids(tokenizer)
             learned, what = [at >= len(begin) for at in range(len(ids))], "the text is cut"
         limit, had, lost = self.max_length or room(tokenizer), len(ids), {}
         if had > limit:
@@ -273,8 +268,8 @@ class CausalLM(Task):
         """Prompt and completion: who of the two gives way, see the class."""
         whole, lost = room(tokenizer), {}
         form = self.format or (Chat() if tokenizer.chat_template else Plain())
-        asked = len(_ids(form(row["prompt"], tokenizer), tokenizer))
-        completion = _ids(row["completion"], tokenizer) + _end(tokenizer)
+        asked = len(ids_of(form(row["prompt"], tokenizer), tokenizer))
+        completion = ids_of(row["completion"], tokenizer) + end_ids(tokenizer)
         most = self.max_completion or max(1, whole - min(asked, self.max_length or whole // 2))
         if len(completion) > most:
             lost[f"the completion is cut at its end, {END}"] = len(completion), most
@@ -313,13 +308,13 @@ class CausalLM(Task):
 
         rows, tokenizer = examples.rows.select(range(min(self.generate, len(examples.rows)))), examples.processor
         if "messages" in rows.column_names:
-            asked = [messages[:-1] for messages in rows["messages"]]
+            asked = [self._talk(messages[:-1]) for messages in rows["messages"]]
             wanted = [messages[-1]["content"] for messages in rows["messages"]]
-            ids = [_ids(rendered(m, tokenizer, generate=True), tokenizer) for m in asked]
+            ids = [ids_of(rendered(m, tokenizer, generate=True), tokenizer) for m in asked]
         else:
             wanted = rows["completion"][:]
             ids = [self.prompt_ids(text, tokenizer) for text in rows["prompt"]]
-        longest = max(len(_ids(text, tokenizer)) for text in wanted) + 1
+        longest = max(len(ids_of(text, tokenizer)) for text in wanted) + 1
         found = self._written(model, ids, tokenizer, batch, self.max_completion or longest + longest // 2)
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
         scores = [scorer.score(want, text) for want, text in zip(wanted, found, strict=True)]
@@ -362,21 +357,7 @@ def _example(ids: list[int], learned: list[bool]) -> Example:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text, but for an encoder's [CLS].  It is seen, not asked: `add_bos_token`
-    is False of tokenizers whose post-processor puts a beginning token there (Llama 3's, most that people make)."""
-    found = list(tokenizer("", verbose=False)["input_ids"])
-    begin, end, cls = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id
-    if found and found[-1] in (end, tokenizer.sep_token_id):
-        both = found[-1] == begin  # one token for both: what stands alone is what the tokenizer says
-        if not both or len(found) > 1 or (begin == end and not getattr(tokenizer, "add_bos_token", False)):
-            found.pop()
-    return [] if found == [cls] != [begin] else found
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def shown_forms(task: CausalLM | type[CausalLM]) -> str:
+    """The forms that rows may have, with the names of their columns."""
+    named = {name: " and ".join("/".join(task.roles[role]) for role in roles) for name, roles in task.forms.items()}
+    return "; ".join(f"{name} ({columns})" for name, columns in named.items())

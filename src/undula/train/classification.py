@@ -34,6 +34,7 @@ class TextTask(HeadTask):
     }
     optional: ClassVar[tuple[str, ...]] = ("pair",)
     peft = "SEQ_CLS"
+    pipeline = "text-classification"
     max_length: Count | None
 
     def check(self, split: Dataset, faults: Faults) -> None:
@@ -98,6 +99,7 @@ class Classification(Classes, TextTask):
     label: str | None = None
     max_length: Count | None = None
     names: tuple[str, ...] = ()
+    class_weights: str | Mapping[str, float] | None = None
 
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:

@@ -76,6 +76,8 @@ def _conversation(value: Any) -> list[Message]:
         raise ValueError("no turn of the assistant's, so there is nothing to learn")
     while made[-1]["role"] != ASSISTANT:  # nothing is learned from what comes after
         made.pop()
+    if len(made) == 1:
+        raise ValueError("a turn of the assistant's alone, with nothing that it answers")
     return made
 
 
@@ -102,7 +104,8 @@ def rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, ge
     if not tokenizer.chat_template:
         raise ValueError(
             "this tokenizer has no chat template, so there is no way to write messages: take the tokenizer of a model "
-            "made for chats, or set tokenizer.chat_template and save it; pairs of prompt and completion need none"
+            "made for chats, or give it one: format=Chat(template='chatml'), or --task-set format=chat --task-set "
+            "format.template=chatml (or a file); pairs of prompt and completion need none"
         )
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False))
@@ -124,7 +127,8 @@ def tokens(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
     for i, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before, through = rendered(messages[:i], tokenizer, generate=True), rendered(messages[: i + 1], tokenizer)
+        through = rendered(messages[: i + 1], tokenizer)
+        before = rendered(messages[:i], tokenizer, generate=True) if i else _opening(through, messages[:1], tokenizer)
         if not before.startswith(text) or not through.startswith(before):
             raise ValueError(
                 "the tokenizer's chat template writes earlier turns otherwise once another turn follows, so that what "
@@ -137,6 +141,20 @@ def tokens(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> t
             learned += [own and at < kept for at in range(len(made))]
         text = through
     return _ended(ids, learned, tokenizer)
+
+
+def _opening(through: str, first: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before a conversation's first turn where that is the assistant's: no template writes no messages, so
+    it is seen by what a template adds for the model to answer.  Raises ValueError where it is not there."""
+    asking = rendered(first, tokenizer, generate=True)
+    asks = asking[len(through) :] if asking.startswith(through) else ""
+    at = through.find(asks)
+    if not asks or at < 0:
+        raise ValueError(
+            "a conversation begins with a turn of the assistant's, and the tokenizer's chat template does not show "
+            "where that begins: put a turn of the system's or the user's before it"
+        )
+    return through[: at + len(asks)]
 
 
 def _through_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:

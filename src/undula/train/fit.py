@@ -18,18 +18,20 @@ from torch import nn
 from ..core.adapter import Adapter
 from ..core.extras import needs
 from ..host.build import chosen_parameters, fresh
-from ..host.host import attach
+from ..host.host import attach, detach
 from ..methods.lora import LoRA
 from ..observe.probe import Probe
 from ..optim.groups import factors_B
 from ..ranks.gates import in_use
 from . import processes
 from .base import called_elsewhere, lacking, model_folder, open_model
+from .card import of_run, put
 from .doubts import doubts, finite
+from .fields import default_of
 from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
-from .recipe import Recipe, Settings, default_of
-from .resume import check_processes, claim, last_checkpoint, progress, resume_command
+from .recipe import Recipe, Settings
+from .resume import EVALUATIONS, check_processes, claim, evaluated, last_checkpoint, progress, resume_command
 from .rows import LOG, rows_of
 from .run import REPORT, Run, read_run, write_json
 from .splitting import told_quality
@@ -135,6 +137,7 @@ def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
         training = {"data": data, **{k: report[k] for k in SUMMARY}, "lr": run.lr, "roles": roles}
         adapter.about = {**adapter.about, "training": training}  # type: ignore[misc]
         _save(ready)
+        put(of_run(run, adapter), run.out)
     return report
 
 
@@ -199,6 +202,11 @@ def prepare(run: Run) -> Prepared:
 def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached."""
     model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+    if run.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} cannot compute activations again; leave it out, and take "
+            "smaller batches with accumulate instead"
+        )
     full = (*run.task.head(model), *run.full)
     train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
     notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"), *_new(run, model))
@@ -337,32 +345,59 @@ def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) ->
     """Trains.  Returns what it trained, and the report's part on its course."""
     from transformers import set_seed
 
+    from .evaluating import Evaluations
     from .stop import Stop, stopping
     from .trainer import as_left, quality_of, set_aside, trainer
 
-    out, stop, aside = ready.run.out, Stop(), None
-    if ready.run.allocator is not None and ready.run.allocator.needs_quality:
-        train_on, aside = set_aside(ready.train, ready.run.seed)
+    run, out, stop, aside = ready.run, ready.run.out, Stop(), None
+    if run.allocator is not None and run.allocator.needs_quality:
+        train_on, aside = set_aside(ready.train, run.seed)
         ready = dataclasses.replace(ready, train=train_on)
-    checkpoint = processes.by_first(lambda: last_checkpoint(out, ready.run.allocator is not None)) if resume else None
+    checkpoint = processes.by_first(lambda: last_checkpoint(out, run.allocator is not None)) if resume else None
     if checkpoint is not None:
         processes.first_then_all(lambda: check_processes(out, checkpoint))
     begun_at = 0 if checkpoint is None else progress(checkpoint)[0]
-    if checkpoint is not None and begun_at >= progress(checkpoint)[1]:  # trained, but not measured
-        quality = None if aside is None else quality_of(ready.model, aside)
-        left = dataclasses.replace(ready, adapter=as_left(ready.run, ready.model, checkpoint, quality))
-        return left, _course(begun_at, progress(checkpoint)[1], begun_at, 0.0, progress(checkpoint)[2])
-    fitter = trainer(ready.run, ready.model, ready.train, (*callbacks, stop), aside)
-    set_seed(ready.run.seed)  # whatever the evaluation drew
+    if checkpoint is not None and (begun_at >= progress(checkpoint)[1] or evaluated(checkpoint).get("ended")):
+        quality = None if aside is None else quality_of(ready.model, aside)  # trained, but not measured
+        left = dataclasses.replace(ready, adapter=as_left(run, ready.model, checkpoint, quality))
+        course = _course(begun_at, progress(checkpoint)[1], begun_at, 0.0, progress(checkpoint)[2])
+        return _with_best(left, course, evaluated(checkpoint), progress(checkpoint)[2])
+    evaluations = Evaluations(run, len(ready.held))
+    fitter = trainer(run, ready.model, ready.train, (*callbacks, evaluations, stop), aside)
+    fitter.measure = lambda: run.task.watched(ready.model, ready.held, run.batch)
+    set_seed(run.seed)  # whatever the evaluation drew
     begun = time.perf_counter()
     with stopping(stop):
         fitter.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, state = time.perf_counter() - begun, fitter.state
-    if stop.agreed and state.global_step < state.max_steps:
+    found: Any = state.stateful_callbacks
+    told = found.get(EVALUATIONS, {})
+    if stop.agreed and state.global_step < state.max_steps and told.get("ended") is None:
         raise Interrupted(
             f"stopped at step {state.global_step} of {state.max_steps}; go on with: {resume_command(out)}"
         )
-    return ready, _course(state.global_step, state.max_steps, begun_at, seconds, state.log_history)
+    course = _course(state.global_step, state.max_steps, begun_at, seconds, state.log_history)
+    return _with_best(ready, course, told, state.log_history)
+
+
+def _with_best(
+    ready: Prepared, course: dict[str, Any], told: Mapping[str, Any], log: list[Any]
+) -> tuple[Prepared, dict[str, Any]]:
+    """The run with the adapter of its best evaluation, where it keeps that, and its course with the evaluations."""
+    from .evaluating import best_folder, curve, outcome
+    from .trainer import restore
+
+    run, step = ready.run, told.get("step")
+    course |= outcome(run, told, curve(log))
+    broken = not all(math.isfinite(loss) for _, loss in course["losses"][-1:])  # then it has diverged, and says so
+    if step is None or step == course["steps"] or run.keep_best is False or broken:
+        return ready, course
+    saved = Adapter.load(best_folder(run.out, step))
+    if run.allocator is None:
+        restore(ready.adapter, saved)
+        return ready, course
+    detach(ready.model)  # it had other methods and shapes then
+    return dataclasses.replace(ready, adapter=attach(ready.model, saved)), course
 
 
 def _course(steps: int, asked: int, begun_at: int, seconds: float, log: list[Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from . import weighing
 from .base import lacking
 from .columns import alike, classes, in_order, known
 from .faults import Faults
@@ -86,11 +87,27 @@ class Classes(HeadTask):
     Labels are texts, whole numbers or a `ClassLabel`; `names` lists the classes in order (empty: those in the data, in
     the order of the base's own head where it has one for them).  Macro F1 is the mean over all classes, also those that
     are neither met nor guessed.
+
+    class_weights: "balanced", or {class: weight} (others weigh 1): what the loss of a row counts while it trains,
+    brought to a mean of 1 over the training rows, see `weighing.weights`.  Metrics are unweighted.
     """
 
     headline = "accuracy"
     label: str | None
     names: tuple[str, ...]
+    class_weights: str | Mapping[str, float] | None
+
+    @staticmethod
+    def as_meant(name: str, value: Any) -> Any:
+        """See `given.Checked`.  Raises ValueError for weights that are none."""
+        return weighing.meant(value) if name == "class_weights" else value
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON values; the weights only where there are some."""
+        return {k: v for k, v in super().encode().items() if k != "class_weights" or v is not None}
+
+    def weights(self, train: Dataset) -> list[float] | None:
+        return weighing.weights(self.class_weights, self.names, train["label"][:])
 
     def check_labels(self, split: Dataset, column: str, faults: Faults) -> None:
         found = classes(split, column, faults)
@@ -109,10 +126,9 @@ class Classes(HeadTask):
         distinct = in_order(sorted(set(found)))
         if len(distinct) < 2:
             raise ValueError(f"classification needs two classes or more; column {column!r} holds only {list(distinct)}")
-        if self.names:
-            return self
-        declared = tuple(getattr(train.features[column], "names", None) or ())
-        return replace(self, names=declared or distinct)  # type: ignore[type-var]
+        names = self.names or tuple(getattr(train.features[column], "names", None) or ()) or distinct
+        weighing.check(self.class_weights, names)
+        return self if self.names else replace(self, names=names)  # type: ignore[type-var]
 
     def labels(self, split: Dataset, column: str, faults: Faults) -> list[int]:
         return known(split, column, classes(split, column, faults), self.names, faults)
@@ -122,7 +138,12 @@ class Classes(HeadTask):
         accuracy of who always answers it."""
         counted = {part: counts(rows, self.names) for part, rows in parts.items()}
         most = max(self.names, key=lambda name: counted["train"][name])
-        return {"classes": counted, "majority": counted["validation"][most] / max(len(parts["validation"]), 1)}
+        weights = self.weights(parts["train"])
+        return {
+            "classes": counted,
+            "majority": counted["validation"][most] / max(len(parts["validation"]), 1),
+            **({} if weights is None else {"class_weights": dict(zip(self.names, weights, strict=True))}),
+        }
 
     def outputs(self) -> dict[str, Any]:
         return {**named_outputs(self.names), "problem_type": "single_label_classification"}

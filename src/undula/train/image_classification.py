@@ -31,11 +31,14 @@ class ImageClassification(Classes):
 
     roles: ClassVar = {"image": ("image", "img", "file_name"), "label": ("label", "labels")}
     peft = None
+    auto = "AutoModelForImageClassification"
+    pipeline = "image-classification"
 
     image: str | None = None
     label: str | None = None
     size: Annotated[int, Range(least=1, most=1 << 16)] | None = None
     names: tuple[str, ...] = ()
+    class_weights: str | Mapping[str, float] | None = None
 
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:

@@ -9,17 +9,15 @@ where it is written.
 from __future__ import annotations
 
 import os
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from ..core.choice import as_json, from_json
-from ..core.given import Checked, hints, within
+from ..core.choice import as_json
+from ..core.given import Checked
 from ..core.method import Method
 from ..core.ranges import (
     Bits,
@@ -27,13 +25,17 @@ from ..core.ranges import (
     NotNegative,
     PartShare,
     Positive,
+    Range,
     Seed32,
 )
 from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
 from ..ranks import Procedure
+from . import config
+from .fields import decoded, default_of, told
 from .task import Task
 
+Every = Annotated[float, Range(least=0, most=1e9)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # What JSON holds whatever it is.  Fields that came later are there only where they are not at their default, so that
 # what was written without them, files and the keys of studies' runs, is what it was.
@@ -92,6 +94,9 @@ class Settings(metaclass=Checked):
     warmup: PartShare = option(0.05, "Share of the steps.")
     weight_decay: NotNegative = option(0.0, "Of all that trains but biases and norms: all factors too.")
     max_grad_norm: NotNegative = option(1.0, "Clip gradients to this norm; 0: never.")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, a third more time.", figures=False
+    )
     probe_batches: Count | None = option(None, "For a method that starts from data. (default: 8)", layers=True)
 
     @staticmethod
@@ -150,6 +155,13 @@ class Recipe(Settings):
     train_rows: Count | None = option(None, "So many training rows, sampled. (default: all)")
     eval_rows: Count | None = option(1000, "Rows for the metric, sampled.", figures=False)
     save_every: Count | None = option(None, "Steps between checkpoints. (default: a tenth)", figures=False)
+    eval_every: Every | None = option(
+        None,
+        "Steps between evaluations, or below 1 a share of all; 0: none. (default: each epoch, at most ten and a tenth "
+        "of the training's time)",
+    )
+    keep_best: bool | None = option(None, "Save the adapter of the best evaluation. (default: where there are any)")
+    patience: Count | None = option(None, "Stop after so many evaluations without a better one.")
     dtype: torch.dtype = option(torch.float32, "Type of the frozen model; what trains is float32.")
     bits: Bits | None = option(None, "4 or 8: quantise the frozen model (bitsandbytes).")
     skip_faulty: PartShare | None = option(None, "Leave out rows with faults: this share of a file at most, as in 0.1.")
@@ -160,6 +172,17 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         for _, why in refusals(self.allocator, self.method, self.overrides, self.optimiser):
             raise ValueError(why)
+        if (every := self.eval_every) is not None and every >= 1 and every % 1:
+            raise ValueError(f"eval_every is a number of steps, or a share of them below 1, found {every:g}")
+        if every == 0 and (self.keep_best or self.patience is not None):
+            asked = "keep_best" if self.keep_best else f"patience={self.patience}"
+            raise ValueError(f"{asked} goes by evaluations, and eval_every=0 makes none: leave one of them out")
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """The recipe in a TOML or JSON file, as `undula train --config` takes it and every run leaves one (run.toml);
+        see `train.config`.  Raises FileNotFoundError, ValueError with all that is wrong with it, LookupError."""
+        return config.complete(path, Recipe, aside=("out",))  # type: ignore[no-any-return]
 
     @staticmethod
     def as_meant(name: str, value: Any) -> Any:
@@ -211,16 +234,6 @@ def refusals(
         )
 
 
-def told(kind: type[Settings]) -> list[Field[Any]]:
-    """The fields in the order in which they are told: what has to be said first."""
-    return sorted(fields(kind), key=lambda f: f.kw_only is True)
-
-
-def default_of(f: Field[Any]) -> Any:
-    """The default of a field; MISSING where it has none."""
-    return f.default if f.default_factory is MISSING else f.default_factory()
-
-
 def recipe_of(data: Mapping[str, Any]) -> Recipe:
     """The inverse of `Recipe.encode`.  Raises LookupError or ValueError for what does not belong there."""
     known = [f.name for f in told(Recipe)]
@@ -234,25 +247,6 @@ def recipe_of(data: Mapping[str, Any]) -> Recipe:
     if "schedule" not in data and found is not None and found.schedule() is not None:
         values["schedule"] = Linear()  # such a run goes on as it was: it said its schedule where that was another
     return Recipe(**values)
-
-
-def decoded(kind: type[Settings], name: str, value: Any, where: str) -> Any:
-    """The value of a field that is written as JSON or TOML values; numbers stay as they are, and are checked where the
-    recipe is made.  Raises LookupError or ValueError that names `where`."""
-    hint = bare(hints(kind)[name])
-    return value if hint in (int, float, torch.dtype) else from_json(value, hints(kind)[name], where)
-
-
-def bare(hint: Any) -> Any:
-    """A type without its range and without None."""
-    hint, _ = within(hint)
-    kinds = [k for k in typing.get_args(hint) if k is not type(None)] if is_union(hint) else [hint]
-    return within(kinds[0])[0] if len(kinds) == 1 else hint
-
-
-def is_union(hint: Any) -> bool:
-    """Whether it is one of several types."""
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _json(value: Any) -> Any:

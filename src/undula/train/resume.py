@@ -9,8 +9,9 @@ from typing import Any
 
 from ..io import files
 from . import processes
-from .run import CHECKPOINTS, REPORT, RUN, Run, read_run
+from .run import CHECKPOINTS, CONFIG, REPORT, RUN, Run, read_run
 
+EVALUATIONS = "undula_evaluations"  # under which name checkpoints know what was the best so far
 STATE = "allocator.json"  # of an allocator, see `integrations.callback`
 
 
@@ -23,7 +24,7 @@ def claim(run: Run, resume: bool) -> None:
     elif (run.out / RUN).is_file() or (run.out / "adapter_config.json").is_file():
         again = "" if (run.out / REPORT).is_file() else f" resume it ({resume_command(run.out)}), or"
         raise FileExistsError(f"{run.out} holds a run already:{again} name another directory")
-    elif foreign := [name for name in (REPORT, CHECKPOINTS, files.TENSORS) if (run.out / name).exists()]:
+    elif foreign := [name for name in (REPORT, CONFIG, CHECKPOINTS, files.TENSORS) if (run.out / name).exists()]:
         raise FileExistsError(
             f"{run.out} holds {', '.join(foreign)} of something else, which this run would overwrite: name another"
         )
@@ -64,6 +65,13 @@ def progress(path: Path) -> tuple[int, int, list[Any]]:
     """(steps done, steps in all, log) of a checkpoint."""
     state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"], state["max_steps"], state["log_history"]
+
+
+def evaluated(path: Path) -> dict[str, Any]:
+    """What the evaluations up to a checkpoint have found, see `evaluating.Evaluations`."""
+    state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = (state.get("stateful_callbacks") or {}).get(EVALUATIONS) or {}
+    return found
 
 
 def _complete(path: Path) -> bool:

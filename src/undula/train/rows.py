@@ -52,7 +52,7 @@ def rows_of(run: Run) -> RunRows:
     most = {"train": run.train_rows, "validation": run.eval_rows}
     chosen = {name: sample(made[name], most[name], run.seed) for name in most}
     left = {"left_out": found} if (found := faults.left_out()) else {}
-    figures = {"form": task.form(data["train"].column_names)} | task.figures(chosen) | left
+    figures = {"form": task.reads(data["train"].column_names)} | task.figures(chosen) | left
     notes = [*notes, *_classes(figures), *task.told(figures)]
     return RunRows(task, chosen["train"], chosen["validation"], figures, tuple(notes))
 

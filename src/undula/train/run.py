@@ -1,6 +1,7 @@
 """One training run as a value, and its place on disk.
 
 OUT/run.json                    the run, and the metric before training
+OUT/run.toml                    the run as `undula train --config` takes it, to repeat it
 OUT/checkpoints/checkpoint-N/   adapter, optimiser, schedule and random generators at step N
 OUT/adapter_*.{json,safetensors}, OUT/report.json   the end
 """
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..io import files
+from . import config
 from .recipe import Recipe, checked_path, facts, recipe_of
 
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
-VERSION = 2  # 1: a validation part was made by chance alone, without regard to classes and equal inputs
+CONFIG = "run.toml"
+VERSION = 3  # 2: nothing was measured while it trained
+# 1: a validation part was made by chance alone, without regard to classes and equal inputs
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,18 @@ class Run(Recipe):
         self.out.mkdir(parents=True, exist_ok=True)
         given = {} if digest is None else {"digest": dict(digest)}
         write_json(self.out / RUN, {"version": VERSION, "run": self.encode(), "before": before, **given})
+        files.write_text(self.out / CONFIG, config.written(self))
 
     @staticmethod
-    def load(out: str | Path) -> Run:
-        """The run whose directory `out` is.  Raises FileNotFoundError, LookupError or ValueError."""
-        with files.door(str(Path(out) / RUN)):
-            data = read_run(Path(out))
-            old = {"by_chance": True} if data["version"] == 1 else {}
-            return Run.decode(data["run"] | old, Path(out))
+    def load(path: str | Path) -> Run:
+        """The run whose directory `path` is, or of a file (see `train.config`) that says `out` too.  Raises
+        FileNotFoundError, LookupError or ValueError."""
+        if Path(path).is_file():
+            return config.complete(path, Run)
+        out = Path(path)
+        with files.door(str(out / RUN)):
+            data = read_run(out)
+            return Run.decode(data["run"] | config.since(data["version"]), out)
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -63,8 +71,8 @@ def read_run(out: Path) -> dict[str, Any]:
         there = ", ".join(sorted(p.name for p in out.iterdir())[:8]) if out.is_dir() else "no such directory"
         raise FileNotFoundError(f"{out} is not the directory of a run: {RUN} is missing; found: {there or 'nothing'}")
     data = files.parsed(path.read_bytes(), str(path))
-    if data.get("version") not in (1, VERSION) or not isinstance(data.get("run"), dict):
-        raise ValueError(f"{path} is not a run of version 1 or {VERSION}")
+    if data.get("version") not in range(1, VERSION + 1) or not isinstance(data.get("run"), dict):
+        raise ValueError(f"{path} is not a run of version 1 to {VERSION}")
     return data
 
 

@@ -39,6 +39,8 @@ class Task(Choice):
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()  # roles that may have no column
     peft: ClassVar[str | None]  # PEFT's task type, written into the adapter directory; None where PEFT has none
+    auto: ClassVar[str | None] = None  # the class of transformers that opens its model, where no PEFT type tells it
+    pipeline: ClassVar[str | None] = None  # what the hub, and transformers' pipelines, call such a task
     headline: ClassVar[str]  # the metric of tables
     more_is_better: ClassVar[bool] = True
     has_head: ClassVar[bool] = True  # whether the model gets a new head, which trains in full
@@ -186,7 +188,7 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
         """A row as the model sees it, for people: (text, whether it is learned) in order."""
         return pieces(self.example(row, processor), processor)
 
-    def form(self, there: Sequence[str]) -> str:
+    def reads(self, there: Sequence[str]) -> str:
         """What was found in columns of these names, in words."""
         return ", ".join(f"{role} is {column!r}" for role, column in self.columns(there).items())
 
@@ -197,6 +199,16 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     def choose(self, model: PreTrainedModel, examples: Examples, batch: int) -> float:
         """The headline metric alone: what a learning rate and a point of the training are chosen by."""
         return self.score(model, examples, batch)[self.headline]
+
+    def watched(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        """The metrics while it trains, the headline among them: all of `score`, where that is what `choose` takes."""
+        if type(self).choose is Task.choose:
+            return self.score(model, examples, batch)
+        return {self.headline: self.choose(model, examples, batch)}
+
+    def weights(self, train: Dataset) -> list[float] | None:
+        """What the loss of a row of each class is multiplied by while it trains; None: the model's own loss."""
+        return None
 
     def head(self, model: PreTrainedModel) -> tuple[str, ...]:
         """The parameters that train in full: all that stand outside the model's body; none for a language model."""

@@ -23,10 +23,12 @@ from ..optim.groups import factors_B
 from ..optim.schedules import Linear, Schedule
 from ..ranks.surgery import adopt
 from . import processes
+from .evaluating import same_draws
 from .run import CHECKPOINTS, Run
 from .splitting import QUALITY_ROWS, told_quality
 from .stop import Finite
 from .task import Examples
+from .weighing import weighed
 
 
 class AdapterTrainer(Trainer):
@@ -39,6 +41,8 @@ class AdapterTrainer(Trainer):
     rates: Schedule = Linear()
     items_of: Callable[[Any], int] = staticmethod(len)  # see `Task.items`
     items = batches = 1  # of the update under way
+    measure: Callable[[], dict[str, float]]  # of the model as it is
+    weights: torch.Tensor | None = None  # of the classes
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -62,13 +66,32 @@ class AdapterTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         still_statistics(model)  # here, because the Trainer puts the whole model into training mode before every batch
-        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found: Any = super().compute_loss(model, inputs, return_outputs or self.weights is not None, num_items_in_batch)
+        if self.weights is not None:
+            loss = weighed(found[1]["logits"], inputs["labels"], self.weights)
+            found = (loss, *found[1:]) if return_outputs else loss
         if self.model_accepts_loss_kwargs or self.batches == 1:
             return found
         share = (
             self.items_of(inputs) * self.batches / max(self.items, 1)
         )  # a mean over this batch, which may be shorter than others
         return (found[0] * share, *found[1:]) if return_outputs else found * share
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """What the task measures while it trains, by the first process; the training's own draws stay what they are.
+        Of an adapter whose numbers are not finite nothing is measured."""
+
+        def measured() -> dict[str, float]:
+            if not all(torch.isfinite(t).all() for t in selected(self.model).parameters()):
+                return {}
+            with same_draws():
+                return self.measure()
+
+        found = {f"eval_{k}": v for k, v in processes.by_first(measured).items()}
+        if found:
+            self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         adapter = selected(self.model)
@@ -178,6 +201,7 @@ def trainer(
         logging_nan_inf_filter=False,
         seed=run.seed,
         data_seed=run.seed,
+        **(checkpointing() if run.gradient_checkpointing else {}),
         save_strategy="steps",
         save_steps=run.save_every or 0.1,
         save_total_limit=2,
@@ -212,10 +236,19 @@ def trainer(
     ):  # whose loss is a batch's mean: many a head is given the number of all items and ignores it,
         made.model_accepts_loss_kwargs = False  # and the Trainer would multiply by processes, and not divide by batches
     made.items_of = run.task.items  # type: ignore[method-assign]
+    weights = run.task.weights(examples.rows)
+    made.weights = None if weights is None else torch.tensor(weights, device=arguments.device)
     made.rates = run.rates()
     made.allocated = run.allocator is not None
     made.own_rates = tuple(own_rates(run, model))
     return made
+
+
+def checkpointing() -> dict[str, Any]:
+    """The Trainer's options by which activations are computed again, as its version calls them.  Without re-entry: with
+    it no gradient would come to an adapter in a layer whose inputs need none."""
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.method import Additive, Factors, Method
 from ...host.merging import check_mergeable
-from ...host.route import Rows
+from ...host.route import Rows, rows_of
 from ...host.views import Conv1DView, LinearView, adapted, outline, view
 from ...io import files
 from ...methods.sum import Sum
@@ -169,7 +169,7 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
                 f"Merged are: {', '.join(self.merged_adapters)}"
             )
         laws = {n: self.law([n]) for n in dict.fromkeys(names) if n in self}
-        return Rows(laws, names, self.weight.device)
+        return Rows(laws, rows_of(names, None), len(names), self.weight.device)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,0 +1,61 @@
+"""Weights of classes in the loss of a training."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BALANCED = "balanced"
+SUCH = f'"{BALANCED}", or the weight of a class by its name, such as {{"rare": 4.0}} (others weigh 1)'
+
+
+def meant(value: Any) -> Any:
+    """Class weights as a task holds them.  Raises ValueError for what is none."""
+    if value is None or value == BALANCED:
+        return value
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"class_weights is {SUCH}; found {value!r:.80}")
+    for name, weight in value.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
+            raise ValueError(f"class_weights: {name} weighs a number greater than 0, found {weight!r:.40}")
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+def check(asked: Any, names: Sequence[str]) -> None:
+    """Raises LookupError for weights of classes that are not there."""
+    unknown = [name for name in asked if name not in names] if isinstance(asked, Mapping) else []
+    if unknown:
+        raise LookupError(
+            f"class_weights has {', '.join(map(repr, unknown[:5]))}, and no class is called so; there are: "
+            f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+        )
+
+
+def weights(asked: Any, names: Sequence[str], labels: Sequence[int]) -> list[float] | None:
+    """The weight of each class, of mean 1 over the rows with these labels; None where none is asked for.
+
+    "balanced": n / (k n_c) for a class with n_c of n rows, of k classes that have any (as scikit-learn's).  A class
+    without a row weighs 1: no loss asks for it.
+    """
+    if asked is None:
+        return None
+    rows = Counter(labels)
+    if asked == BALANCED:
+        raw = [1 / rows[i] if rows[i] else 0.0 for i in range(len(names))]
+    else:
+        raw = [asked.get(name, 1.0) for name in names]
+    mean = sum(raw[i] * n for i, n in rows.items()) / sum(rows.values())
+    return [raw[i] / mean if rows[i] else 1.0 for i in range(len(names))]
+
+
+def weighed(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """(1/N) sum_n w[y_n] cross_entropy_n over the rows of a batch.  Not divided by the weights that the batch happens
+    to have: batches add up to what all of their rows are together, accumulated or on several processes."""
+    each = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return (each * weight.to(each)[labels]).mean()
