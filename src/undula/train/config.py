@@ -99,7 +99,8 @@ def _value(kind: type, name: str, value: Any) -> Any:
     found = as_json(value, hint, default_of(fields[name]), name)
     if name not in ("out", "dtype"):
         found = decoded(kind, name, found, name)
-    return given.value(kind.as_meant(name, found), hint, name)
+    meant = kind.as_meant(name, found)  # type: ignore[attr-defined]
+    return given.value(meant, hint, name)
 
 
 def as_json(value: Any, hint: Any, default: Any, where: str) -> Any:
@@ -142,7 +143,8 @@ def _choice(table: Mapping[str, Any], family: type[Choice], default: Any, where:
 def written(recipe: Any) -> str:
     """The recipe as a TOML file, from which `load` makes the same one (its `encode` again)."""
     encoded, fields = recipe.encode(), {f.name: f for f in told(type(recipe))}
-    data = {name: _said(value, hints(type(recipe))[name], default_of(fields[name])) for name, value in encoded.items()}
+    kinds = hints(recipe.__class__)
+    data = {name: _said(value, kinds[name], default_of(fields[name])) for name, value in encoded.items()}
     kept = {name: value for name, value in data.items() if value is not MISSING and value not in ([], {})}
     return f"# undula train --config THIS_FILE --out DIRECTORY   repeats this run\n\n{toml.written(kept)}"
 
