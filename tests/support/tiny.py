@@ -84,6 +84,23 @@ def llama(path, chat=False, hidden=32, intermediate=48):
     return str(path)
 
 
+def t5(path):
+    """A random T5, with its tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(7)
+    config = T5Config(
+        vocab_size=len(tokenizer(path)),
+        **{"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2},
+        pad_token_id=0,
+        eos_token_id=3,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    return str(path)
+
+
 def reviews(n, seed=0):
     """n rows {text, label}: four words about something, one of them telling."""
     draw = random.Random(seed)

@@ -10,6 +10,7 @@ from .multi_label import MultiLabel
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
+from .seq2seq import Seq2Seq
 from .task import Examples, Task
 from .token_classification import TokenClassification
 
@@ -29,6 +30,7 @@ __all__ = [
     "Regression",
     "Restored",
     "Run",
+    "Seq2Seq",
     "Task",
     "TokenClassification",
     "dense",

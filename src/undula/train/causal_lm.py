@@ -19,6 +19,7 @@ from .format import Chat, Format, Plain, begin_ids, check_talks, end_ids, ids_of
 from .generation import Sampling, room_after, write
 from .limits import END, UNLIMITED, Cuts
 from .outputs import head_of
+from .rouge import agreement
 from .shown import IGNORED
 from .task import WINDOW, Example, Examples, Task, Traced, outputs
 
@@ -304,8 +305,6 @@ class CausalLM(Task):
         plain texts there are none."""
         if self.generate < 1 or "text" in examples.rows.column_names:
             return {}
-        from rouge_score.rouge_scorer import RougeScorer
-
         rows, tokenizer = examples.rows.select(range(min(self.generate, len(examples.rows)))), examples.processor
         if "messages" in rows.column_names:
             asked = [self._talk(messages[:-1]) for messages in rows["messages"]]
@@ -316,11 +315,7 @@ class CausalLM(Task):
             ids = [self.prompt_ids(text, tokenizer) for text in rows["prompt"]]
         longest = max(len(ids_of(text, tokenizer)) for text in wanted) + 1
         found = self._written(model, ids, tokenizer, batch, self.max_completion or longest + longest // 2)
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        scores = [scorer.score(want, text) for want, text in zip(wanted, found, strict=True)]
-        rouge = {k: sum(s[k].fmeasure for s in scores) / len(scores) for k in ("rouge1", "rouge2", "rougeL")}
-        same = sum(want.strip() == text for want, text in zip(wanted, found, strict=True))
-        return rouge | {"exact_match": same / len(found)}
+        return agreement(wanted, found)
 
     def write(
         self, model: PreTrainedModel, prompts: list[str], tokenizer: PreTrainedTokenizerBase, batch: int

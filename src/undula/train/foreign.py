@@ -19,6 +19,7 @@ from .causal_lm import CausalLM
 from .classification import Classification, Regression
 from .faults import Faults
 from .multi_label import MultiLabel
+from .seq2seq import Seq2Seq
 from .task import Example, Examples, Processor, Task
 from .token_classification import TokenClassification
 
@@ -138,6 +139,8 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
             "undula.attach(model, undula.Adapter.load(path))"
         )
     name = _class(config, adapter, of_base) if kind is None else CLASSES[kind]
+    if kind == Seq2Seq.peft:
+        return Seq2Seq()
     if kind == TokenClassification.peft:
         return TokenClassification(names=_all_names(path, of_base, _count(name, adapter, of_base)))
     return Unmeasured(kind, name, _count(name, adapter, of_base))

@@ -304,16 +304,17 @@ def windows(
 
 @torch.no_grad()
 def outputs(
-    model: PreTrainedModel, examples: Examples, batch: int
+    model: PreTrainedModel, examples: Examples, batch: int, labels: bool = False
 ) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor], torch.Tensor]]:
-    """(numbers of the rows, inputs, logits) of every batch in evaluation mode, in the order of `Task.batches`."""
+    """(numbers of the rows, inputs, logits) of every batch in evaluation mode, in the order of `Task.batches`.
+    `labels`: the model is given those too, from which it makes what its decoder sees."""
     collate = examples.task.collator(examples.processor)
     training = model.training
     model.eval()
     try:
         for numbers, made in examples.task.batches(examples, batch):
             inputs = {k: v.to(model.device) for k, v in collate(made).items()}
-            given = {k: v for k, v in inputs.items() if k != "labels"}
+            given = {k: v for k, v in inputs.items() if labels or k != "labels"}
             yield numbers, inputs, model(**given).logits
     finally:
         model.train(training)

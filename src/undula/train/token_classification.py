@@ -14,6 +14,7 @@ from .causal_lm import IGNORED
 from .classification import LENGTH
 from .heads import named_outputs
 from .outputs import with_head
+from .shown import Piece, pieces
 from .tagged_rows import TaggedRows
 from .tags import OUTSIDE, agreement
 from .task import Example, Examples, Processor, Task, Traced, outputs, windows
@@ -114,6 +115,10 @@ class TokenClassification(TaggedRows):
             if piece is not None:
                 labels[piece] = tag
         return {**encoded, "labels": labels}, lost
+
+    def shown(self, row: Mapping[str, Any], processor: Processor) -> list[Piece]:
+        said = " ".join(f"{t}/{self.names[n]}" for t, n in zip(row["tokens"], row["tags"], strict=True))
+        return pieces(self.example(row, processor), processor, said)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         from transformers import DataCollatorForTokenClassification
