@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,9 +75,6 @@ def _shared(names: list[str]) -> str:
     return "".join(f"{level[0]}." for level in shared)
 
 
-LOST = 0.1  # the share of the change that storing may cost before it is worth a warning
-
-
 def merge(
     path: shell.Directory,
     *,
@@ -96,7 +94,9 @@ def merge(
     if dense:
         opened = unquantised(opened)
         opened.model.float()
-    errors = merging.merge(opened.model, keep=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", merging.LossyMerge)  # said below, with what to type
+        errors = merging.merge(opened.model, keep=False)
     tell(opened.model.config, opened.run.task, opened.roles)
     with whole(out) as folder:
         try:
@@ -108,13 +108,8 @@ def merge(
         put(_card(opened, out), folder)
     worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
     shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
-    lost = [site for site, error in errors.items() if not error < LOST]
-    if lost:
-        shell.remark(
-            f"rounding takes {_share(max(errors.values()))} of what the adapter does at {lost[0]}, and over "
-            f"{LOST:.0%} at {len(lost)} of {len(errors)} layers: the merged model is not what was trained. "
-            + ("Merge with --dense" if rounded else "Keep the adapter beside the base")
-        )
+    if told := merging.lossy(errors):
+        shell.remark(f"{told}. " + ("Merge with --dense" if rounded else "Keep the adapter beside the base"))
 
 
 def _card(opened: Restored, out: Path) -> Card:
@@ -130,10 +125,6 @@ def _rounds(model: PreTrainedModel) -> bool:
     if getattr(model, "is_quantized", False):
         return True
     return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
-
-
-def _share(error: float) -> str:
-    return "all" if error >= 0.995 else f"{error:.0%}"
 
 
 def prune(path: shell.Directory, *, out: shell.Out) -> None:

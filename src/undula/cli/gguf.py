@@ -10,6 +10,7 @@ import typer
 
 from ..core.adapter import Adapter
 from ..host import merging
+from ..host.merging import LOST
 from ..host.state import host_of
 from ..io import Encoding, export_gguf, export_gguf_lora, files
 from ..train import dense, restored
@@ -20,7 +21,6 @@ from . import shell
 if TYPE_CHECKING:
     from torch import nn
 
-LOST = 0.1  # the share of the change that storing may cost before it is worth a warning
 OutFile = Annotated[Path, typer.Option("--out", help="The file to write, NAME.gguf.")]
 Stored = Annotated[
     Encoding | None,

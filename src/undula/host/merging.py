@@ -31,6 +31,7 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
     (about 6e-8 |W| / |dW| in float32; large on a bf16 or quantised base; estimated for very large matrices).  `keep`
     holds the base's own weights for `unmerge`, bit for bit; without it the adapters are gone, and what trained before
     they came trains again.  A weight that other layers share is not changed for them: the layer gets its own.
+    Warns (`LossyMerge`) where storing takes a tenth or more of what the adapter does.
     Raises TypeError for a method on the bare Method rung, a layer whose weight is computed, and shards, naming the
     sites; nothing is changed then.
     """
@@ -39,7 +40,34 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
         host, adapter = find(model, None)
         if host.merged is not None:
             raise RuntimeError("the adapter is merged already")
-        return _merge(model, host, adapter, keep)
+        errors = _merge(model, host, adapter, keep)
+    if told := lossy(errors):
+        warnings.warn(
+            f"{told}. Merge into a float32 copy of the model (model.float()), or keep the adapter beside the base",
+            LossyMerge,
+            stacklevel=3,  # over no_grad's frame
+        )
+    return errors
+
+
+class LossyMerge(UserWarning):
+    """Storing the merged weights took much of what the adapter does."""
+
+
+LOST = 0.1  # the share of the change that storing may cost before it is worth a warning
+
+
+def lossy(errors: Mapping[str, float]) -> str:
+    """What is to be said of the rounding errors of a merge (see `merge`); empty where they are small."""
+    lost = [site for site, error in errors.items() if not error < LOST]
+    if not lost:
+        return ""
+    worst = max(lost, key=lambda site: errors[site])
+    share = "all" if errors[worst] >= 0.995 else f"{errors[worst]:.0%}"
+    return (
+        f"rounding takes {share} of what the adapter does at {worst}, and over {LOST:.0%} at {len(lost)} of "
+        f"{len(errors)} layers: the merged model is not what was trained"
+    )
 
 
 def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str, float]:

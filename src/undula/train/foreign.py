@@ -86,7 +86,7 @@ class Unmeasured(Task):
         for kind in ("AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoFeatureExtractor"):
             try:
                 return getattr(transformers, kind).from_pretrained(path)
-            except (OSError, ValueError, ImportError, KeyError):
+            except Exception:  # whatever is raised where there is none: a TypeError for a tokenizer without a file
                 continue
         return None
 
