@@ -67,4 +67,4 @@ VERBS: dict[str, Callable[..., None]] = {
     "assets": lists.assets,
 }
 for name, verb in VERBS.items():
-    app.command(name)(verb)
+    app.command(name)(shell.speaking(verb))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import logging
 import os
@@ -10,7 +12,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +54,40 @@ out = Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
 err = Console(stderr=True, quiet=rank() > 0)
 
 
+@dataclass
+class Voice:
+    """How much a verb says: `quiet` is errors and results alone, `verbose` all that there is."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+voice = Voice()
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Say errors and the result alone.")]
+VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="Say all that there is, other packages' notes in full.")]
+
+
+def speaking(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with --quiet and --verbose."""
+
+    @functools.wraps(verb)
+    def spoken(*args: Any, quiet: bool = False, verbose: bool = False, **options: Any) -> None:
+        if quiet and verbose:
+            raise ValueError("--quiet and --verbose are opposites: leave one of them out")
+        before = voice.quiet, voice.verbose
+        voice.quiet, voice.verbose = quiet, verbose
+        try:
+            verb(*args, **options)
+        finally:
+            voice.quiet, voice.verbose = before
+
+    signature, only = inspect.signature(verb), inspect.Parameter.KEYWORD_ONLY
+    own = [inspect.Parameter("quiet", only, default=False, annotation=QUIET),
+           inspect.Parameter("verbose", only, default=False, annotation=VERBOSE)]  # fmt: skip
+    spoken.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
+    return spoken
+
+
 class Verbs(TyperGroup):
     """Errors end in one clear line: exit code 2 for ours, 1 for another's, 130 for a training that was stopped."""
 
@@ -76,9 +113,10 @@ def notes(every: bool) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
         ours = filename.startswith(OURS)
-        if not ours and issubclass(category, FOR_PROGRAMMERS) and not every:
+        if not ours and issubclass(category, FOR_PROGRAMMERS) and not every and not voice.verbose:
             return
-        text = spoken(str(message)) if ours else f"({_package(filename)}) {str(message).strip().partition(chr(10))[0]}"
+        whole = str(message).strip() if voice.verbose else str(message).strip().partition("\n")[0]
+        text = spoken(str(message)) if ours else f"({_package(filename)}) {whole}"
         if text not in said:
             said.add(text)
             remark(text)
@@ -150,6 +188,8 @@ def say(text: str, colour: str) -> None:
 
 def remark(text: str) -> None:
     """What should make the user look twice."""
+    if voice.quiet:
+        return
     say(f"Note: {text}", "yellow")
 
 

@@ -32,6 +32,10 @@ CONFIG = Annotated[
     Path | None,
     typer.Option("--config", help="A TOML or JSON file of these settings, as a run leaves one; options here go first."),
 ]
+REPORT_TO = Annotated[
+    declared.Texts,
+    typer.Option("--report-to", help="tensorboard (OUT/logs), wandb, mlflow ...: figures while it trains. Repeatable."),
+]
 RESUME = Annotated[Path | None, typer.Option("--resume", help="Go on with the training in this directory.")]
 
 
@@ -40,7 +44,7 @@ def train(ctx: typer.Context, **typed: Any) -> None:
     resume, to, given = typed["resume"], typed["to"], _given(ctx)
     if resume is not None:
         _check_alone(given)
-        _fit(Run.load(resume), True, to)
+        _fit(Run.load(resume), True, to, typed["report_to"])
         return
     said = {} if typed["config"] is None else values_in(typed["config"], Run)
     needed = [name for name in ("model", "data", "task", "out") if typed[name] is None and name not in said]
@@ -57,7 +61,7 @@ def train(ctx: typer.Context, **typed: Any) -> None:
     if typed["dry_run"]:
         _look(Run(**made), to)
     else:
-        _fit(Run(**made), False, to)
+        _fit(Run(**made), False, to, typed["report_to"])
 
 
 def _signature() -> inspect.Signature:
@@ -69,6 +73,7 @@ def _signature() -> inspect.Signature:
         inspect.Parameter("config", only, default=None, annotation=CONFIG),
         inspect.Parameter("column", only, default=[], annotation=COLUMN),
         inspect.Parameter("dry_run", only, default=False, annotation=DRY),
+        inspect.Parameter("report_to", only, default=[], annotation=REPORT_TO),
         inspect.Parameter("resume", only, default=None, annotation=RESUME),
         inspect.Parameter("to", only, default=None, annotation=shell.Json),
     ])  # fmt: skip
@@ -84,9 +89,12 @@ def _given(ctx: typer.Context) -> dict[str, str]:
     return {n: names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
+FREE = ("resume", "to", "report_to", "quiet", "verbose")  # what changes nothing of a run
+
+
 def _check_alone(given: Mapping[str, str]) -> None:
     """A resumed training is what it was: options that would change it are refused.  Raises ValueError."""
-    others = [option for name, option in given.items() if name not in ("resume", "to")]
+    others = [option for name, option in given.items() if name not in FREE]
     if others:
         raise ValueError(f"--resume takes everything from the run.json that is there: leave out {', '.join(others)}")
 
@@ -110,12 +118,10 @@ def _columns(task: str | Task, pairs: list[str]) -> list[str]:
 
 
 @needs("train")
-def _fit(run: Run, resume: bool, to: Path | None) -> None:
-    from ..train.base import quiet
-
+def _fit(run: Run, resume: bool, to: Path | None, report_to: list[str]) -> None:
     try:
-        with quiet(), contextlib.ExitStack() as bars:
-            report = fit(run, resume=resume, callbacks=_bar(bars), begins=_begins)
+        with _stages(), contextlib.ExitStack() as bars:
+            report = fit(run, resume=resume, callbacks=_bar(bars), begins=_begins, report_to=report_to)
     except KeyboardInterrupt:
         shell.say(left_behind(run.out), "yellow")
         raise typer.Exit(130) from None
@@ -133,18 +139,34 @@ def _fit(run: Run, resume: bool, to: Path | None) -> None:
 @needs("train")
 def _look(run: Run, to: Path | None) -> None:
     """The look alone; a place where the training could not begin is refused as the training would."""
-    from ..train.base import quiet
     from ..train.look import look
     from ..train.resume import claim
 
     claim(run, False)
-    with quiet():
+    with _stages():
         found = look(run)
     looks.show(found)
     shell.write(to, found.encode())
 
 
+@contextlib.contextmanager
+def _stages() -> Iterator[None]:
+    """Within, what is done is said, and transformers' own notes and bars are not, unless all is asked for."""
+    from ..train.bar import Stages
+    from ..train.base import quiet
+    from ..train.stages import told_to
+
+    with contextlib.ExitStack() as within:
+        if not shell.voice.verbose:
+            within.enter_context(quiet())
+        if not shell.voice.quiet:
+            within.enter_context(told_to(Stages(shell.err)))
+        yield
+
+
 def _begins(ready: Prepared) -> None:
+    if shell.voice.quiet:
+        return
     from ..train.look import looked
 
     looks.show(looked(ready))
@@ -154,7 +176,8 @@ def _bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:
     """A bar, made when the training begins: faults of data are told before the trainer is imported."""
     from ..train.bar import Bar
 
-    yield bars.enter_context(Bar(shell.err))
+    if not shell.voice.quiet:
+        yield bars.enter_context(Bar(shell.err, shell.voice.verbose))
 
 
 def _summary(report: dict[str, Any]) -> str:

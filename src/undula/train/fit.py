@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 import random
 import time
@@ -31,10 +32,12 @@ from .fields import default_of
 from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
 from .recipe import Recipe, Settings
+from .reporting import reporters
 from .resume import EVALUATIONS, check_processes, claim, evaluated, last_checkpoint, progress, resume_command
 from .rows import LOG, rows_of
 from .run import REPORT, Run, read_run, write_json
 from .splitting import told_quality
+from .stages import stage
 from .task import Examples, Processor
 
 if TYPE_CHECKING:
@@ -71,12 +74,14 @@ def train(
     resume: bool = False,
     callbacks: Iterable[TrainerCallback] = (),
     begins: Callable[[Prepared], None] | None = None,
+    report_to: str | Iterable[str] = (),
 ) -> dict[str, Any]:
     """Trains an adapter with `transformers.Trainer`, saves it in `run.out`, and returns the report (OUT/report.json).
 
     With `resume`, goes on from the last complete checkpoint of `run.out` (from the beginning if there is none): the
     result is the same to the bit as without the interruption.  A callback may end the training (early stopping): then
-    what there is is the result.  `begins` is called with what is in memory, before anything is measured.
+    what there is is the result.  `begins` is called with what is in memory, before anything is measured.  `report_to`
+    names what hears of losses and evaluations beside the report ("tensorboard": OUT/logs; "wandb", "mlflow" ...).
 
     Raises Interrupted after Ctrl-C (a checkpoint is saved), Diverged after the report where a number is not finite,
     FileExistsError when `run.out` holds a run already, ValueError when its data or model have changed, LookupError,
@@ -90,13 +95,14 @@ def train(
         what = "a recipe that says no place: Run.of(recipe, out)" if isinstance(run, Recipe) else f"{run!r:.80}"
         raise TypeError(f"train takes a Run(model=..., data=..., task=..., method=..., out=...); found {what}")
     processes.join()
+    services = reporters(report_to, run.out)
     processes.by_first(lambda: claim(run, resume))
     with PeakMemory() as memory:
         ready = processes.first_then_all(lambda: prepare(run))
         if begins is not None:
             processes.by_first(lambda: begins(ready))
         before = processes.by_first(lambda: _before(ready, resume))
-        ready, course = _fit(ready, resume, callbacks)
+        ready, course = _fit(ready, resume, itertools.chain(services, callbacks))
         after = processes.by_first(lambda: _after(ready))
     lost = course["losses"][-1:] + [[0, v] for v in after.values()]
     diverged = not after or not all(math.isfinite(loss) for _, loss in lost)
@@ -151,7 +157,8 @@ def _after(ready: Prepared) -> dict[str, float]:
     if not all(torch.isfinite(t).all() for t in ready.adapter.parameters()):
         return {}  # no directory would take it back
     _save(ready)
-    return run.task.score(ready.model, ready.held, run.batch)
+    with stage("measuring after", len(ready.held)):
+        return run.task.score(ready.model, ready.held, run.batch)
 
 
 def _doubts(ready: Prepared, before: Mapping[str, float], after: Mapping[str, float], losses: Any) -> list[str]:
@@ -191,7 +198,8 @@ def prepare(run: Run) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached."""
     if run.method is None and not run.full and not run.task.has_head:
         raise ValueError("without a method only a head trains, and this task has none: choose a method")
-    read = rows_of(run)
+    with stage(f"reading {run.data}"):
+        read = rows_of(run)
     ready = assembled(dataclasses.replace(run, task=read.task), read.train, read.held)
     notes = (*read.notes, *ready.notes)
     for note in notes if processes.is_first() else ():
@@ -201,7 +209,8 @@ def prepare(run: Run) -> Prepared:
 
 def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached."""
-    model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+    with stage(f"opening {run.model}"):
+        model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
     if run.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} cannot compute activations again; leave it out, and take "
@@ -209,22 +218,13 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
         )
     full = (*run.task.head(model), *run.full)
     train_on, held = (Examples(run.task, rows, processor) for rows in (train_rows, held_rows))
-    notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"), *_new(run, model))
+    with stage("looking at the rows", len(train_on) + len(held)):
+        notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"), *_new(run, model))
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     _check_whole(run, model, full)
     batches = _probed(run, train_on)
-    if run.method is None:
-        adapter = attach(model, _head_only(model, run, full))
-    else:
-        adapter = attach(
-            model,
-            run.method,
-            run.where,
-            exclude=run.exclude,
-            overrides=run.overrides,
-            full=full,
-            probe=Probe(batches, run.task.loss()),
-        )
+    with stage("attaching the adapter"):
+        adapter = _attached(run, model, full, batches)
     if names := getattr(run.task, "names", ()):
         adapter.about = {**adapter.about, "classes": list(names)}  # type: ignore[misc]
     if run.b_ratio is not None and run.method is not None:
@@ -232,6 +232,20 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
     return Prepared(
         run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked), *_spread(run, train_on))
+    )
+
+
+def _attached(run: Run, model: PreTrainedModel, full: Sequence[str], batches: Iterator[Any]) -> Adapter:
+    if run.method is None:
+        return attach(model, _head_only(model, run, full))
+    return attach(
+        model,
+        run.method,
+        run.where,
+        exclude=run.exclude,
+        overrides=run.overrides,
+        full=full,
+        probe=Probe(batches, run.task.loss()),
     )
 
 
@@ -325,7 +339,8 @@ def _before(ready: Prepared, resume: bool) -> dict[str, float]:
     if told.get("before") is not None:
         return told["before"]
     ready.run.save(None, digest)
-    found = ready.run.task.score(ready.model, ready.held, ready.run.batch)
+    with stage("measuring before", len(ready.held)):
+        found = ready.run.task.score(ready.model, ready.held, ready.run.batch)
     ready.run.save(found, digest)
     return found
 
@@ -343,11 +358,12 @@ def _digest(ready: Prepared) -> dict[str, str]:
 
 def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) -> tuple[Prepared, dict[str, Any]]:
     """Trains.  Returns what it trained, and the report's part on its course."""
-    from transformers import set_seed
+    with stage("preparing the trainer"):
+        from transformers import set_seed
 
-    from .evaluating import Evaluations
-    from .stop import Stop, stopping
-    from .trainer import as_left, quality_of, set_aside, trainer
+        from .evaluating import Evaluations
+        from .stop import Stop, stopping
+        from .trainer import as_left, quality_of, set_aside, trainer
 
     run, out, stop, aside = ready.run, ready.run.out, Stop(), None
     if run.allocator is not None and run.allocator.needs_quality:

@@ -22,6 +22,7 @@ from .faults import Faults
 from .limits import Cuts, fits, padding
 from .shown import Piece, pieces
 from .source import named, sound, source_of
+from .stages import advanced
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -316,5 +317,6 @@ def outputs(
             inputs = {k: v.to(model.device) for k, v in collate(made).items()}
             given = {k: v for k, v in inputs.items() if labels or k != "labels"}
             yield numbers, inputs, model(**given).logits
+            advanced(len(numbers))
     finally:
         model.train(training)
