@@ -81,7 +81,7 @@ def speaking(verb: Callable[..., None]) -> Callable[..., None]:
         finally:
             voice.quiet, voice.verbose = before
 
-    signature, only = inspect.signature(verb), inspect.Parameter.KEYWORD_ONLY
+    signature, only = inspect.signature(verb, eval_str=True), inspect.Parameter.KEYWORD_ONLY
     own = [inspect.Parameter("quiet", only, default=False, annotation=QUIET),
            inspect.Parameter("verbose", only, default=False, annotation=VERBOSE)]  # fmt: skip
     spoken.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]
