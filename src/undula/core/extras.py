@@ -19,6 +19,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "gguf": ("gguf",),
     "speech": ("soundfile", "jiwer"),
     "similarity": ("sentence_transformers",),
+    "preference": ("trl",),
 }
 INCLUDED = {
     "train": ("hf", "cli"),
@@ -27,6 +28,7 @@ INCLUDED = {
     "gguf": ("hf",),
     "speech": ("train",),
     "similarity": ("train",),
+    "preference": ("train",),
 }
 EXTRAS = {package: extra for extra, packages in BROUGHT.items() for package in packages}  # the smallest that brings it
 

@@ -7,6 +7,7 @@ from .image_classification import ImageClassification
 from .load import load
 from .look import Look, look
 from .multi_label import MultiLabel
+from .preference import Preference
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
@@ -25,6 +26,7 @@ __all__ = [
     "Look",
     "MultiLabel",
     "Plain",
+    "Preference",
     "Prepared",
     "Recipe",
     "Regression",

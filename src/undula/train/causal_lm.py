@@ -63,7 +63,7 @@ class CausalLM(Task):
         "texts": ("text",),
     }
     optional = ("context",)
-    targets = ("completion",)
+    targets: ClassVar[tuple[str, ...]] = ("completion",)
     peft = "CAUSAL_LM"
     pipeline = "text-generation"
     headline = "loss"

@@ -36,7 +36,7 @@ def questions(rows: Dataset, column: str, faults: Faults) -> list[list[Message]]
 
 def question(value: Any) -> list[Message]:
     """A conversation up to where the assistant is to speak.  Raises ValueError for what is none."""
-    made = _messages(value)
+    made = messages_of(value)
     while made and made[-1]["role"] == ASSISTANT:
         made.pop()
     if not made or not made[-1]["content"].strip():
@@ -57,7 +57,7 @@ def _each(rows: Dataset, column: str, faults: Faults, read: Callable[[Any], list
     return found
 
 
-def _messages(value: Any) -> list[Message]:
+def messages_of(value: Any) -> list[Message]:
     """Raises ValueError for what is none."""
     if isinstance(value, str):
         try:
@@ -71,7 +71,7 @@ def _messages(value: Any) -> list[Message]:
 
 def _conversation(value: Any) -> list[Message]:
     """Raises ValueError for what is none, or holds nothing to learn."""
-    made = _messages(value)
+    made = messages_of(value)
     if not any(m["role"] == ASSISTANT for m in made):
         raise ValueError("no turn of the assistant's, so there is nothing to learn")
     while made[-1]["role"] != ASSISTANT:  # nothing is learned from what comes after
@@ -155,6 +155,21 @@ def _opening(through: str, first: Sequence[Message], tokenizer: PreTrainedTokeni
             "where that begins: put a turn of the system's or the user's before it"
         )
     return through[: at + len(asks)]
+
+
+def answered(
+    messages: Sequence[Message], answer: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """(the tokens of the messages up to where the assistant speaks, those of its answer with its end), as in `tokens`.
+    Raises ValueError for a template that writes the messages otherwise once the answer follows."""
+    before = rendered(messages, tokenizer, generate=True)
+    through = rendered([*messages, {"role": ASSISTANT, "content": answer}], tokenizer)
+    if not through.startswith(before):
+        raise ValueError("the tokenizer's chat template writes messages otherwise once an answer follows")
+    asked, own = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                  for text in (before, through[len(before) :]))  # fmt: skip
+    own = own[: _through_end(own, tokenizer)]
+    return asked, _ended(own, [True] * len(own), tokenizer)[0]
 
 
 def _through_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:

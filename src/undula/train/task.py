@@ -26,7 +26,7 @@ from .stages import advanced
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 Example = dict[str, Any]
 Traced = tuple[Example, dict[str, tuple[int, int]]]  # and what was cut: {what: (tokens that there were, that are kept)}
@@ -192,6 +192,16 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     def reads(self, there: Sequence[str]) -> str:
         """What was found in columns of these names, in words."""
         return ", ".join(f"{role} is {column!r}" for role, column in self.columns(there).items())
+
+    def arguments(self, **settings: Any) -> TrainingArguments:
+        """The settings of its trainer."""
+        from transformers import TrainingArguments
+
+        return TrainingArguments(**settings)
+
+    def fitter(self) -> Callable[..., Any] | None:
+        """What makes its trainer of what a Trainer takes; None: the usual one."""
+        return None
 
     @abc.abstractmethod
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:

@@ -188,7 +188,7 @@ def trainer(
     if run.allocator is not None:
         quality = quality_of(model, held) if held is not None and run.allocator.needs_quality else None
         callbacks = (Allocating(run.allocator, quality, clip=run.max_grad_norm, saves_whole_models=False), *callbacks)
-    arguments = TrainingArguments(
+    arguments = run.task.arguments(
         output_dir=str(run.out / CHECKPOINTS),
         learning_rate=run.lr,
         num_train_epochs=run.epochs,
@@ -220,7 +220,8 @@ def trainer(
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # so the Trainer asks whether adapters stand on a quantised model
     kind, constants = run.optimiser.made()
-    made = AdapterTrainer(
+    make: Callable[..., AdapterTrainer] = run.task.fitter() or AdapterTrainer
+    made = make(
         model=model,
         args=arguments,
         optimizer_cls_and_kwargs=(kind, {"lr": run.lr, **constants}),
@@ -244,11 +245,11 @@ def trainer(
     return made
 
 
-def checkpointing() -> dict[str, Any]:
+def checkpointing(on: bool = True) -> dict[str, Any]:
     """The Trainer's options by which activations are computed again, as its version calls them.  Without re-entry: with
     it no gradient would come to an adapter in a layer whose inputs need none."""
     name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    return {f"{name}_checkpointing": on} | ({f"{name}_checkpointing_kwargs": {"use_reentrant": False}} if on else {})
 
 
 def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
