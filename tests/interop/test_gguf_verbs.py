@@ -76,3 +76,10 @@ def test_what_is_asked_wrongly_is_refused(base, tmp_path):
     assert "is a whole model" in told
     _, told = call("gguf", tmp_path / "nothing", "--out", tmp_path / "m.gguf", code=2)
     assert "nothing" in told
+    holes = transformers.AutoModelForCausalLM.from_pretrained(base)
+    kept = {k: v for k, v in holes.state_dict().items() if "layers.1.mlp" not in k and k != "lm_head.weight"}
+    holes.save_pretrained(tmp_path / "holes", state_dict=kept)
+    trained().save_pretrained(tmp_path / "holes")
+    _, told = call("gguf", tmp_path / "holes", "--out", tmp_path / "m.gguf", code=2)
+    assert "is no whole model: its files lack model.layers.1.mlp" in told
+    assert not (tmp_path / "m.gguf").exists()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
 from ..core.adapter import Adapter
@@ -13,8 +14,8 @@ from ..host import merging
 from ..host.merging import LOST
 from ..host.state import host_of
 from ..io import Encoding, export_gguf, export_gguf_lora, files
-from ..train import dense, restored
-from ..train.base import config_of, quiet
+from ..train import CausalLM, dense, restored
+from ..train.base import config_of, lacking, open_model
 from ..train.restored import described
 from . import shell
 
@@ -29,7 +30,9 @@ Stored = Annotated[
 
 
 def gguf(
-    source: Annotated[Path, typer.Argument(help="The directory of an adapter, or of a whole model as `merge` writes.")],
+    source: Annotated[
+        Path, typer.Argument(help="The directory of an adapter, or of a whole model as `merge` writes; bundled:NAME.")
+    ],
     *,
     out: OutFile,
     encoding: Stored = None,
@@ -37,7 +40,7 @@ def gguf(
 ) -> None:
     """Write a model for llama.cpp: an adapter with its base, merged, or a whole model's folder."""
     fresh(out)
-    if (source / files.CONFIG).is_file() or not (source / "config.json").is_file():
+    if source.is_dir() and ((source / files.CONFIG).is_file() or not (source / "config.json").is_file()):
         lost = _adapted(source, out, encoding, model)
     elif model is not None:
         raise ValueError(f"{source} is a whole model: leave out --model, which names the base of an adapter")
@@ -81,14 +84,14 @@ def _changes(model: nn.Module, own: Mapping[str, nn.Parameter]) -> dict[str, flo
     return {name: float((model.get_parameter(name) - p).norm()) for name, p in own.items()}
 
 
-def _whole(folder: Path, out: Path, encoding: Encoding | None) -> Mapping[str, float]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        if getattr(model, "is_quantized", False):
-            model = model.dequantize()
-        export_gguf(model, AutoTokenizer.from_pretrained(folder), out, encoding)
+def _whole(source: Path, out: Path, encoding: Encoding | None) -> Mapping[str, float]:
+    dtype = getattr(config_of(str(source)), "dtype", None) or torch.float32
+    model, tokenizer = open_model(str(source), CausalLM(), dtype, 0)
+    if missing := lacking(model):
+        raise ValueError(f"{source} is no whole model: its files lack {', '.join(missing[:3])}")
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize()
+    export_gguf(model, tokenizer, out, encoding)
     return {}
 
 
