@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import html
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .method import RUNGS, Additive, Factors, Method
+from .sketch import page
 
 # What an adapter does with files and with methods, which stand above it: put here by these.
 ABOVE: dict[str, Callable[..., Any]] = {}
@@ -62,8 +62,7 @@ class Adapter:
         return f"Adapter({', '.join(f'{name}: {value}' for name, value in self._told().items())})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self._told().items())
-        return f"<table>{rows}</table>"
+        return page(self.methods, self.factors, self._told())
 
     def _told(self) -> dict[str, str]:
         """What a person wants to know of it at a glance."""

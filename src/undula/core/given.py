@@ -13,6 +13,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import MISSING
 from numbers import Real
 from typing import Any
 
@@ -61,6 +62,9 @@ class Checked(abc.ABCMeta):
             raise TypeError(f"{cls.__name__} has {most}, found {len(args)}")
         pairs = [*zip(first, args, strict=False), *((also.get(name, name), found) for name, found in options.items())]
         given = dict(pairs)
+        missing = [f.name for f in fields if f.name not in given and f.default is f.default_factory is MISSING]
+        if missing:
+            raise TypeError(f"{cls.__name__.lstrip('_')} needs {', '.join(missing)}")
         if len(given) < len(pairs):
             twice = sorted(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
             raise TypeError(f"{cls.__name__}: {', '.join(twice)} is given twice")

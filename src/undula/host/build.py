@@ -61,7 +61,7 @@ def _readable(layers: Mapping[str, LinearView], methods: Mapping[str, Method]) -
         warnings.warn(
             f"left out of where='all-linear': {', '.join(left[:3])}{more} ({layers[left[0]].reader} reads the "
             f"weight and never calls it as a layer; {methods[left[0]]!r} has no adapted weight)",
-            stacklevel=5,
+            stacklevel=6,
         )
     return able if able else dict(layers)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
+from ..core.calls import called
 from ..core.method import Evident, Factors, Method
 from . import masters, quantised
 from .around import APART, in_parallel, of_sentences
@@ -40,6 +41,16 @@ from .views import LinearView
 from .where import Where, inner, layers_at
 
 
+@called(
+    "undula.attach(model, undula.LoRA(r=8), where=['q_proj', 'v_proj'], name='mine')",
+    target_modules="It is called where",
+    exclude_modules="It is called exclude",
+    modules_to_save="It is called full",
+    adapter_name="It is called name",
+    rank_pattern="It is called overrides, {pattern: method}",
+    r="It is an option of the method: LoRA(r=8)",
+    alpha="It is an option of the method: LoRA(alpha=16)",
+)
 def attach(
     model: nn.Module,
     what: Method | Adapter,
@@ -69,11 +80,12 @@ def attach(
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"an adapter is called by a text, found name={name!r}")
+    within = inner(model)
     if in_parallel(model, ()):
-        warnings.warn(APART, stacklevel=2)
+        warnings.warn(APART, stacklevel=3)
     if whole := of_sentences(model):
-        warnings.warn(whole, stacklevel=2)
-    model = inner(model)
+        warnings.warn(whole, stacklevel=3)
+    model = within
     host = model.__dict__.setdefault("_undula", Host())
     try:
         with changing(host, "attach"):

@@ -122,7 +122,8 @@ def _named(model: nn.Module, name: str | None) -> tuple[Host, Live]:
     if name not in host.adapters:
         there = ", ".join(host.adapters) or "none"
         asked = "no adapter is selected" if name is None else f"no adapter is called {name!r}"
-        raise LookupError(f"{asked}; attached are: {there}")
+        hint = "" if host.adapters else ". Attach one: undula.attach(model, undula.LoRA())"
+        raise LookupError(f"{asked}; attached are: {there}{hint}")
     return host, host.adapters[name]
 
 

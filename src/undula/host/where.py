@@ -7,9 +7,11 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
+from ..core.method import Method
 from . import quantised
 from .readers import readers
 from .views import Conv1DView, LinearView, view
@@ -19,7 +21,10 @@ Where = str | re.Pattern[str] | Iterable[str]
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """The model within wrappers that put a prefix before all names: `torch.compile`'s, those for several devices."""
+    """The model within wrappers that put a prefix before all names: `torch.compile`'s, those for several devices.
+    Raises TypeError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(_no_model(model))
     while True:
         if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
             model = model._orig_mod  # type: ignore[assignment]
@@ -27,6 +32,20 @@ def inner(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _no_model(found: Any) -> str:
+    """What to say of something else in a model's place."""
+    if isinstance(found, Method) or type(found).__name__ in ("Adapter", "Live"):
+        hint = ": the model comes first, as in undula.attach(model, undula.LoRA())"
+    elif isinstance(found, str):
+        hint = f": open it before, as in transformers.AutoModel.from_pretrained({found!r:.60})"
+    elif isinstance(getattr(found, "model", None), nn.Module):
+        hint = ": its .model is one"
+    else:
+        hint = ""
+    kind = f"the class {found.__name__}" if isinstance(found, type) else f"{found!r:.80}"
+    return f"a model is a torch.nn.Module; found {kind}{hint}"
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -269,7 +288,7 @@ def _say_left_out(asked: Mapping[str, set[str]], barred: Mapping[str, str]) -> N
             raise TypeError(f"where={pattern} names only layers that cannot be adapted: {_reasons(names, barred)}")
     left = {n for names in asked.values() for n in names if n in barred}
     if left:
-        warnings.warn(f"left out of where={', '.join(asked)}: {_reasons(left, barred)}", stacklevel=5)
+        warnings.warn(f"left out of where={', '.join(asked)}: {_reasons(left, barred)}", stacklevel=7)
 
 
 def _reasons(names: Iterable[str], barred: Mapping[str, str]) -> str:

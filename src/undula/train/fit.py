@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..core.adapter import Adapter
+from ..core.calls import called
 from ..core.extras import needs
 from ..host.build import chosen_parameters, fresh
 from ..host.host import attach, detach
@@ -67,6 +68,7 @@ class Prepared:
     figures: Mapping[str, Any] = field(default_factory=dict)  # what the report says of the rows
 
 
+@called("undula.train(undula.Run(model=..., data=..., task=..., method=undula.LoRA(), out=...))")
 @needs("train")
 def train(
     run: Run,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..core.adapter import Adapter
+from ..core.calls import called
 from ..core.extras import needs
 from ..io import files
 from ..io.diffusers import WEIGHTS
@@ -22,6 +23,12 @@ FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what a m
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+@called(
+    "undula.load('DIRECTORY').predict(['a text'])",
+    base="It is called model",
+    base_model="It is called model",
+    device_map="It is called device",
+)
 @needs("train")
 def load(path: str | Path, model: str | None = None, *, device: str | torch.device | None = None) -> Restored:
     """What `path` holds, opened for use: `.predict(texts)`, `.generate(prompt)`, `.labels`, `.model`, `.processor`,
@@ -57,6 +64,8 @@ def _best() -> torch.device:
 
 def _place(path: str | Path) -> Path:
     """The directory; one on the hub is fetched.  Raises FileNotFoundError."""
+    if not isinstance(path, str | Path):
+        raise TypeError(f"load takes the path of a directory, found {path!r:.80} ({type(path).__name__})")
     place = Path(path)
     if place.is_dir():
         return place
