@@ -41,6 +41,9 @@ class Kind:
     options: tuple = ()
     lr: float = 1e-2
     steps: int = 40
+    task: str = ""  # where the kind is one of several of a task
+    number: int = 160  # rows
+    metric: str = ""  # where the headline takes longer to learn
 
 
 def named(n, seed=0):
@@ -69,7 +72,11 @@ EVERY = (
     Kind("multi-label", tiny.bert, labelled, "AutoModelForSequenceClassification", 0.65, lr=6e-3, steps=80),
     Kind("token-classification", tiny.bert, named, "AutoModelForTokenClassification", 0.5, lr=6e-3, steps=80),
     Kind("seq2seq", tiny.t5, questions, "AutoModelForSeq2SeqLM", 0.6, lr=1e-2, steps=60),
-)
+    Kind("whisper", tiny.whisper, tiny.tones, "AutoModelForSpeechSeq2Seq", 0.5, lr=1e-2, task="speech-recognition",
+         number=32, options=("max_text=6",)),
+    Kind("wav2vec2", tiny.wav2vec2, tiny.tones, "AutoModelForCTC", 5.0, task="speech-recognition", number=32,
+         metric="loss"),
+)  # fmt: skip
 KINDS = {kind.name: kind for kind in EVERY}
 
 
@@ -86,18 +93,20 @@ def trained(request, tmp_path_factory):
     (path / "base").mkdir()
     (path / "data").mkdir()
     base, data = kind.base(path / "base"), path / "data"
-    for split, rows in {"train": kind.rows(160), "validation": kind.rows(40, seed=1)}.items():
+    for split, n, seed in (("train", kind.number, 0), ("validation", kind.number // 4, 1)):
+        rows = tiny.tones(data / "wav", n, seed) if kind.rows is tiny.tones else kind.rows(n, seed)
         tiny.jsonl(data / f"{split}.jsonl", rows)
     options = [word for option in kind.options for word in ("--task-set", option)]
-    verb("train", "--model", base, "--data", data, "--task", kind.name, *options, "--set", "r=4", "--lr", kind.lr,
-         "--max-steps", kind.steps, "--batch", 8, "--save-every", 10, "--out", path / "out")  # fmt: skip
+    verb("train", "--model", base, "--data", data, "--task", kind.task or kind.name, *options, "--set", "r=4",
+         "--lr", kind.lr, "--max-steps", kind.steps, "--batch", 8, "--save-every", 10, "--out", path / "out",
+    )  # fmt: skip
     return kind, base, data, path / "out"
 
 
 def test_it_learns(trained):
     kind, _, _, out = trained
     report = json.loads((out / "report.json").read_text())
-    metric, losses = report["metric"], [loss for _, loss in report["losses"]]
+    metric, losses = kind.metric or report["metric"], [loss for _, loss in report["losses"]]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     after, before, chance = report["after"][metric], report["before"][metric], kind.chance
     assert after > max(chance, before) if Run.load(out).task.more_is_better else after < min(chance, before)
@@ -128,8 +137,10 @@ def test_it_resumes_to_the_bit(trained, tmp_path):
 
 def test_it_is_looked_at_first(trained, tmp_path):
     kind, base, data, _ = trained
-    shown = verb("train", "--model", base, "--data", data, "--task", kind.name, "--dry-run", "--out", tmp_path / "o")
-    assert "160" in shown
+    shown = verb(
+        "train", "--model", base, "--data", data, "--task", kind.task or kind.name, "--dry-run", "--out", tmp_path / "o"
+    )
+    assert str(kind.number) in shown
     assert not (tmp_path / "o").exists()
 
 
@@ -171,6 +182,15 @@ def answers(opened, rows):
     asked = task.asked(datasets.Dataset.from_list(rows), faults := Faults())
     faults.check()
     return list(task.answers(opened.model, asked, opened.processor, 8))
+
+
+def test_the_merged_model_says_what_it_is_for(trained, tmp_path):
+    """A whole model is opened for the task that it was trained for, its classes named."""
+    kind, _, data, out = trained
+    verb("merge", out, "--out", tmp_path / "merged")
+    opened, task = undula.load(tmp_path / "merged"), Run.load(out).task
+    assert type(opened.run.task) is type(task)
+    assert getattr(opened.run.task, "names", ()) == getattr(task, "names", ())
 
 
 # Multi-label

@@ -101,6 +101,78 @@ def t5(path):
     return str(path)
 
 
+def whisper(path):
+    """A random Whisper of one second, with its processor; it knows the letters."""
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
+
+    torch.manual_seed(7)
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    vocabulary = {token: i for i, token in enumerate([*"abcdefghijklmnopqrstuvwxyz", "Ġ", *special])}
+    words = WhisperTokenizer(vocab=vocabulary, merges=[], pad_token=special[0], model_max_length=20)
+    words.add_special_tokens({"additional_special_tokens": special[1:]})
+    maker = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    WhisperProcessor(maker, words).save_pretrained(path)
+    config = WhisperConfig(
+        vocab_size=len(words), num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, dropout=0.0,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_source_positions=50, max_target_positions=20, pad_token_id=27, bos_token_id=27, eos_token_id=27,
+        decoder_start_token_id=28, suppress_tokens=None, begin_suppress_tokens=None, init_std=0.3,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config.no_timestamps_token_id = 29
+    model.generation_config.suppress_tokens = model.generation_config.begin_suppress_tokens = None
+    model.save_pretrained(path)
+    return str(path)
+
+
+def wav2vec2(path):
+    """A random wav2vec 2.0 without a layer over the letters, with its processor; it knows the letters."""
+    from transformers import (
+        Wav2Vec2Config,
+        Wav2Vec2CTCTokenizer,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2Model,
+        Wav2Vec2Processor,
+    )
+
+    torch.manual_seed(7)
+    vocabulary = ["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"]
+    (path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    words = Wav2Vec2CTCTokenizer(str(path / "vocab.json"), bos_token=None, eos_token=None)
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=False), words).save_pretrained(path)
+    config = Wav2Vec2Config(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        conv_dim=(16, 16), conv_kernel=(40, 8), conv_stride=(20, 8), num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4, mask_time_prob=0.0, pad_token_id=0, hidden_dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, num_feat_extract_layers=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    Wav2Vec2Model(config).save_pretrained(path)
+    return str(path)
+
+
+def tones(path, n, seed=0, rate=8000):
+    """n rows {audio (a WAV file in `path`), text}: a low tone or a high one, and what it is called."""
+    import numpy as np
+    import soundfile
+
+    draw, rows = np.random.default_rng(seed), []
+    path.mkdir(exist_ok=True)
+    for i in range(n):
+        text = ["low", "high"][int(draw.integers(2))]
+        pitch = (250 if text == "low" else 1500) * draw.uniform(0.95, 1.05)
+        samples = 0.5 * np.sin(2 * np.pi * pitch * np.arange(rate // 2) / rate) + 0.01 * draw.normal(size=rate // 2)
+        soundfile.write(path / f"{seed}-{i}.wav", samples, rate)
+        rows.append({"audio": f"{path.name}/{seed}-{i}.wav", "text": text})
+    return rows
+
+
 def reviews(n, seed=0):
     """n rows {text, label}: four words about something, one of them telling."""
     draw = random.Random(seed)

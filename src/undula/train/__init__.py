@@ -12,8 +12,10 @@ from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
 from .seq2seq import Seq2Seq
+from .speech_recognition import SpeechRecognition
 from .task import Examples, Task
 from .token_classification import TokenClassification
+from .transcripts import Normaliser, Spoken
 
 __all__ = [
     "CausalLM",
@@ -25,6 +27,7 @@ __all__ = [
     "Interrupted",
     "Look",
     "MultiLabel",
+    "Normaliser",
     "Plain",
     "Preference",
     "Prepared",
@@ -33,6 +36,8 @@ __all__ = [
     "Restored",
     "Run",
     "Seq2Seq",
+    "SpeechRecognition",
+    "Spoken",
     "Task",
     "TokenClassification",
     "dense",

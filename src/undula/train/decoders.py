@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .base import quiet
 from .causal_lm import IGNORED
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def greedy(model: PreTrainedModel) -> Iterator[None]:
     model.generation_config = made
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():  # some say that max_new_tokens stands beside their own max_length
             yield
     finally:
         model.generation_config = own

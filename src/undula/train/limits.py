@@ -12,6 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+HEARD = "the sound is cut at its end"  # of which seconds are counted
 END = "its end token included"  # what is said of a cut that takes the end of what is learned
 UNLIMITED = 10**9  # tokenizers write 10^30 where they do not know
 
@@ -28,7 +29,8 @@ class Cuts:
 
     def told(self, rows: int, name: str) -> Iterator[str]:
         for what, (count, longest, kept) in self.found.items():
-            yield f"{count} of {rows} {name} rows: {what} (the longest has {longest} tokens, {kept} are kept)"
+            unit = "seconds" if what == HEARD else "tokens"
+            yield f"{count} of {rows} {name} rows: {what} (the longest has {longest} {unit}, {kept} are kept)"
 
 
 MANY = 0.1  # the share of a part's tokens that may be unknown before it is worth a word

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -23,7 +23,7 @@ from .task import WINDOW, Example, Examples, Processor, Task, Traced, outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @Task.register
@@ -54,6 +54,13 @@ class Seq2Seq(Task):
     max_length: Count | None = None
     max_target: Count | None = None
     generate: Natural = 32
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+        kinds = set(getattr(config, "architectures", None) or ())
+        return cls() if kinds & set(KNOWN.values()) else None
 
     def check(self, split: Dataset, faults: Faults) -> None:
         for column in self.columns(split.column_names, faults).values():

@@ -106,7 +106,8 @@ def inputs(rows: Dataset) -> Iterator[bytes]:
     """Of each row a hash of its input: its texts, or its image or sound as it is stored."""
     names = [c for c in INPUTS if c in rows.column_names] or rows.column_names
     if medium := next((m for m in MEDIA.values() if m.column in names), None):
-        lazy = rows.select_columns([medium.column]).cast_column(medium.column, encoded(medium))
+        lazy, kind = rows.select_columns([medium.column]), encoded(medium)
+        lazy = lazy if lazy.features[medium.column] == kind else lazy.cast_column(medium.column, kind)
         for i in range(len(lazy)):
             value = lazy[i][medium.column]
             yield hashlib.sha256(value["bytes"] or Path(value["path"]).read_bytes()).digest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -13,7 +13,7 @@ from ..core.ranges import Count
 from .causal_lm import IGNORED
 from .classification import LENGTH
 from .heads import named_outputs
-from .outputs import with_head
+from .outputs import head_of, own_names, with_head
 from .shown import Piece, pieces
 from .tagged_rows import TaggedRows
 from .tags import OUTSIDE, agreement
@@ -21,7 +21,7 @@ from .task import Example, Examples, Processor, Task, Traced, outputs, windows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @Task.register
@@ -44,6 +44,12 @@ class TokenClassification(TaggedRows):
     spans: str | None = None
     max_length: Count | None = None
     names: tuple[str, ...] = ()
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self | None:
+        if not head_of(config, "ForTokenClassification"):
+            return None
+        return cls(names=own_names(config) or tuple(map(str, range(int(config.num_labels or 0)))))
 
     def figures(self, parts: Mapping[str, Dataset]) -> dict[str, Any]:
         """The entities of each type, and the tokens."""
