@@ -186,7 +186,7 @@ def answers(opened, rows):
 
 def test_the_merged_model_says_what_it_is_for(trained, tmp_path):
     """A whole model is opened for the task that it was trained for, its classes named."""
-    kind, _, data, out = trained
+    *_, out = trained
     verb("merge", out, "--out", tmp_path / "merged")
     opened, task = undula.load(tmp_path / "merged"), Run.load(out).task
     assert type(opened.run.task) is type(task)
