@@ -155,7 +155,7 @@ def test_numbers_of_any_length_keep_their_digits(tmp_path):
 
 BAD = {
     "latin.csv": ("text,label\nthe cat,a\ncaf\u00e9,b\nna\u00efve,b\n".encode("latin-1"),
-                  r"not UTF-8: line 3 has the byte 0xe9 .*Windows-1252.*, line 4 .*Save it as UTF-8"),
+                  r"not UTF-8: line 3 has the byte 0xe9 .*Windows-1252.*, line 4 .*save it as UTF-8"),
     "cp1252.jsonl": ('{"text": "\u201chi\u201d"}\n'.encode("cp1252"), "not UTF-8: line 1 has the byte 0x93"),
     "nomark.csv": ("text,label\na,b\n".encode("utf-16-le"), "seems to be UTF-16"),
     "odd.csv": ("text,label\na,b\n".encode("utf-16")[:-1], "is not the utf-16"),

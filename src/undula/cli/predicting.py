@@ -86,7 +86,7 @@ def rows_asked(
     from ..train.source import source_of
 
     columns = dict(split_pair(pair, "a column") for pair in column)
-    task, faults = columns_named(opened.run.task, columns), Faults(checked_share(skip_faulty))
+    task, faults = columns_named(opened.run.task, columns), Faults(checked_share(skip_faulty), opened.run.encoding)
     places = [Path(one) for one in given if is_place(one)]
     if places and len(given) > 1 and not all(p.is_file() for p in places):
         raise ValueError(f"{given[0]} and {len(given) - 1} more: name one file or folder, or give texts alone")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+COMMA = re.compile(r"[+-]?\d+,\d+")
 TOLD_CLASSES = 20
 
 
@@ -52,7 +53,10 @@ def numbers(rows: Dataset, column: str, faults: Faults) -> list[float]:
             empty = value is None or isinstance(value, str) and not value.strip()
             what = "is empty" if empty else "holds what is no number"
             shown = source.place(row) if empty else f"{source.place(row)} has {value!r:.60}"
-            advice = "Labels of a regression are finite numbers such as 3, -0.5 or 1e-3"
+            comma = isinstance(value, str) and COMMA.fullmatch(value.strip())
+            advice = "Labels of a regression are finite numbers such as 3, -0.5 or 1e-3" + (
+                "; a decimal comma is written as a point (3,5 as 3.5): replace it in that column" if comma else ""
+            )
             faults.add(spot(rows, column, what), shown, advice, source.key(row))
         found.append(0.0 if number is None else number)
     return found

@@ -27,12 +27,14 @@ class Kind:
 class Faults:
     """Faults by kind, each with the places where it stands.
 
+    encoding: that of files which do not say theirs (see `decoding.encoding_of`).
     skip: the share of a file's rows that may be left out for their faults.  Whoever reads adds what is wrong and leaves
     such rows out of what it returns; `check` then decides whether that may be.
     """
 
-    def __init__(self, skip: float | None = None) -> None:
+    def __init__(self, skip: float | None = None, encoding: str | None = None) -> None:
         self.skip = skip or 0.0
+        self.encoding = encoding
         self.kinds: dict[str, Kind] = {}
         self.advice: dict[str, None] = {}  # ordered, each once
         self.lookup = False

@@ -45,6 +45,19 @@ READERS: dict[str, Callable[[Path, Faults], Dataset]] = {
 }
 
 
+SHEETS = {".xlsx": "Excel", ".xls": "Excel", ".xlsm": "Excel", ".xlsb": "Excel", ".ods": "LibreOffice"}
+
+
+def _unreadable(path: Path) -> str:
+    known = f"{path}: data files are {', '.join(READERS)}; found '{path.suffix or path.name}'"
+    sheet = SHEETS.get(path.suffix.lower())
+    clicks = {
+        "Excel": "File > Save As > CSV UTF-8 (Comma delimited)",
+        "LibreOffice": "File > Save As > Text CSV, character set UTF-8",
+    }
+    return known if sheet is None else f"{known}. Save the sheet as CSV: in {sheet} {clicks[sheet]}"
+
+
 def readable(path: Path) -> bool:
     """Whether the name is that of a data file."""
     return path.suffix.lower() in READERS
@@ -57,7 +70,7 @@ def read_file(path: Path, faults: Faults | None = None) -> Dataset:
     as far as there is something to return, adds to the `faults`, and leaves the rows out that have one.
     """
     if not readable(path):
-        raise ValueError(f"{path}: data files are {', '.join(READERS)}; found '{path.suffix or path.name}'")
+        raise ValueError(_unreadable(path))
     found = Faults() if faults is None else faults
     rows = READERS[path.suffix.lower()](path, found)
     if faults is None:

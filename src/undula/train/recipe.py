@@ -32,6 +32,7 @@ from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
 from ..ranks import Procedure
 from . import config
+from .decoding import text_encoding
 from .fields import decoded, default_of, told
 from .task import Task
 
@@ -165,6 +166,7 @@ class Recipe(Settings):
     dtype: torch.dtype = option(torch.float32, "Type of the frozen model; what trains is float32.")
     bits: Bits | None = option(None, "4 or 8: quantise the frozen model (bitsandbytes).")
     skip_faulty: PartShare | None = option(None, "Leave out rows with faults: this share of a file at most, as in 0.1.")
+    encoding: str | None = option(None, "Of text files that are not UTF-8, as in cp1252.")
     by_chance: bool | None = option(  # how a validation part is made, see `with_validation`: True for runs of version 1
         None, "", offered=False
     )
@@ -195,6 +197,8 @@ class Recipe(Settings):
             return os.fspath(checked_path(name, value))
         if name == "skip_faulty":  # no row is no share
             return None if type(value) in (int, float) and value == 0 else value
+        if name == "encoding" and isinstance(value, str):
+            return text_encoding(value)
         if name == "dtype":
             return dtype_called(str(value).removeprefix("torch."))
         return Settings.as_meant(name, value)

@@ -194,7 +194,7 @@ class Restored:
             raise ValueError(f"{self.run.out} was not made by `undula train`: say on which data (data=..., or --data)")
         if skip_faulty is None and data is None:
             skip_faulty = self.run.skip_faulty
-        faults = Faults(replace(self.run, skip_faulty=skip_faulty).skip_faulty)  # which checks it
+        faults = Faults(replace(self.run, skip_faulty=skip_faulty).skip_faulty, self.run.encoding)  # which checks it
         every = load_data(self.run.data if data is None else data, faults)
         if data is None and split in (None, "train", "validation"):
             parts = self.run.task.splits(every, "train", "validation", faults=faults)

@@ -39,7 +39,7 @@ def rows_of(run: Run) -> RunRows:
     """The rows of a run.  Raises LookupError, ValueError or FileNotFoundError with all that is wrong with the data."""
     from .base import config_of
 
-    faults = Faults(run.skip_faulty)
+    faults = Faults(run.skip_faulty, run.encoding)
     data = load_data(run.data, faults)
     task, parts = run.task.read(data, "train", "validation", faults=faults)
     notes = [*faults.told()]
