@@ -10,6 +10,7 @@ from torch import nn
 
 import undula
 from tests.support.numbers import shake
+from tests.support.zoo import ZOO
 from undula import LoRA
 from undula.host.state import host_of
 from undula.methods.dropout import Dropout
@@ -135,6 +136,59 @@ def test_dropout_of_a_frozen_adapter_is_off_in_evaluation_and_on_in_training():
         held.train()
         torch.manual_seed(1)
         assert not torch.equal(held(x), held(x))
+
+
+@pytest.mark.usefixtures("float64", "made_up_evidence")
+@pytest.mark.parametrize("method", ZOO, ids=repr)
+def test_every_method_computes_on_a_shelf_what_it_does_alive(method):
+    """What settles, and what does not: with its rows among others' and with its gradient to what stands before."""
+    torch.manual_seed(0)
+    live = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12, bias=False)).eval()
+    held = copy.deepcopy(live)
+    for name in ("a", "b"):
+        adapter = undula.attach(live, method, name=name)
+        shake(adapter)
+        undula.attach(held, adapter.copy(), name=name, frozen=True)
+    undula.select(live, None)
+    found = []
+    for model in (live, held):
+        x = torch.arange(60.0).view(5, 12).div(30).sub(1).requires_grad_()
+        with undula.rows(model, ["b", None, "a", "b", "a"]):
+            y = model(x)
+        found.append((y, torch.autograd.grad(y.sin().sum(), x)[0]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("change", [lambda W: W.mul_(2), lambda W: W.copy_(torch.randn_like(W))], ids=["scaled", "new"])
+def test_a_base_that_is_written_into_is_seen(change):
+    """DoRA's norms are of the weight: they are made anew, for every adapter."""
+    live, held, x = bodies([undula.DoRA(LoRA(r=2))] * 3)
+    for names in (["0", "1", "2"] * 2, ["2"] * 6):
+        with torch.no_grad():
+            for model in (live, held):
+                torch.manual_seed(1)
+                change(model[1].weight)
+        with undula.rows(live, names), undula.rows(held, names):
+            torch.testing.assert_close(held(x), live(x))
+
+
+def test_what_settles_shares_a_product():
+    """Else nonlinear adapters and DoRA go one after the other, each with all of its own: many times as slow."""
+    _, held, x = bodies([undula.AuroRA(r=2), undula.DoRA(LoRA(r=2)), undula.AdaLoRA(r=2)] * 2)
+    assert len(host_of(held).shelves) == 3
+    with undula.rows(held, ["0", "1", "2", "3", "4", "5"]):
+        held(x)
+        assert not host_of(held).routes[0].loose
+
+
+def test_the_inputs_gradient_is_that_of_live_adapters():
+    live, held, x = bodies(METHODS["other rungs"])
+    found = []
+    for model in (live, held):
+        own = x.clone().requires_grad_()
+        with undula.rows(model, ["0", "1", "2", "3", "4", None]):
+            found.append(torch.autograd.grad(model(own).sin().sum(), own)[0])
+    torch.testing.assert_close(*found)
 
 
 def test_types_are_kept_apart():

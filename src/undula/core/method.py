@@ -137,6 +137,18 @@ class NoEvidence(RuntimeError):
     """A start asks for data that nobody gave."""
 
 
+@dataclass(frozen=True)
+class Settled:
+    """A law over a layer whose weight stays: y' = g (y - b + B bend(A x)) + b, of the frozen layer's output y and its
+    bias b.  A (R, I), B (O, R); `gain` g (O), or None for 1; `bent` are the factors of the bend, which `Method.bent`
+    takes, none where it is straight."""
+
+    B: Tensor
+    A: Tensor
+    gain: Tensor | None = None
+    bent: Factors = field(default_factory=dict)
+
+
 class Method(Choice):
     """A law of one adapted layer: y = forward(x, layer, f)."""
 
@@ -191,6 +203,15 @@ class Method(Choice):
     def at_rank(self, f: Factors, b: int) -> tuple[Method, Factors] | None:
         """The method and factors of its first b ranks, where it was trained to be cut at any; None where it was not."""
         return None
+
+    def settled(self, layer: Layer, f: Factors) -> Settled | None:
+        """How it computes where neither `f` nor the layer's weight changes any more, for batches of many adapters; None
+        of a method that has no such form."""
+        return None
+
+    def bent(self, z_TR: Tensor, f: Factors) -> Tensor:
+        """What stands between A and B of `settled`, by these of its factors."""
+        return z_TR
 
     @property
     def bottleneck(self) -> bool:
@@ -282,6 +303,9 @@ class LowRank(Additive):
     def plain(self) -> tuple[float, str, str] | None:
         """(s, B, A) where the pair is (s f[B], f[A]), two factors as they are; None of any other."""
         return None
+
+    def settled(self, layer: Layer, f: Factors) -> Settled | None:
+        return Settled(*self.pair(f))
 
     def delta(self, f: Factors) -> Tensor:
         B_OR, A_RI = self.pair(f)

@@ -132,7 +132,7 @@ def _attach(
         )
         adapter: Live
         if frozen:
-            adapter = Held.on(narrowed(made, dtype), host.shelves)
+            adapter = Held.on(narrowed(made, dtype), layers_at(model, made.factors), host.shelves)
         else:
             adapter = Live.of(narrowed(made, dtype))
             if isinstance(what, Live) and not what.attached:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..core.adapter import Live
-from .host import adapt, forget, layers_now, nest, unnest
+from .host import adapt, forget, layer_at, layers_now, nest, unnest
 from .route import ROUTES, Base, Route
 from .sharded import is_fsdp
-from .shelf import Held, OnShelf
+from .shelf import Held, OnShelf, Shelf, marked
 from .slots import Slot
 from .state import PATIENCE, Host, check_shape, dismiss, find, replaced
 from .weights import own
@@ -95,6 +95,7 @@ def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...], tokens: 
     for shelf in {id(a.shelf): a.shelf for a in used.values() if isinstance(a, Held) and a.shelf}.values():
         for path in shelf.stacks:
             shelf.to(path, _device(model, path))
+        _settle(model, host, shelf)
     route = Route(host, used, names, tokens, host.formed)
     try:
         _invite(model, host, route)
@@ -117,6 +118,17 @@ def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None
         for t in f.values():
             t.data = t.data.to(_device(model, path))
     host.forms.pop(name, None)
+
+
+def _settle(model: nn.Module, host: Host, shelf: Shelf) -> None:
+    """Makes anew what adapters on a shelf have of weights that were changed since."""
+    layers = {path: layer_at(model, path) for path in shelf.marks}
+    moved = {path: layer for path, layer in layers.items() if marked(layer) != shelf.marks[path]}
+    if moved:
+        for adapter in host.adapters.values():
+            if isinstance(adapter, Held) and adapter.shelf is shelf:
+                adapter.settle(moved)
+        shelf.marks |= {path: marked(layer) for path, layer in moved.items()}
 
 
 def _device(model: nn.Module, path: str) -> torch.device:

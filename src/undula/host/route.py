@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import Factors, LowRank, Method
 from ..kernels.grouped import grouped, stacked
-from .share import Form, Kept, Share, changed, flat
+from .share import Kept, Share, changed, flat
 from .shelf import OfShelf
 from .views import LinearView, adapted
 
@@ -160,7 +161,7 @@ class Route:
         used: Mapping[str, Adapter],
         names: tuple[str | None, ...],
         tokens: tuple[int, ...] | None,
-        formed: Callable[[str], Form],
+        formed: Callable[[str], Sequence[Any]],
     ):
         self.host, self.used, self.names, self.tokens = host, used, names, tokens
         self.count = len(names) if tokens is None else sum(tokens)
@@ -199,7 +200,7 @@ class Route:
         drops = any(share.sites[path].drops for share in here) or (loose is not None and loose.drops)
         if together(x, layer, self.count, drops):
             y = layer(x)
-            y = self._changed(y, x, here, path) if here else y
+            y = self._changed(y, x, layer, here, path) if here else y
             y = y if loose is None else loose.added(y, x, layer)
         else:
             every = self._rows(path, layer, loose=False)
@@ -222,12 +223,16 @@ class Route:
                 f"{layer.call.__qualname__} is no product of single tokens: not within `rows` of a flat batch"
             )
 
-    def _changed(self, y: Tensor, x: Tensor, here: list[Share], path: str) -> Tensor:
+    def _changed(self, y: Tensor, x: Tensor, layer: LinearView, here: list[Share], path: str) -> Tensor:
         """y with what plain pairs change: the rows are moved once for all of them."""
         order = self._order(here, x.device)
         mine = flat(x if order is None else x[order])
-        parts = mine.split([len(share.rows) for share in here])
-        changes = [share.change(path, part) for share, part in zip(here, parts, strict=True)]
+        sizes = [len(share.rows) for share in here]
+        changes, at = [], 0
+        for share, part in zip(here, mine.split(sizes), strict=True):
+            rows = slice(at, at + len(part))
+            changes.append(share.change(path, part, functools.partial(_of_rows, y, order, rows), layer.bias))
+            at = rows.stop
         return changed(y, changes[0] if len(changes) == 1 else torch.cat(changes), order)
 
     def _order(self, here: list[Share], device: torch.device) -> Tensor | None:
@@ -261,6 +266,11 @@ class Route:
             with torch.inference_mode(False):
                 self.laws[path, loose] = Rows(laws, self.rows, self.count, layer.device) if laws else None
         return self.laws[path, loose]
+
+
+def _of_rows(y: Tensor, order: Tensor | None, part: slice) -> Tensor:
+    """Those rows of y that stand in this part of the order."""
+    return flat(y[part] if order is None else y[order[part]])
 
 
 class Routing(Protocol):

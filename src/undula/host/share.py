@@ -82,7 +82,7 @@ def form(adapter: Adapter) -> Form:
 class Share:
     """Adapters of one form that have `count` rows of a batch each: one product for all of them."""
 
-    def __init__(self, form: Form, count: int):
+    def __init__(self, form: Sequence[Any], count: int):
         self.sites = {plain.path: plain for plain in form}
         self.count = count
         self.rows: list[int] = []
@@ -93,7 +93,19 @@ class Share:
         self.rows += rows
         self.adapters.append(adapter)
 
-    def pairs(self, plain: Plain) -> tuple[Tensor, Tensor]:
+    def down(self, x_NTI: Tensor, A_KRI: Tensor) -> Tensor:
+        """A x of its rows (K, rows and T, R)."""
+        x_KTI = x_NTI.to(A_KRI.dtype).reshape(len(A_KRI), -1, x_NTI.shape[2])
+        return torch.bmm(x_KTI, A_KRI.transpose(1, 2))
+
+    def change(self, path: str, x_NTI: Tensor, y_NTO: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        """What its adapters change of the layer's output y at one site, of its rows in turn: (N, T, O)."""
+        plain: Plain = self.sites[path]
+        A_KRI, B_KOR = self._pairs(plain)
+        z_KTR = self.down(x_NTI, A_KRI)
+        return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(*x_NTI.shape[:2], B_KOR.shape[1])
+
+    def _pairs(self, plain: Plain) -> tuple[Tensor, Tensor]:
         """(A (K, R, I), B (K, O, R)) of its adapters at one site."""
         if plain.path not in self._here:
             self._here[plain.path] = [a.factors[plain.path] for a in self.adapters], Kept()
@@ -102,11 +114,3 @@ class Share:
             return every[0][plain.A][None], every[0][plain.B][None]
         A, B = [f[plain.A] for f in every], [f[plain.B] for f in every]
         return kept.of(A + B, lambda: (torch.stack(A), torch.stack(B)))  # type: ignore[no-any-return]
-
-    def change(self, path: str, x_NTI: Tensor) -> Tensor:
-        """s B A x of its rows, in their order, at one site: (N, T, O)."""
-        plain = self.sites[path]
-        A_KRI, B_KOR = self.pairs(plain)
-        N, T, I = x_NTI.shape
-        z_KTR = torch.bmm(x_NTI.to(A_KRI.dtype).reshape(len(A_KRI), -1, I), A_KRI.transpose(1, 2))
-        return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(N, T, B_KOR.shape[1])

@@ -16,7 +16,7 @@ from . import masters, quantised
 from .route import ROUTES, Route, innermost
 from .sharded import is_fsdp
 from .share import Form, form
-from .shelf import Held, Shelf
+from .shelf import Held, Places, Shelf
 from .slots import Slot, remove
 from .views import LinearView
 from .weights import Read
@@ -91,7 +91,7 @@ class Host:
             slot.last = 0 if route is None else route.number
         return route
 
-    def formed(self, name: str) -> Form:
+    def formed(self, name: str) -> Form | Places:
         """`share.form` of an adapter, one object for equal ones."""
         held = self.adapters[name]
         if isinstance(held, Held):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core.bend import Bend, Bottleneck
 from ..core.choice import Choice
-from ..core.method import Factors, Layer, LowRank, Method, Site
+from ..core.method import Factors, Layer, LowRank, Method, Settled, Site
 from ..core.ranges import Finite, Positive, Range, Rank
 from ..kernels import reference
 from ..kernels.autocast import exact, wide
@@ -121,6 +121,13 @@ class AuroRA(_Bend, Method):
             z = reference.project(x, layer, A_RI.to(dtype))
             change = torch.nn.functional.linear(self.sigma(z, f), B_OR.to(dtype))
         return reference.added(layer(x), reference.restore(change, layer))
+
+    def settled(self, layer: Layer, f: Factors) -> Settled:
+        A_RI, B_OR = (f[name].to(wide(f[name].dtype)) for name in "AB")
+        return Settled(self.scaling(self.r, self.alpha) * B_OR, A_RI, bent={"H": f["H"], "S": f["S"]})
+
+    def bent(self, z_TR: Tensor, f: Factors) -> Tensor:
+        return self.sigma(z_TR, f)
 
     def static_pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         """(s B, sigma(A)): the paper's substitution for deployment.  Not the same function as `forward`."""

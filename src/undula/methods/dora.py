@@ -26,6 +26,7 @@ from ..core.method import (
     LowRank,
     Method,
     Reweight,
+    Settled,
     Site,
 )
 from ..kernels import reference
@@ -81,6 +82,12 @@ class DoRA(Reweight):
 
     def unwrapped(self) -> Method:
         return self.inner.unwrapped()
+
+    def settled(self, layer: Layer, f: Factors) -> Settled | None:
+        if not isinstance(self.inner, LowRank):
+            return None
+        inverse, cancelled = self.inverse_norms(layer.weight, f)
+        return Settled(*self.inner.pair(f), gain=f["m"] * inverse) if cancelled is None else None
 
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         V_OI = self._inner.weight(W_OI, f)

@@ -23,6 +23,7 @@ from ..core.method import (
     LowRank,
     Method,
     Reweight,
+    Settled,
     Site,
     Wrapper,
     on_rung,
@@ -111,6 +112,12 @@ class Dropout(Wrapper):
 
     def bend(self, f: Factors) -> Bend | None:
         return self.inner.bend(f)
+
+    def settled(self, layer: Layer, f: Factors) -> Settled | None:
+        return self.inner.settled(layer, f)
+
+    def bent(self, z_TR: Tensor, f: Factors) -> Tensor:
+        return self.inner.bent(z_TR, f)
 
     def static_pair(self, f: Factors) -> tuple[Tensor, Tensor] | None:
         return self.inner.static_pair(f)
