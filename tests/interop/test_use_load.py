@@ -11,7 +11,15 @@ import undula
 from tests.support import tiny
 from tests.support import trained as small
 from tests.support.trained import trained
-from undula.train import CausalLM, Classification, ImageClassification, MultiLabel, Regression
+from undula.train import (
+    CausalLM,
+    Classification,
+    ImageClassification,
+    MultiLabel,
+    Regression,
+    Seq2Seq,
+    TokenClassification,
+)
 from undula.train.asking import question
 from undula.train.base import open_model
 
@@ -253,12 +261,14 @@ def test_what_holds_no_model_is_refused_with_what_is_there(texts, tmp_path):
         (Regression(), "regression"),
         (ImageClassification(names=("no", "yes")), "single_label_classification"),
         (CausalLM(), None),
+        (Seq2Seq(), None),
+        (TokenClassification(names=("O", "B-X")), None),
     ],
     ids=lambda value: type(value).__name__ if value is not None else "",
 )
 def test_a_whole_model_of_anybodys_is_known_by_its_configuration(tmp_path, task, problem):
     """What transformers saved, without a word of undula's."""
-    make = {ImageClassification: tiny.vit, CausalLM: tiny.llama}.get(type(task), tiny.bert)
+    make = {ImageClassification: tiny.vit, CausalLM: tiny.llama, Seq2Seq: tiny.t5}.get(type(task), tiny.bert)
     model, processor = open_model(make(tmp_path / "base"), task, torch.float32, 0)
     model.save_pretrained(tmp_path / "whole")
     processor.save_pretrained(tmp_path / "whole")
@@ -280,3 +290,23 @@ def test_texts_alone_are_asked_of_what_was_trained_on_columns_of_other_names(nam
     asked = question(named, given, trained if isinstance(named, Classification) else ())
     assert column in asked.rows.column_names
     assert len(asked.asked) == len(given)
+
+
+def test_tags_of_texts_and_of_tokens_are_answered_though_the_training_had_tokens(tmp_path):
+    """What was trained on lists of tokens is asked texts, lists of tokens, or a file of either."""
+    rows = [{"tokens": r["text"].split(), "tags": ["O", "B-X", "O", "O"]} for r in tiny.reviews(24)]
+    run = trained(tmp_path, "run", tiny.bert(tmp_path / "base"), rows, TokenClassification())
+    opened = undula.load(run)
+    found = opened.predict("the film was good")
+    assert set(found) == {"entities"}
+    assert opened.predict(["the film was good", "nice"], batch=1)[0] == found
+    assert opened.predict([["the", "film", "was", "good"]]) == [found]
+    assert opened.predict([{"tokens": ["the", "film", "was", "good"]}, {"tokens": ["nice"]}], batch=1)[0] == found
+
+
+def test_sources_are_answered_by_texts(tmp_path):
+    rows = [{"source": r["text"], "target": r["label"]} for r in tiny.reviews(24)]
+    task = Seq2Seq(generate=0, max_target=4)
+    run = trained(tmp_path, "run", tiny.t5(tmp_path / "base"), rows, task)
+    assert [set(f) for f in undula.load(run).predict(TEXTS)] == [{"text"}] * 3
+    assert undula.load(run).predict([{"text": TEXTS[0]}], batch=1) == [undula.load(run).predict(TEXTS[0])]

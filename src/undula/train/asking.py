@@ -60,14 +60,14 @@ def _read(task: Task, rows: Dataset, trained: Collection[str], faults: Faults) -
     """The rows as the task takes them, by the roles that the training had: a pair is a pair, and a text none."""
     columns = task.inputs(rows.column_names, faults)
     if trained and not isinstance(task, CausalLM):
-        for role in (r for r in task.roles if r in trained and r not in (*task.targets, *columns)):
+        for role in (r for r in task.optional if r in trained and r not in (*task.targets, *columns)):
             looked = ", ".join(task.roles[role])
             faults.missing(
                 f"the adapter was trained on rows with a {role}, and there is none here (looked for {looked}); the "
                 f"columns are: {named_columns(rows.column_names)}",
                 f"Name it: --column {role}=..., in Python columns={{{role!r}: ...}}",
             )
-        columns = {role: column for role, column in columns.items() if role in trained}
+        columns = {role: c for role, c in columns.items() if role in trained or role not in task.optional}
     if faults.lookup:
         raise faults.error()
     source = source_of(rows)
@@ -159,11 +159,13 @@ def _made(task: Task, items: Sequence[Any]) -> Dataset:
     if all(isinstance(item, Mapping) for item in items):
         names = list(dict.fromkeys(name for item in items for name in item))
         return Dataset.from_dict({name: [item.get(name) for item in items] for name in names})
-    if "messages" in roles and all(is_conversation(item) for item in items):
+    if isinstance(task, CausalLM) and all(is_conversation(item) for item in items):
         return Dataset.from_dict({_column(task, "messages"): [list(map(dict, item)) for item in items]})
     if "pair" in roles and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
         first, second = zip(*items, strict=True)
         return Dataset.from_dict({_column(task, "text"): list(first), _column(task, "pair"): list(second)})
+    if "tokens" in roles and all(isinstance(item, list | tuple) for item in items):
+        return Dataset.from_dict({task.roles["tokens"][0]: [list(item) for item in items]})
     for number, item in enumerate(items, 1):
         if not isinstance(item, str):
             raise TypeError(

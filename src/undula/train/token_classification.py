@@ -36,6 +36,7 @@ class TokenClassification(TaggedRows):
     """
 
     peft = "TOKEN_CLS"
+    pipeline = "token-classification"
     headline = "f1"
 
     tokens: str | None = None
