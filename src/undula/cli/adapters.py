@@ -18,7 +18,7 @@ from ..observe.diagnose import COLUMNS, diagnose, needs_data
 from ..observe.figure import draw
 from ..train import Restored, restored
 from ..train import dense as unquantised
-from ..train.base import called_elsewhere
+from ..train.base import called_elsewhere, quiet
 from ..train.card import Card, put
 from ..train.worries import reported, worries
 from . import shell
@@ -98,7 +98,7 @@ def merge(
         warnings.simplefilter("ignore", merging.LossyMerge)  # said below, with what to type
         errors = merging.merge(opened.model, keep=False)
     tell(opened.model.config, opened.run.task, opened.roles)
-    with whole(out) as folder:
+    with whole(out) as folder, quiet():
         try:
             opened.model.save_pretrained(folder)
         except NotImplementedError as error:  # what transformers raises for quantisation that it only reads
