@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 import pytest
 import torch
 
+from undula.train import page
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -26,6 +28,15 @@ def pytest_collection_modifyitems(config, items):
     kept = {item for of in cases.values() for item in of[:: -(-len(of) // few)]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+drawn, page.write = page.write, lambda *_: None
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """Trainings write their pages: which takes as long as a tiny training, so it is left out elsewhere."""
+    monkeypatch.setattr(page, "write", drawn)
 
 
 known = 0  # modules

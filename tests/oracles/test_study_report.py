@@ -18,13 +18,13 @@ from PIL import Image
 
 import undula
 from undula.observe import drawing
+from undula.observe.page.content import Drawn, Table
 from undula.study import spec
 from undula.study import statistics as S
 from undula.study.outcome import FINAL, SWEEP, ChosenRate, Outcome
 from undula.study.plan import Plan
 from undula.study.power import power
 from undula.study.report import latex, markdown, plots, write_report
-from undula.study.report.content import Drawn, Table
 from undula.study.report.document import document
 from undula.study.report.plots import pareto
 from undula.study.summary import summarise

@@ -11,6 +11,7 @@ import math
 import re
 import textwrap
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -56,7 +57,8 @@ def styled(**settings: Any) -> Iterator[None]:
     """In it matplotlib has undula's settings alone, whatever a matplotlibrc says; no other thread is in one."""
     import matplotlib
 
-    with _TURN, matplotlib.rc_context():
+    with _TURN, matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # an SVG holds texts as such: its reader has the fonts
         matplotlib.rcdefaults()
         made: Any = STYLE | settings
         matplotlib.rcParams.update(made)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..observe.page.content import Section, Table, Text
 from .compare import RowByRow
-from .report.content import Section, Table, Text
 from .report.document import interval, signed
 from .report.words import chance
 

@@ -19,7 +19,7 @@ from .format import Chat, Format, Plain, begin_ids, check_talks, end_ids, ids_of
 from .generation import Sampling, room_after, write
 from .limits import END, UNLIMITED, Cuts
 from .outputs import head_of
-from .rouge import agreement
+from .rouge import agreement, compared
 from .shown import IGNORED
 from .task import WINDOW, Example, Examples, Task, Traced, outputs
 
@@ -307,14 +307,16 @@ class CausalLM(Task):
             return {}
         rows, tokenizer = examples.rows.select(range(min(self.generate, len(examples.rows)))), examples.processor
         if "messages" in rows.column_names:
+            told = [str(messages[-2]["content"]) if len(messages) > 1 else "" for messages in rows["messages"]]
             asked = [self._talk(messages[:-1]) for messages in rows["messages"]]
             wanted = [messages[-1]["content"] for messages in rows["messages"]]
             ids = [ids_of(rendered(m, tokenizer, generate=True), tokenizer) for m in asked]
         else:
-            wanted = rows["completion"][:]
+            told, wanted = rows["prompt"][:], rows["completion"][:]
             ids = [self.prompt_ids(text, tokenizer) for text in rows["prompt"]]
         longest = max(len(ids_of(text, tokenizer)) for text in wanted) + 1
         found = self._written(model, ids, tokenizer, batch, self.max_completion or longest + longest // 2)
+        examples.seen["written"] = compared(told, wanted, found)
         return agreement(wanted, found)
 
     def write(

@@ -25,9 +25,10 @@ from ..methods.lora import LoRA
 from ..observe.probe import Probe
 from ..optim.groups import factors_B
 from ..ranks.gates import in_use
-from . import processes
+from . import page, processes
 from .base import called_elsewhere, lacking, model_folder, open_model
 from .card import of_run, put
+from .details import details, diagnosis
 from .doubts import doubts, finite
 from .fields import default_of
 from .heads import Classes
@@ -123,6 +124,7 @@ def train(
         "run": ready.run.encode(),
         "out": str(run.out),
     }
+    report |= processes.by_first(lambda: _shown(ready, report))
     report = processes.by_first(lambda: _written(ready, finite(report)))
     if diverged:
         raise Diverged(
@@ -135,10 +137,27 @@ def train(
 SUMMARY = ("metric", "before", "after", "steps", "train_rows", "eval_rows", "rows_in_a_step", "seed")
 
 
+def _shown(ready: Prepared, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's part on single classes and rows."""
+    before = read_run(ready.run.out).get("written")
+    best, others = report["best"], list(ready.figures.get("other_splits", ()))
+    found = {"written_before": before} if before else {}
+    if best is not None and best["kept"] and best["of"] > 1 and report["after"]:
+        found["optimism"] = (
+            f"These figures are the best of {best['of']} evaluations on the same rows, so a little too good: "
+            f"undula eval {ready.run.out} "
+            + (f"--split {others[0]} measures on rows by which nothing was chosen" if others else
+               "--data FILE measures on rows that you kept aside")
+        )  # fmt: skip
+    return {**(details(ready.held) if report["after"] else {}), **found}
+
+
 def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
     """Writes the report, and its figures into the adapter, with which they go wherever that goes."""
     run, adapter = ready.run, ready.adapter
     write_json(run.out / REPORT, report)
+    with stage("writing the report"):
+        page.write(run, report, ready.held.rows, diagnosis(adapter) if report["after"] else [])
     if report["after"]:
         data = Path(run.data).name if Path(run.data).exists() else run.data
         roles = [role for role in ready.train.rows.column_names if role in run.task.roles]
@@ -343,7 +362,7 @@ def _before(ready: Prepared, resume: bool) -> dict[str, float]:
     ready.run.save(None, digest)
     with stage("measuring before", len(ready.held)):
         found = ready.run.task.score(ready.model, ready.held, ready.run.batch)
-    ready.run.save(found, digest)
+    ready.run.save(found, digest, ready.held.seen.get("written"))
     return found
 
 

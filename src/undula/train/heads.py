@@ -152,7 +152,8 @@ class Classes(HeadTask):
         return pieces(self.example(row, processor), processor, self.names[row["label"]])
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
-        return self.metrics(self.logits(model, examples, batch), examples.rows["label"][:])
+        logits = examples.seen["logits"] = self.logits(model, examples, batch)
+        return self.metrics(logits, examples.rows["label"][:])
 
     def said(self, logits: torch.Tensor) -> Iterator[dict[str, Any]]:
         """{label, probability, probabilities: {class: p}}, p the softmax of the outputs."""

@@ -26,6 +26,9 @@ def _scorer() -> Any:
     return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
 
 
+SHOWN, KEPT = 300, 5  # letters of a text that a report shows, and texts
+
+
 def agreement(wanted: Sequence[str], found: Sequence[str]) -> dict[str, float]:
     """The means of ROUGE-1, -2 and -L (F, 0 to 1; English words stemmed), and the share that is the same to the letter,
     white space at both ends apart."""
@@ -33,3 +36,15 @@ def agreement(wanted: Sequence[str], found: Sequence[str]) -> dict[str, float]:
     rouge = {k: sum(s[k].fmeasure for s in scores) / len(scores) for k in ("rouge1", "rouge2", "rougeL")}
     same = sum(want.strip() == text.strip() for want, text in zip(wanted, found, strict=True))
     return rouge | {"exact_match": same / len(found)}
+
+
+def shortened(text: str, most: int = SHOWN) -> str:
+    """The text, or so many of its letters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def compared(asked: Sequence[str], wanted: Sequence[str], found: Sequence[str]) -> list[dict[str, str]]:
+    """What was asked, wanted and written, of the first rows."""
+    rows = list(zip(asked, wanted, found, strict=True))[:KEPT]
+    return [{"asked": shortened(a, 2 * SHOWN), "wanted": shortened(w, 2 * SHOWN), "written": shortened(f, 2 * SHOWN)}
+            for a, w, f in rows]  # fmt: skip

@@ -53,6 +53,8 @@ def rows_of(run: Run) -> RunRows:
     chosen = {name: sample(made[name], most[name], run.seed) for name in most}
     left = {"left_out": found} if (found := faults.left_out()) else {}
     figures = {"form": task.reads(data["train"].column_names)} | task.figures(chosen) | left
+    if others := {name: len(rows) for name, rows in data.items() if name not in most}:
+        figures["other_splits"] = others  # by which nothing is chosen
     notes = [*notes, *_classes(figures), *task.told(figures)]
     return RunRows(task, chosen["train"], chosen["validation"], figures, tuple(notes))
 

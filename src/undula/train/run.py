@@ -45,10 +45,13 @@ class Run(Recipe):
         """The inverse of `encode`.  Raises LookupError or ValueError for what does not belong there."""
         return Run.of(recipe_of(data), out)
 
-    def save(self, before: Mapping[str, float] | None, digest: Mapping[str, str] | None = None) -> None:
+    def save(
+        self, before: Mapping[str, float] | None, digest: Mapping[str, str] | None = None, written: Any = None
+    ) -> None:
         """Writes OUT/run.json; `before` is the metric before training, `digest` tells rows and model from others."""
         self.out.mkdir(parents=True, exist_ok=True)
-        given = {} if digest is None else {"digest": dict(digest)}
+        given: dict[str, Any] = {} if digest is None else {"digest": dict(digest)}
+        given |= {} if not written else {"written": written}  # what was generated before the training
         write_json(self.out / RUN, {"version": VERSION, "run": self.encode(), "before": before, **given})
         files.write_text(self.out / CONFIG, config.written(self))
 

@@ -17,7 +17,7 @@ from .columns import texts
 from .decoders import greedy, settle_start, with_decoder_inputs
 from .faults import Faults
 from .limits import Cuts, padding, vocabulary
-from .rouge import agreement
+from .rouge import agreement, compared
 from .shown import Piece, pieces, text_of
 from .task import WINDOW, Example, Examples, Processor, Task, Traced, outputs
 
@@ -157,7 +157,9 @@ class Seq2Seq(Task):
         rows, tokenizer = examples.rows.select(range(min(self.generate, len(examples.rows)))), examples.processor
         longest = max(len(self._target(text, tokenizer)) for text in rows["target"])
         most = self.max_target or longest + longest // 2 + 1
-        return agreement(rows["target"][:], self.write(model, rows["source"][:], tokenizer, batch, most))
+        found = self.write(model, rows["source"][:], tokenizer, batch, most)
+        examples.seen["written"] = compared(rows["source"][:], rows["target"][:], found)
+        return agreement(rows["target"][:], found)
 
     def write(
         self, model: PreTrainedModel, sources: list[str], tokenizer: PreTrainedTokenizerBase, batch: int, most: int,

@@ -95,7 +95,9 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         adapter = selected(self.model)
-        # of a training that has diverged there is no checkpoint: `train` says so at its end
+        # of a training that has diverged there is no checkpoint, but for the folder that the Trainer writes into:
+        # `train` says so at its end
+        Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
         if self.args.should_save and all(torch.isfinite(t).all() for t in adapter.parameters()):
             adapter.save(output_dir or str(self.args.output_dir))
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from ...core.extras import needs
 from ...observe import drawing
+from ...observe.page import html
+from ...observe.page.content import Drawn, Figure, Section
 from .. import statistics as S
 from ..outcome import ChosenRate, Outcome
 from ..summary import summarise
 from ..table import Summary
-from . import export, html, latex, markdown
-from .content import Drawn, Section
+from . import export, latex, markdown
 from .document import document
-from .plots import Figure
 
 __all__ = ["write", "write_report"]
 

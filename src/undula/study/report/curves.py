@@ -9,9 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...observe import drawing as D
+from ...observe.page.content import Draw
 from ..outcome import ChosenRate, Outcome
 from ..table import Group, Summary
-from .plots import COLOURS, Draw, mark
+from .plots import COLOURS, mark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from ...observe.page.content import Block, Bullets, Code, Draw, Drawn, Figure, Mark, Section, Table, Text
 from .. import statistics as S
 from ..outcome import Outcome
 from ..table import Comparison, Group, Pooled, Row, Summary, why
 from . import curves, plots, words
-from .content import Block, Bullets, Code, Drawn, Mark, Section, Table, Text
-from .plots import Draw, Figure
 
 WORDS = frozenset({"arm", "verdict", "rate", "rates", "model", "data", "budget", "stage", "why"})
 NONE = "none"  # said of an interval, where others have one

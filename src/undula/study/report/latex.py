@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .content import Mark, Section, Table
+from ...observe.page.content import Mark, Section, Table
 
 SPECIAL = {
     **{c: f"\\{c}" for c in "&%$#_{}"},

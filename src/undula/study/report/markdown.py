@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import singledispatch
 
-from .content import (
+from ...observe.page.content import (
     Bullets,
     Code,
     Drawn,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ...observe import drawing as D
+from ...observe.page.content import Draw
 from ..statistics import Ranks
 from ..table import Group, Row, Summary
 from .words import look
@@ -15,8 +15,6 @@ from .words import look
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
-
-Draw = Callable[[], "Drawing"]  # within `drawing.styled`
 
 WIDTH, RIGHT, TOP, ROW = 450.0, 16.0, 8.0, 22.0
 NAMES, LETTERS = 158.0, 60  # pixels of a name's line, and letters of a name
@@ -28,17 +26,6 @@ COLOURS = {
     "base": D.LIGHT["ink"],
     "open-verdict": D.LIGHT["open"],
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawing, made when a file asks for it; `caption` says what it shows, `title` which part of the study."""
-
-    name: str  # of its file
-    title: str
-    caption: str
-    draw: Draw
-    many: bool = False  # panels, as wide as the page
 
 
 def kind(row: Row, summary: Summary) -> str:

@@ -1,10 +1,26 @@
-"""What a report consists of, free of HTML and Markdown: both are written from the same blocks."""
+"""What a report consists of, free of HTML, Markdown and LaTeX: all are written from the same blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .plots import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+Draw = Callable[[], "Drawing"]  # within `drawing.styled`
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, made when a file asks for it; `caption` says what it shows, `title` of which part."""
+
+    name: str  # of its file
+    title: str
+    caption: str
+    draw: Draw
+    many: bool = False  # panels, as wide as the page
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,22 @@ class Code:
     text: str
 
 
-Block = Text | Bullets | Table | Drawn | Code
+@dataclass(frozen=True)
+class Picture:
+    """An image (a PNG) and what is to be said of it."""
+
+    png: bytes
+    text: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images side by side, on pages alone."""
+
+    items: tuple[Picture, ...]
+
+
+Block = Text | Bullets | Table | Drawn | Code | Pictures
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from html import escape
 from pathlib import Path
 
-from ...observe import drawing
-from .content import Bullets, Code, Drawn, Mark, Section, Table, Text
-from .plots import Figure
+from .. import drawing
+from .content import Bullets, Code, Drawn, Figure, Mark, Pictures, Section, Table, Text
 
 PAGE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 COLOURS = "".join(
@@ -19,7 +19,7 @@ COLOURS = "".join(
         ("@media (prefers-color-scheme: dark) { ", drawing.DARK, " }"),
     )
 )
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(title: str, sections: Sequence[Section], drawn: Mapping[str, str]) -> str:
@@ -76,6 +76,15 @@ def _(value: Table) -> str:
     )
     caption = f'<div class="caption">{escape(value.caption)}</div>' if value.caption else ""  # does not scroll
     return f'{caption}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+@block.register
+def _(value: Pictures) -> str:
+    return '<div class="pictures">' + "".join(
+        f'<figure><img alt="" src="data:image/png;base64,{b64encode(p.png).decode()}">'
+        f"<figcaption>{escape(p.text)}</figcaption></figure>"
+        for p in value.items
+    ) + "</div>"  # fmt: skip
 
 
 def _cell(cell: str | Mark, word: bool) -> str:
