@@ -286,7 +286,9 @@ def test_a_stop_by_a_callback_is_an_end(usual):
 def test_a_resume_after_the_last_step_makes_none(name, usual, monkeypatch):
     """The evaluation after the training fell: what was trained is measured, and not trained further."""
     method, how = (LORA, None) if name is None else COURSES[name]
-    usual = dataclasses.replace(usual, method=method, allocator=how, max_steps=12, where=("query", "value"))
+    usual = dataclasses.replace(
+        usual, method=method, allocator=how, max_steps=12, where=("query", "value"), eval_every=0
+    )
     score, calls = Classification.score, []
 
     def falling(*given):

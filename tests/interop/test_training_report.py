@@ -15,8 +15,8 @@ from tests.support import tiny
 from undula.observe.page import html
 from undula.train import CausalLM, Classification, ImageClassification, Regression, Run, page
 from undula.train.curves import smooth
-from undula.train.fit import Diverged
 from undula.train.details import diagnosis, of_classes
+from undula.train.fit import Diverged
 
 pytestmark = pytest.mark.usefixtures("pages")
 ODD = '<b>"odd" & so</b>'

@@ -22,7 +22,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "preference": ("trl",),
 }
 INCLUDED = {
-    "train": ("hf", "cli"),
+    "train": ("hf", "cli", "plot"),
     "study": ("train", "plot"),
     "bits": ("hf",),
     "gguf": ("hf",),
