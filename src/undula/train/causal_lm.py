@@ -19,6 +19,7 @@ from .format import Chat, Format, Plain, begin_ids, check_talks, end_ids, ids_of
 from .generation import Sampling, room_after, write
 from .limits import END, UNLIMITED, Cuts
 from .outputs import head_of
+from .packing import Packer, check_apart, flattens
 from .rouge import agreement, compared
 from .shown import IGNORED
 from .task import WINDOW, Example, Examples, Task, Traced, outputs
@@ -47,6 +48,8 @@ class CausalLM(Task):
     `Plain`.
     max_length, max_completion: tokens of the prompt (a longer text is cut at its end) and of the completion with its
     end token.  None: together 2048, or what the model has positions for; the prompt gives way first, down to a half.
+    packing: several rows of a batch in one, each attending to itself alone (see `packing.Packer`): the same loss
+    without the padding.
     What is cut is told.  A completion that is cut has no end token: it does not end there.
     """
 
@@ -81,6 +84,7 @@ class CausalLM(Task):
     text: str | None = None
 
     form: str | None = None
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if self.form is not None and self.form not in self.forms:
@@ -92,8 +96,8 @@ class CausalLM(Task):
 
     def encode(self) -> dict[str, Any]:
         """As JSON values; what came later only where it is said."""
-        newer = ("context", "messages", "text", "form")
-        return {k: v for k, v in super().encode().items() if k not in newer or v is not None}
+        newer = ("context", "messages", "text", "form", "packing")
+        return {k: v for k, v in super().encode().items() if k not in newer or v not in (None, False)}
 
     def columns(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
         """{role: column} of one of the forms: the one that is named, else the first that the columns allow."""
@@ -217,6 +221,9 @@ class CausalLM(Task):
 
     def fits(self, examples: Examples, model: PreTrainedModel, name: str) -> list[str]:
         notes = super().fits(examples, model, name)
+        if self.packing and name == "train":
+            first = [examples[i] for i in range(min(3, len(examples)))]
+            check_apart(model, examples.processor.pad_token_id, first)
         strange = unknown_marks(self.format, examples.processor) if name == "train" else []
         if strange:
             notes.append(
@@ -284,6 +291,17 @@ class CausalLM(Task):
         from transformers import DataCollatorForSeq2Seq
 
         return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+    def gatherer(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
+        return self._packer(tokenizer, model) if self.packing else self.collator(tokenizer)
+
+    def _packer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Packer:
+        return Packer(tokenizer.pad_token_id, flattens(model))
+
+    def items(self, batch: Mapping[str, torch.Tensor]) -> int:
+        return int((batch["labels"] != IGNORED).sum()) if self.packing else super().items(batch)
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         loss = self.choose(model, examples, batch)

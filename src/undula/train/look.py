@@ -134,7 +134,7 @@ def _seconds(ready: Prepared) -> float:
     home = next((p.device for p in model.parameters()), device)
     apart = max(1, len(ready.train) // run.batch)
     chosen = range(0, len(ready.train), apart)[: run.batch]
-    batch = run.task.collator(ready.processor)([ready.train[i] for i in chosen])
+    batch = run.task.gatherer(ready.processor, model)([ready.train[i] for i in chosen])
     with _unchanged(model):
         if home != device:
             model.to(device)  # type: ignore[arg-type]

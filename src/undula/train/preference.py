@@ -72,7 +72,7 @@ class Preference(CausalLM):
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError("loss_type=exo_pair needs label_smoothing, such as 1e-3")
         idle = [name for name in ELSEWHERE if getattr(self, name) is not None]
-        idle += ["generate"] if self.generate else []
+        idle += [name for name in ("generate", "packing") if getattr(self, name)]
         if idle:
             raise ValueError(f"{', '.join(idle)} would do nothing: preference rows have prompt, chosen, rejected")
 

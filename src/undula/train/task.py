@@ -167,6 +167,12 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     def collator(self, processor: Processor, /) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         """Puts examples into a padded batch."""
 
+    def gatherer(
+        self, processor: Processor, model: PreTrainedModel
+    ) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
+        """Puts examples into a batch to train on: as `collator`, or another batch with the same loss."""
+        return self.collator(processor)
+
     def batches(self, examples: Examples, size: int) -> Iterator[tuple[list[int], list[Example]]]:
         """(numbers of the rows, the rows as examples) until all have come; rows of like length come together."""
         made = [examples[i] for i in range(len(examples))]

@@ -228,7 +228,7 @@ def trainer(
         args=arguments,
         optimizer_cls_and_kwargs=(kind, {"lr": run.lr, **constants}),
         train_dataset=examples,
-        data_collator=examples.task.collator(examples.processor),  # type: ignore[arg-type]
+        data_collator=examples.task.gatherer(examples.processor, model),  # type: ignore[arg-type]
         callbacks=[*callbacks, Finite()],
     )
     made.remove_callback(PrinterCallback)
