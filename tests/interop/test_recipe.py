@@ -77,7 +77,7 @@ def called(*words):
     return CliRunner().invoke(app, ["train", *words], env={"COLUMNS": "200", "TERM": "dumb"})
 
 typed = []
-training._fit = lambda run, resume, to: typed.append(run)
+training._fit = lambda run, *_: typed.append(run)
 done = called("--model", "base", "--data", "rows", "--task", "classification", "--out", str(room / "9"),
               "--colour", "9", "--share", "0.5", "--dark", "--names", "a", "--names", "b", "--title", "t",
               "--second", "jagged,cycles=3", "--by-name", "q=lora,r=2")
