@@ -64,6 +64,8 @@ told["again"] = raised(usual)
 undula.train(classes, callbacks=[At(9, stop)])
 undula.train(at_once)
 told["looks"] = told["looks for unused"]
+measured = dataclasses.replace(classes, out=folder / "measured", max_steps=6, eval_every=1, patience=2)
+told["measured"] = undula.train(measured)
 cut = dataclasses.replace(usual, out=folder / "cut")
 told["interrupted"] = raised(cut, callbacks=[At(2, interrupt)])
 torch.distributed.barrier()
@@ -164,6 +166,19 @@ def test_the_first_measures_writes_and_speaks_for_all(two):
     assert (code, other, silent) == (0, 0, "")
     assert "1 steps of 32 rows on 2 processes" in shown
     assert "2 processes train with 16 rows each: 32 rows in a batch" in shown
+
+
+def test_the_first_measures_while_it_trains_and_all_agree_on_the_best_and_the_end(two, tmp_path):
+    """Evaluations, the adapter that is kept and the step it ends at are those of one process with twice the rows."""
+    folder, told = two
+    run = dataclasses.replace(_runs(folder)[1], out=tmp_path / "alone", max_steps=6, eval_every=1, patience=2)
+    alone, both = undula.train(run), told[0]["measured"]
+    assert told[0]["measured"] == told[1]["measured"]
+    assert (both["steps"], both["best"]["step"]) == (alone["steps"], alone["best"]["step"])
+    assert [p["step"] for p in both["evaluations"]] == [p["step"] for p in alone["evaluations"]]
+    for one, other in zip(alone["evaluations"], both["evaluations"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    _close(run.out, folder / "measured")
 
 
 def test_a_directory_that_holds_a_run_is_refused_by_all(two):

@@ -15,6 +15,7 @@ from ..core.options import split_pair
 from ..train import Run, Task, restored
 from ..train.config import values_in
 from ..train.fit import train as fit
+from ..train.page import PAGE
 from ..train.resume import left_behind
 from ..train.worries import diverged, worries
 from . import declared, shell
@@ -129,7 +130,8 @@ def _fit(run: Run, resume: bool, to: Path | None, report_to: list[str]) -> None:
     if str(to) != "-":
         before = report["before"]
         shell.show([{"metric": k, "before": before.get(k), "after": v} for k, v in report["after"].items()])
-        shell.note(_summary(report))
+        for line in (*_course(report), _summary(report)):
+            shell.note(line)
     for text in worries(report):
         shell.remark(text)
     if diverged(report):
@@ -178,6 +180,21 @@ def _bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:
 
     if not shell.voice.quiet:
         yield bars.enter_context(Bar(shell.err, shell.voice.verbose))
+
+
+def _course(report: dict[str, Any]) -> Iterator[str]:
+    """What the evaluations while it trained led to."""
+    best, early = report["best"], report.get("ended_early")
+    if early:
+        yield f"The training {early}"
+    if best is not None and best["of"] > 1:
+        kept = "kept" if best["kept"] else "not kept"
+        which = f"step {best['step']}, {best['metric']} {shell.shown(best['value'])}"
+        yield f"The best of {best['of']} evaluations is {kept}: {which}"
+    if text := report.get("optimism"):
+        yield text
+    if (page := Path(report["out"]) / PAGE).is_file():
+        yield f"To look at: {page}"
 
 
 def _summary(report: dict[str, Any]) -> str:
