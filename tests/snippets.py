@@ -3,15 +3,21 @@
     python tests/snippets.py README.md docs/*.md
 
 A file's Python blocks share one namespace, in order; all blocks of a file run in one temporary directory.  Blocks of
-any other kind (```text, ```toml) are only shown.
+any other kind (```text, ```toml, ```py) are only shown.  Two processes share the files; what a page prints comes when
+it has ended.
 """
 
+import contextlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -36,19 +42,51 @@ def run(path: Path) -> int:
     return len(blocks)
 
 
+@contextlib.contextmanager
+def into(file: int) -> Iterator[None]:
+    """Whatever this process and those that it starts print goes into a file."""
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        os.dup2(file, 1), os.dup2(file, 2)
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+        [os.close(one) for one in kept]
+
+
+def page(path: Path) -> tuple[str, bool]:
+    """(what running one file prints, whether all of it went well)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # a page prints and asserts the same whatever came before it
+    start, sound = time.time(), False
+    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        with into(told.fileno()):
+            try:
+                count, sound = run(path), True
+                print(f"{path.name}: {count} snippets, {time.time() - start:.0f} s", flush=True)
+            except SystemExit as stopped:
+                print(stopped, flush=True)
+            except BaseException:
+                traceback.print_exc()
+        os.chdir("/")
+        told.seek(0)
+        return told.read(), sound
+
+
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands in bash blocks
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for path in [Path(p).resolve() for p in sys.argv[1:]]:
-        start = time.time()
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            torch.manual_seed(0)  # a page prints and asserts the same whatever came before it
-            count = run(path)
-            os.chdir("/")
-        print(f"{path.name}: {count} snippets, {time.time() - start:.0f} s", flush=True)
+    paths = [Path(p).resolve() for p in sys.argv[1:]]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(page, path) for path in paths]):
+            told, sound = done.result()
+            print(told, end="", flush=True)
+            if not sound:
+                pool.shutdown(wait=False, cancel_futures=True)
+                sys.exit(1)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
