@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
+USE = "tests/interop/test_use_"
 DORA = "tests/oracles/test_dora.py"
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
 DAMAGE = DISK + "::test_damage_is_refused"
@@ -324,6 +325,14 @@ MUTANTS = [
     ("train/limits.py", "*max((longest, remained), (had, kept))", "had, kept", DATA + "::test_of_cuts_the_longest_row_is_told"),
     ("train/conversation.py", "learned += [own and at < kept for at in range(len(made))]", "learned += [own for at in range(len(made))]", DATA + "::test_what_a_template_puts_behind_a_turns_end_is_not_learned"),
     ("train/outputs.py", "p.copy_(p.index_select(dim, torch.tensor(order, device=p.device)))", "pass", DATA + "::test_outputs_are_found_whatever_else_stands_outside_the_body"),
+    ("train/generation.py", "beyond = p.cumsum(-1) - p >= self.sampling.top_p", "beyond = p.cumsum(-1) >= self.sampling.top_p", USE + "answers.py::test_draws_have_the_probabilities_that_temperature_and_top_p_give"),
+    ("train/asking.py", "if role in trained or role not in task.optional}", "if True}", USE + "load.py::test_what_was_trained_on_pairs_is_asked_pairs_and_what_was_not_is_not"),
+    ("train/load.py", "if missing := lacking(base):", "if missing := ():", USE + "load.py::test_what_holds_no_model_is_refused_with_what_is_there"),
+    ("train/card.py", "if not there or MARK in there", "if True", USE + "colleague.py::test_a_readme_of_ones_own_stays"),
+    ("cli/answers_out.py", "while column in taken:", "if column in taken:", USE + "verbs.py::test_a_column_of_the_rows_is_not_written_over"),
+    ("cli/pushing.py", "if not NAME.fullmatch(name):", "if False:", USE + "push.py::test_what_cannot_be_a_name_is_refused"),
+    ("host/merging.py", "if not error < LOST]", "if error < 0]", USE + "merge.py::test_a_merge_that_storing_swallows_is_told"),
+    ("core/sketch.py", "((B_OR.mT @ B_OR) * (A_RI @ A_RI.mT)).sum()", "B_OR.square().sum() * A_RI.square().sum()", USE + "notebook.py::test_an_adapter_is_shown_as_a_table_and_a_bar_for_each_layer"),
     ("train/rows.py", "labels = [order[i] for i in rows[\"label\"][:]]", "labels = [order.index(i) for i in rows[\"label\"][:]]", DATA + " -k 'keeps_its_classes and five'"),
     ("train/doubts.py", "last > RISEN * first + MARGIN", "last < RISEN * first - MARGIN", HONEST + "::test_doubts"),
     ("train/worries.py", "last > RAN_AWAY * max(first, math.log(2))", "last > RAN_AWAY * max(first, 1000)", HONEST + "::test_losses_that_ran_away"),

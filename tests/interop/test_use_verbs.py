@@ -233,3 +233,23 @@ def test_what_a_model_does_not_do_is_said(texts, words, tmp_path):
     assert "it knows no turns" in call("chat", run, code=2)[1]
     assert "needs a chat template" in call("generate", run, "good", "--system", "very", code=2)[1]
     assert "neither an adapter" in call("predict", tmp_path, "good", code=2)[1]
+
+
+def test_what_is_wrong_with_rows_is_said_before_a_model_is_opened(texts, tmp_path, monkeypatch):
+    """Opening takes its time, and a wrong column is seen without."""
+
+    def opened(*_):
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("undula.cli.predicting.open_saved", opened)
+    data = tiny.table(tmp_path / "new.csv", [{"review": "good"}])
+    assert "no column for text" in call("predict", texts, data, code=2)[1]
+    with pytest.raises(AssertionError, match="opened"):
+        call("predict", texts, data, "--column", "text=review")
+
+
+def test_of_a_folder_of_splits_one_is_named(texts, tmp_path):
+    for split, text in (("train", "good"), ("test", "bad")):
+        tiny.table(tmp_path / f"{split}.csv", [{"text": text}])
+    assert "say which (--split" in call("predict", texts, tmp_path, code=2)[1]
+    assert [row["text"] for row in table(call("predict", texts, tmp_path, "--split", "test")[0])] == ["bad"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from . import answers_out, shell
 if TYPE_CHECKING:
     from ..train.asking import Question
     from ..train.restored import Restored
+    from ..train.run import Run
 
 Saved = Annotated[Path, typer.Argument(help="What a training, an export or a merge left.")]
 Column = Annotated[list[str], typer.Option("--column", help="ROLE=COLUMN, as in text=review. Repeatable.")]
@@ -50,8 +51,9 @@ def predict(
 ) -> None:
     """Answer new rows: every row with its label and probability (a number, a text), as CSV or JSON lines."""
     shape = answers_out.form_of(out, form, answers_out.As.csv, given or [])
+    run, roles = known_of(path, model)
+    asked = rows_asked(run, roles, given or [], column, split, skip_faulty)  # what is wrong with rows is said at once
     opened = open_saved(path, model)
-    asked = rows_asked(opened, given or [], column, split, skip_faulty)
     with answers_out.opened(out) as to, bar(len(asked.rows), out) as counted:
         answers = counted(opened.answers(asked, batch))
         names = answers_out.write(to, shape, asked.rows, answers, probabilities)
@@ -76,8 +78,18 @@ def open_saved(path: Path, model: str | None) -> Restored:
         return load(path if path.exists() else str(path), model)
 
 
+@needs("train")
+def known_of(path: Path, model: str | None) -> tuple[Run, tuple[str, ...]]:
+    """What a directory is for, before its base is opened; see `undula.train.load.known`."""
+    from ..train.base import quiet
+    from ..train.load import known
+
+    with quiet():
+        return known(path if path.exists() else str(path), model)
+
+
 def rows_asked(
-    opened: Restored, given: list[str], column: list[str], split: str | None, skip_faulty: float | None
+    run: Run, roles: Collection[str], given: list[str], column: list[str], split: str | None, skip_faulty: float | None
 ) -> Question:
     """The rows that are meant: of one file or folder, texts or images from the command line, or lines of the input.
     Their notes are said."""
@@ -86,7 +98,7 @@ def rows_asked(
     from ..train.source import source_of
 
     columns = dict(split_pair(pair, "a column") for pair in column)
-    task, faults = columns_named(opened.run.task, columns), Faults(checked_share(skip_faulty), opened.run.encoding)
+    task, faults = columns_named(run.task, columns), Faults(checked_share(skip_faulty), run.encoding)
     places = [Path(one) for one in given if is_place(one)]
     if places and len(given) > 1 and not all(p.is_file() for p in places):
         raise ValueError(f"{given[0]} and {len(given) - 1} more: name one file or folder, or give texts alone")
@@ -96,7 +108,7 @@ def rows_asked(
         if split is not None:
             raise ValueError("--split is of a file or folder of rows, and none is named")
         rows = list(given) or [line.rstrip("\r\n") for line in _input() if line.strip()]
-    asked = question(task, rows, opened.roles, faults)
+    asked = question(task, rows, roles, faults)
     notes = [*faults.told(), *(f"{s.name}: {note}" for s in [source_of(asked.rows)] for note in s.notes)]
     for note in notes:
         shell.remark(note)

@@ -60,7 +60,7 @@ def generate(
         _, whole = _spoken(opened, opened.written_rows(given[0], system, raw)[0], how, 0)
         _tell_cut(0 if whole else 1, 1, how)
         return
-    asked = predicting.rows_asked(opened, given, column, split, skip_faulty)
+    asked = predicting.rows_asked(opened.run, opened.roles, given, column, split, skip_faulty)
     every = [row.get("messages") or row.get("prompt") or row.get("text") for row in asked.asked]
     put = [row for one in every for row in opened.written_rows(one, system, raw)]
     ended: list[bool] = []

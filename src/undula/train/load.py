@@ -14,8 +14,8 @@ from ..core.extras import needs
 from ..io import files
 from ..io.diffusers import WEIGHTS
 from .base import config_of, lacking, open_model
-from .foreign import told_task, whole_task
-from .restored import Restored, restored
+from .foreign import roles_of, told_task, whole_task
+from .restored import Restored, described, restored
 from .run import Run
 
 MODEL = "config.json"  # of a whole model
@@ -41,21 +41,33 @@ def load(path: str | Path, model: str | None = None, *, device: str | torch.devi
     Raises FileNotFoundError for what is not there or holds no model, ValueError where the parts do not fit.
     """
     place = _place(path)
-    if (place / files.CONFIG).is_file() or (place / WEIGHTS).is_file():
-        opened = restored(place, model)
-    elif (place / MODEL).is_file():
-        if model is not None:
-            raise ValueError(f"{place} holds a whole model, which needs no base: leave out model={model!r}")
-        opened = _whole(place)
-    else:
-        there = ", ".join(sorted(p.name for p in place.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(
-            f"{place} holds neither an adapter ({files.CONFIG}) nor a model ({MODEL}); it has: {there}"
-        )
+    opened = restored(place, model) if _is_adapter(place) else _whole(place, model)
     opened.model.eval()
     if not getattr(opened.model, "is_quantized", False):
         opened.model.to(device or _best())  # type: ignore[arg-type]
     return opened
+
+
+@needs("train")
+def known(path: str | Path, model: str | None = None) -> tuple[Run, tuple[str, ...]]:
+    """(the run, the roles of its rows) of what `load` would open, its base unopened.  Raises as `load` does."""
+    place = _place(path)
+    if not _is_adapter(place):
+        return _whole_run(place, model)
+    adapter = Adapter.load(place)
+    return described(place, adapter, model), roles_of(place, adapter)
+
+
+def _is_adapter(place: Path) -> bool:
+    """Whether a directory holds an adapter, not a whole model.  Raises FileNotFoundError where it holds neither."""
+    if (place / files.CONFIG).is_file() or (place / WEIGHTS).is_file():
+        return True
+    if not (place / MODEL).is_file():
+        there = ", ".join(sorted(p.name for p in place.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{place} holds neither an adapter ({files.CONFIG}) nor a model ({MODEL}); it has: {there}"
+        )
+    return False
 
 
 def _best() -> torch.device:
@@ -89,12 +101,17 @@ def _place(path: str | Path) -> Path:
         ) from error
 
 
-def _whole(place: Path) -> Restored:
-    """A whole model."""
+def _whole_run(place: Path, model: str | None) -> tuple[Run, tuple[str, ...]]:
+    if model is not None:
+        raise ValueError(f"{place} holds a whole model, which needs no base: leave out model={model!r}")
     config = config_of(str(place))
     task, roles = told_task(config.to_dict(), str(place)) or (whole_task(config, str(place)), ())
-    run = Run(model=str(place), data="", task=task, method=None, out=place)
-    base, processor = open_model(str(place), task, run.dtype, run.seed)
+    return Run(model=str(place), data="", task=task, method=None, out=place), roles
+
+
+def _whole(place: Path, model: str | None) -> Restored:
+    run, roles = _whole_run(place, model)
+    base, processor = open_model(str(place), run.task, run.dtype, run.seed)
     if missing := lacking(base):
         raise ValueError(
             f"the files of {place} lack {', '.join(missing[:5])}, {len(missing)} parameters in all: random numbers "
