@@ -62,6 +62,7 @@ PADDING = "tests/oracles/test_padding.py"
 DATA = "tests/interop/test_data_training.py"
 MASTERS = "tests/laws/test_masters.py"
 DIFFUSERS = "tests/interop/test_diffusers.py"
+GGUF = "tests/interop/test_gguf_write.py"
 FAULTY = "tests/interop/test_faulty_rows.py"
 HONEST = "tests/interop/test_honest_training.py"
 RECIPE = "tests/interop/test_recipe.py"
@@ -311,6 +312,12 @@ MUTANTS = [
     ("optim/groups.py", "parts[-1].rpartition(\"_\")[2] == \"B\" and any(mark in parts for mark in MARKS)", "parts[-1] == \"B\" and any(mark in parts for mark in MARKS)", RULES + "::test_groups_for_loraplus"),
     ("optim/groups.py", "and any(mark in parts for mark in MARKS)", "and True", RULES + "::test_groups_for_loraplus"),
     ("io/diffusers.py", "\"rank_pattern\": ranks, \"alpha_pattern\": ranks,", "\"rank_pattern\": ranks,", DIFFUSERS + "::test_what_is_written_is_read"),
+    ("host/readers.py", "\"bnb\", \"fuse\", \"unfuse\")", "\"bnb\")", DIFFUSERS),
+    ("io/gguf_write.py", "if not family.turned or heads is None:", "if True:", GGUF + "::test_llama_cpp_computes_what_the_model_does"),
+    ("io/gguf_write.py", "* (pair[\"lora_A\"].shape[0] / alpha)", "", GGUF + "::test_a_lora_is_an_adapter_of_llama_cpp"),
+    ("io/gguf_write.py", "return (plain / stretched.double()).float()", "return None", GGUF + "::test_llama_cpp_computes_what_the_model_does"),
+    ("io/gguf_words.py", "[-float(place.get(token, len(merges)))", "[float(place.get(token, len(merges)))", GGUF + "::test_llama_cpp_splits_texts_into_pieces_as_the_tokenizer"),
+    ("train/asking.py", "getattr(task, role, None) or task.roles[role][0]", "task.roles[role][0]", "tests/interop/test_use_load.py -k alone_are_asked"),
     ("io/diffusers.py", "for k, v in told.items() if k.startswith(prefix)", "for k, v in told.items()", DIFFUSERS + "::test_each_part_of_a_file_has_its_own_configuration"),
     ("io/tensorfile.py", "return torch.frombuffer(raw, dtype=torch.uint8).view(entry.shape).ne(0)", "return torch.frombuffer(raw, dtype=torch.bool).view(entry.shape)", FILES + "::test_a_bool_is_one_of_two_whatever_its_byte_says"),
     ("io/draft.py", "os.chmod(self.name, stat.S_IMODE(os.stat(path).st_mode))", "pass", FILES + "::test_modes_follow_the_umask_and_the_user"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 
@@ -35,6 +36,11 @@ def test_a_folder_of_photographs_becomes_a_report_and_answers(tmp_path):
     walk.undula(*train, "--batch", "8", "--out", "sorter", "--skip-faulty", "0.1")
     report = json.loads((tmp_path / "sorter/report.json").read_text())
     assert report["after"]["accuracy"] == 1.0
+    page = (tmp_path / "sorter/report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "rust" in page
+    assert "data:image/" in page  # the photographs are in it
+    assert not re.search(r"""(?:src|href)=["']?https?:""", page)  # and it needs nothing from elsewhere
 
     walk.undula("predict", "sorter", "new", "--out", "answers.csv")
     with open(tmp_path / "answers.csv", encoding="utf-8", newline="") as opened:
