@@ -59,6 +59,10 @@ RESTARTS = "tests/oracles/test_restarts.py"
 COURSES = "tests/oracles/test_courses.py"
 PROCEDURES = "tests/oracles/test_procedures.py"
 PADDING = "tests/oracles/test_padding.py"
+PACKING = "tests/laws/test_packing.py"
+PREFERENCE, LOOK = "tests/interop/test_data_preference.py", "tests/interop/test_data_look.py"
+CHAT, MEDIA = "tests/interop/test_data_chat.py", "tests/interop/test_data_media.py"
+ENCODINGS = "tests/interop/test_data_encodings.py"
 DATA = "tests/interop/test_data_training.py"
 MASTERS = "tests/laws/test_masters.py"
 DIFFUSERS = "tests/interop/test_diffusers.py"
@@ -225,7 +229,7 @@ MUTANTS = [
     ("train/recipe.py", "return value if hint in (int, float, torch.dtype) else", "return float(value) if hint is float and value is not None else value if hint in (int, float, torch.dtype) else", RECIPE + "::test_runs_of_studies_are_found_again_under_their_keys"),
     ("study/spec.py", "found[\"schedule\"] = None", "pass", RECIPE + "::test_relora_keeps_its_own_schedule_where_a_study_has_one_for_all"),
     ("study/sources.py", "choose(model, where, exclude)", "choose(model, where)", RECIPE + "::test_a_budget_counts_the_layers_that_an_arm_adapts"),
-    ("train/fit.py", "exclude=run.exclude, overrides", "overrides", RECIPE + "::test_excluded_layers_stay_as_they_are"),
+    ("train/fit.py", "        exclude=run.exclude,\n", "", RECIPE + "::test_excluded_layers_stay_as_they_are"),
     ("train/trainer.py", "run.lr * run.b_ratio", "run.lr", RECIPE + "::test_loraplus_is_a_setting"),
     ("optim/optimisers.py", "\"scale_parameter\": False", "\"scale_parameter\": True", RECIPE + "::test_adafactors_step_is_the_papers"),
     ("train/trainer.py", "{\"lr\": run.lr, **constants}", "{\"lr\": run.lr}", RECIPE + "::test_every_optimiser_trains_and_resumes_to_the_bit"),
@@ -356,6 +360,16 @@ MUTANTS = [
     ("study/report/curves.py", "left + columns * (WIDTH + GAP)", "left + columns * WIDTH", REPORT + "::test_no_text_leaves_its_drawing_and_none_lies_on_another"),
     ("observe/drawing.py", "if high - low > 1e-9 * size else", "if high > low else", REPORT + "::test_rounding_alone_does_not_look_like_a_difference"),
     ("observe/drawing.py", "matplotlib.rcdefaults()", "pass", REPORT + "::test_settings_of_the_user_change_no_drawing"),
+    ("train/packing.py", 'in made.items()}, "use_cache": False}', "in made.items()}}", PACKING + " -k cache"),
+    ("train/packing.py", '(IGNORED, *example["labels"][1:])', 'example["labels"]', PACKING + " -k first_token"),
+    ("train/reference.py", "        select(model, None)\n", "", PREFERENCE + "::test_the_reference_is_the_base"),
+    ("train/preference_rows.py", 'while cut and not (', 'while cut and not (True or ', PREFERENCE + " -k within"),
+    ("train/look.py", "                p.grad = gradient\n", "                pass\n", LOOK + "::test_a_look_changes_nothing"),
+    ("train/conversation.py", "return through[: at + len(asks)]", "return through[:at]", CHAT + " -k transformers"),
+    ("train/format.py", "messages if said or not self.system", "messages if not self.system", CHAT + " -k system_prompt"),
+    ("train/data.py", "if len(flat) > 1 or flat", "if len(flat) > 9 or False and flat", MEDIA + " -k without_classes"),
+    ("train/audio.py", "if there < promised < STREAMED", "if False", MEDIA + " -k damaged"),
+    ("train/decoding.py", "marked is None and not _is_utf8(path)", "marked is None", ENCODINGS + " -k shows_what_it_is"),
 ]  # fmt: skip
 
 
