@@ -10,8 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 import pytest
 import torch
 
-from undula.train import page
-
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -30,13 +28,20 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in kept]
 
 
-drawn, page.write = page.write, lambda *_: None
+def pytest_configure(config):
+    """Without pages of trainings, see `pages`.  Here, for nothing of undula is to be imported before the tests begin:
+    mutants put other sources in its place."""
+    from undula.train import page
+
+    config.drawn, page.write = page.write, lambda *_: None
 
 
 @pytest.fixture
-def pages(monkeypatch):
+def pages(monkeypatch, pytestconfig):
     """Trainings write their pages: which takes as long as a tiny training, so it is left out elsewhere."""
-    monkeypatch.setattr(page, "write", drawn)
+    from undula.train import page
+
+    monkeypatch.setattr(page, "write", pytestconfig.drawn)
 
 
 known = 0  # modules
