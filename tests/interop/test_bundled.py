@@ -193,11 +193,12 @@ def test_links_pickles_and_bombs_are_refused(tmp_path, monkeypatch):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(AssetError, match=r"'gpt2'; there are: minilm, smollm2, efficientnet-lite0, wordnet"):
-        bundled.fetch("gpt2")
     with pytest.raises(
-        AssetError, match=r"no bundled model .*of the other kind\); there are: minilm, smollm2, efficientnet-lite0$"
+        AssetError, match=r"'gpt2'; there are: minilm, smollm2, efficientnet-lite0, whisper-tiny-en, wordnet"
     ):
+        bundled.fetch("gpt2")
+    known = "minilm, smollm2, efficientnet-lite0, whisper-tiny-en"
+    with pytest.raises(AssetError, match=rf"no bundled model .*of the other kind\); there are: {known}$"):
         bundled.model_path("wordnet")
 
 
@@ -339,6 +340,26 @@ def test_smollm2_weights_are_those_of_the_gguf_file(no_network):
     q_gguf = file.tensor("blk.7.attn_q.weight").view(9, 32, 2, 576)  # neighbouring rows rotate together
     assert torch.equal(q_gguf[:, :, 0], q[:, 0])
     assert torch.equal(q_gguf[:, :, 1], q[:, 1])
+
+
+def test_whisper_is_put_together_right(no_network):
+    """The encoder's places are sines, as it was published; what the decoder finds likely is English in its order."""
+    from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    path = bundled.model_path("whisper-tiny-en")
+    model, processor = AutoModelForSpeechSeq2Seq.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    sines = sinusoids(1500, 384)
+    torch.testing.assert_close(model.model.encoder.embed_positions.weight.data, sines, atol=1e-3, rtol=1e-2)
+    maker = processor.feature_extractor
+    silence = maker(torch.zeros(16000).numpy(), sampling_rate=16000, return_tensors="pt").input_features
+    with torch.no_grad():
+        heard = model.model.encoder(silence)
+        losses = []
+        for text in (" The capital of France is a large city.", " city large a is France of capital The."):
+            ids = processor.tokenizer(text, return_tensors="pt").input_ids
+            losses.append(float(model(encoder_outputs=heard, decoder_input_ids=ids[:, :-1], labels=ids[:, 1:]).loss))
+    assert losses[0] + 1.0 < losses[1]
 
 
 # --- GGUF ----------------------------------------------------------------------------------------------------------
