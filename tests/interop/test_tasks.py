@@ -68,10 +68,36 @@ def questions(n, seed=0):
     return rows
 
 
+def rated(n, seed=0):
+    """Two sentences, and 5 where both are good or both bad, else 0."""
+    draw, rows = random.Random(seed), []
+    for _ in range(n):
+        first, second = (draw.choice([tiny.GOOD, tiny.BAD]) for _ in range(2))
+        texts = [f"the {draw.choice(tiny.WORDS[12:15])} was {draw.choice(words)}" for words in (first, second)]
+        rows.append({"sentence1": texts[0], "sentence2": texts[1], "score": 5 * (first is second)})
+    return rows
+
+
+def paired(n, seed=0):
+    """A sentence, another that says the like of the same thing, and one that does not."""
+    draw, rows = random.Random(seed), []
+    for _ in range(n):
+        thing, words = draw.choice(tiny.WORDS[12:15]), draw.sample([tiny.GOOD, tiny.BAD], 2)
+        rows.append({
+            "anchor": f"the {thing} was {draw.choice(words[0])}",
+            "positive": f"a very {words[0][0]} {thing}",
+            "negative": f"a very {words[1][0]} {thing}",
+        })  # fmt: skip
+    return rows
+
+
 EVERY = (
     Kind("multi-label", tiny.bert, labelled, "AutoModelForSequenceClassification", 0.65, lr=6e-3, steps=80),
     Kind("token-classification", tiny.bert, named, "AutoModelForTokenClassification", 0.5, lr=6e-3, steps=80),
     Kind("seq2seq", tiny.t5, questions, "AutoModelForSeq2SeqLM", 0.6, lr=1e-2, steps=60),
+    Kind("similarity", tiny.bert, rated, "AutoModel", 0.5, lr=6e-3, steps=80),
+    Kind("pairs", tiny.bert, paired, "AutoModel", 0.6, lr=6e-3, steps=60, task="similarity",
+         options=("kind=pairs",)),
     Kind("whisper", tiny.whisper, tiny.tones, "AutoModelForSpeechSeq2Seq", 0.5, lr=1e-2, task="speech-recognition",
          number=32, options=("max_text=6",)),
     Kind("wav2vec2", tiny.wav2vec2, tiny.tones, "AutoModelForCTC", 5.0, task="speech-recognition", number=32,
@@ -137,10 +163,9 @@ def test_it_resumes_to_the_bit(trained, tmp_path):
 
 def test_it_is_looked_at_first(trained, tmp_path):
     kind, base, data, _ = trained
-    shown = verb(
-        "train", "--model", base, "--data", data, "--task", kind.task or kind.name, "--dry-run", "--out", tmp_path / "o"
-    )
-    assert str(kind.number) in shown
+    options = [word for option in kind.options for word in ("--task-set", option)]
+    words = ("--model", base, "--data", data, "--task", kind.task or kind.name, *options, "--out", tmp_path / "o")
+    assert str(kind.number) in verb("train", *words, "--dry-run")
     assert not (tmp_path / "o").exists()
 
 
@@ -186,7 +211,9 @@ def answers(opened, rows):
 
 def test_the_merged_model_says_what_it_is_for(trained, tmp_path):
     """A whole model is opened for the task that it was trained for, its classes named."""
-    *_, out = trained
+    kind, *_, out = trained
+    if kind.opener == "AutoModel":
+        pytest.skip("a bare body says nothing of its task")
     verb("merge", out, "--out", tmp_path / "merged")
     opened, task = undula.load(tmp_path / "merged"), Run.load(out).task
     assert type(opened.run.task) is type(task)

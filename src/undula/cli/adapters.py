@@ -101,6 +101,7 @@ def merge(
     with whole(out) as folder, quiet():
         try:
             opened.model.save_pretrained(folder)
+            opened.run.task.beside(opened.model, folder)
         except NotImplementedError as error:  # what transformers raises for quantisation that it only reads
             raise RuntimeError("transformers cannot write this quantised base: merge with --dense") from error
         if opened.processor is not None:

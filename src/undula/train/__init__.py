@@ -12,6 +12,7 @@ from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
 from .seq2seq import Seq2Seq
+from .similarity import Similarity
 from .speech_recognition import SpeechRecognition
 from .task import Examples, Task
 from .token_classification import TokenClassification
@@ -36,6 +37,7 @@ __all__ = [
     "Restored",
     "Run",
     "Seq2Seq",
+    "Similarity",
     "SpeechRecognition",
     "Spoken",
     "Task",

@@ -141,11 +141,11 @@ class Regression(TextTask):
         labels = torch.tensor(examples.rows["label"][:])
         return {
             "mse": float((guesses - labels).square().mean()),
-            **_correlations(guesses, labels),
+            **correlations(guesses, labels),
         }
 
 
-def _correlations(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+def correlations(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     """Pearson's and Spearman's; 0 where one side is constant."""
     from scipy import stats
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .classification import Classification, Regression
 from .faults import Faults
 from .multi_label import MultiLabel
 from .seq2seq import Seq2Seq
+from .similarity import Similarity
 from .task import Example, Examples, Processor, Task
 from .token_classification import TokenClassification
 
@@ -38,6 +40,9 @@ CLASSES = {
 }
 CONFIG, BASE = "base/config.json", "undula_base"  # the configuration beside an exported LoRA; its key for our own name
 TOLD = "undula_task"  # a configuration's key for the task as it was trained, and the roles that its rows had
+
+
+SAID: dict[Any, type[Task]] = {"CAUSAL_LM": CausalLM, "SEQ_2_SEQ_LM": Seq2Seq}  # a type that says all of the task
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,8 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
                 f"task_type {kind}: make them agree"
             )
         return told[0]
-    if kind == CausalLM.peft:
-        return CausalLM()
+    if kind in SAID:
+        return SAID[kind]()
     of_base = config_of(base)
     if kind == Classification.peft:
         return _classification(path, adapter, of_base)
@@ -139,8 +144,8 @@ def task_of(path: Path, config: Mapping[str, Any], adapter: Adapter, base: str) 
             "undula.attach(model, undula.Adapter.load(path))"
         )
     name = _class(config, adapter, of_base) if kind is None else CLASSES[kind]
-    if kind == Seq2Seq.peft:
-        return Seq2Seq()
+    if kind == Similarity.peft and importlib.util.find_spec("sentence_transformers") is not None:
+        return Similarity()
     if kind == TokenClassification.peft:
         return TokenClassification(names=_all_names(path, of_base, _count(name, adapter, of_base)))
     return Unmeasured(kind, name, _count(name, adapter, of_base))

@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -40,6 +41,7 @@ class Task(Choice):
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()  # roles that may have no column
     peft: ClassVar[str | None]  # PEFT's task type, written into the adapter directory; None where PEFT has none
+    own_loss: ClassVar[bool] = False  # that `loss` is none that the model returns of a batch
     auto: ClassVar[str | None] = None  # the class of transformers that opens its model, where no PEFT type tells it
     pipeline: ClassVar[str | None] = None  # what the hub, and transformers' pipelines, call such a task
     headline: ClassVar[str]  # the metric of tables
@@ -149,6 +151,9 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     def agree(self, processor: Processor, model: PreTrainedModel) -> None:
         """Settles what the two must have in common: for a tokenizer the token to pad with."""
         padding(processor, model)
+
+    def beside(self, model: PreTrainedModel, folder: Path) -> None:
+        """Writes into a folder with the whole model what belongs to it besides."""
 
     @abc.abstractmethod
     def example(self, row: Mapping[str, Any], processor: Processor, /) -> Example:

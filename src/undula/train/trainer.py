@@ -43,6 +43,7 @@ class AdapterTrainer(Trainer):
     items = batches = 1  # of the update under way
     measure: Callable[[], dict[str, float]]  # of the model as it is
     weights: torch.Tensor | None = None  # of the classes
+    own_loss: Callable[[Any, Any], torch.Tensor] | None = None  # see `Task.own_loss`
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -66,16 +67,20 @@ class AdapterTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         still_statistics(model)  # here, because the Trainer puts the whole model into training mode before every batch
+        if self.own_loss is not None:
+            loss = self.own_loss(model, inputs) * (1.0 if self.batches == 1 else self._share(inputs))
+            return (loss, {}) if return_outputs else loss
         found: Any = super().compute_loss(model, inputs, return_outputs or self.weights is not None, num_items_in_batch)
         if self.weights is not None:
             loss = weighed(found[1]["logits"], inputs["labels"], self.weights)
             found = (loss, *found[1:]) if return_outputs else loss
         if self.model_accepts_loss_kwargs or self.batches == 1:
             return found
-        share = (
-            self.items_of(inputs) * self.batches / max(self.items, 1)
-        )  # a mean over this batch, which may be shorter than others
-        return (found[0] * share, *found[1:]) if return_outputs else found * share
+        return (found[0] * self._share(inputs), *found[1:]) if return_outputs else found * self._share(inputs)
+
+    def _share(self, inputs: Any) -> float:
+        """Of a mean over this batch, which may be shorter than others."""
+        return self.items_of(inputs) * self.batches / max(self.items, 1)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """What the task measures while it trains, by the first process; the training's own draws stay what they are.
@@ -238,6 +243,7 @@ def trainer(
         run.task.has_head or run.task.mean_loss
     ):  # whose loss is a batch's mean: many a head is given the number of all items and ignores it,
         made.model_accepts_loss_kwargs = False  # and the Trainer would multiply by processes, and not divide by batches
+    made.own_loss = run.task.loss() if run.task.own_loss else None  # type: ignore[method-assign]
     made.items_of = run.task.items  # type: ignore[method-assign]
     weights = run.task.weights(examples.rows)
     made.weights = None if weights is None else torch.tensor(weights, device=arguments.device)
