@@ -279,7 +279,7 @@ class Similarity(Task):
 
 def ranks(vectors: torch.Tensor, columns: Sequence[Sequence[str]]) -> dict[str, float]:
     """{mrr, accuracy_at_1} of the anchors among all different other texts, by cosine; of an anchor with several texts
-    of its own the nearest counts.  `vectors`: (2 or 3, rows, d) of the `columns` anchor, positive and maybe negative."""
+    of its own the nearest counts.  `vectors`: (2 or 3, rows, d) of the `columns` anchor, positive, maybe negative."""
     anchors, positives, *_ = columns
     number: dict[str, int] = {}
     found = []
