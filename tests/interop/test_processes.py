@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
@@ -250,7 +249,7 @@ def test_one_process_uses_one_of_several_devices(two, monkeypatch, tmp_path):
             super().__post_init__()
             self._n_gpu = 2
 
-    monkeypatch.setattr(sys.modules["undula.train.trainer"], "TrainingArguments", Two)
+    monkeypatch.setattr(CausalLM, "arguments", lambda _, **settings: Two(**settings))
     ready = prepare(dataclasses.replace(_runs(two[0])[0], out=tmp_path / "out"))
     made = trainer(ready.run, ready.model, ready.train, ())
     assert made.args.n_gpu == 1
