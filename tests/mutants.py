@@ -392,6 +392,8 @@ def failing(tests: str, copy: Path) -> str | None:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.path.insert(0, str(copy))
+        for name in [m for m in sys.modules if m.partition(".")[0] in ("undula", "tests")]:
+            del sys.modules[name]  # conftest loads the sources as they are: without this every mutant would survive
         os.environ["PYTHONPATH"] = str(copy)  # of processes that tests start
         options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=300"]
         with contextlib.suppress(BaseException):
