@@ -370,6 +370,11 @@ MUTANTS = [
     ("train/data.py", "if len(flat) > 1 or flat", "if len(flat) > 9 or False and flat", MEDIA + " -k without_classes"),
     ("train/audio.py", "if there < promised < STREAMED", "if False", MEDIA + " -k damaged"),
     ("train/decoding.py", "marked is None and not _is_utf8(path)", "marked is None", ENCODINGS + " -k shows_what_it_is"),
+    ("train/evaluating.py", "        torch.set_rng_state(ours)", "        pass", "tests/interop/test_training_evaluations.py::test_what_is_kept_is_the_adapter_of_that_step_of_a_run_without_evaluations"),
+    ("train/evaluating.py", "                if old != kept:", "                if True:", "tests/interop/test_training_evaluations.py::test_the_best_survives_a_kill"),
+    ('train/evaluating.py', 'told["since"] = 0 if better else', 'told["since"] = 0 if finite else', 'tests/interop/test_training_evaluations.py::test_it_ends_where_none_is_better_any_more'),
+    ("train/weighing.py", "return (each * weight.to(each)[labels]).mean()", "return (each * weight.to(each)[labels]).sum() / weight[labels].sum()", "tests/interop/test_training_weights.py::test_accumulated_batches_are_one_batch"),
+    ("train/details.py", "losses.argsort(descending=True, stable=True)", "losses.argsort(stable=True)", "tests/interop/test_training_report.py::test_figures_of_classes_are_those_of_scikit_learn"),
 ]  # fmt: skip
 
 
