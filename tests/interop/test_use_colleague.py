@@ -158,3 +158,15 @@ def test_a_readme_of_ones_own_stays(run, tmp_path):
     put(card, tmp_path)
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
     assert Path(run[1], "README.md").read_text().startswith("---\n")
+
+
+def test_every_task_says_what_the_hub_calls_it_and_what_opens_its_model():
+    import transformers
+
+    from undula.train import Task
+    from undula.train.card import opener
+
+    ours = [kind for kind in Task.registry.values() if kind.__module__.startswith("undula.")]
+    for kind in ours:
+        assert kind.pipeline, kind
+        assert hasattr(transformers, opener(kind())), kind

@@ -201,7 +201,7 @@ def opener(task: Task) -> str:
     """The class of transformers that opens the model of a task."""
     if isinstance(task, Unmeasured):
         return task.model_class
-    return task.auto or CLASSES[str(task.peft)]
+    return task.auto or CLASSES.get(str(task.peft), "AutoModel")
 
 
 def cell(text: str) -> str:

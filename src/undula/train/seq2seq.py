@@ -43,6 +43,7 @@ class Seq2Seq(Task):
     }
     targets = ("target",)
     peft = "SEQ_2_SEQ_LM"
+    pipeline = "text2text-generation"
     headline = "loss"
     has_head = False
     mean_loss = True

@@ -56,6 +56,7 @@ class Similarity(Task):
     optional = ("negative",)
     targets = ("rating", "anchor", "positive", "negative")
     peft = "FEATURE_EXTRACTION"
+    pipeline = "sentence-similarity"
     has_head = False
     mean_loss = True
     own_loss = True

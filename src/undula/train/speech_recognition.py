@@ -50,6 +50,7 @@ class SpeechRecognition(Task):
     targets = ("text",)
     peft = None
     auto = "AutoModelForSpeechSeq2Seq"
+    pipeline = "automatic-speech-recognition"
     headline = "wer"
     has_head = False
     mean_loss = True
