@@ -16,6 +16,7 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.train import Interrupted, MultiLabel, Run, evaluate, restored
+from undula.train.data import load_data
 from undula.train.faults import Faults
 
 
@@ -200,6 +201,17 @@ def test_what_peft_opens_is_measured_too(trained, tmp_path):
     options = ("--data", data, "--split", "train", "--rows", 40, "--json", "-")
     found, own = (json.loads(verb("eval", path, *options)) for path in (tmp_path / "plain", out))
     assert found == pytest.approx(own, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_rows_are_answered_from_the_command_line(form, trained, tmp_path):
+    """As many answers as rows, in a file of either form, from a file that holds what was learned too."""
+    *_, data, out = trained
+    verb("predict", out, data / "validation.jsonl", "--out", tmp_path / f"answers.{form}")
+    found = load_data(str(tmp_path / f"answers.{form}"))["train"]
+    assert len(found) == len((data / "validation.jsonl").read_text().splitlines())
+    said = {"labels", "entities", "text", "similarity", "embedding"}
+    assert said & set(found.column_names)
 
 
 def answers(opened, rows):
