@@ -214,6 +214,42 @@ def test_rows_are_answered_from_the_command_line(form, trained, tmp_path):
     assert said & set(found.column_names)
 
 
+STUDY = """
+title = "x"
+seeds = [1]
+[train]
+steps = 2
+batch = 8
+[sweep]
+rates = [1e-2]
+extend = 0
+[[models]]
+source = "{base}"
+[[data]]
+source = "{data}"
+task = "{task}"
+set = {{ {options} }}
+[[methods]]
+method = "LoRA"
+"""
+
+
+@pytest.mark.parametrize("name", ["token-classification", "pairs"])
+def test_a_study_takes_the_task(name, tmp_path):
+    """From its file to a measured run, by the metric that these rows have."""
+    kind = KINDS[name]
+    (tmp_path / "base").mkdir()
+    (tmp_path / "data").mkdir()
+    for split, n, seed in (("train", 32, 0), ("validation", 16, 1), ("test", 16, 2)):
+        tiny.jsonl(tmp_path / "data" / f"{split}.jsonl", kind.rows(n, seed))
+    options = ", ".join(f"{k} = '{v}'" for k, v in (o.split("=") for o in kind.options))
+    places = {"base": kind.base(tmp_path / "base"), "data": tmp_path / "data", "task": kind.task or kind.name}
+    (tmp_path / "study.toml").write_text(STUDY.format(options=options, **places))
+    said = verb("study", tmp_path / "study.toml", "--out", tmp_path / "out")
+    assert "1 runs have ended, 0 of them failed" in said
+    assert ("mrr" if name == "pairs" else "f1") in (tmp_path / "out" / "report" / "report.md").read_text()
+
+
 def answers(opened, rows):
     task = opened.run.task
     asked = task.asked(datasets.Dataset.from_list(rows), faults := Faults())

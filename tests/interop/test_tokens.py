@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.support import tiny
@@ -143,6 +143,25 @@ def test_a_tag_stands_at_the_first_piece_of_its_word(tmp_path):
     assert example["input_ids"] == [2, 4, 5, 6, 7, 3]
     assert example["labels"] == [-100, 3, 4, -100, 0, -100]
     assert list(lost) == ["words are lost, of which the tokenizer makes nothing"]
+
+
+def test_words_of_a_byte_level_tokenizer_begin_with_their_blank(tmp_path):
+    """RoBERTa's and GPT-2's pieces of a word within a text are others than those of a word alone."""
+    import transformers
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(["the film was good"] * 3, 300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    made.save_model(str(tmp_path))
+    transformers.RobertaConfig().save_pretrained(tmp_path)
+    transformers.RobertaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    task = TokenClassification(names=NAMES)
+    processor = task.processor(str(tmp_path))
+    encoded, first, _ = task.pieces({"tokens": ["the", "film"]}, processor)
+    assert encoded["input_ids"] == processor(" the film")["input_ids"]
+    assert processor.convert_ids_to_tokens(encoded["input_ids"][first[1]]).startswith("Ġ")
+    processor.save_pretrained(tmp_path / "kept")
+    again = task.pieces({"tokens": ["the", "film"]}, task.processor(str(tmp_path / "kept")))
+    assert again[0]["input_ids"] == encoded["input_ids"]
 
 
 def test_a_long_row_is_cut_told_and_measured_to_its_end(bert, tmp_path):
