@@ -7,7 +7,14 @@ from . import combine, io, ranks, starts
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
 from .core import VERSION
 from .core.adapter import Adapter
-from .core.method import Additive, Layer, LowRank, Method, Reweight, Site
+from .core.method import (
+    Additive,
+    Layer,
+    LowRank,
+    Method,
+    Reweight,
+    Site,
+)
 from .host.host import adapters, attach, detach, select, selected
 from .host.merging import merge, unmerge
 from .host.mixing import rows

@@ -6,11 +6,19 @@ import pytest
 
 import undula
 from tests.support import tiny
-from undula.train import CausalLM, Chat, Plain, Run, look, prepare, restored
-from undula.train.conversation import tokens
-from undula.train.data import load_data
-from undula.train.format import TEMPLATES
-from undula.train.shown import IGNORED
+from undula.train import (
+    CausalLM,
+    Chat,
+    Plain,
+    Run,
+    look,
+    prepare,
+    restored,
+)
+from undula.train.data.conversation import tokens
+from undula.train.data.load import load_data
+from undula.train.tasks.format import TEMPLATES
+from undula.train.tasks.shown import IGNORED
 
 # with an end that is a token of this tokenizer, and with the marks by which transformers tells the assistant's tokens
 MARKED = (

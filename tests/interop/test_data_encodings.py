@@ -7,9 +7,9 @@ import pytest
 import undula
 from tests.support import tiny
 from undula.train import Classification, Regression, Run, evaluate, prepare
-from undula.train.data import load_data
-from undula.train.faults import Faults
-from undula.train.readers import read_file
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data
+from undula.train.data.readers import read_file
 
 TEXTS = {  # an encoding, and a text that it holds
     "cp1252": "café “naïve”",

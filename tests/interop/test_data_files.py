@@ -10,10 +10,10 @@ import datasets
 import pytest
 
 from tests.support import tiny
-from undula.train.columns import classes, numbers, texts
-from undula.train.data import load_data, read_file
-from undula.train.faults import Faults
-from undula.train.source import source_of
+from undula.train.data.columns import classes, numbers, texts
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data, read_file
+from undula.train.data.source import source_of
 
 NASTY = [
     *("007", "1e3", "2024-01-31", "NA", "nan", "null", "None", "True", "false", "-0", "+5", "1_000", "0x1F", "1,5", ""),

@@ -13,7 +13,15 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.ranks import ALoRA
-from undula.train import CausalLM, Classification, ImageClassification, Regression, Run, look, prepare
+from undula.train import (
+    CausalLM,
+    Classification,
+    ImageClassification,
+    Regression,
+    Run,
+    look,
+    prepare,
+)
 from undula.train.look import looked
 
 CHAT = (

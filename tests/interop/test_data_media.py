@@ -10,12 +10,12 @@ import soundfile
 
 from tests.support import tiny
 from undula.train import ImageClassification
-from undula.train.audio import fingerprint, opened, seconds, sounds
-from undula.train.data import load_data
-from undula.train.faults import Faults
+from undula.train.data.audio import fingerprint, opened, seconds, sounds
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data
+from undula.train.data.source import source_of
+from undula.train.data.splitting import inputs
 from undula.train.measure import rows_digest
-from undula.train.source import source_of
-from undula.train.splitting import inputs
 
 RATE = 8000
 

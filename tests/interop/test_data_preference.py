@@ -12,11 +12,19 @@ import undula
 from tests.support import tiny
 from tests.support.models import shake
 from undula.starts import LoRAGA
-from undula.train import Chat, Preference, Run, evaluate, look, prepare, restored
-from undula.train.data import load_data
-from undula.train.faults import Faults
-from undula.train.preference import LOSSES
-from undula.train.reference import alone
+from undula.train import (
+    Chat,
+    Preference,
+    Run,
+    evaluate,
+    look,
+    prepare,
+    restored,
+)
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data
+from undula.train.tasks.preference import LOSSES
+from undula.train.tasks.reference import alone
 
 TEMPLATE = (
     "{% for m in messages %}[CLS] {{ m.role }} {{ m.content }} [SEP] {% endfor %}"

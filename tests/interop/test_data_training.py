@@ -42,12 +42,12 @@ from undula.train import (
     restored,
 )
 from undula.train.base import open_model
-from undula.train.conversation import tokens
-from undula.train.data import read_file, with_validation
+from undula.train.data.conversation import tokens
+from undula.train.data.load import read_file, with_validation
 from undula.train.fit import claim, prepare
-from undula.train.limits import Cuts, positions, table_of
-from undula.train.outputs import order_of, with_head
 from undula.train.rows import rows_of
+from undula.train.tasks.limits import Cuts, positions, table_of
+from undula.train.tasks.outputs import order_of, with_head
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -18,8 +18,8 @@ from undula.train import (
     Run,
     evaluate,
 )
-from undula.train.data import load_data, read_file
-from undula.train.faults import Faults
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data, read_file
 from undula.train.rows import rows_of
 
 TEXT = [f'{{"text": "row {i}", "label": "{"ab"[i % 2]}"}}' for i in range(20)]

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fine(folder, tmp_path_factory):
     """The same images under the names of the columns of CIFAR-100."""
-    from undula.train.data import load_data
+    from undula.train.data.load import load_data
 
     path = tmp_path_factory.mktemp("fine")
     for split, rows in load_data(folder).items():

@@ -17,10 +17,17 @@ from typer.testing import CliRunner
 import undula
 from tests.support import tiny
 from undula.cli.main import app
-from undula.train import ImageClassification, Run, evaluate, prepare, restored, trainer
+from undula.train import (
+    ImageClassification,
+    Run,
+    evaluate,
+    prepare,
+    restored,
+    trainer,
+)
 from undula.train.base import open_model
-from undula.train.data import load_data
-from undula.train.images import fingerprint, opened
+from undula.train.data.images import fingerprint, opened
+from undula.train.data.load import load_data
 
 WHERE = ("stem", "expand", "project", "top")
 

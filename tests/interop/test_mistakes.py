@@ -20,9 +20,9 @@ from undula.cli.main import VERBS, app
 from undula.core.choice import Choice
 from undula.train import worries
 from undula.train.base import open_model
-from undula.train.classification import Classification
 from undula.train.run import Run
-from undula.train.task import Task
+from undula.train.tasks.classification import Classification
+from undula.train.tasks.task import Task
 
 
 def run(*words):

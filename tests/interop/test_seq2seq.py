@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 import undula
 from tests.support import tiny
 from undula.train import Examples, Run, Seq2Seq, TokenClassification
-from undula.train.data import load_data
-from undula.train.faults import Faults
-from undula.train.rouge import agreement
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data
+from undula.train.tasks.rouge import agreement
 
 SIZES = {"vocab_size": 24, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
          "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 12,

@@ -13,9 +13,9 @@ from tests.support import tiny
 from undula.cli.main import app
 from undula.train import Examples, Run, Similarity, restored
 from undula.train.base import open_model
-from undula.train.data import load_data
-from undula.train.faults import Faults
-from undula.train.similarity import ranks
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data
+from undula.train.tasks.similarity import ranks
 
 TEXTS = ["the film was good", "a very bad day and the food was poor"]
 

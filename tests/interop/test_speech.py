@@ -10,7 +10,7 @@ import undula
 from tests.support import tiny
 from undula.train import Examples, Run, SpeechRecognition, Spoken
 from undula.train.base import open_model
-from undula.train.transcripts import error_rates
+from undula.train.tasks.transcripts import error_rates
 
 
 def test_error_rates_count_words_and_characters_of_all_rows():

@@ -29,7 +29,7 @@ from undula.study.store import Record, Store
 from undula.study.trial import Trial, perform
 from undula.study.watch import Watch
 from undula.train.base import open_model
-from undula.train.task import Examples
+from undula.train.tasks.task import Examples
 
 SUM = 2 * (4 * 64 + 2 * 80) + 64  # of O + I over the linear layers of the tiny BERT: two blocks and the pooler
 TEXT = """

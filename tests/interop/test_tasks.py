@@ -16,8 +16,8 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.train import Interrupted, MultiLabel, Run, evaluate, restored
-from undula.train.data import load_data
-from undula.train.faults import Faults
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data
 
 
 def labelled(n, seed=0):
@@ -306,7 +306,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_sets_of_labels_are_read_as_people_write_them(form, tmp_path):
-    from undula.train.data import load_data
+    from undula.train.data.load import load_data
 
     content = FORMS[form]
     if isinstance(content, str):
@@ -341,7 +341,7 @@ WRONG = {
 
 @pytest.mark.parametrize("said", WRONG)
 def test_what_is_no_set_of_labels_is_named(said, tmp_path):
-    from undula.train.data import load_data
+    from undula.train.data.load import load_data
 
     data = load_data(tiny.jsonl(tmp_path / "d.jsonl", WRONG[said]))
     with pytest.raises((ValueError, LookupError), match=said):
@@ -349,7 +349,7 @@ def test_what_is_no_set_of_labels_is_named(said, tmp_path):
 
 
 def test_an_unknown_label_of_the_validation_rows_is_named(tmp_path):
-    from undula.train.data import load_data
+    from undula.train.data.load import load_data
 
     tiny.jsonl(tmp_path / "train.jsonl", [{"text": "a", "label": ["x", "y"]}])
     tiny.jsonl(tmp_path / "validation.jsonl", [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["x", "z"]}])

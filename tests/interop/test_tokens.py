@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.support import tiny
 from undula.train import Examples, TokenClassification
-from undula.train.data import load_data
-from undula.train.faults import Faults
-from undula.train.limits import fits
-from undula.train.spans import words_of
+from undula.train.data.faults import Faults
+from undula.train.data.load import load_data
+from undula.train.data.spans import words_of
+from undula.train.tasks.limits import fits
 
 SENTENCES = [("John Smith sang .", "B-PER I-PER O O"), ("in Rome", "O B-LOC")]
 NAMES = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")

@@ -29,7 +29,7 @@ from undula.train import (
     restored,
 )
 from undula.train.base import open_model
-from undula.train.data import load_data, with_validation
+from undula.train.data.load import load_data, with_validation
 from undula.train.fit import Diverged
 from undula.train.resume import last_checkpoint
 
@@ -259,7 +259,7 @@ def test_regression(bert, tmp_path):
 def test_correlations_against_scipy():
     from scipy.stats import pearsonr, spearmanr
 
-    from undula.train.classification import _correlations
+    from undula.train.tasks.classification import _correlations
 
     a, b = torch.tensor([1.0, 2, 2, 5, -3]), torch.tensor([0.0, 1, 1, 1, 7])
     expected = {"pearson": pearsonr(a, b).statistic, "spearman": spearmanr(a, b).statistic}

@@ -18,7 +18,16 @@ from undula.optim.optimisers import SGD, AdamW
 from undula.optim.schedules import Cosine
 from undula.ranks.relora import Jagged
 from undula.starts import PiSSA
-from undula.train import CausalLM, Chat, Classification, ImageClassification, Plain, Recipe, Run, config
+from undula.train import (
+    CausalLM,
+    Chat,
+    Classification,
+    ImageClassification,
+    Plain,
+    Recipe,
+    Run,
+    config,
+)
 
 USUAL = Recipe("a/model", "data.csv", Classification(), undula.LoRA(r=2))
 SEVERAL = (

@@ -16,7 +16,7 @@ from tests.support.courses import COURSES
 from undula.train import CausalLM, Classification, Run, evaluate, prepare
 from undula.train.evaluating import number_of
 from undula.train.resume import evaluated, last_checkpoint
-from undula.train.task import Task
+from undula.train.tasks.task import Task
 
 LORA = undula.LoRA(r=2)
 

@@ -13,7 +13,14 @@ from sklearn.metrics import classification_report, confusion_matrix
 import undula
 from tests.support import tiny
 from undula.observe.page import html
-from undula.train import CausalLM, Classification, ImageClassification, Regression, Run, page
+from undula.train import (
+    CausalLM,
+    Classification,
+    ImageClassification,
+    Regression,
+    Run,
+    page,
+)
 from undula.train.curves import smooth
 from undula.train.details import diagnosis, of_classes
 from undula.train.fit import Diverged

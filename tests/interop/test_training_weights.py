@@ -13,9 +13,17 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.study.read import parse
-from undula.train import CausalLM, Classification, ImageClassification, Recipe, Run, config, prepare
+from undula.train import (
+    CausalLM,
+    Classification,
+    ImageClassification,
+    Recipe,
+    Run,
+    config,
+    prepare,
+)
+from undula.train.tasks.weighing import weighed, weights
 from undula.train.trainer import trainer
-from undula.train.weighing import weighed, weights
 
 RARE = [*({"text": f"the film was {w}", "label": "bad"} for w in tiny.BAD * 6),
         *({"text": f"the food was {w}", "label": "good"} for w in tiny.GOOD * 2)]  # fmt: skip

@@ -7,8 +7,8 @@ from datasets import Dataset
 from tests.support import tiny
 from undula.train import CausalLM, Chat, Classification, ImageClassification, Regression
 from undula.train.base import open_model
-from undula.train.faults import Faults
-from undula.train.generation import Sampling, Written, speak, stream, write
+from undula.train.data.faults import Faults
+from undula.train.tasks.generation import Sampling, Written, speak, stream, write
 
 LONG = " ".join(["good"] * 60)
 ROWS = [*(row["text"] for row in tiny.reviews(7)), "bad", "the film was very very very nice", LONG]
@@ -140,7 +140,7 @@ def test_draws_follow_the_seed_and_the_row_alone(tmp_path):
 
 def test_draws_have_the_probabilities_that_temperature_and_top_p_give():
     """Of 0.5, 0.3, 0.2 the first two make 0.7: the third is never drawn, the others as 5 to 3."""
-    from undula.train.generation import Draw
+    from undula.train.tasks.generation import Draw
 
     logits = torch.tensor([0.5, 0.3, 0.2]).log() * 2
     draw = Draw(Sampling(temperature=2.0, top_p=0.7), range(4000))

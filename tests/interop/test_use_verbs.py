@@ -103,7 +103,7 @@ def test_what_was_there_stays_where_answering_fails(texts, tmp_path, monkeypatch
     """The file has all answers, or is as it was."""
     out = tmp_path / "answers.csv"
     out.write_text("before")
-    from undula.train.classification import Classification
+    from undula.train.tasks.classification import Classification
 
     given = Classification.said
 
@@ -204,7 +204,7 @@ def test_a_talk_goes_on_from_what_was_said(words):
 
 def test_ctrl_c_stops_an_answer_and_not_the_talk(words, monkeypatch):
     """What was said until then is kept."""
-    from undula.train import generation
+    from undula.train.tasks import generation
 
     calls = []
 

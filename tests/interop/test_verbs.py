@@ -20,8 +20,8 @@ from tests.support import tiny
 from undula.cli.main import app
 from undula.train import restored
 from undula.train.base import open_model
-from undula.train.classification import Classification
 from undula.train.run import Run
+from undula.train.tasks.classification import Classification
 
 NAMES = ("sad", "so so", "glad")
 IDS = torch.tensor([[2, 4, 5, 6, 3], [2, 9, 10, 7, 3]])

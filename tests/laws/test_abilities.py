@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 import undula
-from undula import Additive, Centred, Dropout, LowRank, Method, Site, Substitute, Truncate
+from undula import (
+    Additive,
+    Centred,
+    Dropout,
+    LowRank,
+    Method,
+    Site,
+    Substitute,
+    Truncate,
+)
 from undula.core.bend import Bottleneck, Elementwise
 from undula.kernels import reference
 from undula.starts import Gaussian, Kaiming, Start

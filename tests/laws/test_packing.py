@@ -6,7 +6,7 @@ import transformers
 
 import undula
 from tests.support.models import shake
-from undula.train.packing import Packer, check_apart, fitted
+from undula.train.tasks.packing import Packer, check_apart, fitted
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "initializer_range": 0.3}

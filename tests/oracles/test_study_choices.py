@@ -26,7 +26,7 @@ from undula.study.store import Store
 from undula.study.trial import Trial
 from undula.study.watch import pruned
 from undula.train import CausalLM, Classification, Run
-from undula.train.task import Task
+from undula.train.tasks.task import Task
 
 GRID = (1e-3, 1e-2)
 

@@ -3,7 +3,7 @@ an entity begins with B, goes on with I of its type, and where the scheme has an
 
 import pytest
 
-from undula.train.tags import Scheme, agreement, in_tag_order, tagged
+from undula.train.data.tags import Scheme, agreement, in_tag_order, tagged
 
 IOB2 = {"O", "B-X", "I-X", "B-Y", "I-Y"}
 IOBES = IOB2 | {"E-X", "S-X", "E-Y", "S-Y"}

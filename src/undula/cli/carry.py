@@ -10,12 +10,19 @@ from typing import Any
 from ..core.adapter import Adapter
 from ..train.base import asset_of, called_elsewhere, config_of, model_folder, quiet
 from ..train.card import Card, put
-from ..train.foreign import BASE, CONFIG, Unmeasured, named_as, roles_of, telling
-from ..train.heads import HeadTask
-from ..train.limits import settle_pad
+from ..train.foreign import (
+    BASE,
+    CONFIG,
+    Unmeasured,
+    named_as,
+    roles_of,
+    telling,
+)
 from ..train.restored import described
 from ..train.run import RUN
-from ..train.task import Task
+from ..train.tasks.heads import HeadTask
+from ..train.tasks.limits import settle_pad
+from ..train.tasks.task import Task
 
 
 def carry(path: Path, adapter: Adapter, out: Path, model: str | None = None) -> None:

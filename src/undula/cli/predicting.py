@@ -94,8 +94,8 @@ def rows_asked(
     """The rows that are meant: of one file or folder, texts or images from the command line, or lines of the input.
     Their notes are said."""
     from ..train.asking import columns_named, question, read_path
-    from ..train.faults import Faults
-    from ..train.source import source_of
+    from ..train.data.faults import Faults
+    from ..train.data.source import source_of
 
     columns = dict(split_pair(pair, "a column") for pair in column)
     task, faults = columns_named(run.task, columns), Faults(checked_share(skip_faulty), run.encoding)
@@ -125,7 +125,7 @@ def checked_share(share: float | None) -> float | None:
 def is_place(text: str) -> bool:
     """Whether an argument names a file or folder: one that is there, or that has such a name."""
     from ..train.asking import FILES
-    from ..train.media import medium_of
+    from ..train.data.media import medium_of
 
     if len(text) > 4000 or "\n" in text:
         return False

@@ -14,8 +14,8 @@ import typer
 from . import answers_out, predicting, shell
 
 if TYPE_CHECKING:
-    from ..train.generation import Sampling
     from ..train.restored import Restored
+    from ..train.tasks.generation import Sampling
 
 Most = Annotated[int | None, typer.Option(help="Tokens to write at most. (default: as in training, else 256)", min=1)]
 Temperature = Annotated[float, typer.Option(help="0: the likeliest token each time; higher: more varied.", min=0)]
@@ -79,8 +79,8 @@ def generate(
 
 def sampling(opened: Restored, most: int | None, temperature: float, top_p: float, seed: int) -> Sampling:
     """How is written, with the training's own number of tokens where none is given."""
-    from ..train.causal_lm import WRITTEN
-    from ..train.generation import Sampling
+    from ..train.tasks.causal_lm import WRITTEN
+    from ..train.tasks.generation import Sampling
 
     return Sampling(most or opened.run.task.max_completion or WRITTEN, temperature, top_p, seed)  # type: ignore[attr-defined]
 
@@ -93,8 +93,8 @@ def _rows(given: str, typed: Sequence[str] | None) -> bool:
 def _prompts(given: Sequence[str]) -> list[str]:
     """The prompts, or the one file of rows that holds them; a text file is one prompt."""
     from ..train.asking import TEXTS
-    from ..train.decoding import encoding_of, opened
-    from ..train.faults import Faults
+    from ..train.data.decoding import encoding_of, opened
+    from ..train.data.faults import Faults
 
     if not given or list(given) == ["-"]:
         if sys.stdin.isatty():
@@ -123,7 +123,7 @@ def _tell_cut(cut: int, rows: int, how: Sampling) -> None:
 
 def _spoken(opened: Restored, row: dict[str, Any], how: Sampling, number: int) -> tuple[str, bool]:
     """Writes the answer to a row into the output as it comes.  Returns it, and whether it ended by itself."""
-    from ..train.generation import speak
+    from ..train.tasks.generation import speak
 
     ids = opened.run.task.asked_ids(row, opened.processor, how.max_new_tokens)  # type: ignore[attr-defined]
     pieces: list[str] = []
@@ -160,7 +160,7 @@ def chat(
     model: shell.Base = None,
 ) -> None:
     """Talk with a language model in the terminal.  /reset, /system TEXT, /quit; Ctrl-C stops an answer."""
-    from ..train.causal_lm import Chat, Plain
+    from ..train.tasks.causal_lm import Chat, Plain
 
     opened = predicting.open_saved(path, model)
     opened.check_writes()

@@ -27,7 +27,14 @@ from .checks import check_layer, check_padding, check_range, check_shapes
 from .masters import wide
 from .views import LinearView, outline, site
 from .weights import check_once, parameter_of
-from .where import Where, aliases, choose, layers_at, matches, with_body
+from .where import (
+    Where,
+    aliases,
+    choose,
+    layers_at,
+    matches,
+    with_body,
+)
 
 Shapes = Mapping[str, tuple[int, int]]
 

@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core.method import (
-    Factors,
-    LowRank,
-    Method,
-    Reweight,
-)
+from ..core.method import Factors, LowRank, Method, Reweight
 from .quantised import SHARD
 from .sharded import is_sharded
 from .views import LinearView

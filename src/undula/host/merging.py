@@ -17,7 +17,14 @@ from .host import nest, restore, select
 from .saving import unguard
 from .sharded import check_whole
 from .slots import remove
-from .state import Host, changing, exchange, find, host_of, parameter
+from .state import (
+    Host,
+    changing,
+    exchange,
+    find,
+    host_of,
+    parameter,
+)
 from .views import LinearView, check_writable
 from .weights import parameter_of, placed
 from .where import inner

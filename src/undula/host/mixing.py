@@ -13,12 +13,26 @@ import torch
 from torch import nn
 
 from ..core.adapter import Live
-from .host import adapt, forget, layer_at, layers_now, nest, unnest
+from .host import (
+    adapt,
+    forget,
+    layer_at,
+    layers_now,
+    nest,
+    unnest,
+)
 from .route import ROUTES, Base, Route
 from .sharded import is_fsdp
 from .shelf import Held, OnShelf, Shelf, marked
 from .slots import Slot
-from .state import PATIENCE, Host, check_shape, dismiss, find, replaced
+from .state import (
+    PATIENCE,
+    Host,
+    check_shape,
+    dismiss,
+    find,
+    replaced,
+)
 from .weights import own
 from .where import inner, resolve
 

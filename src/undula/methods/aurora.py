@@ -25,7 +25,14 @@ from torch import Tensor
 
 from ..core.bend import Bend, Bottleneck
 from ..core.choice import Choice
-from ..core.method import Factors, Layer, LowRank, Method, Settled, Site
+from ..core.method import (
+    Factors,
+    Layer,
+    LowRank,
+    Method,
+    Settled,
+    Site,
+)
 from ..core.ranges import Finite, Positive, Range, Rank
 from ..kernels import reference
 from ..kernels.autocast import exact, wide

@@ -30,7 +30,14 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.bend import Bend, Bottleneck, Elementwise
-from ..core.method import Additive, Factors, Layer, LowRank, Method, Reweight
+from ..core.method import (
+    Additive,
+    Factors,
+    Layer,
+    LowRank,
+    Method,
+    Reweight,
+)
 from ..host.host import layer_at
 from ..host.update import update
 from ..host.where import inner

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from ..core.adapter import Adapter
 from ..core.choice import plain
 from ..io import files
-from ..train.data import load_data, sample
-from ..train.faults import Faults
-from ..train.heads import Classes
+from ..train.data.faults import Faults
+from ..train.data.load import load_data, sample
 from ..train.recipe import Recipe
 from ..train.restored import Restored, restored
 from ..train.run import REPORT, Run
-from ..train.task import Examples
+from ..train.tasks.heads import Classes
+from ..train.tasks.task import Examples
 from . import statistics as S
 from .brief import brief
 from .outcome import FINAL, Outcome

@@ -15,7 +15,7 @@ from ..host.merging import merge, unmerge
 from ..host.state import host_of
 from ..observe import listen, padding
 from ..train.fit import Prepared
-from ..train.task import Examples
+from ..train.tasks.task import Examples
 
 CALIBRATION = 8  # batches of training rows that a collapse is fitted on
 MEASURED = 4  # batches of test rows that the outputs are compared on

@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from ..train.heads import Classes
+from ..train.tasks.heads import Classes
 from .sources import Sources
 from .spec import Rows
 

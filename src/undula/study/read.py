@@ -23,7 +23,7 @@ from ..core.options import build_from
 from ..io import toml
 from ..ranks import Procedure
 from ..train.recipe import dtype_called
-from ..train.task import Task
+from ..train.tasks.task import Task
 from . import splits
 from .plan import impossible
 from .reader import NUMBER, Faults, Reader

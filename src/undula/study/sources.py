@@ -11,7 +11,7 @@ from ..host.views import site
 from ..host.where import choose
 from ..train.base import model_folder, open_model, quiet
 from ..train.recipe import dtype_called
-from ..train.task import Task
+from ..train.tasks.task import Task
 from . import splits
 from .sizes import Shapes
 from .spec import Arm, Base, Rows, Study

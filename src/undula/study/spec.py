@@ -21,7 +21,7 @@ from ..core.ranges import (
 from ..ranks import Procedure
 from ..train.fields import default_of
 from ..train.recipe import Settings, refusals
-from ..train.task import Task
+from ..train.tasks.task import Task
 
 Halving = Annotated[int, Range(least=2, most=1 << 16)]
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..train.data import load_data, sample, split_of, with_validation
-from ..train.faults import Faults
-from ..train.images import fingerprint
-from ..train.task import Task
+from ..train.data.faults import Faults
+from ..train.data.images import fingerprint
+from ..train.data.load import load_data, sample, split_of, with_validation
+from ..train.tasks.task import Task
 from .spec import Rows
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from ..train.measure import PeakMemory, versions
 from ..train.recipe import Recipe, recipe_of
 from ..train.rows import in_own_order
 from ..train.run import Run
-from ..train.task import Examples, Task
+from ..train.tasks.task import Examples, Task
 from .sources import Sources
 from .spec import Rows
 from .spent import Spent

@@ -1,22 +1,22 @@
 """Training on `transformers.Trainer`: `undula.train(undula.Run(...))` does it, the rest is imported from here."""
 
-from .causal_lm import CausalLM, Chat, Format, Plain
-from .classification import Classification, Regression
 from .fit import Interrupted, Prepared, prepare, train
-from .image_classification import ImageClassification
 from .load import load
 from .look import Look, look
-from .multi_label import MultiLabel
-from .preference import Preference
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run
-from .seq2seq import Seq2Seq
-from .similarity import Similarity
-from .speech_recognition import SpeechRecognition
-from .task import Examples, Task
-from .token_classification import TokenClassification
-from .transcripts import Normaliser, Spoken
+from .tasks.causal_lm import CausalLM, Chat, Format, Plain
+from .tasks.classification import Classification, Regression
+from .tasks.image_classification import ImageClassification
+from .tasks.multi_label import MultiLabel
+from .tasks.preference import Preference
+from .tasks.seq2seq import Seq2Seq
+from .tasks.similarity import Similarity
+from .tasks.speech_recognition import SpeechRecognition
+from .tasks.task import Examples, Task
+from .tasks.token_classification import TokenClassification
+from .tasks.transcripts import Normaliser, Spoken
 
 __all__ = [
     "CausalLM",

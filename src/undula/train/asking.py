@@ -8,15 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .causal_lm import CausalLM
-from .columns import named_columns
-from .data import load_data, split_of
-from .decoding import encoding_of, opened
-from .faults import Faults
-from .media import IMAGES, MEDIA, Medium, encoded, medium_of, visible
-from .readers import READERS
-from .source import Source, described, sound, source_of
-from .task import Task
+from .data.columns import named_columns
+from .data.decoding import encoding_of, opened
+from .data.faults import Faults
+from .data.load import load_data, split_of
+from .data.media import (
+    IMAGES,
+    MEDIA,
+    Medium,
+    encoded,
+    medium_of,
+    visible,
+)
+from .data.readers import READERS
+from .data.source import Source, described, sound, source_of
+from .tasks.causal_lm import CausalLM
+from .tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .data import BUNDLED
-from .task import Processor, Task
+from .data.load import BUNDLED
+from .tasks.task import Processor, Task
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel

@@ -15,12 +15,12 @@ from ..io.draft import write_text
 from ..io.native import README as NATIVE
 from ..io.peft import README as PEFT
 from .base import asset_of, called_elsewhere
-from .causal_lm import CausalLM
-from .data import BUNDLED
+from .data.load import BUNDLED
+from .data.media import MEDIA
 from .foreign import CLASSES, Unmeasured
-from .media import MEDIA
 from .run import RUN, Run
-from .task import Task
+from .tasks.causal_lm import CausalLM
+from .tasks.task import Task
 
 MARK = "<!-- written by undula -->"
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

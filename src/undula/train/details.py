@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .heads import Classes
-from .rouge import shortened
+from .tasks.heads import Classes
+from .tasks.rouge import shortened
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from .task import Examples
+    from .tasks.task import Examples
 
 WORST = 10  # rows
 WHOLE = 100  # classes: of more, only the most frequent confusions are listed

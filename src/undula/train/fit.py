@@ -28,19 +28,27 @@ from ..ranks.gates import in_use
 from . import page, processes
 from .base import called_elsewhere, lacking, model_folder, open_model
 from .card import of_run, put
+from .data.splitting import told_quality
 from .details import details, diagnosis
 from .doubts import doubts, finite
 from .fields import default_of
-from .heads import Classes
 from .measure import PeakMemory, files_digest, rows_digest, versions
 from .recipe import Recipe, Settings
 from .reporting import reporters
-from .resume import EVALUATIONS, check_processes, claim, evaluated, last_checkpoint, progress, resume_command
+from .resume import (
+    EVALUATIONS,
+    check_processes,
+    claim,
+    evaluated,
+    last_checkpoint,
+    progress,
+    resume_command,
+)
 from .rows import LOG, rows_of
 from .run import REPORT, Run, read_run, write_json
-from .splitting import told_quality
 from .stages import stage
-from .task import Examples, Processor
+from .tasks.heads import Classes
+from .tasks.task import Examples, Processor
 
 if TYPE_CHECKING:
     from datasets import Dataset

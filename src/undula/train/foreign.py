@@ -16,14 +16,14 @@ from ..core.ranges import Count
 from ..host.where import resolve
 from ..io import files
 from .base import config_of
-from .causal_lm import CausalLM
-from .classification import Classification, Regression
-from .faults import Faults
-from .multi_label import MultiLabel
-from .seq2seq import Seq2Seq
-from .similarity import Similarity
-from .task import Example, Examples, Processor, Task
-from .token_classification import TokenClassification
+from .data.faults import Faults
+from .tasks.causal_lm import CausalLM
+from .tasks.classification import Classification, Regression
+from .tasks.multi_label import MultiLabel
+from .tasks.seq2seq import Seq2Seq
+from .tasks.similarity import Similarity
+from .tasks.task import Example, Examples, Processor, Task
+from .tasks.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,11 +16,11 @@ import torch
 from ..core.extras import needs
 from ..observe.listen import moved
 from . import processes
+from .data.splitting import told_quality
 from .fit import Prepared, prepare
 from .run import Run
-from .shown import Piece
-from .splitting import told_quality
-from .task import Examples
+from .tasks.shown import Piece
+from .tasks.task import Examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -90,7 +90,7 @@ def files_digest(folder: Path) -> str:
 
 def rows_digest(rows: Dataset) -> str:
     """A hash of rows: it changes with any text, label, number, pixel or sample, and with their order."""
-    from . import audio, images
+    from .data import audio, images
 
     fingerprint, made = {"image": images.fingerprint, "audio": audio.fingerprint}, hashlib.sha256()
     for column in sorted(rows.column_names):

@@ -12,7 +12,19 @@ from ..core.extras import needs
 from ..io import files
 from ..observe import drawing
 from ..observe.page import html
-from ..observe.page.content import Block, Bullets, Code, Drawn, Figure, Mark, Picture, Pictures, Section, Table, Text
+from ..observe.page.content import (
+    Block,
+    Bullets,
+    Code,
+    Drawn,
+    Figure,
+    Mark,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+)
 from . import curves
 from .config import written
 from .worries import worries
@@ -166,7 +178,7 @@ def _worst(report: Mapping[str, Any], rows: Dataset) -> Iterator[Block]:
 
 
 def _thumb(image: Any) -> bytes:
-    from .images import opened
+    from .data.images import opened
 
     small = opened(image).convert("RGB")
     small.thumbnail((THUMB, THUMB))

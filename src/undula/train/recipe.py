@@ -32,9 +32,9 @@ from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
 from ..ranks import Procedure
 from . import config
-from .decoding import text_encoding
+from .data.decoding import text_encoding
 from .fields import decoded, default_of, told
-from .task import Task
+from .tasks.task import Task
 
 Every = Annotated[float, Range(least=0, most=1e9)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

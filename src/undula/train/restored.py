@@ -16,10 +16,9 @@ from ..host.host import attach, detach
 from ..io import files
 from .asking import Question, columns_named, is_conversation, question
 from .base import config_of, lacking, model_folder, open_model, same_base
-from .causal_lm import CausalLM, Chat, Plain
-from .conversation import question as turns
-from .data import load_data, sample, split_of, with_validation
-from .faults import Faults
+from .data.conversation import question as turns
+from .data.faults import Faults
+from .data.load import load_data, sample, split_of, with_validation
 from .foreign import (
     CONFIG,
     Unmeasured,
@@ -29,12 +28,13 @@ from .foreign import (
     roles_of,
     task_of,
 )
-from .generation import Sampling, write
-from .generation import stream as streamed
-from .heads import HeadTask
 from .rows import LOG
 from .run import RUN, Run
-from .task import Examples, Processor
+from .tasks.causal_lm import CausalLM, Chat, Plain
+from .tasks.generation import Sampling, write
+from .tasks.generation import stream as streamed
+from .tasks.heads import HeadTask
+from .tasks.task import Examples, Processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

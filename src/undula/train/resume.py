@@ -9,7 +9,14 @@ from typing import Any
 
 from ..io import files
 from . import processes
-from .run import CHECKPOINTS, CONFIG, REPORT, RUN, Run, read_run
+from .run import (
+    CHECKPOINTS,
+    CONFIG,
+    REPORT,
+    RUN,
+    Run,
+    read_run,
+)
 
 EVALUATIONS = "undula_evaluations"  # under which name checkpoints know what was the best so far
 STATE = "allocator.json"  # of an allocator, see `integrations.callback`

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .data import load_data, sample, with_validation
-from .faults import Faults
-from .heads import Classes
-from .outputs import order_of, own_names
+from .data.faults import Faults
+from .data.load import load_data, sample, with_validation
+from .data.source import source_of
+from .data.splitting import contradicted, repeated, shared
 from .run import Run
-from .source import source_of
-from .splitting import contradicted, repeated, shared
-from .task import Task
+from .tasks.heads import Classes
+from .tasks.outputs import order_of, own_names
+from .tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

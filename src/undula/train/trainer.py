@@ -23,12 +23,12 @@ from ..optim.groups import factors_B
 from ..optim.schedules import Linear, Schedule
 from ..ranks.surgery import adopt
 from . import processes
+from .data.splitting import QUALITY_ROWS, told_quality
 from .evaluating import same_draws
 from .run import CHECKPOINTS, Run
-from .splitting import QUALITY_ROWS, told_quality
 from .stop import Finite
-from .task import Examples
-from .weighing import weighed
+from .tasks.task import Examples
+from .tasks.weighing import weighed
 
 
 class AdapterTrainer(Trainer):

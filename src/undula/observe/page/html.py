@@ -9,7 +9,17 @@ from html import escape
 from pathlib import Path
 
 from .. import drawing
-from .content import Bullets, Code, Drawn, Figure, Mark, Pictures, Section, Table, Text
+from .content import (
+    Bullets,
+    Code,
+    Drawn,
+    Figure,
+    Mark,
+    Pictures,
+    Section,
+    Table,
+    Text,
+)
 
 PAGE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 COLOURS = "".join(

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ...observe.page.content import Block, Bullets, Code, Draw, Drawn, Figure, Mark, Section, Table, Text
+from ...observe.page.content import (
+    Block,
+    Bullets,
+    Code,
+    Draw,
+    Drawn,
+    Figure,
+    Mark,
+    Section,
+    Table,
+    Text,
+)
 from .. import statistics as S
 from ..outcome import Outcome
-from ..table import Comparison, Group, Pooled, Row, Summary, why
+from ..table import (
+    Comparison,
+    Group,
+    Pooled,
+    Row,
+    Summary,
+    why,
+)
 from . import curves, plots, words
 
 WORDS = frozenset({"arm", "verdict", "rate", "rates", "model", "data", "budget", "stage", "why"})

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.extras import needs
+from ...core.extras import needs
 from .columns import spot
 from .faults import Faults
 from .media import AUDIO, encoded, named_files

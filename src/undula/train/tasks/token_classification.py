@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..core.ranges import Count
+from ...core.ranges import Count
+from ..data.tagged_rows import TaggedRows
+from ..data.tags import OUTSIDE, agreement
 from .causal_lm import IGNORED
 from .classification import LENGTH
 from .heads import named_outputs
 from .outputs import head_of, own_names, with_head
 from .shown import Piece, pieces
-from .tagged_rows import TaggedRows
-from .tags import OUTSIDE, agreement
-from .task import Example, Examples, Processor, Task, Traced, outputs, windows
+from .task import (
+    Example,
+    Examples,
+    Processor,
+    Task,
+    Traced,
+    outputs,
+    windows,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..core.ranges import Count
-from .columns import numbers, texts
-from .faults import Faults
+from ...core.ranges import Count
+from ..data.columns import numbers, texts
+from ..data.faults import Faults
 from .heads import Classes, HeadTask
 from .outputs import head_of, own_names, with_head
 from .task import Example, Examples, Task, Traced

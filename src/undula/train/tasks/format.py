@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.choice import Choice
-from .conversation import Message
+from ...core.choice import Choice
+from ..data.conversation import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

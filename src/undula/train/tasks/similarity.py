@@ -9,16 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..core.extras import needs
-from ..core.ranges import Count, Positive
+from ...core.extras import needs
+from ...core.ranges import Count, Positive
+from ..data.columns import numbers, texts
+from ..data.faults import Faults
 from .classification import LENGTH, Regression, correlations
-from .columns import numbers, texts
-from .faults import Faults
 from .limits import fits as looked_at
 from .limits import padding
 from .sentences import KEPT, embedded, place_behind, write_behind
 from .shown import Piece, text_of
-from .task import Example, Examples, Processor, Task, Traced, windows
+from .task import (
+    Example,
+    Examples,
+    Processor,
+    Task,
+    Traced,
+    windows,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from .spans import words_of
+from ..data.spans import words_of
 
 
 @functools.cache

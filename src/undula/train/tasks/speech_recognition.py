@@ -9,19 +9,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..core.extras import needs
-from ..core.ranges import Count
-from .audio import opened, seconds, sounds
-from .base import lacking
+from ...core.extras import needs
+from ...core.ranges import Count
+from ..base import lacking
+from ..data.audio import opened, seconds, sounds
+from ..data.columns import texts
+from ..data.faults import Faults
 from .causal_lm import IGNORED
-from .columns import texts
 from .decoders import START, greedy, settle_start, with_decoder_inputs
-from .faults import Faults
 from .limits import END, HEARD, Cuts, Unknown, padding
 from .outputs import head_of
 from .seq2seq import room
 from .shown import Piece, pieces
-from .task import Example, Examples, Processor, Task, Traced, outputs, windows
+from .task import (
+    Example,
+    Examples,
+    Processor,
+    Task,
+    Traced,
+    outputs,
+    windows,
+)
 from .transcripts import Normaliser, error_rates
 
 if TYPE_CHECKING:

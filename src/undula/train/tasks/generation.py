@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.given import Checked
-from ..core.ranges import Count, Natural, NotNegative, SomeShare
+from ...core.given import Checked
+from ...core.ranges import Count, Natural, NotNegative, SomeShare
 from .limits import UNLIMITED
 
 if TYPE_CHECKING:

@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..core.ranges import Count, Inside
+from ...core.ranges import Count, Inside
+from ..data.columns import alike, in_order
+from ..data.faults import Faults
+from ..data.label_sets import (
+    are_vectors,
+    bit_columns,
+    declared,
+    from_bits,
+    from_vectors,
+    label_sets,
+    numbered,
+    separator_of,
+)
 from .classification import TextTask
-from .columns import alike, in_order
-from .faults import Faults
 from .heads import named_outputs
-from .label_sets import are_vectors, bit_columns, declared, from_bits, from_vectors, label_sets, numbered, separator_of
 from .outputs import head_of, own_names
 from .shown import Piece, pieces
 from .task import Example, Examples, Processor, Task, Traced

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .base import quiet
+from ..base import quiet
 from .causal_lm import IGNORED
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
 
-from ..core.ranges import Range
-from .faults import Faults
+from ...core.ranges import Range
+from ..data.faults import Faults
+from ..data.images import frames, images, opened
 from .heads import Classes
-from .images import frames, images, opened
 from .outputs import head_of, own_names, with_head
 from .task import Example, Examples, Task
 

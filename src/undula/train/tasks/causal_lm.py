@@ -11,18 +11,34 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..core.ranges import Count, Natural
-from .columns import named_columns, texts
-from .conversation import Message, conversations, questions, rendered, tokens
-from .faults import Faults
-from .format import Chat, Format, Plain, begin_ids, check_talks, end_ids, ids_of, unknown_marks
+from ...core.ranges import Count, Natural
+from ..data.columns import named_columns, texts
+from ..data.conversation import Message, conversations, questions, rendered, tokens
+from ..data.faults import Faults
+from .format import (
+    Chat,
+    Format,
+    Plain,
+    begin_ids,
+    check_talks,
+    end_ids,
+    ids_of,
+    unknown_marks,
+)
 from .generation import Sampling, room_after, write
 from .limits import END, UNLIMITED, Cuts
 from .outputs import head_of
 from .packing import Packer, check_apart, flattens
 from .rouge import agreement, compared
 from .shown import IGNORED
-from .task import WINDOW, Example, Examples, Task, Traced, outputs
+from .task import (
+    WINDOW,
+    Example,
+    Examples,
+    Task,
+    Traced,
+    outputs,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,12 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from ..tasks.heads import HeadTask
 from .columns import alike, in_order, known, spot, texts
 from .faults import Faults
-from .heads import HeadTask
 from .source import source_of
 from .spans import span_lists, tag_lists, token_lists, words_of
-from .tags import OUTSIDE, Scheme, in_tag_order, kind_of, parted, tagged
+from .tags import (
+    OUTSIDE,
+    Scheme,
+    in_tag_order,
+    kind_of,
+    parted,
+    tagged,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset
 from trl import DPOTrainer
 
-from ..core.extras import needs
-from ..host.host import selected
+from ...core.extras import needs
+from ...host.host import selected
+from ..trainer import AdapterTrainer
 from .reference import alone
-from .trainer import AdapterTrainer
 
 
 class PreferenceTrainer(AdapterTrainer, DPOTrainer):

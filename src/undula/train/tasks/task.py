@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..core.choice import Choice
-from ..observe.probe import Loss, loss_of
-from .columns import named_columns
-from .data import split_of
-from .faults import Faults
+from ...core.choice import Choice
+from ...observe.probe import Loss, loss_of
+from ..data.columns import named_columns
+from ..data.faults import Faults
+from ..data.load import split_of
+from ..data.source import named, sound, source_of
+from ..stages import advanced
 from .limits import Cuts, fits, padding
 from .shown import Piece, pieces
-from .source import named, sound, source_of
-from .stages import advanced
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

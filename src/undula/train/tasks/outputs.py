@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .columns import plain
+from ..data.columns import plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

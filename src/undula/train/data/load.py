@@ -35,7 +35,7 @@ def load_data(source: str, faults: Faults | None = None) -> DatasetDict:
     from datasets import DatasetDict
 
     if source.startswith(BUNDLED):
-        from ..bundled import dataset
+        from ...bundled import dataset
 
         return dataset(source.removeprefix(BUNDLED))
     path = Path(source)

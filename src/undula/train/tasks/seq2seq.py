@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from ..core.ranges import Count, Natural
+from ...core.ranges import Count, Natural
+from ..data.columns import texts
+from ..data.faults import Faults
 from .causal_lm import IGNORED, LENGTH, WRITTEN
-from .columns import texts
 from .decoders import greedy, settle_start, with_decoder_inputs
-from .faults import Faults
 from .limits import Cuts, padding, vocabulary
 from .rouge import agreement, compared
 from .shown import Piece, pieces, text_of
-from .task import WINDOW, Example, Examples, Processor, Task, Traced, outputs
+from .task import (
+    WINDOW,
+    Example,
+    Examples,
+    Processor,
+    Task,
+    Traced,
+    outputs,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset

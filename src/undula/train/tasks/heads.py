@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from ..base import lacking
+from ..data.columns import alike, classes, in_order, known
+from ..data.faults import Faults
+from ..data.splitting import counts
 from . import weighing
-from .base import lacking
-from .columns import alike, classes, in_order, known
-from .faults import Faults
 from .shown import Piece, pieces
-from .splitting import counts
 from .task import Examples, Processor, Task, outputs, windows
 
 if TYPE_CHECKING:

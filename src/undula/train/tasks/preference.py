@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from ..core.ranges import Natural, PartShare, Positive
-from ..observe.listen import moved
-from ..observe.probe import Loss
+from ...core.ranges import Natural, PartShare, Positive
+from ...observe.listen import moved
+from ...observe.probe import Loss
+from ..data.conversation import answered
+from ..data.faults import Faults
+from ..data.preference_rows import preferences
 from .causal_lm import CausalLM, room
-from .conversation import answered
-from .faults import Faults
 from .format import Chat, Plain, begin_ids, end_ids, ids_of
 from .limits import END
-from .preference_rows import preferences
 from .reference import alone
 from .shown import Piece, text_of
 from .task import Example, Examples, Task, Traced
@@ -188,7 +188,7 @@ class Preference(CausalLM):
     def arguments(self, **settings: Any) -> TrainingArguments:
         from trl import DPOConfig
 
-        from .trainer import checkpointing
+        from ..trainer import checkpointing
 
         own = {"beta": self.beta, "loss_type": [self.loss_type], "label_smoothing": self.label_smoothing or 0.0}
         plain = {**checkpointing(False), "bf16": False}  # TRL's are on where nothing is said

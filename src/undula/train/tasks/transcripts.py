@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.choice import Choice
-from ..core.extras import needs
+from ...core.choice import Choice
+from ...core.extras import needs
 
 
 class Normaliser(Choice):

@@ -1,0 +1,1 @@
+"""Rows: files read, checked and split, columns, faults; texts, conversations, images, sounds."""
