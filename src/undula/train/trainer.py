@@ -239,10 +239,10 @@ def trainer(
     made.remove_callback(PrinterCallback)
     if arguments.world_size > 1:
         made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)
-    if (
-        run.task.has_head or run.task.mean_loss
-    ):  # whose loss is a batch's mean: many a head is given the number of all items and ignores it,
-        made.model_accepts_loss_kwargs = False  # and the Trainer would multiply by processes, and not divide by batches
+    if run.task.has_head or run.task.mean_loss:
+        # The loss is a batch's mean: many a head is given the number of all items and ignores it, and the Trainer would
+        # multiply by processes, and not divide by batches.
+        made.model_accepts_loss_kwargs = False
     made.own_loss = run.task.loss() if run.task.own_loss else None  # type: ignore[method-assign]
     made.items_of = run.task.items  # type: ignore[method-assign]
     weights = run.task.weights(examples.rows)
