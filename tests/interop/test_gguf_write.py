@@ -1,5 +1,7 @@
 """GGUF files are what llama.cpp's own runtime computes with as the model does, and read back as they were written."""
 
+from random import Random
+
 import gguf
 import pytest
 import torch
@@ -19,6 +21,7 @@ TEXTS = [
     "Größe, naïve café, Ωmega; 日本語のテキスト und русский язык: emoji 🙂🙂 — dashes… I'LL they're",
     "def f(x):\n    return x ** 2  # comment\n\n\n" * 2,
 ]
+CROWDED = ["".join(Random(i).choices("abcd", k=9)) for i in range(60)]  # where merges compete for the same letters
 SPECIAL = ["<|unk|>", "<|begin|>", "<|end|>"]
 
 
@@ -47,7 +50,9 @@ def pieces(prefix=True):
     steps = [normalizers.Prepend("▁")] if prefix else []
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
-    made.train_from_iterator(TEXTS[:1] * 3, trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", *bytes_]))
+    made.train_from_iterator(
+        [*TEXTS[:1] * 3, *CROWDED], trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", *bytes_])
+    )
     state = transformers.tokenization_utils_fast.json.loads(made.to_str())
     state["added_tokens"] = state["added_tokens"][:1]  # bytes are pieces, and no tokens of their own in texts
     made = Tokenizer.from_str(transformers.tokenization_utils_fast.json.dumps(state))
@@ -133,7 +138,7 @@ def test_llama_cpp_splits_texts_as_the_tokenizer(splitting, tmp_path):
 def test_llama_cpp_splits_texts_into_pieces_as_the_tokenizer(prefix, tmp_path):
     tokenizer = pieces(prefix)
     export_gguf(random("llama", len(tokenizer)), tokenizer, tmp_path / "m.gguf")
-    texts = [*TEXTS, " lead", "quick brown 🙂"]
+    texts = [*TEXTS, " lead", "quick brown 🙂", "".join(CROWDED)]
     answers = ask(tmp_path / "m.gguf", *(split(text) for text in texts))
     assert [a["tokens"] for a in answers] == [tokenizer(text)["input_ids"] for text in texts]
 
