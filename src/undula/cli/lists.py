@@ -39,7 +39,7 @@ def _methods() -> list[dict[str, str]]:
             "source": m.source,
             "grade": m.grade,
         }
-        for name, m in undula.methods().items()  # type: ignore[operator]
+        for name, m in undula.methods().items()
     ]
 
 

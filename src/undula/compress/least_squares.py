@@ -157,7 +157,7 @@ class LeastSquares(Approximation):
     def _check(self, site: str, layer: LinearView) -> None:
         if isinstance(layer, EmbeddingView):
             raise TypeError(
-                f"least squares fits linear layers and convolutions; {site} is a {layer.module.original.__name__}. "  # type: ignore[union-attr]
+                f"least squares fits linear layers and convolutions; {site} is a {layer.module.original.__name__}. "
                 "Truncate(r) takes it where its method has an update dW"
             )
         if self.bias and layer.bias is None:

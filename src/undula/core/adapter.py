@@ -162,7 +162,7 @@ class Adapter:
     @staticmethod
     def load(path: str | Path) -> Adapter:
         """The adapter in a directory: undula's own, or a plain PEFT LoRA.  Strict; see `undula.io.native.load`."""
-        return ABOVE["load"](path)  # type: ignore[no-any-return]
+        return ABOVE["load"](path)
 
     def check_usable(self) -> None:
         """Raises ValueError for a combination whose parameters in full are not an average."""
@@ -188,7 +188,7 @@ class Adapter:
 
     def __radd__(self, other: object) -> Adapter:
         """`sum` begins with 0."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # type: ignore[return-value]
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __neg__(self) -> Adapter:
         return self * -1.0
@@ -201,7 +201,7 @@ class Live(Adapter):
 
     attached = False
     _methods: dict[str, Method]  # what `host.change` writes into
-    factors: dict[str, dict[str, Tensor]]  # type: ignore[assignment]  # a layer's own dictionary, see `host.Slot`
+    factors: dict[str, dict[str, Tensor]]  # a layer's own dictionary, see `host.Slot`
     full: Mapping[str, Tensor]
 
     def __new__(cls, *parts: Any, **named: Any) -> Any:
@@ -222,7 +222,7 @@ class Live(Adapter):
         return live
 
     @property
-    def methods(self) -> Mapping[str, Method]:  # type: ignore[override]
+    def methods(self) -> Mapping[str, Method]:
         return MappingProxyType(self._methods)
 
     def resumed(self, new: Live) -> Self:
@@ -270,4 +270,4 @@ def _value(*parts: Any) -> Adapter:
 
 
 def _combined(terms: list[tuple[float, Adapter]]) -> Adapter:
-    return ABOVE["combined"](terms)  # type: ignore[no-any-return]
+    return ABOVE["combined"](terms)

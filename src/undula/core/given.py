@@ -94,7 +94,7 @@ def hints(cls: type) -> dict[str, Any]:
         return typing.get_type_hints(cls, include_extras=True)
     except NameError:
         found: dict[str, Any] = {}
-        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        for f in dataclasses.fields(cls):
             alone = type(f.name, (), {"__annotations__": {f.name: f.type}, "__module__": cls.__module__})
             with contextlib.suppress(NameError):
                 found |= typing.get_type_hints(alone, include_extras=True)

@@ -35,7 +35,7 @@ class Cast:
         return moved
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (self.narrow, self.leaves), self.__getstate__()  # type: ignore[attr-defined]
+        return _revive, (self.narrow, self.leaves), self.__getstate__()
 
 
 def cast_class(narrow: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:

@@ -127,7 +127,7 @@ class Weighed(Mounted):
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (*masters.parts(self.original), self.leaves), self.__getstate__()  # type: ignore[attr-defined]
+        return _revive, (*masters.parts(self.original), self.leaves), self.__getstate__()
 
 
 class Recurrent(Weighed):
@@ -178,7 +178,7 @@ def _reader(leaf: str) -> Callable[[Any], Tensor]:
                 "(CUDA_VISIBLE_DEVICES=0), or DistributedDataParallel (torchrun)"
             )
         try:
-            return below.adapted(module, leaf)  # type: ignore[no-any-return]
+            return below.adapted(module, leaf)
         except AttributeError as error:  # nn.Module would answer with the base's own weight
             raise RuntimeError(f"the adapted {leaf} could not be made: {error}") from error
 

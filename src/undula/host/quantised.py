@@ -157,7 +157,7 @@ class _TorchAO:
         return torch.empty(module.weight.shape, dtype=module.weight.dtype, device="meta")  # type: ignore[arg-type]
 
     def dense(self, module: nn.Module) -> Tensor:
-        return module.weight.dequantize()  # type: ignore[operator,union-attr]
+        return module.weight.dequantize()  # type: ignore[operator]
 
     def stored(self, module: nn.Module, W: Tensor) -> nn.Parameter:
         weight: Any = module.weight

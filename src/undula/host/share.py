@@ -113,4 +113,4 @@ class Share:
         if len(every) == 1:
             return every[0][plain.A][None], every[0][plain.B][None]
         A, B = [f[plain.A] for f in every], [f[plain.B] for f in every]
-        return kept.of(A + B, lambda: (torch.stack(A), torch.stack(B)))  # type: ignore[no-any-return]
+        return kept.of(A + B, lambda: (torch.stack(A), torch.stack(B)))

@@ -105,7 +105,7 @@ class Adapted:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, masters.parts(self.original), self.__getstate__()  # type: ignore[attr-defined]
+        return _revive, masters.parts(self.original), self.__getstate__()
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -142,6 +142,6 @@ def remove(slot: Slot) -> None:
         return
     module = slot.layer.module
     del module._modules["undula"]
-    object.__setattr__(module, "__class__", type(module).original)  # type: ignore[attr-defined]
+    object.__setattr__(module, "__class__", type(module).original)
     if slot.layer.override is not None:
         module.__dict__["forward"] = slot.layer.override

@@ -78,7 +78,7 @@ class LinearView:
     @property
     def owner(self) -> nn.Module:
         """The module of the model that has the weight."""
-        return self.module  # type: ignore[no-any-return]
+        return self.module
 
     @property
     def training(self) -> bool:
@@ -149,7 +149,7 @@ class LinearView:
 class Conv1DView(LinearView):
     """transformers' Conv1D: a linear layer whose weight is stored (I x O)."""
 
-    plain = False  # type: ignore[assignment]
+    plain = False
 
     @property
     def weight(self) -> Tensor:
@@ -183,8 +183,8 @@ def _generator() -> torch.Generator:
 class EmbeddingView(LinearView):
     """An `nn.Embedding`: x holds indices, W = table'."""
 
-    plain = False  # type: ignore[assignment]
-    bias = None  # type: ignore[assignment]
+    plain = False
+    bias = None
 
     @property
     def kernel(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -220,7 +220,7 @@ class EmbeddingView(LinearView):
 class ConvView(LinearView):
     """An `nn.Conv1d`, `Conv2d` or `Conv3d`: W is the kernel, flattened to (C_out, C_in/groups * its size)."""
 
-    plain = False  # type: ignore[assignment]
+    plain = False
 
     @property
     def channel(self) -> int:  # type: ignore[override]
@@ -228,7 +228,7 @@ class ConvView(LinearView):
 
     @property
     def kernel(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(self.module.weight.shape[1:])  # type: ignore[arg-type]
+        return tuple(self.module.weight.shape[1:])
 
     @property
     def weight(self) -> Tensor:
@@ -250,7 +250,7 @@ class TransposedView(LinearView):
     """An `nn.ConvTranspose1d`, `2d` or `3d`, stored (C_in, C_out/groups, its size): W has a row for each output channel
     and place in the kernel, I = C_in.  An adapter goes through the own forward, see `adapted`."""
 
-    plain, product = False, False  # type: ignore[assignment]
+    plain, product = False, False
 
     @property
     def channel(self) -> int:  # type: ignore[override]
@@ -419,7 +419,7 @@ def check_writable(name: str, layer: LinearView) -> None:
 def site(name: str, layer: LinearView, shared: dict | None = None) -> Site:
     """The `Site` of one layer.  Factors live in float32, or in float64 over a float64 base."""
     shape = copy.copy(layer)  # seen over an outline of the weight, so that nothing is dequantised
-    shape.module = SimpleNamespace(weight=quantised.outline(layer.module))  # type: ignore[assignment]
+    shape.module = SimpleNamespace(weight=quantised.outline(layer.module))
     W_OI = shape.weight
     dtype = torch.float64 if W_OI.dtype == torch.float64 else torch.float32
     return Site(name, layer, (W_OI.shape[0], W_OI.shape[1]), dtype, layer.device, {} if shared is None else shared)

@@ -44,7 +44,7 @@ class Twin:
 
 def own(owner: nn.Module, leaf: str) -> Tensor:
     """The module's own weight, whatever is mounted there."""
-    return getattr(bare(owner), leaf)  # type: ignore[no-any-return]
+    return getattr(bare(owner), leaf)
 
 
 def bare(owner: nn.Module) -> nn.Module:
@@ -60,7 +60,7 @@ class Read(LinearView):
     """Mixed into the view of a weight that a module of the class `reader` reads.  `place` is the path of the module
     that has it, `leaf` the parameter's name, `at` the position in a stack; within the forward of `scope` it is read."""
 
-    product, plain = False, False  # type: ignore[assignment]
+    product, plain = False, False
     owner: nn.Module = None  # type: ignore[assignment]
     scope: nn.Module
     reader: str
@@ -102,7 +102,7 @@ class Read(LinearView):
 class Matrix(Read):
     """A parameter of a module, or one of a stack of matrices, as W (O, I); `turned` where it is stored as (I, O)."""
 
-    bias = None  # type: ignore[assignment]
+    bias = None
 
     def __init__(self, owner: nn.Module, place: str, leaf: str, at: int | None = None):
         super().__init__(owner)

@@ -46,7 +46,7 @@ def export_diffusers(adapter: Adapter, path: str | Path, component: str = "unet"
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder / WEIGHTS)
     with Draft(folder / WEIGHTS) as draft:
-        tensorfile.write(draft.file, named, metadata)  # type: ignore[arg-type]
+        tensorfile.write(draft.file, named, metadata)
         draft.flush()
         draft.place()
 

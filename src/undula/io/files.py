@@ -59,7 +59,7 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             )
         clean(path / name)
     with Draft(path / TENSORS) as tensors_file, Draft(path / CONFIG) as config_file:
-        tensorfile.write(tensors_file.file, held, {"format": "pt", EMBEDDED: text})  # type: ignore[arg-type]
+        tensorfile.write(tensors_file.file, held, {"format": "pt", EMBEDDED: text})
         config_file.file.write(text.encode("utf-8"))
         tensors_file.flush()
         config_file.flush()
@@ -168,7 +168,7 @@ def write_state(folder: Path, name: str, values: Mapping[str, Any], tensors: Map
     for suffix in ("safetensors", "json"):
         clean(folder / f"{name}.{suffix}")
     with Draft(folder / f"{name}.safetensors") as draft:
-        tensorfile.write(draft.file, tensors, {EMBEDDED: text})  # type: ignore[arg-type]
+        tensorfile.write(draft.file, tensors, {EMBEDDED: text})
         draft.flush()
         draft.place()
     write_text(folder / f"{name}.json", text + "\n")

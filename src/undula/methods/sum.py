@@ -99,7 +99,7 @@ def added(parts: list[tuple[float, Additive, Factors]], shape: tuple[int, int]) 
             key = m, tuple((k, id(t)) for k, t in own.items())
             flat[key] = flat.get(key, (0.0,))[0] + v, m, own
     terms = list(flat.values())
-    total = Sum(tuple(m for _, m, _ in terms), tuple(v for v, _, _ in terms))  # type: ignore[abstract]
+    total = Sum(tuple(m for _, m, _ in terms), tuple(v for v, _, _ in terms))
     factors = {f"{i}_{k}": t for i, (_, _, own) in enumerate(terms) for k, t in own.items()}
     return _bounded(total, factors, shape)
 

@@ -198,7 +198,7 @@ def listening(
             )
 
         for site, slot in slots.items():
-            slot.method = recorder(site)  # type: ignore[assignment]
+            slot.method = recorder(site)
         try:
             yield go
         finally:

@@ -113,7 +113,7 @@ class BoundProbe:
             self._moments.fill(self._measure_moments(group))
         if name not in self._moments:
             raise RuntimeError(f"{name} did not compute on these batches. Leave it out of `where`")
-        return self._moments.take(name)  # type: ignore[no-any-return]
+        return self._moments.take(name)
 
     def _group(self, first: str, names: list[str], size: Callable[[int, int, int], int]) -> dict[str, LinearView]:
         """Those of `names` from `first` on whose sizes (of O, I and the bytes of a number) fit into `hold`, at least
@@ -286,6 +286,6 @@ def _hook(name: str, layer: LinearView, hear: OnInput, anchor: Tensor | None) ->
     def after(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> Tensor | None:
         x = arguments[0] if arguments else next(iter(named.values()))
         back = hear(name, layer, x.detach())
-        return None if back is None else _Tap.apply(y, anchor, back)  # type: ignore[no-any-return]
+        return None if back is None else _Tap.apply(y, anchor, back)
 
     return after

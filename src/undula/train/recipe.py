@@ -184,7 +184,7 @@ class Recipe(Settings):
     def load(path: str | Path) -> Recipe:
         """The recipe in a TOML or JSON file, as `undula train --config` takes it and every run leaves one (run.toml);
         see `train.config`.  Raises FileNotFoundError, ValueError with all that is wrong with it, LookupError."""
-        return config.complete(path, Recipe, aside=("out",))  # type: ignore[no-any-return]
+        return config.complete(path, Recipe, aside=("out",))
 
     @staticmethod
     def as_meant(name: str, value: Any) -> Any:

@@ -22,7 +22,7 @@ def reporters(names: str | Iterable[str], out: Path) -> list[TrainerCallback]:
     asked = [names] if isinstance(names, str) else list(names)
     if not asked:
         return []
-    from transformers.integrations import INTEGRATION_TO_CALLBACK as KNOWN  # type: ignore[attr-defined]
+    from transformers.integrations import INTEGRATION_TO_CALLBACK as KNOWN
 
     made = []
     for name in (each.strip().lower() for text in asked for each in text.split(",")):
@@ -42,4 +42,4 @@ def _reporter(name: str, kind: Any, out: Path) -> TrainerCallback:
         ) from error
     if name == "tensorboard" and found.logging_dir is None:
         found.logging_dir = str(out / LOGS)
-    return found  # type: ignore[no-any-return]
+    return found

@@ -233,7 +233,7 @@ def trainer(
         args=arguments,
         optimizer_cls_and_kwargs=(kind, {"lr": run.lr, **constants}),
         train_dataset=examples,
-        data_collator=examples.task.gatherer(examples.processor, model),  # type: ignore[arg-type]
+        data_collator=examples.task.gatherer(examples.processor, model),
         callbacks=[*callbacks, Finite()],
     )
     made.remove_callback(PrinterCallback)
@@ -243,8 +243,8 @@ def trainer(
         # The loss is a batch's mean: many a head is given the number of all items and ignores it, and the Trainer would
         # multiply by processes, and not divide by batches.
         made.model_accepts_loss_kwargs = False
-    made.own_loss = run.task.loss() if run.task.own_loss else None  # type: ignore[method-assign]
-    made.items_of = run.task.items  # type: ignore[method-assign]
+    made.own_loss = run.task.loss() if run.task.own_loss else None
+    made.items_of = run.task.items
     weights = run.task.weights(examples.rows)
     made.weights = None if weights is None else torch.tensor(weights, device=arguments.device)
     made.rates = run.rates()

@@ -132,7 +132,7 @@ class UndulaLayer(nn.Module, tuners_utils.BaseTunerLayer):
         self.check_together(names)
         methods = tuple(h.method for h in hosted)
         every = {f"{i}_{k}": t for i, h in enumerate(hosted) for k, t in h.factors().items()}
-        return Sum(methods, (1.0,) * len(methods)), every  # type: ignore[abstract]
+        return Sum(methods, (1.0,) * len(methods)), every
 
     def check_together(self, names: Sequence[str], where: str = "this layer") -> None:
         """Raises ValueError where several adapters cannot add up at one layer."""

@@ -272,7 +272,7 @@ def _on_meta() -> bool:
     """Whether PEFT makes the parameters of new modules on the meta device just now (`low_cpu_mem_usage`)."""
     trial = nn.Module()
     trial.register_parameter("p", nn.Parameter(torch.empty(0)))
-    return trial.p.is_meta  # type: ignore[union-attr,return-value]
+    return trial.p.is_meta  # type: ignore[return-value]
 
 
 def _parts_that_peft_would_mistake(model: nn.Module, config: UndulaConfig, alone: bool) -> set[str]:

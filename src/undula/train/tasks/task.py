@@ -319,7 +319,7 @@ def windows(
     cuts, left, count = Cuts(), iter(rows), 0
     while window := [{**row, **fixed} for row in itertools.islice(left, WINDOW * batch)]:
         count += len(window)
-        yield Asked(task, window, processor, cuts)  # type: ignore[arg-type]
+        yield Asked(task, window, processor, cuts)
     for note in cuts.told(count, "given"):
         logging.getLogger("undula.train").warning(note)
 
