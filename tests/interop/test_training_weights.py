@@ -1,6 +1,7 @@
 """What a class weighs while it trains, and activations that are computed again."""
 
 import dataclasses
+import math
 
 import numpy
 import pytest
@@ -137,9 +138,9 @@ def test_a_study_says_it():
         ("equal", 'class_weights is "balanced", or the weight of a class'),
         ({}, 'class_weights is "balanced"'),
         (3.0, 'class_weights is "balanced"'),
-        ({"good": 0}, "good weighs a number greater than 0, found 0"),
-        ({"good": "2"}, "good weighs a number greater than 0"),
-        ({"good": float("inf")}, "good weighs a number greater than 0"),
+        ({"good": 0}, r"class_weights\['good'\] is greater than 0, found 0"),
+        ({"good": "2"}, r"class_weights\['good'\] is a finite number greater than 0, found '2'"),
+        ({"good": math.nan}, r"class_weights\['good'\] is a finite number greater than 0, found nan"),
     ],
 )
 def test_weights_that_are_none_are_refused(wrong, told):

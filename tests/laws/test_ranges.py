@@ -1,5 +1,6 @@
 """Every number of every choice has a declared range, and every door refuses what lies outside it in the same words."""
 
+import collections.abc
 import dataclasses
 import importlib
 import json
@@ -52,9 +53,16 @@ def outside(kind, within):
 
 
 def put(cls, field, number):
-    """`number` as the field takes it: in a tuple where it takes one."""
+    """`number` as the field takes it: in a tuple or a table where it takes one."""
     bare = given.within(given.hints(cls)[field.name])[0]
+    if any(typing.get_origin(kind) is collections.abc.Mapping for kind in typing.get_args(bare)):
+        return {"a": number}
     return (number,) if typing.get_origin(bare) is tuple else number
+
+
+def place(cls, field):
+    """How a message calls that."""
+    return f"{cls.__name__.lstrip('_')}.{field.name}" + "['a']" * isinstance(put(cls, field, 1), dict)
 
 
 def test_there_is_something_to_check():
@@ -81,7 +89,7 @@ def test_what_lies_outside_is_refused_by_class_field_value_and_range(cls):
         for number in set(TRIED[kind]) - set(refused):
             assert given.checked(cls, f.name, put(cls, f, number)) == put(cls, f, number)
         for number in refused:
-            where = f"{cls.__name__.lstrip('_')}.{f.name} is "
+            where = f"{place(cls, f)} is "
             with pytest.raises(ValueError, match=f"^{re.escape(where)}") as caught:
                 cls(**{f.name: put(cls, f, number)})
             told = str(caught.value)
@@ -109,9 +117,11 @@ def test_every_door_says_the_same(door):
     for cls, f, kind, within in MEMBERS:
         needed = NEEDED.get(cls, {})
         for number in outside(kind, within):
-            value = [number] if isinstance(put(cls, f, number), tuple) else number
-            texts = [f"{k}={v}" for k, v in ({f.name: number} | needed).items()]
-            with pytest.raises(ValueError, match=rf"^{cls.__name__}\.{f.name} is "):
+            placed = put(cls, f, number)
+            value = list(placed) if isinstance(placed, tuple) else placed
+            said = f"{f.name}.a" if isinstance(placed, dict) else f.name
+            texts = [f"{k}={v}" for k, v in ({said: number} | needed).items()]
+            with pytest.raises(ValueError, match=f"^{re.escape(place(cls, f))} is "):
                 DOORS[door](cls, texts, {f.name: value} | needed)
             told += 1
     assert told > 300

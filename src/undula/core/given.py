@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import collections.abc
 import contextlib
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ import operator
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from numbers import Real
 from typing import Any
@@ -62,15 +63,16 @@ class Checked(abc.ABCMeta):
             raise TypeError(f"{cls.__name__} has {most}, found {len(args)}")
         pairs = [*zip(first, args, strict=False), *((also.get(name, name), found) for name, found in options.items())]
         given = dict(pairs)
-        missing = [f.name for f in fields if f.name not in given and f.default is f.default_factory is MISSING]
-        if missing:
-            raise TypeError(f"{cls.__name__.lstrip('_')} needs {', '.join(missing)}")
         if len(given) < len(pairs):
             twice = sorted(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
             raise TypeError(f"{cls.__name__}: {', '.join(twice)} is given twice")
         if as_meant := getattr(cls, "as_meant", None):  # what people write for a field and means a value of it
             given = {name: as_meant(name, found) for name, found in given.items()}
-        return super().__call__(**{name: checked(cls, name, found) for name, found in given.items()})
+        given = {name: checked(cls, name, found) for name, found in given.items()}
+        missing = [f.name for f in fields if f.name not in given and f.default is f.default_factory is MISSING]
+        if missing:  # last: a wrong value is told whatever else is not there
+            raise TypeError(f"{cls.__name__.lstrip('_')} needs {', '.join(missing)}")
+        return super().__call__(**given)
 
 
 def checked(cls: type, name: str, found: Any) -> Any:
@@ -120,11 +122,16 @@ def value(found: Any, hint: Any, where: str) -> Any:
         kinds = [a for a in arguments if a is not type(None)]
         if found is None and len(kinds) < len(arguments):
             return None
-        return value(found, kinds[0], where) if len(kinds) == 1 else found
+        tables = [kind for kind in kinds if isinstance(found, Mapping) and _is_mapping(kind)]
+        return value(found, (tables or kinds)[0], where) if tables or len(kinds) == 1 else found
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         if isinstance(found, str) or not isinstance(found, list | tuple):
             raise ValueError(f"{where} is a tuple such as ({_example(arguments[0])},), found {shown(found)}")
         return tuple(value(each, arguments[0], where) for each in found)
+    if _is_mapping(hint):
+        if not isinstance(found, Mapping):
+            raise ValueError(f'{where} is a table such as {{"name": {_example(arguments[1])}}}, found {shown(found)}')
+        return {name: value(each, arguments[1], f"{where}[{name!r}]") for name, each in found.items()}
     if hint in (bool, str) and not isinstance(found, hint):
         raise ValueError(f"{where} is a {'text' if hint is str else 'bool'}, found {shown(found)}")
     if hint in (int, float):
@@ -132,6 +139,10 @@ def value(found: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, Checked) and not isinstance(found, hint):
         raise ValueError(_no_member(found, hint, where))
     return found
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(hint) is collections.abc.Mapping
 
 
 def _number(found: Any, kind: type, numbers: Range, where: str) -> Any:

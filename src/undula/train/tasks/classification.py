@@ -14,6 +14,7 @@ from ..data.faults import Faults
 from .heads import Classes, HeadTask
 from .outputs import head_of, own_names, with_head
 from .task import Example, Examples, Task, Traced
+from .weighing import Weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,7 +100,7 @@ class Classification(Classes, TextTask):
     label: str | None = None
     max_length: Count | None = None
     names: tuple[str, ...] = ()
-    class_weights: str | Mapping[str, float] | None = None
+    class_weights: Weights = None
 
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:

@@ -95,7 +95,7 @@ class Classes(HeadTask):
     headline = "accuracy"
     label: str | None
     names: tuple[str, ...]
-    class_weights: str | Mapping[str, float] | None
+    class_weights: weighing.Weights
 
     @staticmethod
     def as_meant(name: str, value: Any) -> Any:

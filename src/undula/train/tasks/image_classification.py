@@ -14,6 +14,7 @@ from ..data.images import frames, images, opened
 from .heads import Classes
 from .outputs import head_of, own_names, with_head
 from .task import Example, Examples, Task
+from .weighing import Weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +39,7 @@ class ImageClassification(Classes):
     label: str | None = None
     size: Annotated[int, Range(least=1, most=1 << 16)] | None = None
     names: tuple[str, ...] = ()
-    class_weights: str | Mapping[str, float] | None = None
+    class_weights: Weights = None
 
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import given
+from ...core.ranges import Positive
+
 BALANCED = "balanced"
+Weights = str | Mapping[str, Positive] | None
 SUCH = f'"{BALANCED}", or the weight of a class by its name, such as {{"rare": 4.0}} (others weigh 1)'
 
 
 def meant(value: Any) -> Any:
-    """Class weights as a task holds them.  Raises ValueError for what is none."""
+    """Class weights as a task holds them; what a weight may be says its type.  Raises ValueError for what is none."""
     if value is None or value == BALANCED:
         return value
     if not isinstance(value, Mapping) or not value:
         raise ValueError(f"class_weights is {SUCH}; found {value!r:.80}")
-    for name, weight in value.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not 0 < weight < math.inf:
-            raise ValueError(f"class_weights: {name} weighs a number greater than 0, found {weight!r:.40}")
-    return {str(name): float(weight) for name, weight in value.items()}
+    return {str(k): w if given.number(w, float) is None else float(w) for k, w in value.items()}
 
 
 def check(asked: Any, names: Sequence[str]) -> None:
