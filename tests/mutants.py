@@ -377,6 +377,7 @@ MUTANTS = [
     ("train/evaluating.py", "        torch.set_rng_state(ours)", "        pass", "tests/interop/test_training_evaluations.py::test_what_is_kept_is_the_adapter_of_that_step_of_a_run_without_evaluations"),
     ("train/evaluating.py", "                if old != kept:", "                if True:", "tests/interop/test_training_evaluations.py::test_the_best_survives_a_kill"),
     ('train/evaluating.py', 'told["since"] = 0 if better else', 'told["since"] = 0 if finite else', 'tests/interop/test_training_evaluations.py::test_it_ends_where_none_is_better_any_more'),
+    ("train/tasks/speech_recognition.py", '[length if own or "attention_mask" not in example else 0]', "[0]", "tests/interop/test_speech.py::test_answers_of_unequal_sounds_do_not_depend_on_the_batch"),
     ("train/tasks/weighing.py", "return (each * weight.to(each)[labels]).mean()", "return (each * weight.to(each)[labels]).sum() / weight[labels].sum()", "tests/interop/test_training_weights.py::test_accumulated_batches_are_one_batch"),
     ("train/details.py", "losses.argsort(descending=True, stable=True)", "losses.argsort(stable=True)", "tests/interop/test_training_report.py::test_figures_of_classes_are_those_of_scikit_learn"),
 ]  # fmt: skip

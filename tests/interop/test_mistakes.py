@@ -272,6 +272,7 @@ REPORT = {
     "before": {"loss": 1.7},
     "after": {"loss": 1.5, "mcc": 0.4},
     "losses": [[1, 1.8], [9, 1.4]],
+    "best": None,
     "run": {"lr": 0.1},
 }
 

@@ -93,6 +93,26 @@ def test_by_ctc_the_loss_is_a_mean_over_rows(wav2vec2, tmp_path):
     assert set(examples.task.head(model)) == {"lm_head.weight", "lm_head.bias"}
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_answers_of_unequal_sounds_do_not_depend_on_the_batch(wav2vec2, masked, tmp_path):
+    """Its first layer normalises over the whole sound: over what fills it up too, whether or not that is masked."""
+    model, examples = opened(wav2vec2, SpeechRecognition(), [0.1, 0.5, 0.2, 0.1, 0.9], tmp_path)
+    examples.processor.feature_extractor.return_attention_mask = masked
+    torch.nn.init.normal_(model.lm_head.weight)
+    one, many = (list(examples.task.answers(model, examples.rows, examples.processor, batch)) for batch in (1, 5))
+    assert one == many
+    scores = [examples.task.score(model, examples, batch) for batch in (1, 3)]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+    seen = [sorted(numbers) for numbers, _ in examples.task.batches(examples, 5)]
+    assert seen == [[0, 3], [1], [2], [4]]
+
+
+def test_a_sound_without_a_step_is_not_answered_but_named(wav2vec2, tmp_path):
+    model, examples = opened(wav2vec2, SpeechRecognition(), [0.5, 0.001], tmp_path)
+    with pytest.raises(ValueError, match=r"row 2 \(0\.0010 s\) is too short for the model to hear anything: remove it"):
+        list(examples.task.answers(model, examples.rows, examples.processor, 1))
+
+
 def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_model(tiny.vit(tmp_path), SpeechRecognition(), torch.float32, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 INPUTS = ("input_features", "input_values")  # what a feature extractor makes of a sound
+UNMASKED = "undula_unmasked"  # an attribute of a tokenizer: whether the model hears what fills a shorter sound up
 
 
 @Task.register
@@ -121,6 +123,8 @@ class SpeechRecognition(Task):
 
     def agree(self, processor: Processor, model: PreTrainedModel) -> None:
         padding(processor.tokenizer, model)
+        # whose first layer normalises over all of a sound ("group"), it does so over what fills it up, mask or not
+        processor.tokenizer.__dict__[UNMASKED] = getattr(model.config, "feat_extract_norm", None) == "group"
         if has_decoder(model.config):
             settle_start(processor.tokenizer, model)
 
@@ -162,7 +166,6 @@ class SpeechRecognition(Task):
         processor, limit, cuts = examples.processor, longest(examples.processor), Cuts()
         unknown, most, size = Unknown.to(processor.tokenizer), self._most(processor), model.config.vocab_size
         rate, crowded, short = processor.feature_extractor.sampling_rate, 0, list[int]()
-        steps = getattr(model, "_get_feat_extract_output_lengths", None)
         for number, row in enumerate(examples.rows):
             ids, length = self._ids(row["text"], processor), seconds(row["audio"])
             unknown.add(ids)
@@ -175,10 +178,10 @@ class SpeechRecognition(Task):
                 cuts.add(f"the text is cut at its end, {END}", len(ids), most)
             if limit is not None and length > limit:
                 cuts.add(HEARD, round(length), round(limit))
-            if not has_decoder(model.config) and steps is not None:
-                heard = int(steps(torch.tensor(round(length * rate))))
-                short += [number] if heard < 1 else []
-                crowded += heard < len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
+            steps = None if has_decoder(model.config) else heard(model, length, rate)
+            if steps is not None:
+                short += [number] if steps < 1 else []
+                crowded += steps < len(ids) + sum(a == b for a, b in itertools.pairwise(ids))
         if short:
             raise ValueError(
                 f"{len(short)} of {len(examples)} {name} sounds are too short for the model to hear anything, the "
@@ -204,10 +207,17 @@ class SpeechRecognition(Task):
         return together
 
     def batches(self, examples: Examples, size: int) -> Iterator[tuple[list[int], list[Example]]]:
-        """In the order of the rows; one batch at a time is in memory."""
+        """In the order of the rows; one batch at a time is in memory.  Where the model would hear what fills a shorter
+        sound up, those of one length alone come together, so that no answer depends on the others."""
+        own = examples.processor.tokenizer.__dict__.get(UNMASKED)
         for start in range(0, len(examples), size):
-            numbers = list(range(start, min(start + size, len(examples))))
-            yield numbers, [examples[i] for i in numbers]
+            alike = defaultdict[int, list[tuple[int, Example]]](list)
+            for i in range(start, min(start + size, len(examples))):
+                example = examples[i]
+                length = next(len(example[name]) for name in INPUTS if name in example)
+                alike[length if own or "attention_mask" not in example else 0].append((i, example))
+            for each in alike.values():
+                yield [i for i, _ in each], [example for _, example in each]
 
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
         decoded = "decoder_input_ids" in batch  # else by CTC, whose loss is a mean over rows
@@ -235,8 +245,8 @@ class SpeechRecognition(Task):
     ) -> Sequence[str]:  # fmt: skip
         """The transcripts of a batch; by CTC those of the `logits`."""
         if not has_decoder(model.config):
-            heard = logits if logits is not None else model(**inputs).logits
-            return [text.strip() for text in processor.batch_decode(heard.argmax(-1).cpu())]
+            found = logits if logits is not None else model(**inputs).logits
+            return [text.strip() for text in processor.batch_decode(found.argmax(-1).cpu())]
         given = {k: v for k, v in inputs.items() if k in (*INPUTS, "attention_mask")}
         several = getattr(model.generation_config, "is_multilingual", False)
         asked = {"language": self.language, "task": "transcribe"} if self.language and several else {}
@@ -249,14 +259,36 @@ class SpeechRecognition(Task):
     def answers(
         self, model: PreTrainedModel, rows: Iterable[Mapping[str, Any]], processor: Processor, batch: int
     ) -> Iterator[dict[str, Any]]:
-        """{text}: the likeliest transcript."""
+        """{text}: the likeliest transcript.  Raises ValueError for a sound that is too short for the model."""
+        count, by_steps = 0, not has_decoder(model.config)
         for window in windows(self, rows, processor, batch):
-            for _, inputs, logits in outputs(model, window, batch) if not has_decoder(model.config) else ():
-                yield from ({"text": t} for t in self._transcribed(model, inputs, logits, processor))
-            if has_decoder(model.config):
-                for _, made in self.batches(window, batch):
+            found = dict[int, str]()
+            if by_steps:
+                check_heard(model, window, count)
+                for numbers, inputs, logits in outputs(model, window, batch):
+                    found |= zip(numbers, self._transcribed(model, inputs, logits, processor), strict=True)
+            else:
+                for numbers, made in self.batches(window, batch):
                     inputs = {k: v.to(model.device) for k, v in self.collator(processor)(made).items()}
-                    yield from ({"text": t} for t in self._transcribed(model, inputs, None, processor))
+                    found |= zip(numbers, self._transcribed(model, inputs, None, processor), strict=True)
+            yield from ({"text": found[i]} for i in range(len(window)))
+            count += len(window)
+
+
+def heard(model: PreTrainedModel, length: float, rate: int) -> int | None:
+    """In how many steps a CTC model hears a sound of `length` seconds; None where it does not say."""
+    steps = getattr(model, "_get_feat_extract_output_lengths", None)
+    return None if steps is None else int(steps(torch.tensor(round(length * rate))))
+
+
+def check_heard(model: PreTrainedModel, asked: Examples, before: int) -> None:
+    """Raises ValueError for sounds in which the model has no step; `before`: how many rows came before these."""
+    rate = asked.processor.feature_extractor.sampling_rate
+    for number, row in enumerate(asked.rows, before + 1):
+        length = seconds(row["audio"])
+        steps = heard(model, length, rate)
+        if steps is not None and steps < 1:
+            raise ValueError(f"row {number} ({length:.4f} s) is too short for the model to hear anything: remove it")
 
 
 def has_decoder(config: PretrainedConfig) -> bool:
