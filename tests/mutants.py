@@ -378,6 +378,8 @@ MUTANTS = [
     ("train/evaluating.py", "                if old != kept:", "                if True:", "tests/interop/test_training_evaluations.py::test_the_best_survives_a_kill"),
     ('train/evaluating.py', 'told["since"] = 0 if better else', 'told["since"] = 0 if finite else', 'tests/interop/test_training_evaluations.py::test_it_ends_where_none_is_better_any_more'),
     ("train/tasks/speech_recognition.py", '[length if own or "attention_mask" not in example else 0]', "[0]", "tests/interop/test_speech.py::test_answers_of_unequal_sounds_do_not_depend_on_the_batch"),
+    ("train/tasks/lending.py", "if count > 1:", "if False:", "tests/interop/test_lending.py"),
+    ("train/fit.py", "    write_json(run.out / REPORT, report)\n    return report", "    return report", "tests/interop/test_training_report.py::test_a_run_is_finished_when_all_is_written"),
     ("train/tasks/weighing.py", "return (each * weight.to(each)[labels]).mean()", "return (each * weight.to(each)[labels]).sum() / weight[labels].sum()", "tests/interop/test_training_weights.py::test_accumulated_batches_are_one_batch"),
     ("train/details.py", "losses.argsort(descending=True, stable=True)", "losses.argsort(stable=True)", "tests/interop/test_training_report.py::test_figures_of_classes_are_those_of_scikit_learn"),
 ]  # fmt: skip

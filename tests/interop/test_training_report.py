@@ -19,6 +19,7 @@ from undula.train import (
     ImageClassification,
     Regression,
     Run,
+    fit,
     page,
 )
 from undula.train.curves import smooth
@@ -210,3 +211,32 @@ def test_spectra_that_take_long_are_left_out():
         {"a": undula.LoRAN(r=1)}, {"a": {"B": torch.zeros(1), "A": torch.zeros(1)}}, {"a": (10000, 10000)}
     )
     assert diagnosis(big) == []
+
+
+@pytest.mark.parametrize("at", ["page.write", "put", "_save"])
+def test_a_run_is_finished_when_all_is_written(at, usual, tmp_path, monkeypatch):
+    """Killed between its last files, a training can be resumed, and then everything is there."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    run = dataclasses.replace(usual, out=tmp_path / "out", max_steps=2)
+    calls = []
+
+    def second(*given):
+        calls.append(given)
+        return kill() if len(calls) == 2 else save(*given)
+
+    save = fit._save
+    with monkeypatch.context() as cut:
+        where, name = (fit.page, "write") if at == "page.write" else (fit, at)
+        cut.setattr(where, name, second if at == "_save" else kill)
+        with pytest.raises(Killed):
+            undula.train(run)
+    assert not (run.out / "report.json").exists()
+    undula.train(Run.load(run.out), resume=True)
+    assert {"report.json", "report.html", "README.md"} <= {file.name for file in run.out.iterdir()}
+    assert undula.Adapter.load(run.out).about["training"]["steps"] == 2

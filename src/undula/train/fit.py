@@ -161,9 +161,9 @@ def _shown(ready: Prepared, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
-    """Writes the report, and its figures into the adapter, with which they go wherever that goes."""
+    """Writes the report, and its figures into the adapter, with which they go wherever that goes.  report.json comes
+    last: it says that the run is finished, and what a kill leaves without it can be resumed."""
     run, adapter = ready.run, ready.adapter
-    write_json(run.out / REPORT, report)
     with stage("writing the report"):
         page.write(run, report, ready.held.rows, diagnosis(adapter) if report["after"] else [])
     if report["after"]:
@@ -173,6 +173,7 @@ def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
         adapter.about = {**adapter.about, "training": training}  # type: ignore[misc]
         _save(ready)
         put(of_run(run, adapter), run.out)
+    write_json(run.out / REPORT, report)
     return report
 
 

@@ -27,6 +27,7 @@ from .data.splitting import QUALITY_ROWS, told_quality
 from .evaluating import same_draws
 from .run import CHECKPOINTS, Run
 from .stop import Finite
+from .tasks.lending import evaluating
 from .tasks.task import Examples
 from .tasks.weighing import weighed
 
@@ -177,12 +178,8 @@ def quality_of(model: Any, held: Examples) -> Callable[[], float]:
 
     @torch.no_grad()
     def quality() -> float:
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             return -float(held.task.loss()(model, moved(batch, model.device)))
-        finally:
-            model.train(training)
 
     return quality
 

@@ -11,6 +11,7 @@ import torch
 
 from ..base import quiet
 from .causal_lm import IGNORED
+from .lending import generating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,15 +72,12 @@ def with_decoder_inputs(batch: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 def greedy(model: PreTrainedModel) -> Iterator[None]:
     """In evaluation mode, without gradients, and writing the likeliest token alone: of the model's generation_config
     what asks for beams, penalties or sampling does not count; what a text begins and ends with does."""
-    own, training = model.generation_config, model.training
-    made = copy.deepcopy(own)
-    for name, value in GREEDY.items():
-        setattr(made, name, value)
-    model.generation_config = made
-    model.eval()
-    try:
-        with torch.no_grad(), quiet():  # some say that max_new_tokens stands beside their own max_length
-            yield
-    finally:
-        model.generation_config = own
-        model.train(training)
+
+    def plain(own: Any) -> Any:
+        made = copy.deepcopy(own)
+        for name, value in GREEDY.items():
+            setattr(made, name, value)
+        return made
+
+    with generating(model, plain), torch.no_grad(), quiet():  # some say that max_new_tokens stands beside max_length
+        yield

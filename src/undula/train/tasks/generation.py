@@ -14,6 +14,7 @@ import torch
 
 from ...core.given import Checked
 from ...core.ranges import Count, Natural, NotNegative, SomeShare
+from .lending import generating
 from .limits import UNLIMITED
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def write(
     """
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[int, Written] = {}
-    with _evaluating(model), ending(model, tokenizer) as ends:
+    with ending(model, tokenizer) as ends:
         for start in range(0, len(order), batch):
             numbers = order[start : start + batch]
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in numbers]}, padding_side="left", return_tensors="pt")
@@ -109,7 +110,7 @@ def speak(
 
     inputs = tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
     options = _options(sampling, [number], len(ids), tokenizer)
-    with _evaluating(model), ending(model, tokenizer) as ends:
+    with ending(model, tokenizer) as ends:
         streamer = Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
         made = model.generate(**inputs.to(model.device), **options, streamer=streamer)  # type: ignore[operator]
     return bool(set(made[0, len(ids) :].tolist()) & ends)
@@ -161,29 +162,18 @@ def room_after(width: int, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextlib.contextmanager
 def ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[frozenset[int]]:
-    """Within, the model generates by its likeliest token alone: of its own generation_config, which may ask for beams,
-    penalties or sampling, only the tokens that end a text stay.  Gives those tokens."""
+    """Within, the model is in evaluation mode and generates by its likeliest token alone: of its own generation_config,
+    which may ask for beams, penalties or sampling, only the tokens that end a text stay.  Gives those tokens."""
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    ends = getattr(own, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, use_cache=True, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=getattr(own, "bos_token_id", None),
-    )  # fmt: skip
-    try:
+    def plain(own: Any) -> Any:
+        ends = getattr(own, "eos_token_id", None)
+        return GenerationConfig(
+            do_sample=False, num_beams=1, use_cache=True, eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=getattr(own, "bos_token_id", None),
+        )  # fmt: skip
+
+    with generating(model, plain):
+        ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
         yield frozenset([] if ends is None else ends if isinstance(ends, list | tuple) else [ends])
-    finally:
-        model.generation_config = own

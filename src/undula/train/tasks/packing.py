@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .lending import evaluating
 from .shown import IGNORED
 
 if TYPE_CHECKING:
@@ -71,19 +72,16 @@ def check_apart(model: PreTrainedModel, pad: int, examples: Sequence[Mapping[str
     """Raises ValueError for a model that does not keep packed rows apart: seen by the logits of a few short rows,
     packed and each by itself."""
     short = [{name: list(each[name])[:PROBED] for name in ("input_ids", "labels")} for each in (*examples, examples[0])]
-    training = model.training
-    model.eval()
     try:
-        batch = Packer(pad, flat=True)(short)
-        together = model(batch["input_ids"].to(model.device), position_ids=batch["position_ids"].to(model.device),
-                         use_cache=False).logits[0]  # fmt: skip
-        (order,) = fitted([len(each["input_ids"]) for each in short], together.shape[0])
-        rows = [torch.tensor([short[i]["input_ids"]], device=model.device) for i in order]
-        alone = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
+        with evaluating(model):
+            batch = Packer(pad, flat=True)(short)
+            together = model(batch["input_ids"].to(model.device), position_ids=batch["position_ids"].to(model.device),
+                             use_cache=False).logits[0]  # fmt: skip
+            (order,) = fitted([len(each["input_ids"]) for each in short], together.shape[0])
+            rows = [torch.tensor([short[i]["input_ids"]], device=model.device) for i in order]
+            alone = torch.cat([model(row, use_cache=False).logits[0] for row in rows])
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f"{_refused(model)}: it takes no such batch ({error!s:.200}). {ADVICE}") from error
-    finally:
-        model.train(training)
     off, size = float((together - alone).abs().max()), float(alone.abs().max())
     most = CLOSE if alone.dtype in (torch.float32, torch.float64) else HALF_CLOSE
     if not off <= most * size:

@@ -17,6 +17,7 @@ from ..data.faults import Faults
 from ..data.preference_rows import preferences
 from .causal_lm import CausalLM, room
 from .format import Chat, Plain, begin_ids, end_ids, ids_of
+from .lending import evaluating
 from .limits import END
 from .reference import alone
 from .shown import Piece, text_of
@@ -177,13 +178,10 @@ class Preference(CausalLM):
 
     @torch.no_grad()
     def _margins(self, model: PreTrainedModel, examples: Examples, batch: int) -> Iterator[torch.Tensor]:
-        collate, training = self.collator(examples.processor), model.training
-        model.eval()
-        try:
+        collate = self.collator(examples.processor)
+        with evaluating(model):
             for _, made in self.batches(examples, batch):
                 yield self.margins(model, moved(collate(made), model.device)).float().cpu()
-        finally:
-            model.train(training)
 
     def arguments(self, **settings: Any) -> TrainingArguments:
         from trl import DPOConfig

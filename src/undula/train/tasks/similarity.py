@@ -14,6 +14,7 @@ from ...core.ranges import Count, Positive
 from ..data.columns import numbers, texts
 from ..data.faults import Faults
 from .classification import LENGTH, Regression, correlations
+from .lending import evaluating
 from .limits import fits as looked_at
 from .limits import padding
 from .sentences import KEPT, embedded, place_behind, write_behind
@@ -247,20 +248,17 @@ class Similarity(Task):
         made = kind(None)
         return lambda vectors, labels: made.compute_loss_from_embeddings(list(vectors), labels)
 
+    @torch.no_grad()  # while it computes, not while others look at what it yields
     def _vectors(
         self, model: PreTrainedModel, examples: Examples, batch: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(vectors (texts of a row, rows, d), labels) of every batch, in evaluation mode."""
-        collate, training = self.collator(examples.processor), model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                for _, made in self.batches(examples, batch):
-                    inputs = {k: v.to(model.device) for k, v in collate(made).items()}
-                    found = embedded(model, inputs)
-                    yield found.view(-1, len(made), found.shape[-1]).cpu(), inputs["labels"].cpu()
-        finally:
-            model.train(training)
+        collate = self.collator(examples.processor)
+        with evaluating(model):
+            for _, made in self.batches(examples, batch):
+                inputs = {k: v.to(model.device) for k, v in collate(made).items()}
+                found = embedded(model, inputs)
+                yield found.view(-1, len(made), found.shape[-1]).cpu(), inputs["labels"].cpu()
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         found = list(self._vectors(model, examples, batch))

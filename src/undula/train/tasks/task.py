@@ -22,6 +22,7 @@ from ..data.faults import Faults
 from ..data.load import split_of
 from ..data.source import named, sound, source_of
 from ..stages import advanced
+from .lending import evaluating
 from .limits import Cuts, fits, padding
 from .shown import Piece, pieces
 
@@ -331,13 +332,9 @@ def outputs(
     """(numbers of the rows, inputs, logits) of every batch in evaluation mode, in the order of `Task.batches`.
     `labels`: the model is given those too, from which it makes what its decoder sees."""
     collate = examples.task.collator(examples.processor)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for numbers, made in examples.task.batches(examples, batch):
             inputs = {k: v.to(model.device) for k, v in collate(made).items()}
             given = {k: v for k, v in inputs.items() if labels or k != "labels"}
             yield numbers, inputs, model(**given).logits
             advanced(len(numbers))
-    finally:
-        model.train(training)
