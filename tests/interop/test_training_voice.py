@@ -12,9 +12,9 @@ import undula
 from tests.support import tiny
 from undula.cli import shell
 from undula.cli.main import VERBS, app
+from undula.cli.stages import Stages
 from undula.core.extras import Missing
 from undula.train import Classification, Run
-from undula.train.bar import Stages
 from undula.train.stages import advanced, stage, told_to
 
 

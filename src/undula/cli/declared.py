@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -54,16 +54,30 @@ def parameters(kind: type[Settings], usual: Mapping[str, str]) -> list[inspect.P
         help = f.metadata["help"]
         if _is_choice(hint):
             told = usual.get(f.name) if default is MISSING else None if default is None else shell.called(type(default))
-            made += [_parameter(f.name, str | None, told, flag(f), help.format(names=_names(hint)))]
-            made += [
-                _parameter(own(f), Texts, [], options_flag(f), f"An option of {_called_in_words(hint)}, {EXAMPLE}")
-            ]
+            text, panel = help.format(names=_names(hint)), f.metadata["panel"]
+            made += [_parameter(f.name, str | None, told, flag(f), text, panel, "NAME")]
+            text = f"An option of {_called_in_words(hint)}; of one in it: ITS.NAME=VALUE. Repeatable."
+            made += [_parameter(own(f), Texts, [], options_flag(f), text, panel, "NAME=VALUE")]
         else:
-            made.append(_parameter(f.name, *_typed(f, hint, default), flag(f), help))
+            made.append(_parameter(f.name, *_typed(f, hint, default), flag(f), help, f.metadata["panel"], _shape(hint)))
     return made
 
 
-EXAMPLE = "NAME=VALUE; of one in it: ITS.NAME=VALUE. Repeatable."
+SHAPES = {int: "N", float: "X", Path: "PATH"}  # how the help writes a value
+
+
+def _shape(hint: Any) -> str:
+    return SHAPES.get(hint, "TEXT")
+
+
+def in_panels(made: list[inspect.Parameter], panels: Sequence[str], early: Sequence[str]) -> list[inspect.Parameter]:
+    """The parameters in the order of the help: by panel, in each those first that are needed `early`."""
+
+    def order(p: inspect.Parameter) -> tuple[int, int]:
+        panel = panels.index(p.annotation.__metadata__[0].rich_help_panel)
+        return panel, early.index(p.name) if p.name in early else len(early)
+
+    return sorted(made, key=order)
 
 
 def values(
@@ -139,9 +153,9 @@ def _typed(f: Field[Any], hint: Any, default: Any) -> tuple[Any, Any]:
     return Texts, [default] if isinstance(default, str) else list(default)
 
 
-def _parameter(name: str, kind: Any, default: Any, flag: str, help: str) -> inspect.Parameter:
+def _parameter(name: str, kind: Any, default: Any, flag: str, help: str, panel: str, shape: str) -> inspect.Parameter:
     names = f"{flag}/--no-{flag[2:]}" if bool in (kind, *typing.get_args(kind)) else flag
-    declared = Annotated[kind, typer.Option(names, help=help)]
+    declared = Annotated[kind, typer.Option(names, help=help, metavar=shape, rich_help_panel=panel)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
 
 

@@ -14,6 +14,7 @@ from . import (
     collapsing,
     compare,
     gguf,
+    helping,
     lists,
     predicting,
     pushing,
@@ -47,24 +48,31 @@ def main(
     shell.check_alone(ctx.invoked_subcommand)
 
 
-VERBS: dict[str, Callable[..., None]] = {
-    "methods": lists.methods,
-    "train": training.train,
-    "eval": training.evaluate,
-    "predict": predicting.predict,
-    "generate": writing.generate,
-    "chat": writing.chat,
-    "show": adapters.show,
-    "compare": compare.compare,
-    "merge": adapters.merge,
-    "collapse": collapsing.collapse,
-    "prune": adapters.prune,
-    "cut": adapters.cut,
-    "export": collapsing.export,
-    "gguf": gguf.gguf,
-    "push": pushing.push,
-    "study": studies.study,
-    "assets": lists.assets,
+LOOK, TRAIN, USE, WRITE = "Look", "Train and compare", "Use", "Merge, export, convert"
+VERBS: dict[str, tuple[str, Callable[..., None]]] = {
+    "train": (TRAIN, training.train),
+    "eval": (TRAIN, training.evaluate),
+    "compare": (TRAIN, compare.compare),
+    "study": (TRAIN, studies.study),
+    "predict": (USE, predicting.predict),
+    "generate": (USE, writing.generate),
+    "chat": (USE, writing.chat),
+    "merge": (WRITE, adapters.merge),
+    "export": (WRITE, collapsing.export),
+    "collapse": (WRITE, collapsing.collapse),
+    "prune": (WRITE, adapters.prune),
+    "cut": (WRITE, adapters.cut),
+    "gguf": (WRITE, gguf.gguf),
+    "push": (WRITE, pushing.push),
+    "show": (LOOK, adapters.show),
+    "methods": (LOOK, lists.methods),
+    "assets": (LOOK, lists.assets),
 }
-for name, verb in VERBS.items():
-    app.command(name)(shell.speaking(verb))
+for name, (panel, verb) in VERBS.items():
+    app.command(
+        name,
+        cls=helping.Verb,
+        help=helping.paragraphs(verb.__doc__),
+        short_help=helping.first_sentence(verb.__doc__),
+        rich_help_panel=panel,
+    )(shell.speaking(verb))

@@ -24,6 +24,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ..core.extras import Missing, advice
+from .helping import Readable
 
 OURS = str(Path(__file__).parents[1])
 # typer's own complaints; the package that they come from depends on its version
@@ -77,7 +78,8 @@ def speaking(verb: Callable[..., None]) -> Callable[..., None]:
         before = voice.quiet, voice.verbose
         voice.quiet, voice.verbose = quiet, verbose
         try:
-            verb(*args, **options)
+            with contextlib.nullcontext() if verbose else calm():
+                verb(*args, **options)
         finally:
             voice.quiet, voice.verbose = before
 
@@ -88,7 +90,7 @@ def speaking(verb: Callable[..., None]) -> Callable[..., None]:
     return spoken
 
 
-class Verbs(TyperGroup):
+class Verbs(Readable, TyperGroup):
     """Errors end in one clear line: exit code 2 for ours, 1 for another's, 130 for a training that was stopped."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -99,6 +101,10 @@ class Verbs(TyperGroup):
             raise
         except USAGE:  # a verb or an option that does not exist: typer says it
             raise
+        except BrokenPipeError as error:  # `| head` has read enough: typer ends in silence
+            if _read_no_more():
+                raise
+            raise typer.Exit(explain(error)) from None
         except Exception as error:  # whatever it is: a line, and the traceback where it is asked for
             if ctx.params.get("debug"):
                 raise
@@ -130,6 +136,31 @@ def notes(every: bool) -> Iterator[None]:
             yield
         finally:
             logger.removeHandler(heard)
+
+
+@contextlib.contextmanager
+def calm() -> Iterator[None]:
+    """Within, loggers of packages that speak to those who built them alone are heard from errors on: torchao, which
+    transformers imports, tells at each start what it was not compiled for, and torch what torchao registers."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _read_no_more() -> bool:
+    """Whether nobody reads the output or the error stream any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            return True
+    return False
 
 
 def check_alone(verb: str | None) -> None:

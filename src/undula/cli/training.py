@@ -12,10 +12,11 @@ import typer
 
 from ..core.extras import needs
 from ..core.options import split_pair
-from ..train import Run, Task, restored
+from ..train import Recipe, Run, Task, restored
 from ..train.config import values_in
 from ..train.fit import train as fit
 from ..train.page import PAGE
+from ..train.recipe import DATA, OUTPUT, PANELS
 from ..train.resume import left_behind
 from ..train.worries import diverged, worries
 from . import declared, shell
@@ -27,17 +28,43 @@ if TYPE_CHECKING:
     from ..train.fit import Prepared
 
 USUAL = {"method": "lora"}  # what stands where nothing is typed for a field that has no default
-COLUMN = Annotated[declared.Texts, typer.Option("--column", help="ROLE=COLUMN, as in text=review. Repeatable.")]
-DRY = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop there: write nothing.")]
+EARLY = ("model", "data", "task", "column", "task_set", "lr", "out", "config", "dry_run", "resume")  # in the help
+COLUMN = Annotated[
+    declared.Texts,
+    typer.Option("--column", help="As in text=review. Repeatable.", metavar="ROLE=COLUMN", rich_help_panel=DATA),
+]
+DRY = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Show what would be trained, and stop there: write nothing.", rich_help_panel=OUTPUT
+    ),
+]
 CONFIG = Annotated[
     Path | None,
-    typer.Option("--config", help="A TOML or JSON file of these settings, as a run leaves one; options here go first."),
+    typer.Option(
+        "--config",
+        help="A TOML or JSON file of these settings, as a run leaves one; options here go first.",
+        metavar="FILE",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 REPORT_TO = Annotated[
     declared.Texts,
-    typer.Option("--report-to", help="tensorboard (OUT/logs), wandb, mlflow ...: figures while it trains. Repeatable."),
+    typer.Option(
+        "--report-to",
+        help="tensorboard (OUT/logs), wandb, mlflow ...: figures while it trains. Repeatable.",
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-RESUME = Annotated[Path | None, typer.Option("--resume", help="Go on with the training in this directory.")]
+RESUME = Annotated[
+    Path | None,
+    typer.Option("--resume", help="Go on with the training in this directory.", metavar="DIR", rich_help_panel=OUTPUT),
+]
+JSON = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the report to this file too ('-': to the output).", rich_help_panel=OUTPUT),
+]
 
 
 def train(ctx: typer.Context, **typed: Any) -> None:
@@ -48,10 +75,11 @@ def train(ctx: typer.Context, **typed: Any) -> None:
         _fit(Run.load(resume), True, to, typed["report_to"])
         return
     said = {} if typed["config"] is None else values_in(typed["config"], Run)
-    needed = [name for name in ("model", "data", "task", "out") if typed[name] is None and name not in said]
+    told = ("model", "data", "task", "out")[: 3 if typed["dry_run"] else 4]  # nothing is written: no place is needed
+    needed = [name for name in told if typed[name] is None and name not in said]
     if needed:
-        told = "--resume DIRECTORY or --config FILE" if not said else f"in {typed['config']} or here"
-        raise ValueError(f"train needs {', '.join(f'--{name}' for name in needed)} ({told})")
+        where = "or --resume DIRECTORY, or --config FILE" if not said else f"in {typed['config']} or here"
+        raise ValueError(f"train needs {', '.join(f'--{name}' for name in needed)} ({where})")
     if typed["column"]:
         task = said["task"] if "task" in said and "task" not in given else typed["task"]
         typed["task_set"] = [*_columns(task, typed["column"]), *typed["task_set"]]
@@ -60,7 +88,7 @@ def train(ctx: typer.Context, **typed: Any) -> None:
     if made["method"] is None:
         _check_none(given)
     if typed["dry_run"]:
-        _look(Run(**made), to)
+        _look(Run(**made) if "out" in made else Recipe(**made), to)
     else:
         _fit(Run(**made), False, to, typed["report_to"])
 
@@ -68,16 +96,17 @@ def train(ctx: typer.Context, **typed: Any) -> None:
 def _signature() -> inspect.Signature:
     """The options of `train`: the fields of a run, and what is no part of one."""
     only = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Signature([
-        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+    ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    options = [
         *declared.parameters(Run, USUAL),
         inspect.Parameter("config", only, default=None, annotation=CONFIG),
         inspect.Parameter("column", only, default=[], annotation=COLUMN),
         inspect.Parameter("dry_run", only, default=False, annotation=DRY),
         inspect.Parameter("report_to", only, default=[], annotation=REPORT_TO),
         inspect.Parameter("resume", only, default=None, annotation=RESUME),
-        inspect.Parameter("to", only, default=None, annotation=shell.Json),
-    ])  # fmt: skip
+        inspect.Parameter("to", only, default=None, annotation=JSON),
+    ]
+    return inspect.Signature([ctx, *declared.in_panels(options, PANELS, EARLY)])
 
 
 train.__signature__ = _signature()  # type: ignore[attr-defined]
@@ -139,12 +168,13 @@ def _fit(run: Run, resume: bool, to: Path | None, report_to: list[str]) -> None:
 
 
 @needs("train")
-def _look(run: Run, to: Path | None) -> None:
-    """The look alone; a place where the training could not begin is refused as the training would."""
+def _look(run: Recipe, to: Path | None) -> None:
+    """The look alone; a place where the training could not begin, where one is named, is refused as it would be."""
     from ..train.look import look
     from ..train.resume import claim
 
-    claim(run, False)
+    if isinstance(run, Run):
+        claim(run, False)
     with _stages():
         found = look(run)
     looks.show(found)
@@ -154,9 +184,9 @@ def _look(run: Run, to: Path | None) -> None:
 @contextlib.contextmanager
 def _stages() -> Iterator[None]:
     """Within, what is done is said, and transformers' own notes and bars are not, unless all is asked for."""
-    from ..train.bar import Stages
     from ..train.base import quiet
     from ..train.stages import told_to
+    from .stages import Stages
 
     with contextlib.ExitStack() as within:
         if not shell.voice.verbose:

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..observe.listen import moved
 from . import processes
 from .data.splitting import told_quality
 from .fit import Prepared, prepare
+from .recipe import Recipe
 from .run import Run
 from .tasks.shown import Piece
 from .tasks.task import Examples
@@ -71,11 +73,13 @@ class Look:
 
 
 @needs("train")
-def look(run: Run) -> Look:
+def look(run: Recipe) -> Look:
     """What `train(run)` would begin with: rows, form, classes, lengths, examples, parameters, device, steps and time.
-    Opens data and model, and writes nothing.  Raises what `train` raises for bad input."""
+    Opens data and model, and writes nothing, so a recipe without a place will do.  Raises what `train` raises for bad
+    input."""
+    placed = run if isinstance(run, Run) else Run.of(run, Path())
     processes.join()
-    return looked(processes.first_then_all(lambda: prepare(run)))
+    return looked(processes.first_then_all(lambda: prepare(placed)))
 
 
 def looked(ready: Prepared) -> Look:

@@ -46,6 +46,10 @@ FIRST = frozenset({
     *("dtype", "bits", "by_chance", "probe_batches"),
 })  # fmt: skip
 
+DATA, LAYERS, TRAINING, EVALUATION, OUTPUT = PANELS = (
+    *("Model, data and task", "Method and layers", "Training", "Evaluation", "Run and output"),
+)
+
 
 def facts(
     help: str,
@@ -55,6 +59,7 @@ def facts(
     layers: bool = False,
     figures: bool = True,
     offered: bool = True,
+    panel: str | None = None,
 ) -> dict[str, Any]:
     """What is known of a field beside its name, type and default.
 
@@ -62,8 +67,9 @@ def facts(
     flag: its option, where that is not called as it is; options: that of its own options, where it is a choice.
     layers: of the layers that a method adapts, so without a method it does nothing.
     figures: whether it can change what comes out; offered: whether people may set it.
+    panel: under which title the help shows it; None: that of the layers, or of the training.
     """
-    return dict(locals())
+    return {**locals(), "panel": panel or (LAYERS if layers else TRAINING)}
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -81,7 +87,7 @@ class Settings(metaclass=Checked):
         default_factory=dict,
         metadata=facts("Other methods by pattern: PATTERN=METHOD,NAME=VALUE,...", flag="--override", layers=True),
     )
-    full: tuple[str, ...] = option((), "Parameters to train in full besides the head.")
+    full: tuple[str, ...] = option((), "Parameters to train in full besides the head.", panel=LAYERS)
     head_lr: Positive | None = option(None, "Of the task's head, where other parameters train too. (default: --lr)")
     b_ratio: Positive | None = option(None, "LoRA+: the factors B learn so many times as fast.", layers=True)
     epochs: Positive = option(3.0, "Times through the rows.")
@@ -143,30 +149,39 @@ class Recipe(Settings):
     method None trains the task's head alone.
     """
 
-    model: str = field(metadata=facts("A folder, a hub name, or bundled:NAME."))
-    data: str = field(metadata=facts("A file, a folder, a hub name, or bundled:NAME."))
-    task: Task = field(metadata=facts("{names}."))
-    method: Method | None = field(metadata=facts("See `undula methods`; none: the head alone.", options="--set"))
+    model: str = field(metadata=facts("A folder, a hub name, or bundled:NAME.", panel=DATA))
+    data: str = field(metadata=facts("A file, a folder, a hub name, or bundled:NAME.", panel=DATA))
+    task: Task = field(metadata=facts("{names}.", panel=DATA))
+    method: Method | None = field(
+        metadata=facts("See `undula methods`; none: the head alone.", options="--set", panel=LAYERS)
+    )
     _: KW_ONLY
     allocator: Procedure | None = option(
-        None, "Who gets how much rank, when; or a penalty: see `undula methods`.", options="--allocate"
+        None, "Who gets how much rank, when; or a penalty: see `undula methods`.", options="--allocate", panel=LAYERS
     )
     lr: Positive = option(1e-3, "Learning rate, at the top of the schedule.")
     seed: Seed32 = option(0, "Of the factors, a new head, the order of rows, dropout, the split.")
-    train_rows: Count | None = option(None, "So many training rows, sampled. (default: all)")
-    eval_rows: Count | None = option(1000, "Rows for the metric, sampled.", figures=False)
-    save_every: Count | None = option(None, "Steps between checkpoints. (default: a tenth)", figures=False)
+    train_rows: Count | None = option(None, "So many training rows, sampled. (default: all)", panel=DATA)
+    eval_rows: Count | None = option(1000, "Rows for the metric, sampled.", figures=False, panel=EVALUATION)
+    save_every: Count | None = option(
+        None, "Steps between checkpoints. (default: a tenth)", figures=False, panel=OUTPUT
+    )
     eval_every: Every | None = option(
         None,
         "Steps between evaluations, or below 1 a share of all; 0: none. (default: each epoch, at most ten and a tenth "
         "of the training's time)",
+        panel=EVALUATION,
     )
-    keep_best: bool | None = option(None, "Save the adapter of the best evaluation. (default: where there are any)")
-    patience: Count | None = option(None, "Stop after so many evaluations without a better one.")
-    dtype: torch.dtype = option(torch.float32, "Type of the frozen model; what trains is float32.")
-    bits: Bits | None = option(None, "4 or 8: quantise the frozen model (bitsandbytes).")
-    skip_faulty: PartShare | None = option(None, "Leave out rows with faults: this share of a file at most, as in 0.1.")
-    encoding: str | None = option(None, "Of text files that are not UTF-8, as in cp1252.")
+    keep_best: bool | None = option(
+        None, "Save the adapter of the best evaluation. (default: where there are any)", panel=EVALUATION
+    )
+    patience: Count | None = option(None, "Stop after so many evaluations without a better one.", panel=EVALUATION)
+    dtype: torch.dtype = option(torch.float32, "Type of the frozen model; what trains is float32.", panel=DATA)
+    bits: Bits | None = option(None, "4 or 8: quantise the frozen model (bitsandbytes).", panel=DATA)
+    skip_faulty: PartShare | None = option(
+        None, "Leave out rows with faults: this share of a file at most, as in 0.1.", panel=DATA
+    )
+    encoding: str | None = option(None, "Of text files that are not UTF-8, as in cp1252.", panel=DATA)
     by_chance: bool | None = option(  # how a validation part is made, see `with_validation`: True for runs of version 1
         None, "", offered=False
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..io import files
 from . import config
-from .recipe import Recipe, checked_path, facts, recipe_of
+from .recipe import OUTPUT, Recipe, checked_path, facts, recipe_of
 
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
 CONFIG = "run.toml"
@@ -28,7 +28,9 @@ VERSION = 3  # 2: nothing was measured while it trained
 class Run(Recipe):
     """A recipe, and the directory where what comes of it goes."""
 
-    out: Path = field(metadata=facts("The directory to write: adapter, report, checkpoints.", figures=False))
+    out: Path = field(
+        metadata=facts("The directory to write: adapter, report, checkpoints.", figures=False, panel=OUTPUT)
+    )
 
     @staticmethod
     def of(recipe: Recipe, out: Path) -> Run:
