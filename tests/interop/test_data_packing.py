@@ -37,6 +37,43 @@ FORMS = {
 }
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_weighs_by_the_tokens_that_its_loss_is_the_mean_of(packing, model):
+    """The first token of a row without a begin token is learned by nobody: nothing stands before it."""
+    task, tokenizer = CausalLM(packing=packing), transformers.AutoTokenizer.from_pretrained(model)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(model)
+    batch = task.gatherer(tokenizer, opened)([task.example({"text": text(i)}, tokenizer) for i in (1, 4)])
+    assert task.items(batch) == 2 + 5  # words and the end token, but the first
+
+
+def talks(folder, train, validation):
+    """Conversations whose questions have so many words."""
+    folder.mkdir()
+    for name, lengths in (("train", train), ("validation", validation)):
+        asked = [" ".join(["film"] * n) for n in lengths]
+        both = [[{"role": "user", "content": q}, {"role": "assistant", "content": "very good"}] for q in asked]
+        tiny.jsonl(folder / f"{name}.jsonl", [{"messages": messages} for messages in both])
+    return str(folder)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_of_which_nothing_is_left_to_learn_changes_nothing(packing, model, tmp_path):
+    """Its loss is 0, not 0 / 0, which would end the training as if it had diverged."""
+    data, task = talks(tmp_path / "d", [30, 2, 3, 4], [2]), CausalLM(generate=0, packing=packing, max_length=12)
+    run = Run(model, data, task, undula.LoRA(r=2), tmp_path / "o", batch=1, epochs=1.0)
+    report = undula.train(run)
+    assert report["state"] == "done"
+    assert sorted(loss > 0 for _, loss in report["losses"]) == [False, True, True, True]
+    assert any("1 of 4 train rows: nothing is left that would be learned" in note for note in report["data"]["notes"])
+
+
+@pytest.mark.parametrize(("part", "train", "held"), [("train", [30, 31], [2]), ("validation", [2, 3], [30])])
+def test_rows_of_which_nothing_is_left_to_learn_are_refused_before_the_start(part, train, held, model, tmp_path):
+    data, task = talks(tmp_path / "d", train, held), CausalLM(max_length=12)
+    with pytest.raises(ValueError, match=rf"nothing is left to learn of any of the . {part} rows.*Raise max_length=12"):
+        prepare(Run(model, data, task, undula.LoRA(r=2), tmp_path / "o"))
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_losses_are_those_of_padded_rows(form, accumulate, model, tmp_path):

@@ -186,6 +186,12 @@ def test_a_preferred_model_writes(trained):
     assert set(answer) == {"text", "ended"}
 
 
+def test_loss_and_margin_are_watched_while_it_trains(trained):
+    run, report = trained
+    opened = restored(run.out)
+    assert run.task.watched(opened.model, opened.examples(), 4) == pytest.approx(report["after"])
+
+
 def test_the_loss_is_trls(model, tmp_path):
     """Of the same adapter on the same rows: two implementations."""
     from undula.train.trainer import trainer

@@ -186,6 +186,10 @@ def test_verbs_from_end_to_end(lite, folder, tmp_path):
     undula.detach(other.model)
     undula.attach(other.model, exported)
     torch.testing.assert_close(other.model(x).logits, trained(x).logits)
+    opened = restored(tmp_path / "plain")
+    assert type(opened.run.task) is type(restored(out).run.task)
+    torch.testing.assert_close(opened.model(x).logits, trained(x).logits)
+    (tmp_path / "plain" / "base" / "config.json").unlink()  # which says the task: an adapter of somebody else's
     with pytest.raises(ValueError, match=r"says no task type, and no class .* has its layers .*Attach it in Python"):
         restored(tmp_path / "plain")
 

@@ -131,6 +131,8 @@ def test_ranks_by_hand():
     found = ranks(torch.stack([at([place[t] for t in column]) for column in columns]), columns)
     assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2 + 1 / 2) / 4)  # c: q is 50 degrees away, s 55
     assert found["accuracy_at_1"] == 0.25
+    three = ranks(torch.stack([at([place[t] for t in column[:3]]) for column in columns]), [c[:3] for c in columns])
+    assert three["accuracy_at_1"] == pytest.approx(1 / 3, abs=1e-12)  # a share of rows is not rounded to float32
 
 
 def test_ratings_beyond_one_are_divided_and_that_is_told(tmp_path):

@@ -21,6 +21,7 @@ def test_error_rates_count_words_and_characters_of_all_rows():
     assert error_rates(["a"], ["a"]) == {"wer": 0.0, "cer": 0.0}
     assert error_rates(["a b"], [""])["wer"] == 1.0
     assert error_rates(["", "a b"], ["x y z", "a b"])["wer"] == pytest.approx(3 / 2)
+    assert error_rates(["", "a b"], [" x ", " a b "])["cer"] == pytest.approx(1 / 3)  # blanks at the ends never count
 
 
 HEARD = {

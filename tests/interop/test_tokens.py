@@ -179,6 +179,21 @@ def test_a_long_row_is_cut_told_and_measured_to_its_end(bert, tmp_path):
     assert (found["recall"], found["f1"], found["accuracy"]) == (0.0, 0.0, pytest.approx(2 / 3))
 
 
+def test_of_tags_without_o_what_is_cut_off_is_said_to_be_none(bert, tmp_path):
+    """Parts of speech: a token that the model has not seen has no tag, rather than the first of the list."""
+    task, tokenizer = TokenClassification(names=("ADJ", "NOUN", "VERB", "X", "Y"), max_length=3), pieces(tmp_path)
+    words = ["sang", "John", "sang"]
+    with torch.no_grad():
+        bert.classifier.weight.zero_()
+        bert.classifier.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]))
+    examples = Examples(task, datasets.Dataset.from_list([{"tokens": words, "tags": [0, 0, 0]}]), tokenizer)
+    found = task.score(bert, examples, 2)
+    assert (found["accuracy"], found["precision"], found["recall"]) == pytest.approx((1 / 3, 1.0, 1 / 3))
+    rows = [{"tokens": words, "text": " ".join(words), "starts": [0, 5, 10]}]
+    (answer,) = task.answers(bert, rows, tokenizer, 2)
+    assert [(e["label"], e["start"]) for e in answer["entities"]] == [("ADJ", 0)]
+
+
 def by_token(model, wanted):
     """The model, which says of each token the tag that is wanted of its id, and O of others."""
 

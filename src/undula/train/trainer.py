@@ -56,6 +56,8 @@ class AdapterTrainer(Trainer):
     def get_batch_samples(self, *given: Any) -> Any:
         samples, items = super().get_batch_samples(*given)
         self.items, self.batches = sum(self.items_of(batch) for batch in samples), len(samples)
+        if torch.is_tensor(items):  # of rows of which nothing is left to learn the loss is 0, not 0 / 0
+            items = items.clamp(min=1)
         return samples, items
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ from .format import (
     unknown_marks,
 )
 from .generation import Sampling, room_after, write
-from .limits import END, UNLIMITED, Cuts
+from .limits import END, NOTHING, UNLIMITED, Cuts
 from .outputs import head_of
 from .packing import Packer, check_apart, flattens
 from .rouge import agreement, compared
@@ -284,8 +284,8 @@ class CausalLM(Task):
         if had > limit:
             ids, learned = ids[:limit], learned[:limit]
             lost[f"{what} at its end, {END}"] = had, limit
-            if not any(learned[1:]):
-                lost["nothing is left that would be learned"] = had, limit
+        if not any(learned[1:]):
+            lost[NOTHING] = had, len(ids)
         return _example(ids, learned), lost
 
     def _pair(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Traced:
@@ -317,14 +317,14 @@ class CausalLM(Task):
         return Packer(tokenizer.pad_token_id, flattens(model))
 
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
-        return int((batch["labels"] != IGNORED).sum()) if self.packing else super().items(batch)
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def score(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
         loss = self.choose(model, examples, batch)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **self.written(model, examples, batch)}
 
     def choose(self, model: PreTrainedModel, examples: Examples, batch: int) -> float:
-        """The loss alone: nothing is generated."""
+        """The loss alone: nothing is generated.  Raises ValueError for rows that have none."""
         total, count = 0.0, 0
         for _, inputs, logits in outputs(model, examples, batch):
             labels = inputs["labels"][:, 1:]
@@ -332,6 +332,8 @@ class CausalLM(Task):
             own = logits[:, :-1][kept].float()
             total += float(torch.nn.functional.cross_entropy(own, labels[kept], reduction="sum"))
             count += int(kept.sum())
+        if not count:
+            raise ValueError(f"no token of these {len(examples)} rows is learned, so there is no loss to measure")
         return total / count
 
     def written(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:

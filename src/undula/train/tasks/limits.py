@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 HEARD = "the sound is cut at its end"  # of which seconds are counted
 END = "its end token included"  # what is said of a cut that takes the end of what is learned
+NOTHING = "nothing is left that would be learned"
 UNLIMITED = 10**9  # tokenizers write 10^30 where they do not know
 
 
@@ -188,10 +189,19 @@ def fits(examples: Read, model: PreTrainedModel, name: str) -> list[str]:
             f"{name} rows hold the token {token!r} with the id {largest}, but the model's embedding has {size} rows "
             f"(ids 0 to {size - 1}): take the tokenizer that belongs to the model, or resize the model's embedding"
         )
+    empty, had, kept = cuts.found.get(NOTHING, (0, 0, 0))
+    if empty and empty == len(examples):
+        raise ValueError(
+            f"nothing is left to learn of any of the {empty} {name} rows: the longest has {had} tokens, {kept} of them "
+            f"kept. {_asked(examples.task, 'Raise') or NO_ROOM}"
+        )
     return [*cuts.told(len(examples), name), *unknown.told(len(examples), name)]
 
 
-def _asked(task: Any) -> str:
+NO_ROOM = "Take shorter rows, or a model with more positions"
+
+
+def _asked(task: Any, how: str = "Lower") -> str:
     names = ("max_length", "max_completion")
     set_to = [f"{n}={v}" for n in names if (v := getattr(task, n, None)) is not None]
-    return f"Lower {' or '.join(set_to)}, or leave it out: rows are then cut to what the model takes" if set_to else ""
+    return f"{how} {' or '.join(set_to)}, or leave it out: rows are then cut to what the model takes" if set_to else ""

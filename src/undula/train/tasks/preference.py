@@ -176,6 +176,9 @@ class Preference(CausalLM):
     def choose(self, model: PreTrainedModel, examples: Examples, batch: int) -> float:
         return self.score(model, examples, batch)[self.headline]
 
+    def watched(self, model: PreTrainedModel, examples: Examples, batch: int) -> dict[str, float]:
+        return self.score(model, examples, batch)  # nothing is generated: all of it takes the same two passes
+
     @torch.no_grad()
     def _margins(self, model: PreTrainedModel, examples: Examples, batch: int) -> Iterator[torch.Tensor]:
         collate = self.collator(examples.processor)

@@ -303,7 +303,7 @@ def ranks(vectors: torch.Tensor, columns: Sequence[Sequence[str]]) -> dict[str, 
         own[row, list(belongs[anchor])] = True
     mine = near.masked_fill(~own, -torch.inf).max(1, keepdim=True).values
     rank = 1 + (near.masked_fill(own, -torch.inf) >= mine).sum(1)
-    return {"mrr": float((1 / rank).mean()), "accuracy_at_1": float((rank == 1).float().mean())}
+    return {"mrr": float((1 / rank.double()).mean()), "accuracy_at_1": float((rank == 1).double().mean())}
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

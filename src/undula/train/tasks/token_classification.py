@@ -145,8 +145,8 @@ class TokenClassification(TaggedRows):
         self, model: PreTrainedModel, examples: Examples, batch: int
     ) -> Iterator[tuple[int, torch.Tensor, float, int]]:
         """(number of the row, probabilities (tokens, tags), the sum of the losses, how many there are) of every row;
-        of a token that was cut off the outside tag has all."""
-        outside = self.names.index(OUTSIDE) if OUTSIDE in self.names else 0
+        of a token that was cut off the outside tag has all, and where there is none, no tag has any."""
+        outside = self.names.index(OUTSIDE) if OUTSIDE in self.names else None
         left = examples.processor.padding_side == "left"
         for numbers, inputs, logits in outputs(model, examples, batch):
             losses = torch.nn.functional.cross_entropy(
@@ -157,7 +157,8 @@ class TokenClassification(TaggedRows):
                 encoded, first, _ = self.pieces(examples.rows[row], examples.processor)
                 shift = logits.shape[1] - len(encoded["input_ids"]) if left else 0
                 found = torch.zeros(len(first), len(self.names), dtype=torch.float64)
-                found[:, outside] = 1.0
+                if outside is not None:
+                    found[:, outside] = 1.0
                 there = [i for i, piece in enumerate(first) if piece is not None]
                 places = [shift + piece for piece in first if piece is not None]
                 found[there] = logits[at, places].cpu().double().softmax(1)
@@ -167,7 +168,7 @@ class TokenClassification(TaggedRows):
         wanted, found, loss, count = list[list[str]](), list[list[str]](), 0.0, 0
         for row, probabilities, lost, tokens in self.said_of(model, examples, batch):
             wanted.append([self.names[n] for n in examples.rows[row]["tags"]])
-            found.append([self.names[n] for n in probabilities.argmax(1).tolist()])
+            found.append(self._likeliest(probabilities))
             loss, count = loss + lost, count + tokens
         pairs = [(a, b) for want, have in zip(wanted, found, strict=True) for a, b in zip(want, have, strict=True)]
         spans = [[self.scheme().spans(tags) for tags in each] for each in (wanted, found)]
@@ -188,8 +189,14 @@ class TokenClassification(TaggedRows):
                 row, p = window.rows[number], found[number]
                 if not p.isfinite().all():
                     raise ValueError(f"the model's output for {row['text']!r:.60} is not finite: open it in float32")
-                tags = [self.names[n] for n in p.argmax(1).tolist()]
+                tags = self._likeliest(p)
                 yield {"entities": [self._entity(row, p, span) for span in self.scheme().spans(tags)]}
+
+    def _likeliest(self, p: torch.Tensor) -> list[str]:
+        """The tag of each token; O where no tag has a probability."""
+        return [
+            self.names[n] if has else OUTSIDE for n, has in zip(p.argmax(1).tolist(), p.any(1).tolist(), strict=True)
+        ]
 
     def _entity(self, row: Mapping[str, Any], p: torch.Tensor, span: tuple[str, int, int]) -> dict[str, Any]:
         label, first, behind = span

@@ -44,7 +44,7 @@ def error_rates(wanted: Sequence[str], found: Sequence[str]) -> dict[str, float]
     letters = jiwer.process_characters([w for w, _ in full], [t for _, t in full]) if full else None
     return {
         "wer": _rate(words, sum(len(text.split()) for text in extra)),
-        "cer": _rate(letters, sum(len(text) for text in extra)),
+        "cer": _rate(letters, sum(len(text.strip()) for text in extra)),
     }
 
 
