@@ -373,6 +373,7 @@ MUTANTS = [
     ("train/data/preference_rows.py", 'while cut and not (', 'while cut and not (True or ', PREFERENCE + " -k within"),
     ("cli/shell.py", "            with contextlib.nullcontext() if verbose else calm():\n", "            with contextlib.nullcontext():\n", "tests/interop/test_help.py::test_what_packages_tell_their_builders_is_heard_with_verbose_alone"),
     ("cli/helping.py", "        shown.secondary_opts = []\n", "        pass\n", "tests/interop/test_help.py::test_help_is_whole_in_80_columns"),
+    ("train/restored.py", "    def __repr__(self) -> str:\n", "    def told(self) -> str:\n", "tests/interop/test_help.py::test_what_a_notebook_shows_of_an_opened_run_is_short"),
     ("cli/training.py", "[: 3 if typed[\"dry_run\"] else 4]", "", "tests/interop/test_help.py::test_a_look_needs_no_place"),
     ("train/look.py", "                p.grad = gradient\n", "                pass\n", LOOK + "::test_a_look_changes_nothing"),
     ("train/data/conversation.py", "return through[: at + len(asks)]", "return through[:at]", CHAT + " -k transformers"),

@@ -1,5 +1,6 @@
 """What the command line shows before anything is trained: help that 80 columns hold, and no other package's noise."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -115,3 +116,28 @@ def test_a_look_needs_no_place(tmp_path, monkeypatch):
     taken = CliRunner().invoke(app, [*words, "--dry-run", "--out", "taken"])
     assert taken.exit_code == 2
     assert "holds a run already" in taken.stderr
+
+
+def test_what_a_notebook_shows_of_an_opened_run_is_short(tmp_path):
+    """The last line of a cell is `undula.load(DIR)`: it showed every layer of the model."""
+    import undula
+    from undula.train import Classification, Run
+
+    tiny.bert(tmp_path / "bert")
+    tiny.jsonl(tmp_path / "reviews.jsonl", tiny.reviews(30))
+    run = Run(str(tmp_path / "bert"), str(tmp_path / "reviews.jsonl"), Classification(), undula.LoRA(r=1),
+              tmp_path / "o", max_steps=1, batch=4)  # fmt: skip
+    undula.train(run)
+    opened = undula.load(tmp_path / "o")
+    shown = repr(opened)
+    assert "\n" not in shown
+    assert len(shown) < 800 + 2 * len(str(tmp_path))
+    for told in ("Classification", "BertForSequenceClassification", "labels: ", "LoRA(r=1"):
+        assert told in shown
+    with pytest.raises(ValueError, match="is empty: row 2") as empty:
+        opened.predict(["a film", ""])
+    assert "skip" not in str(empty.value)
+    with pytest.raises(FileNotFoundError, match=r"is an adapter, not a model.*undula merge"):
+        undula.train(dataclasses.replace(run, model=str(tmp_path / "o"), out=tmp_path / "p"))
+    with pytest.raises(FileExistsError, match="is a file, and a run writes a directory"):
+        undula.train(dataclasses.replace(run, data="not yet read", out=tmp_path / "reviews.jsonl"))

@@ -123,6 +123,11 @@ def _quantised(bits: int) -> BitsAndBytesConfig:
 def _unopened(source: str, folder: str, error: Exception) -> str:
     path, reason = Path(folder), f"{str(error).strip()}\n".split("\n")[0][:300] or type(error).__name__
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            return (
+                f"model={source} is an adapter, not a model: a model with it is written by `undula merge {source} "
+                "--out DIRECTORY`"
+            )
         there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         return f"model={source} is a folder, but no model could be opened in it ({reason}); it has: {there}"
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []

@@ -70,6 +70,16 @@ class Restored:
     adapter: Adapter  # of no layers, where it is a whole model
     roles: tuple[str, ...] = ()  # that the rows of the training had; empty where nothing says it
 
+    def __repr__(self) -> str:
+        """In a few words: a model's own has hundreds of lines, and a notebook shows it of its last line."""
+        names = getattr(self.run.task, "names", None) or ()
+        some = ", ".join(names[:5]) + (f" ... {len(names)} in all" if len(names) > 5 else "")
+        labels = f", labels: {some}" if names else ""
+        return (
+            f"Restored({self.run.out}: {type(self.run.task).__name__} with {type(self.model).__name__} of "
+            f"{self.run.model}{labels}, adapter: {self.adapter!r})"
+        )
+
     @property
     def folder(self) -> str:
         """The base, as `from_pretrained` takes it."""

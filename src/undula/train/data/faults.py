@@ -10,8 +10,8 @@ TOLD = 10  # places that a kind of fault is told with; the rest is counted
 FEW = 3  # the same where the rows are left out
 Row = tuple[str, int]  # the name of a file (or a split), and the number of a line (or a row) there
 OPTION = (
-    "--skip-faulty SHARE (of train and eval), in Python Run(..., skip_faulty=SHARE), in a study skip_faulty = SHARE "
-    "under [[data]]; SHARE is how much of a file may go at most, such as 0.1"
+    "--skip-faulty SHARE (of train, eval, predict and generate), in Python Run(..., skip_faulty=SHARE), in a study "
+    "skip_faulty = SHARE under [[data]]; SHARE is how much of a file may go at most, such as 0.1"
 )
 
 
@@ -107,9 +107,9 @@ class Faults:
 
     def _way_out(self) -> Iterator[str]:
         """What leaving rows out would mend, or why it did not."""
-        if self.bad and not self.skip:
+        if any(self.bad) and not self.skip:  # rows that were given in Python have no file, and no option
             shown = ", ".join(
-                f"{len(bad)} of {self.rows.get(name, len(bad))} in {name}" for name, bad in self.bad.items()
+                f"{len(bad)} of {self.rows.get(name, len(bad))} in {name}" for name, bad in self.bad.items() if name
             )
             yield f"Rows with faults of their own ({shown}) can be left out: {OPTION}"
         elif self.skip and self._whole():
