@@ -141,3 +141,17 @@ def test_what_a_notebook_shows_of_an_opened_run_is_short(tmp_path):
         undula.train(dataclasses.replace(run, model=str(tmp_path / "o"), out=tmp_path / "p"))
     with pytest.raises(FileExistsError, match="is a file, and a run writes a directory"):
         undula.train(dataclasses.replace(run, data="not yet read", out=tmp_path / "reviews.jsonl"))
+
+
+def test_where_every_row_is_faulty_none_can_be_left_out(tmp_path):
+    """A column with decimal commas: "30 of 30 rows can be left out" is no advice."""
+    from undula.train.data.faults import Faults
+
+    faults = Faults()
+    faults.of("p.csv", 2)
+    for line in (2, 3):
+        faults.add("p.csv, column 'price' holds what is no number", f"line {line}", "Write it 3.5", ("p.csv", line))
+    assert "left out" not in faults.message()
+    faults.of("q.csv", 9)
+    faults.add("q.csv, column 'price' is empty", "line 4", "", ("q.csv", 4))
+    assert "(1 of 9 in q.csv) can be left out" in faults.message()

@@ -107,11 +107,14 @@ class Faults:
 
     def _way_out(self) -> Iterator[str]:
         """What leaving rows out would mend, or why it did not."""
-        if any(self.bad) and not self.skip:  # rows that were given in Python have no file, and no option
-            shown = ", ".join(
-                f"{len(bad)} of {self.rows.get(name, len(bad))} in {name}" for name, bad in self.bad.items() if name
+        if not self.skip:
+            shown = ", ".join(  # rows that were given in Python have no file, and all of a file are not left out
+                f"{len(bad)} of {self.rows.get(name, len(bad))} in {name}"
+                for name, bad in self.bad.items()
+                if name and len(bad) != self.rows.get(name)
             )
-            yield f"Rows with faults of their own ({shown}) can be left out: {OPTION}"
+            if shown:
+                yield f"Rows with faults of their own ({shown}) can be left out: {OPTION}"
         elif self.skip and self._whole():
             yield f"skip_faulty={self.skip:g} leaves single rows out, and not all of this is wrong with single rows"
         if self.skip and (many := ", ".join(self._too_many())):
