@@ -258,3 +258,10 @@ def test_entities_are_answered_in_characters(bert, tmp_path):
         assert (entity["start"], entity["end"]) == (4 + spaces, 16 + spaces)
         assert 0.9 < entity["score"] <= 1.0
         json.dumps(found)
+
+
+def test_types_that_a_part_does_not_have_are_told():
+    """A type of the validation rows alone is never learned."""
+    figures = {"entities": {"train": {"X": 3}, "validation": {"NEW": 1}}, "tokens": {"train": 9, "validation": 2}}
+    notes = list(TokenClassification(names=("O", "B-X", "B-NEW")).told(figures))
+    assert notes[2:] == ["types without a train entity: NEW", "types without a validation entity: X"]

@@ -535,3 +535,19 @@ def test_the_head_has_its_own_rate(bert, reviews, tmp_path):
     head, B = moved("alone", lr=1e-30, head_lr=1e-2)
     assert head > 1e-3
     assert B < 1e-20
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/below/it"])
+def test_a_place_where_no_directory_can_be_is_refused_before_anything_is_read(out, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    run = Run("no model", "no data", Classification(), undula.LoRA(), tmp_path / out)
+    with pytest.raises(FileExistsError, match=r"taken is a file, so .* can be no directory: name another"):
+        undula.train(run)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    run = Run("no model", "no data", Classification(), undula.LoRA(), tmp_path / "below" / "it")
+    with pytest.raises(PermissionError, match=r"nothing can be written to .*: name another"):
+        undula.train(run)

@@ -170,3 +170,27 @@ def test_every_task_says_what_the_hub_calls_it_and_what_opens_its_model():
     for kind in ours:
         assert kind.pipeline, kind
         assert hasattr(transformers, opener(kind())), kind
+
+
+ODD = "<script>x</script> [here](http://x.example) `a` *b* | c\\"
+
+
+def test_names_of_classes_and_folders_are_text_in_a_card(tmp_path):
+    """Whatever a data set calls its classes, and a person a folder: no HTML, no links, no other code."""
+    import dataclasses
+    import html
+
+    from undula.train import Classification
+    from undula.train.card import Card
+
+    markdown = pytest.importorskip("markdown").markdown  # which comes with mkdocs
+
+    empty = undula.Adapter({}, {}, {}, {})
+    card = Card("undula", 'my "best"; $(run)', Classification(), "base <i>", "base <i>", empty, (ODD, "plain_name"))
+    shown = markdown(card.text().partition("-->")[2], extensions=["tables"])
+    assert not re.findall("<(?:script|i|em|a)\\b", shown)
+    assert f"{ODD}, plain_name" in html.unescape(shown)
+    for form in ("undula", "peft", "whole"):
+        made = dataclasses.replace(card, form=form).text()
+        assert 'undula.load("my \\"best\\"; $(run)")' in made
+    assert "undula export 'my \"best\"; $(run)' --out plain" in card.text()

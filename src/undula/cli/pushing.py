@@ -16,6 +16,7 @@ import typer
 from ..core.extras import needs
 from ..io import files
 from ..train.base import called_elsewhere
+from ..train.card import quoted
 from ..train.run import CHECKPOINTS, REPORT, RUN
 from . import shell
 from .predicting import Saved
@@ -86,7 +87,7 @@ def _staged(path: Path, place: Path, name: str) -> Iterator[Path]:
         to.parent.mkdir(parents=True, exist_ok=True)
         if below == Path("README.md"):
             text = (path / below).read_text(encoding="utf-8")
-            to.write_text(text.replace(f'"{path.resolve().name}"', f'"{name}"'), encoding="utf-8")
+            to.write_text(text.replace(quoted(path.resolve().name), quoted(name)), encoding="utf-8")
         elif below == Path(RUN):
             to.write_text(json.dumps(_abroad(path / below), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:

@@ -3,7 +3,10 @@ metadata before it."""
 
 from __future__ import annotations
 
+import html
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,22 +26,23 @@ from .tasks.causal_lm import CausalLM
 from .tasks.task import Task
 
 MARK = "<!-- written by undula -->"
+MARKDOWN = re.compile(r"[\\`*\[\]]")
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LORA = """```python
 from peft import PeftModel
 from transformers import AutoConfig, {cls}
 
-config = AutoConfig.from_pretrained("{here}", subfolder="base")
-base = {cls}.from_pretrained("{base}", config=config)
-model = PeftModel.from_pretrained(base, "{here}")
+config = AutoConfig.from_pretrained({here}, subfolder="base")
+base = {cls}.from_pretrained({base}, config=config)
+model = PeftModel.from_pretrained(base, {here})
 ```
 
-Or, where PEFT is installed, with transformers alone (`config` as above): `model = {cls}.from_pretrained("{here}",
+Or, where PEFT is installed, with transformers alone (`config` as above): `model = {cls}.from_pretrained({here},
 config=config)`.
 """
 ONE = """
 In one line, without the names of its classes:
-`AutoPeftModelForSequenceClassification.from_pretrained("{here}", num_labels={count})`. Without `num_labels` PEFT opens
+`AutoPeftModelForSequenceClassification.from_pretrained({here}, num_labels={count})`. Without `num_labels` PEFT opens
 the base with the head that its own files have.
 """
 LOCAL = """
@@ -56,19 +60,19 @@ ON_HUB = (
 UNDULA = """```python
 import undula
 
-opened = undula.load("{here}")
+opened = undula.load({here})
 print({asked})
 ```
 """
 NOT_PLAIN = """
 PEFT opens it where undula is installed, after `undula.enable_peft()`; without undula it does not know this type.
-`undula export {here} --out plain` writes a plain LoRA for PEFT, transformers and others alone, and says what that
-costs; `undula merge {here} --out merged` an ordinary model.
+`undula export {path} --out plain` writes a plain LoRA for PEFT, transformers and others alone, and says what that
+costs; `undula merge {path} --out merged` an ordinary model.
 """
 WHOLE = """```python
 from transformers import {cls}
 
-model = {cls}.from_pretrained("{here}")
+model = {cls}.from_pretrained({here})
 ```
 """
 
@@ -90,9 +94,9 @@ class Card:
 
     def text(self) -> str:
         asset = asset_of(self.source)
-        of = f" for {self.base if asset is None or asset.hub else asset.title}"
+        of = f" for {word(self.base if asset is None or asset.hub else asset.title)}"
         title = {"peft": "A LoRA adapter", "undula": "An adapter made with undula", "whole": "A model"}[self.form]
-        said = f"# {title}{of if self.form != 'whole' else f', adapted from {self.base}'}"
+        said = f"# {title}{of if self.form != 'whole' else f', adapted from {word(self.base)}'}"
         parts = [front(self), MARK, "", said, "", *_table(self), *_figures(self.adapter.about), *self.notes]
         return "\n".join(parts) + "\n## Loading it\n\n" + "".join(_loading(self))
 
@@ -120,7 +124,7 @@ def _table(card: Card) -> Iterator[str]:
     adapter, told = card.adapter, card.adapter.about.get("training") or {}
     yield "| | |"
     yield "|---|---|"
-    yield f"| base | `{card.base}` |"
+    yield f"| base | {word(card.base)} |"
     yield f"| task | {_task(card)} |"
     for method in dict.fromkeys(adapter.methods.values()):
         yield f"| method | {cell(type(method).__name__)}: `{cell(type(method).formula)}`; {cell(type(method).source)} |"
@@ -130,7 +134,7 @@ def _table(card: Card) -> Iterator[str]:
     yield f"| size | {adapter.num_parameters():,} numbers at {len(adapter.methods)} layers{whole} |"
     if told:
         rows = f"{told.get('train_rows')} rows trained on, {told.get('eval_rows')} held out"
-        yield f"| data | {cell(str(told.get('data')))}: {rows} |"
+        yield f"| data | {word(str(told.get('data')))}: {rows} |"
         yield (
             f"| training | {told.get('steps')} steps of {told.get('rows_in_a_step')} rows, learning rate "
             f"{told.get('lr')}, seed {told.get('seed')} |"
@@ -140,7 +144,7 @@ def _table(card: Card) -> Iterator[str]:
 
 def _task(card: Card) -> str:
     kind = card.task.model_class if isinstance(card.task, Unmeasured) else type(card.task).__name__
-    classes = f". Its classes, in order: {', '.join(map(cell, card.names))}" if len(card.names) > 1 else ""
+    classes = f". Its classes, in order: {', '.join(map(word, card.names))}" if len(card.names) > 1 else ""
     return f"{kind}{classes}"
 
 
@@ -154,25 +158,25 @@ def _figures(about: Mapping[str, Any]) -> Iterator[str]:
         yield "|---|---|---|"
         for name, value in after.items():
             earlier = before.get(name)
-            yield f"| {cell(name)} | {'' if earlier is None else f'{earlier:.4g}'} | {value:.4g} |"
+            yield f"| {word(name)} | {'' if earlier is None else f'{earlier:.4g}'} | {value:.4g} |"
         yield ""
 
 
 def _loading(card: Card) -> Iterator[str]:
     cls, asset = opener(card.task), asset_of(card.source)
     if card.form == "peft":
-        yield LORA.format(here=card.here, cls=cls, base=card.base)
+        yield LORA.format(here=quoted(card.here), cls=cls, base=quoted(card.base))
         if cls == CLASSES["SEQ_CLS"]:
-            yield ONE.format(here=card.here, count=max(len(card.names), 1))
+            yield ONE.format(here=quoted(card.here), count=max(len(card.names), 1))
     elif card.form == "whole":
-        yield WHOLE.format(here=card.here, cls=cls)
+        yield WHOLE.format(here=quoted(card.here), cls=cls)
     if card.processor is not None and card.form != "undula":
-        yield f'\nIts inputs are made by `{card.processor}.from_pretrained("{card.here}")`.\n'
+        yield f"\nIts inputs are made by `{card.processor}.from_pretrained({quoted(card.here)})`.\n"
     if card.form != "undula":
         yield "\nWith undula:\n\n"
-    yield UNDULA.format(here=card.here, asked=asking(card.task, card.adapter.about))
+    yield UNDULA.format(here=quoted(card.here), asked=asking(card.task, card.adapter.about))
     if card.form == "undula":
-        yield NOT_PLAIN.format(here=card.here)
+        yield NOT_PLAIN.format(path=shlex.quote(card.here))
     if card.form != "whole" and Path(card.base).is_absolute():
         yield LOCAL.format(base=card.base)
     if asset is not None and card.form != "whole":
@@ -207,6 +211,17 @@ def opener(task: Task) -> str:
 def cell(text: str) -> str:
     """A text that stays in its cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def word(text: str) -> str:
+    """A text of other people's, to the letter: nothing of it is Markdown or HTML."""
+    whole = html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+    return MARKDOWN.sub(r"\\\g<0>", whole)
+
+
+def quoted(text: str) -> str:
+    """A text in a line of Python."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def put(card: Card, folder: Path) -> None:

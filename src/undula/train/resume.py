@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ STATE = "allocator.json"  # of an allocator, see `integrations.callback`
 
 
 def claim(run: Run, resume: bool) -> None:
-    """Refuses a directory that holds a run already or files that a run would overwrite, or with `resume` no run."""
+    """Refuses a directory that holds a run already or files that a run would overwrite, or with `resume` no run; and
+    one where nothing can be written, before anything is computed."""
+    _check_writable(run.out)
     if resume:
         read_run(run.out)
         if (run.out / REPORT).is_file():
@@ -37,6 +40,15 @@ def claim(run: Run, resume: bool) -> None:
         raise FileExistsError(
             f"{run.out} holds {', '.join(foreign)} of something else, which this run would overwrite: name another"
         )
+
+
+def _check_writable(out: Path) -> None:
+    """Raises FileExistsError or PermissionError for a place where no directory can be made or written to."""
+    there = next(place for place in (out, *out.absolute().parents) if place.exists() or place.is_symlink())
+    if not there.is_dir():
+        raise FileExistsError(f"{there} is a file, so {out} can be no directory: name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written to {there}: name another directory, or mend its permissions")
 
 
 def left_behind(out: Path) -> str:

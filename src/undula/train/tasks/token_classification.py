@@ -74,9 +74,10 @@ class TokenClassification(TaggedRows):
         for part, counted in figures["entities"].items():
             shown = ", ".join(f"{kind} {n}" for kind, n in list(counted.items())[:20]) or "none"
             yield f"entities in {figures['tokens'][part]} {part} tokens: {shown}"
-        lacking = set(figures["entities"]["train"]) - set(figures["entities"].get("validation", ()))
-        if lacking:
-            yield f"types without a validation entity: {', '.join(sorted(lacking)[:20])}"
+        every = {kind for counted in figures["entities"].values() for kind in counted}
+        for part, counted in figures["entities"].items():
+            if lacking := every - set(counted):
+                yield f"types without a {part} entity: {', '.join(sorted(lacking)[:20])}"
 
     def outputs(self) -> dict[str, Any]:
         return named_outputs(self.names)
