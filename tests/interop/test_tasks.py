@@ -335,6 +335,10 @@ WRONG = {
     "column 'text' is empty: line 2": [{"text": "a", "label": ["x"]}, {"text": " ", "label": ["x"]}],
     "no set of labels: line 1": [{"text": "a", "label": [""]}, {"text": "b", "label": ["x"]}],
     "no set of labels: line 1 ": [{"text": "a", "label": [{"a": 1}]}, {"text": "b", "label": []}],
+    "another separator between labels than other rows: line 2 has 'x|y'": [
+        {"text": "a", "label": "x;y"},
+        {"text": "b", "label": "x|y"},
+    ],
     "has no label in any row": [{"text": "a", "label": []}],
 }
 
@@ -344,8 +348,19 @@ def test_what_is_no_set_of_labels_is_named(said, tmp_path):
     from undula.train.data.load import load_data
 
     data = load_data(tiny.jsonl(tmp_path / "d.jsonl", WRONG[said]))
-    with pytest.raises((ValueError, LookupError), match=said):
+    with pytest.raises((ValueError, LookupError), match=said.replace("x|y", r"x\|y")):
         MultiLabel().read(data, "train")
+
+
+def test_a_class_may_hold_another_separator(tmp_path):
+    """Where nothing beside says that it is two."""
+    from undula.train.data.load import load_data
+
+    rows = [{"text": "a", "label": "food, drink;x"}, {"text": "b", "label": "x"}]
+    assert MultiLabel().read(load_data(tiny.jsonl(tmp_path / "d.jsonl", rows)), "train")[0].names == (
+        "food, drink",
+        "x",
+    )
 
 
 def test_an_unknown_label_of_the_validation_rows_is_named(tmp_path):

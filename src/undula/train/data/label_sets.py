@@ -31,6 +31,20 @@ def separator_of(rows: Dataset, column: str, said: str | None) -> str:
     return next((s for s in SEPARATORS if any(s in text for text in texts)), SEPARATORS[0])
 
 
+def undivided(rows: Dataset, column: str, sets: Sets, faults: Faults) -> None:
+    """Adds a fault for labels that hold another separator between names of other labels: a file with two."""
+    source, every = source_of(rows), {label for labels in sets for label in labels}
+    held = {name: [part.strip() for s in SEPARATORS if s in name for part in name.split(s)] for name in every}
+    joined = {name for name, parts in held.items() if any(part in every and part != name for part in parts)}
+    for row, labels in enumerate(sets):
+        for name in joined.intersection(labels):
+            what = spot(rows, column, "has another separator between labels than other rows")
+            advice = (
+                "Write one separator everywhere; or say which it is: --task-set separator=..., in Python separator="
+            )
+            faults.add(what, f"{source.place(row)} has {name!r:.60}", advice, source.key(row))
+
+
 def are_vectors(rows: Dataset, column: str) -> bool:
     """Whether the labels are vectors of 0 and 1, by the look of all of them: lists of one length of nothing else, which
     are no lists of the classes 0 and 1, since one has a number twice, or they are written as fractions (0.0, 1.0)."""

@@ -21,6 +21,7 @@ from ..data.label_sets import (
     label_sets,
     numbered,
     separator_of,
+    undivided,
 )
 from .classification import TextTask
 from .heads import named_outputs
@@ -78,6 +79,8 @@ class MultiLabel(TextTask):
         sets = self._sets(split, column, faults)
         if not self.names:
             alike(split, column, [label for labels in sets for label in labels], faults, _places(sets))
+        if not self.names and not self.separator:
+            undivided(split, column, sets, faults)
 
     def check_fitted(self, split: Dataset, faults: Faults) -> None:
         self._numbers(split, faults)
