@@ -151,5 +151,5 @@ def ended(run: Run, told: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"ended at step {told['ended']}: {run.patience} evaluation{'s' * (run.patience != 1)} without a better "
-        f"{run.task.headline} than that of step {told['step']}"
+        f"{run.task.headline} than {told['value']:.4g}"
     )
