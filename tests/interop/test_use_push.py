@@ -127,6 +127,17 @@ def test_what_is_sent_opens_elsewhere_and_holds_nothing_of_this_machine(run, hub
     assert [a["label"] for a in json.loads(again.stdout.splitlines()[-1])] == [w["label"] for w in want]
 
 
+def test_a_training_sends_its_result_in_the_end_and_asks_before_it_begins(run, hub, tmp_path):
+    config, out = run / "run.toml", tmp_path / "again"
+    words = ("-m", "undula", "train", "--config", config, "--out", out, "--push-to-hub")
+    refused = apart(hub, tmp_path, *words, NAME, token="")
+    assert "the hub asks who sends this" in refused.stderr
+    assert not out.exists(), "what cannot be sent is refused before anything is trained"
+    done = apart(hub, tmp_path, *words, NAME)
+    assert done.returncode == 0, done.stderr
+    assert hub.store["files"]["adapter_model.safetensors"] == (out / "adapter_model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "token", "what"),
     [

@@ -23,6 +23,8 @@ from .predicting import Saved
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 MODEL = "config.json"
+OFFLINE = "HF_HUB_OFFLINE is set, so nothing can be sent: unset it"
+UNKNOWN = "the hub asks who sends this: `hf auth login`, or set HF_TOKEN"
 # What a model is made of, and its tokenizer; no pickles, no rows, no reports with this machine's paths
 SUFFIXES = {".json", ".safetensors", ".model", ".jinja", ".md"}
 TEXTS = {"vocab.txt", "merges.txt", "added_tokens.json"}
@@ -39,8 +41,7 @@ def push(
 ) -> None:
     """Send an adapter or a merged model to the Hugging Face hub: its weights, configuration, tokenizer and card; no
     checkpoints, no data, no paths of this machine.  Needs a token (`hf auth login`, or HF_TOKEN)."""
-    if not NAME.fullmatch(name):
-        raise ValueError(f"a model on the hub is called USER/NAME, found {name!r}")
+    _check_name(name)
     _check(path)
     with tempfile.TemporaryDirectory(prefix=".undula-push-", dir=path.resolve().parent) as place:
         sent = list(_staged(path, Path(place), name))
@@ -55,6 +56,24 @@ def push(
             shell.note(f"nothing was sent to {name} (--dry-run)")
             return
         shell.note(f"Sent to {_uploaded(Path(place), name, private, message)}")
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a model on the hub is called USER/NAME, found {name!r}")
+
+
+@needs("train")
+def check_promised(name: str) -> None:
+    """Raises ValueError or RuntimeError where it is known already that nothing could be sent: before a training, not
+    after it."""
+    from huggingface_hub import constants, get_token
+
+    _check_name(name)
+    if constants.HF_HUB_OFFLINE:
+        raise RuntimeError(OFFLINE)
+    if get_token() is None:
+        raise RuntimeError(UNKNOWN)
 
 
 def _check(path: Path) -> None:
@@ -136,9 +155,9 @@ def _uploaded(place: Path, name: str, private: bool, message: str) -> str:
         made = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
     except OfflineModeIsEnabled as error:
-        raise RuntimeError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it") from error
+        raise RuntimeError(OFFLINE) from error
     except LocalTokenNotFoundError as error:
-        raise RuntimeError("the hub asks who sends this: `hf auth login`, or set HF_TOKEN") from error
+        raise RuntimeError(UNKNOWN) from error
     except (HfHubHTTPError, OSError) as error:
         said = str(error).strip().split("\n")[0][:300]
         advice = " Log in first: `hf auth login`, or set HF_TOKEN" if "401" in said or "403" in said else ""

@@ -12,14 +12,14 @@ import typer
 
 from ..core.extras import needs
 from ..core.options import split_pair
-from ..train import Recipe, Run, Task, restored
+from ..train import Recipe, Run, Task, processes, restored
 from ..train.config import values_in
 from ..train.fit import train as fit
 from ..train.page import PAGE
 from ..train.recipe import DATA, OUTPUT, PANELS
 from ..train.resume import left_behind
 from ..train.worries import diverged, worries
-from . import declared, shell
+from . import declared, pushing, shell
 from . import look as looks
 
 if TYPE_CHECKING:
@@ -57,6 +57,15 @@ REPORT_TO = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+PUSH = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        help="Send the result there in the end, as `undula push` does: USER/NAME.",
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+    ),
+]
 RESUME = Annotated[
     Path | None,
     typer.Option("--resume", help="Go on with the training in this directory.", metavar="DIR", rich_help_panel=OUTPUT),
@@ -70,9 +79,11 @@ JSON = Annotated[
 def train(ctx: typer.Context, **typed: Any) -> None:
     """Fine-tune a model with an adapter.  Ctrl-C saves a checkpoint and says how to go on."""
     resume, to, given = typed["resume"], typed["to"], _given(ctx)
+    if typed["push"] is not None:
+        pushing.check_promised(typed["push"])
     if resume is not None:
         _check_alone(given)
-        _fit(Run.load(resume), True, to, typed["report_to"])
+        _fit(Run.load(resume), True, to, typed["report_to"], typed["push"])
         return
     said = {} if typed["config"] is None else values_in(typed["config"], Run)
     told = ("model", "data", "task", "out")[: 3 if typed["dry_run"] else 4]  # nothing is written: no place is needed
@@ -90,7 +101,7 @@ def train(ctx: typer.Context, **typed: Any) -> None:
     if typed["dry_run"]:
         _look(Run(**made) if "out" in made else Recipe(**made), to)
     else:
-        _fit(Run(**made), False, to, typed["report_to"])
+        _fit(Run(**made), False, to, typed["report_to"], typed["push"])
 
 
 def _signature() -> inspect.Signature:
@@ -103,6 +114,7 @@ def _signature() -> inspect.Signature:
         inspect.Parameter("column", only, default=[], annotation=COLUMN),
         inspect.Parameter("dry_run", only, default=False, annotation=DRY),
         inspect.Parameter("report_to", only, default=[], annotation=REPORT_TO),
+        inspect.Parameter("push", only, default=None, annotation=PUSH),
         inspect.Parameter("resume", only, default=None, annotation=RESUME),
         inspect.Parameter("to", only, default=None, annotation=JSON),
     ]
@@ -119,7 +131,7 @@ def _given(ctx: typer.Context) -> dict[str, str]:
     return {n: names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-FREE = ("resume", "to", "report_to", "quiet", "verbose")  # what changes nothing of a run
+FREE = ("resume", "to", "push", "report_to", "quiet", "verbose")  # what changes nothing of a run
 
 
 def _check_alone(given: Mapping[str, str]) -> None:
@@ -148,7 +160,7 @@ def _columns(task: str | Task, pairs: list[str]) -> list[str]:
 
 
 @needs("train")
-def _fit(run: Run, resume: bool, to: Path | None, report_to: list[str]) -> None:
+def _fit(run: Run, resume: bool, to: Path | None, report_to: list[str], push: str | None) -> None:
     try:
         with _stages(), contextlib.ExitStack() as bars:
             report = fit(run, resume=resume, callbacks=_bar(bars), begins=_begins, report_to=report_to)
@@ -165,6 +177,8 @@ def _fit(run: Run, resume: bool, to: Path | None, report_to: list[str]) -> None:
         shell.remark(text)
     if diverged(report):
         raise typer.Exit(1)
+    if push is not None and processes.is_first():
+        pushing.push(run.out, push)
 
 
 @needs("train")
