@@ -229,7 +229,7 @@ def test_options_go_before_what_the_file_says(words, changes, first, tmp_path, m
         (("--config", "CONFIG", "--out", "o", "--column", "txt=a"), "has no column txt=a"),
         (("--config", "CONFIG", "--out", "o", "--method", "none", "--set", "r=2"), "leave out --set"),
         (("--config", "CONFIG", "--out", "o", "--allocate", "target=2"), "--allocate has"),
-        ((), "--resume DIRECTORY or --config FILE"),
+        ((), "or --resume DIRECTORY, or --config FILE"),
     ],
 )
 def test_what_a_file_and_options_cannot_mean(words, told, first):

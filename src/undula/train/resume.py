@@ -31,8 +31,6 @@ def claim(run: Run, resume: bool) -> None:
         read_run(run.out)
         if (run.out / REPORT).is_file():
             raise FileExistsError(f"the run in {run.out} is finished: its report is {run.out / REPORT}")
-    elif run.out.exists() and not run.out.is_dir():
-        raise FileExistsError(f"{run.out} is a file, and a run writes a directory: name another")
     elif (run.out / RUN).is_file() or (run.out / "adapter_config.json").is_file():
         again = "" if (run.out / REPORT).is_file() else f" resume it ({resume_command(run.out)}), or"
         raise FileExistsError(f"{run.out} holds a run already:{again} name another directory")
