@@ -9,6 +9,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import undula
 from tests.support import tiny
 from undula.train import Examples, TokenClassification
 from undula.train.data.faults import Faults
@@ -265,3 +266,23 @@ def test_types_that_a_part_does_not_have_are_told():
     figures = {"entities": {"train": {"X": 3}, "validation": {"NEW": 1}}, "tokens": {"train": 9, "validation": 2}}
     notes = list(TokenClassification(names=("O", "B-X", "B-NEW")).told(figures))
     assert notes[2:] == ["types without a train entity: NEW", "types without a validation entity: X"]
+
+
+def test_a_batch_without_a_tag_that_counts_changes_nothing(tmp_path):
+    """The mean of no losses is 0/0: a training that met such a batch was told to have diverged."""
+    from undula.train.fit import prepare
+    from undula.train.trainer import trainer
+
+    data = tiny.jsonl(tmp_path / "d.jsonl", [{"tokens": ["good", str(i)], "tags": ["B-X", "O"]} for i in range(20)])
+    run = undula.Run(tiny.bert(tmp_path / "base"), data, TokenClassification(), undula.LoRA(r=2), tmp_path / "o")
+    ready = prepare(run)
+    fitter = trainer(run, ready.model, ready.train, ())
+    batch = dict(ready.run.task.collator(ready.processor)([ready.train[0], ready.train[1]]))
+    for labels in (batch["labels"], torch.full_like(batch["labels"], -100)):
+        ready.model.zero_grad()
+        loss = fitter.compute_loss(ready.model, {**batch, "labels": labels})
+        assert torch.isfinite(loss)
+        loss.backward()
+        moved = [bool(p.grad.any()) for p in ready.adapter.parameters() if p.grad is not None]
+        assert all(torch.isfinite(p.grad).all() for p in ready.adapter.parameters() if p.grad is not None)
+        assert (loss.item() > 0) == any(moved) == bool((labels != -100).any())

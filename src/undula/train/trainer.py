@@ -77,6 +77,8 @@ class AdapterTrainer(Trainer):
         if self.weights is not None:
             loss = weighed(found[1]["logits"], inputs["labels"], self.weights)
             found = (loss, *found[1:]) if return_outputs else loss
+        if not self.items_of(inputs):  # a mean of nothing, 0/0: no row of this batch has a label that counts
+            found = (found[0].nan_to_num(), *found[1:]) if return_outputs else found.nan_to_num()
         if self.model_accepts_loss_kwargs or self.batches == 1:
             return found
         return (found[0] * self._share(inputs), *found[1:]) if return_outputs else found * self._share(inputs)
