@@ -23,7 +23,7 @@ from ..core.method import (
     Site,
 )
 from .apart import apart, check_theirs
-from .checks import check_layer, check_padding, check_range, check_shapes
+from .checks import check_acts, check_layer, check_padding, check_range, check_shapes, check_there
 from .masters import wide
 from .views import LinearView, outline, site
 from .weights import check_once, parameter_of
@@ -259,17 +259,42 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         yield name, f"{first.get(owner, owner)}.{leaf}".lstrip("."), p
 
 
+def check_all_there(adapter: Adapter, layers: Container[str], first: Mapping[str, str]) -> None:
+    """Raises ValueError for sites that are not among a model's layers; `first` are its `aliases`."""
+    missing = [n for n in adapter.factors if n not in layers]
+    if missing:
+        told = [f"{n} (known as {first[n]} here)" if n in first else n for n in missing[:5]]
+        raise ValueError(f"the adapter has sites that this model has not: {', '.join(told)}")
+
+
+def check_site(where: Site, layer: LinearView, adapter: Adapter, odd: str | None) -> dict[str, torch.dtype]:
+    """The types that an adapter's factors have at one site of a model; `odd` is what `Adapter.apart` says of the layer.
+    Raises ValueError or TypeError where the adapter does not fit; of one without numbers (an outline on the meta
+    device) as far as shapes tell."""
+    path = where.name
+    method, f = adapter.methods[path], adapter.factors[path]
+    check_acts(path, layer, method)
+    check_theirs(path, odd, adapter.apart.get(path))
+    if where.shape != adapter.shapes[path]:
+        raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
+    check_shapes(path, f, method.init(where.outline()))
+    dtypes = {k: where.dtype if t.is_floating_point() else t.dtype for k, t in f.items()}
+    if any(t.is_meta for t in f.values()):
+        return dtypes
+    method.check(where, f)
+    check_padding(path, layer, method, f, adapter.kernels.get(path))
+    for k, t in f.items():
+        check_range(f"{path}.{k}", t, dtypes[k])
+    return dtypes
+
+
 def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     """`adapter` as parameters of its own that fit `model` (types and devices adjusted).  Raises ValueError where it
     does not fit."""
     adapter.check_usable()
     layers = layers_at(model, adapter.factors)
     check_once(layers)
-    missing = [n for n in adapter.factors if n not in layers]
-    if missing:
-        first = aliases(model)
-        told = [f"{n} (known as {first[n]} here)" if n in first else n for n in missing[:5]]
-        raise ValueError(f"the adapter has sites that this model has not: {', '.join(told)}")
+    check_all_there(adapter, layers, aliases(model))
     # a parameter under each of its names: one that is tied to another (an output head) may be replaced alone
     parameters = dict(model.named_parameters(remove_duplicate=False))
     once: dict[int, nn.Parameter] = {}
@@ -282,17 +307,9 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     factors: dict[str, Factors] = {}
     odd = apart(layers)
     for path, f in adapter.factors.items():
-        check_layer(path, layers[path], adapter.methods[path])
-        check_theirs(path, odd.get(path), adapter.apart.get(path))
+        check_there(path, layers[path])
         where = site(path, layers[path])
-        if where.shape != adapter.shapes[path]:
-            raise ValueError(f"{path} is {where.shape} (O, I) in this model, {adapter.shapes[path]} in the adapter")
-        check_shapes(path, f, adapter.methods[path].init(where.outline()))
-        adapter.methods[path].check(where, f)
-        check_padding(path, layers[path], adapter.methods[path], f, adapter.kernels.get(path))
-        dtypes = {k: where.dtype if t.is_floating_point() else t.dtype for k, t in f.items()}
-        for k, t in f.items():
-            check_range(f"{path}.{k}", t, dtypes[k])
+        dtypes = check_site(where, layers[path], adapter, odd.get(path))
         factors[path] = {k: live(t, where.device, dtypes[k]) for k, t in f.items()}
     in_full = _tied(adapter.full, parameters).items()
     full = {n: live(t, parameters[n].device, wide(parameters[n].dtype)) for n, t in in_full}
@@ -300,14 +317,19 @@ def fitted(model: nn.Module, adapter: Adapter) -> Adapter:
     return Adapter(adapter.methods, factors, adapter.shapes, full, kernels(layers), adapter.about, here)
 
 
-def _tied(full: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`full` with one tensor for equal ones that stand for one parameter of the model.  Raises ValueError for what does
-    not fit."""
+def check_full(full: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where what an adapter holds in full is no parameter of these, or has another shape."""
     for path, t in full.items():
         if path not in parameters or parameters[path].shape != t.shape:
             found = tuple(parameters[path].shape) if path in parameters else "no such parameter"
             raise ValueError(f"the adapter holds {path} {tuple(t.shape)} in full; in this model: {found}")
         check_range(path, t, wide(parameters[path].dtype))
+
+
+def _tied(full: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`full` with one tensor for equal ones that stand for one parameter of the model.  Raises ValueError for what does
+    not fit."""
+    check_full(full, parameters)
     firsts: dict[int, Tensor] = {}
     tied = {}
     for n, t in full.items():

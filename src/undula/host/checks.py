@@ -48,12 +48,17 @@ def check_range(path: str, t: Tensor, dtype: torch.dtype) -> None:
 
 def check_layer(path: str, layer: LinearView, method: Method) -> None:
     """Raises an error where the method cannot act on what this layer computes."""
-    _check_there(path, layer)
+    check_there(path, layer)
+    check_acts(path, layer, method)
+
+
+def check_acts(path: str, layer: LinearView, method: Method) -> None:
+    """`check_layer` of a layer that was seen by `check_there` before."""
     _check_groups(path, layer, method)
     _check_own_forward(path, layer, method)
 
 
-def _check_there(path: str, layer: LinearView) -> None:
+def check_there(path: str, layer: LinearView) -> None:
     """Raises ValueError for a layer whose weight is not here, or not real."""
     if "undula" in layer.owner._modules:
         raise ValueError(

@@ -66,10 +66,11 @@ def load_diffusers(path: str | Path, component: str | None = None) -> Adapter:
             entries, metadata = tensorfile.entries(opened, str(file))
             tensors = tensorfile.read(opened, entries, str(file))
         files.check_finite(tensors, str(file))
-        return _component(file, component, tensors, metadata.get(METADATA))
+        return component_of(file, component, tensors, metadata.get(METADATA))
 
 
-def _component(file: Path, component: str | None, tensors: Mapping[str, Tensor], text: str | None) -> Adapter:
+def component_of(file: Path, component: str | None, tensors: Mapping[str, Tensor], text: str | None) -> Adapter:
+    """The adapter of one part of a pipeline, of a file's tensors and the configuration in its metadata."""
     parts = sorted({key.partition(".")[0] for key in tensors})
     foreign = [key for key in tensors if LEAF.fullmatch(key) is None]
     if foreign:

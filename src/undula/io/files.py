@@ -26,7 +26,7 @@ from . import tensorfile
 from .draft import Draft, atomic, clean, write_text
 from .strict import door, parsed
 
-__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "parsed", "read",
+__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "headed", "parsed", "read",
            "read_state", "write", "write_state", "write_text"]  # fmt: skip
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -104,26 +104,43 @@ def _write_readme(path: Path, text: str) -> None:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of an adapter directory, of one save.  Raises FileNotFoundError, or ValueError for what is
     malformed."""
+    with contextlib.ExitStack() as stack:
+        config, file, found = _of_one_save(path, stack)
+        tensors = tensorfile.read(file, found, str(path / TENSORS))
+    check_finite(tensors, str(path / TENSORS))
+    return config, tensors
+
+
+def headed(path: Path) -> tuple[dict[str, Any], dict[str, tensorfile.Entry]]:
+    """(config, what the tensors' header tells) of an adapter directory, of one save: no numbers are read.  Raises as
+    `read` does."""
+    with contextlib.ExitStack() as stack:
+        config, _, found = _of_one_save(path, stack)
+    return config, found
+
+
+def _of_one_save(
+    path: Path, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], BinaryIO, dict[str, tensorfile.Entry]]:
+    """(config, the tensors' file, what its header tells); the file stays open as long as `stack`."""
     for attempt in range(TRIES):
-        with contextlib.ExitStack() as stack:
-            config = _config(path)
-            file = stack.enter_context(_opened(path, TENSORS))
-            name = str(path / TENSORS)
-            found, metadata = tensorfile.entries(file, name)
-            own = _embedded(metadata, name)
-            if own is not None and _mark(own) != _mark(config):
-                if attempt < TRIES - 1:  # a save is at work, most likely
-                    time.sleep(PAUSE)
-                    continue
-                warnings.warn(
-                    f"{path / CONFIG} is of another save than {TENSORS}: a save was interrupted, or the file was "
-                    "exchanged. The configuration that was saved with the tensors counts; save the adapter again",
-                    stacklevel=3,
-                )
-                config = own
-            tensors = tensorfile.read(file, found, name)
-            check_finite(tensors, name)
-            return config, tensors
+        config = _config(path)
+        file = stack.enter_context(_opened(path, TENSORS))
+        name = str(path / TENSORS)
+        found, metadata = tensorfile.entries(file, name)
+        own = _embedded(metadata, name)
+        if own is not None and _mark(own) != _mark(config):
+            if attempt < TRIES - 1:  # a save is at work, most likely
+                file.close()
+                time.sleep(PAUSE)
+                continue
+            warnings.warn(
+                f"{path / CONFIG} is of another save than {TENSORS}: a save was interrupted, or the file was "
+                "exchanged. The configuration that was saved with the tensors counts; save the adapter again",
+                stacklevel=4,
+            )
+            config = own
+        return config, file, found
     raise AssertionError
 
 

@@ -6,6 +6,7 @@ full: what PEFT writes when it hosts a method (`undula.peft_config`), so both re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,19 @@ def load(path: str | Path) -> Adapter:
     with files.door(str(path)):
         if not (path / files.CONFIG).is_file() and (path / diffusers.WEIGHTS).is_file():
             return diffusers.load_diffusers(path)
-        data, tensors = files.read(path)
-        kind = data.get("peft_type")
-        if kind == "LORA":
-            return read_lora(data, tensors, str(path))
-        if kind != TYPE or not isinstance(data.get("undula"), dict):
-            raise ValueError(f"{path} holds peft_type {kind!r:.80}; undula reads {TYPE} and LORA")
-        own = data["undula"]
-        said = {k: v for k, v in data.items() if k not in WRITTEN and v is not None}
-        return assemble(*read_sites(own, str(path)), own, tensors, about(said, str(path)), str(path))
+        return made(*files.read(path), path)
+
+
+def made(data: Mapping[str, Any], tensors: dict[str, Tensor], path: Path) -> Adapter:
+    """The adapter of a configuration and its tensors."""
+    kind = data.get("peft_type")
+    if kind == "LORA":
+        return read_lora(data, tensors, str(path))
+    if kind != TYPE or not isinstance(data.get("undula"), dict):
+        raise ValueError(f"{path} holds peft_type {kind!r:.80}; undula reads {TYPE} and LORA")
+    own = data["undula"]
+    said = {k: v for k, v in data.items() if k not in WRITTEN and v is not None}
+    return assemble(*read_sites(own, str(path)), own, tensors, about(said, str(path)), str(path))
 
 
 def _save_whole(adapter: Adapter, path: str | Path, base: str | None, task: str | None) -> None:

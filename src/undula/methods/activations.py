@@ -64,8 +64,9 @@ class Activation(Choice):
 
     def slope_at_zero(self) -> float:
         """f'(0), as autograd sees it: what B = 0 learns through."""
-        u = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        return float(torch.autograd.grad(self(u), u)[0])
+        with torch.inference_mode(False), torch.enable_grad():  # whoever attaches or loads computes without, maybe
+            u = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            return float(torch.autograd.grad(self(u), u)[0])
 
 
 @Activation.register

@@ -1,0 +1,77 @@
+"""What a directory has to be so that a pool takes it, told from its configuration and the header of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from ..core.adapter import Adapter
+from ..core.method import Additive
+from ..host.frame import Frame
+from ..io.outline import Head
+
+
+@dataclass(frozen=True)
+class Form:
+    """What adapters with equal methods, sites, shapes and types have in common; one object for all of them."""
+
+    method: str  # of most sites
+    rank: int | None
+    bytes: int  # on the model
+    lacking: str | None  # what in it has no update dW that could be scaled or added; None where all of it has
+    full: tuple[str, ...]  # parameters that it trained in full
+
+
+class Forms:
+    """The forms that were seen, and whether they fit one model.
+
+    A thousand adapters of one recipe are looked at once.  `bases` are the names by which adapters may call the model
+    that they are for; none: any."""
+
+    def __init__(self, frame: Frame, bases: Collection[str], dtype: torch.dtype | None, heads: bool):
+        self.frame, self.bases, self.dtype, self.heads = frame, tuple(bases), dtype, heads
+        self.seen: dict[bytes, Form] = {}
+
+    def of(self, found: Head) -> Form:
+        """Raises ValueError, TypeError or LookupError for what is malformed or does not fit."""
+        self._check_base(found)
+        key = found.form()
+        if key not in self.seen:
+            outline = found.outline()
+            try:
+                self._check_full(outline)
+                self.seen[key] = form_of(outline, self.frame.check(outline, self.dtype))
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{found.path} does not fit the model: {error}") from error
+        return self.seen[key]
+
+    def _check_base(self, found: Head) -> None:
+        from ..train.base import same_base
+
+        if self.bases and found.base is not None and not any(same_base(base, found.base) for base in self.bases):
+            raise ValueError(
+                f"{found.path} says that it is for {found.base!r:.120}; the model here is {' or '.join(self.bases)}. "
+                "If that is the same model by another name, give that name too (`bases`)"
+            )
+
+    def _check_full(self, outline: Adapter) -> None:
+        if outline.full and not self.heads:
+            raise ValueError(
+                f"it holds {', '.join(list(outline.full)[:3])} in full, and a batch of several adapters has one model "
+                "with one head. Train it without `full`, or merge it"
+            )
+        if not outline.factors:
+            raise ValueError("it has no factors: nothing of it acts on single rows of a batch")
+
+
+def form_of(outline: Adapter, size: int) -> Form:
+    """The form of an adapter that takes `size` bytes."""
+    below = {s: m for s, m in outline.methods.items() if not isinstance(m, Additive)}
+    lacking = None
+    if below:
+        site, method = next(iter(below.items()))
+        lacking = f"{method!r} at {site} stands on the rung {method.rung()}"
+    rank = getattr(outline.method.unwrapped(), "r", None)
+    return Form(repr(outline.method), rank if isinstance(rank, int) else None, size, lacking, tuple(outline.full))

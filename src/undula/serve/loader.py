@@ -1,0 +1,99 @@
+"""Reading adapters beside the thread that computes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..combine.weighted import combined
+from ..core.adapter import Adapter
+from ..host.frame import Frame
+from .version import Source, Version, digest, stamp
+
+
+class Changed(Exception):
+    """The files of a source are no more what was registered."""
+
+    def __init__(self, source: Source):
+        super().__init__(f"{source.path} changed since it was registered")
+        self.source = source
+
+
+class Loader:
+    """A thread that reads what it is asked for, in turn, and tells what came of it."""
+
+    def __init__(self, frame: Frame, done: Callable[[Any, Adapter | None, float, Exception | None], None]):
+        self.frame, self.done = frame, done
+        self.asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def ask(self, held: Any) -> None:
+        """Reads `held.version`, then calls done(held, adapter, seconds, error)."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._run, name="undula-loader", daemon=True)
+            self.thread.start()
+        self.asked.put(held)
+
+    def stop(self) -> None:
+        """Ends the thread after what it reads now."""
+        if self.thread is not None:
+            self.asked.put(None)
+            self.thread.join()
+            self.thread = None
+
+    def _run(self) -> None:
+        while (held := self.asked.get()) is not None:
+            began = time.perf_counter()
+            try:
+                adapter, error = read(held.version, self.frame), None
+            except Exception as raised:  # whatever a file makes its readers raise: the others go on
+                adapter, error = None, raised
+            self.done(held, adapter, time.perf_counter() - began, error)
+            del held, adapter, error
+
+
+def read(version: Version, frame: Frame) -> Adapter:
+    """The adapter of a version, which fits the model.  Raises Changed, and what loading and checking raise."""
+    terms = [(weight, _loaded(source)) for weight, source in version.terms]
+    adapter = terms[0][1] if version.plain else combined(terms)
+    frame.check(adapter)
+    return adapter
+
+
+def told(version: Version, error: Exception | None) -> str:
+    """Why a version cannot be loaded, for who asked for it: without paths."""
+    if isinstance(error, Changed):
+        if error.source.current and not any(stamp(error.source.path)):
+            return f"the files of the adapter {error.source.name!r} are gone: it was registered and is no longer there"
+        if error.source.current:
+            return (
+                f"the files of the adapter {error.source.name!r} changed after it was registered, so it is not known "
+                "what they hold now: register it again (in place)"
+            )
+        return (
+            f"the adapter {error.source.name!r} was exchanged or removed while this request waited, and what it asked "
+            "for is no longer on the disk: send it again"
+        )
+    text = str(error)
+    for _, source in version.terms:
+        text = text.replace(str(source.path), source.name)
+    return f"the adapter {version.names} cannot be loaded: {text}"
+
+
+def _loaded(source: Source) -> Adapter:
+    """The adapter of one directory, if it is what was registered."""
+    before = stamp(source.path)
+    if source.digest is None and before != source.stamp:
+        raise Changed(source)
+    adapter = Adapter.load(source.path)
+    found = digest(adapter)
+    if source.digest is None:
+        if stamp(source.path) != before:
+            raise Changed(source)
+        source.digest = found
+    elif found != source.digest:
+        raise Changed(source)
+    return adapter

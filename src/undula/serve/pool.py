@@ -1,0 +1,389 @@
+"""Many adapters on disk, as many in memory as one budget of bytes holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..host.frame import Frame
+from ..host.host import attach, detach
+from ..io.outline import head
+from .form import Forms
+from .loader import Loader, told
+from .request import Broken, Part, Refused, Unknown
+from .room import Held, Room, State
+from .version import Source, Version, check_name, stamp
+
+AGAIN = 5.0  # seconds after which what could not be loaded is tried again
+PAUSE = 0.02  # seconds between two looks for room while nothing has changed
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Described:
+    """One registered adapter, as a person wants to see it."""
+
+    name: str
+    id: str
+    digest: str | None
+    method: str
+    rank: int | None
+    bytes: int
+    state: str  # registered, waiting, loading, loaded, in use, failed
+    pinned: bool
+    hits: int  # requests that found it in memory
+    misses: int  # requests that it was read for
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What a pool holds, and what it has done so far."""
+
+    registered: int
+    budget: int
+    bytes: int
+    loaded: int
+    in_use: int
+    waiting: int
+    hits: int
+    misses: int
+    loads: int
+    failures: int
+    evictions: int
+    load_seconds: float
+    attach_seconds: float
+
+
+class Pool:
+    """Adapters by name: registered (checked, not read), loaded when a request needs one, and out again when others need
+    the room.
+
+    `budget` is in bytes of the adapters' tensors on the model.  What is in use or pinned stays; of the rest the longest
+    unused leaves first.  Requests hold a `Version`, which means one content for ever: a name that is registered anew
+    has another, and one whose files change without that ends in Broken once they are read again, never in another
+    adapter's answer.  `bases` are the names by which adapters may call the model that they are for; none: any.  `dtype`
+    narrows factors as `undula.attach` does.  With `heads` adapters may hold parameters in full (a classification head):
+    these do not go onto the model, `full` gives them.  `patience` and `lapse`: see `Room`.
+
+    `acquire` and `release` are for the one thread that computes; any thread may call the others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int,
+        *,
+        bases: Collection[str] = (),
+        dtype: torch.dtype | None = None,
+        heads: bool = False,
+        patience: float = 2.0,
+        lapse: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 0:
+            raise ValueError(f"a budget is a whole number of bytes, found {budget!r}")
+        self.model, self.dtype = model, dtype
+        frame = Frame(model)
+        self._forms = Forms(frame, bases, dtype, heads)
+        self._clock = clock
+        self._room = Room(budget, patience, lapse)
+        self._lock = threading.RLock()
+        self._sources: dict[str, Source] = {}
+        self._pinned: set[Source] = set()
+        self._sums: weakref.WeakValueDictionary[tuple, Version] = weakref.WeakValueDictionary()
+        self._loader = Loader(frame, self._loaded)
+        self._listeners: list[Callable[[], None]] = []
+        self._looks = {True: -math.inf, False: -math.inf}  # for room: when, by whether what is attached might leave
+        self._counts = dict.fromkeys(("hits", "misses", "loads", "failures", "evictions"), 0)
+        self._load_seconds = self._attach_seconds = 0.0
+
+    # Any thread
+
+    def register(self, name: str, path: str | Path, *, replace: bool = False, pin: bool = False) -> Version:
+        """Makes the adapter in the directory `path` known as `name`: from now on requests for that name get it.
+
+        Its configuration and the header of its tensors are read and checked against the model; no weights are.  Over a
+        name that is taken: with `replace`, new requests get the new one, and those that hold the old one finish on it.
+        `pin` has it loaded soon, and kept.  Raises ValueError for a name that no address could say, for what does not
+        fit the model or the budget and for what is malformed, LookupError or TypeError for a method that is not known
+        or cannot act, FileNotFoundError where there is no adapter, FileExistsError for a name that is taken.
+        """
+        check_name(name)
+        if not replace:
+            self._check_free(name)
+        path = Path(path).absolute()
+        before = stamp(path)
+        form = self._forms.of(head(path))
+        if stamp(path) != before:
+            raise ValueError(f"{path} was written to while it was read: register {name!r} again")
+        source = Source(name, path, before, form, pinned=pin)
+        with self._lock:
+            if not replace:
+                self._check_free(name)
+            old = self._sources.get(name)
+            self._check_fits(form.bytes, repr(name), {old} if pin else set())
+            if old is not None:
+                self._forget(old)
+            self._sources[name] = source
+            if pin:
+                self._pinned.add(source)
+        if pin:
+            self.prefetch(source.version)
+        return source.version
+
+    def unregister(self, name: str) -> None:
+        """Makes a name unknown.  Requests that hold its version finish on it.  Raises Unknown."""
+        with self._lock:
+            self._forget(self._source(name))
+            del self._sources[name]
+
+    def pin(self, name: str, on: bool = True) -> None:
+        """Has an adapter loaded and kept in memory, or lets it go again.  Raises Unknown, and ValueError where the
+        pinned ones do not fit together."""
+        with self._lock:
+            source = self._source(name)
+            if on:
+                self._check_fits(source.form.bytes, repr(name), {source})
+            source.pinned = on
+            (self._pinned.add if on else self._pinned.discard)(source)
+        if on:
+            self.prefetch(source.version)
+
+    def version(self, parts: Sequence[Part]) -> Version | None:
+        """What these parts mean now; None for the base alone (no parts, or all of them with the scale 0).
+
+        A name that stands twice counts with the sum of its scales.  Raises Unknown; Refused for scales that are no
+        finite numbers, for a weighted sum of what has no update dW, and for what can never fit into the budget.
+        """
+        scales: dict[str, float] = {}
+        for part in parts:
+            scales[part.name] = scales.get(part.name, 0.0) + _number(part)
+        with self._lock:
+            found = {name: self._source(name) for name in sorted(scales)}
+            terms = tuple((scales[name], source) for name, source in found.items() if scales[name])
+            if not terms:
+                return None
+            plain = len(terms) == 1 and terms[0][0] == 1.0
+            version = terms[0][1].version if plain else self._sum(terms)
+            try:
+                self._check_fits(version.bytes, version.names, {source for _, source in terms} if plain else set())
+            except ValueError as error:
+                raise Refused(str(error)) from None
+        return version
+
+    def prefetch(self, version: Version) -> None:
+        """Has the version read beside the computation, as soon as there is room that nothing in use takes.  Does
+        nothing where it is there or on its way."""
+        with self._lock:
+            self._wanted(version)
+            self._let_in(attached=False)
+
+    def withdraw(self, version: Version) -> None:
+        """No request waits for this version any more, so that it need not be kept for one.  (Else it is for `lapse`
+        seconds.)"""
+        with self._lock:
+            held = self._room.held.get(version.id)
+            if held is not None:
+                held.claimed = None
+                self._look_again()
+                if held.state is State.WAITING and not held.pinned:
+                    self._room.drop(held)
+
+    def listen(self, call: Callable[[], None]) -> None:
+        """`call()`, in the loader's thread, whenever something was loaded or could not be."""
+        self._listeners.append(call)
+
+    def names(self) -> list[str]:
+        """All that is registered."""
+        with self._lock:
+            return sorted(self._sources)
+
+    def describe(self) -> list[Described]:
+        """All that is registered, by name."""
+        with self._lock:
+            return [self._described(source) for _, source in sorted(self._sources.items())]
+
+    def stats(self) -> PoolStats:
+        with self._lock:
+            held = list(self._room.held.values())
+            return PoolStats(
+                registered=len(self._sources),
+                budget=self._room.budget,
+                bytes=self._room.bytes,
+                loaded=sum(h.state in (State.LOADED, State.ATTACHED) for h in held),
+                in_use=sum(h.users > 0 for h in held),
+                waiting=sum(h.state is State.WAITING for h in held),
+                load_seconds=self._load_seconds,
+                attach_seconds=self._attach_seconds,
+                **self._counts,
+            )
+
+    def close(self) -> None:
+        """Ends the loader's thread."""
+        self._loader.stop()
+
+    # The thread that computes
+
+    def acquire(self, version: Version) -> str | None:
+        """The name under which the version is attached to the model; it stays until `release`, which each success needs
+        once.  None: it is being read, or there is no room yet; ask again at the next step.  Raises Broken where it
+        cannot be loaded."""
+        with self._lock:
+            held = self._wanted(version)
+            if held.state is State.FAILED:
+                raise Broken(told(version, held.error)) from held.error
+            ready = held.state in (State.LOADED, State.ATTACHED) and version.id not in self._room.ending
+            if ready:
+                held.users += 1  # it stays from here on
+            held.claimed = None if ready else self._clock()
+            self._let_in(attached=True)
+            if not ready:
+                return None
+            kind = "misses" if held.cold else "hits"
+            self._counts[kind] += 1
+            for _, source in version.terms:
+                setattr(source, kind, getattr(source, kind) + 1)
+            held.use()
+            adapter, held.adapter = held.adapter, None
+        if adapter is not None:
+            self._attach(held, adapter)
+        return version.id
+
+    def release(self, version: Version) -> None:
+        """One request less computes with the version."""
+        with self._lock:
+            self._room.held[version.id].users -= 1
+            self._look_again()
+            self._let_in(attached=True)
+
+    def full(self, version: Version) -> Mapping[str, Tensor]:
+        """What a version that is acquired holds in full: parameters by their names in the model."""
+        with self._lock:
+            return self._room.held[version.id].full
+
+    # Within
+
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
+            raise Unknown(f"no adapter called {name!r:.80} is registered")
+        return self._sources[name]
+
+    def _check_free(self, name: str) -> None:
+        if name in self._sources:
+            raise FileExistsError(f"an adapter called {name!r} is registered already: replace=True puts another there")
+
+    def _check_fits(self, size: int, names: str, among: set[Source | None]) -> None:
+        """Raises ValueError for what would never fit beside the pinned ones that are not `among` it."""
+        others = sum(source.form.bytes for source in self._pinned if source not in among)
+        if size > self._room.budget - others:
+            beside = f", of which pinned adapters take {others:,}" if others else ""
+            raise ValueError(f"{names} takes {size:,} bytes; the pool's budget is {self._room.budget:,}{beside}")
+
+    def _forget(self, source: Source) -> None:
+        """No name means it any more."""
+        source.current = False
+        self._pinned.discard(source)
+        self._look_again()
+
+    def _sum(self, terms: tuple[tuple[float, Source], ...]) -> Version:
+        for _, source in terms:
+            what = source.form.lacking or (f"it holds {source.form.full[0]} in full" if source.form.full else None)
+            if what is not None:
+                raise Refused(
+                    f"{source.name!r} is served alone and with the scale 1, not scaled and not beside others: {what}"
+                )
+        key = tuple((source.number, weight) for weight, source in terms)
+        version = self._sums.get(key)
+        if version is None:
+            parts = tuple(Part(source.name, weight) for weight, source in terms)
+            version = Version(parts, terms, sum(source.form.bytes for _, source in terms))
+            self._sums[key] = version
+        return version
+
+    def _wanted(self, version: Version) -> Held:
+        held, now = self._room.held.get(version.id), self._clock()
+        if held is None or (held.state is State.FAILED and now - held.failed > AGAIN):
+            held = self._room.held[version.id] = Held(version, now)
+            self._look_again()
+        held.seen = now
+        return held
+
+    def _look_again(self) -> None:
+        self._looks = dict.fromkeys(self._looks, -math.inf)
+
+    def _let_in(self, attached: bool) -> None:
+        """Looks who leaves and who comes in; where nothing has changed not at every call."""
+        now = self._clock()
+        if now - self._looks[attached] < PAUSE:
+            return
+        self._looks[attached] = now
+        for held in self._room.stale(now):
+            if attached or held.state is not State.ATTACHED:
+                self._room.drop(held)
+                self._out(held)
+        come, leave = self._room.grant(now, attached)
+        for held in leave:
+            self._out(held)
+        for held in come:
+            self._loader.ask(held)
+
+    def _out(self, held: Held) -> None:
+        if held.state is State.ATTACHED:
+            with torch.inference_mode(False), torch.no_grad():
+                detach(self.model, held.version.id)
+        self._counts["evictions"] += held.state in (State.LOADED, State.ATTACHED)
+        held.adapter, held.full = None, {}
+
+    def _loaded(self, held: Held, adapter: Adapter | None, seconds: float, error: Exception | None) -> None:
+        """What the loader calls, in its thread."""
+        with self._lock:
+            self._load_seconds += seconds
+            if adapter is not None:
+                held.full, held.adapter = adapter.full, replace(adapter, full={}) if adapter.full else adapter
+            self._counts["loads" if error is None else "failures"] += 1
+            held.state = State.LOADED
+            if error is not None:
+                held.state, held.error, held.failed = State.FAILED, error, self._clock()
+                log.warning("%s cannot be loaded: %s", held.version.names, error)
+            self._look_again()
+            self._let_in(attached=False)
+        for call in self._listeners:
+            call()
+
+    def _attach(self, held: Held, adapter: Adapter) -> None:
+        began = time.perf_counter()
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # tensors that any later mode may write into
+                attach(self.model, adapter, name=held.version.id, frozen=True, dtype=self.dtype)
+        except Exception as error:
+            with self._lock:
+                held.users, held.state, held.error, held.failed = 0, State.FAILED, error, self._clock()
+                self._look_again()
+            raise Broken(told(held.version, error)) from error
+        with self._lock:
+            held.state = State.ATTACHED
+            self._attach_seconds += time.perf_counter() - began
+
+    def _described(self, source: Source) -> Described:
+        held, form = self._room.held.get(source.version.id), source.form
+        state = "registered" if held is None else "in use" if held.users else held.state.value
+        return Described(
+            source.name, source.version.id, source.digest, form.method, form.rank, form.bytes,
+            "loaded" if state == "attached" else state, source.pinned, source.hits, source.misses,
+        )  # fmt: skip
+
+
+def _number(part: Part) -> float:
+    if isinstance(part.scale, bool) or not isinstance(part.scale, int | float) or not math.isfinite(part.scale):
+        raise Refused(f"a scale is a finite number; that of {part.name!r:.80} is {part.scale!r:.40}")
+    return float(part.scale)
