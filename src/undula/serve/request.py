@@ -122,3 +122,9 @@ class Broken(Refused):
     """The adapter that was asked for cannot be loaded (a damaged file, one that does not fit the base)."""
 
     status, code = 424, "adapter_failed"
+
+
+class Failed(Refused):
+    """The engine failed at this request, through no fault of who asked."""
+
+    status, code = 500, "internal_error"

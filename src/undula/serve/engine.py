@@ -1,0 +1,224 @@
+"""The engine: one thread that owns a model and answers requests of many adapters in one batch."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+from .jobs import Job, Limits, Stats
+from .policy import Fcfs, Policy, Ticket
+from .replies import Reply
+from .request import Busy, Cancelled, Draining, Failed, Refused, Request
+from .sampling import Drawing, check
+from .steps import longest
+from .words import Words
+from .work import Work
+
+
+class Engine:
+    """Answers requests, each through its own adapters, many in one batch.
+
+        with Engine(model, tokenizer, pool) as engine:
+            print(engine.submit(Request(tokens, (Part("french"),))).text())
+
+    While it runs the model is its thread's alone.  Any thread may submit; what a request may not have is refused at
+    once, with numbers.  Raises ValueError for a model whose attention cannot be kept apart by request.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, pool: Any, policy: Policy | None = None, limits: Limits | None = None
+    ):
+        self.limits = limits or Limits()
+        self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self.tokenizer, self.pool = tokenizer, pool
+        self._work = Work(model.eval(), pool, policy or Fcfs(), self.limits)
+        self.cache_tokens = self._work.cache.num_blocks * self.limits.page
+        self.max_length = min(longest(model), self.cache_tokens)
+        self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        self.ends = _ends(model, tokenizer)
+        self._changed = threading.Condition()
+        self._coming: list[Job] = []
+        self._leaving: list[str] = []
+        self._jobs: dict[str, Job] = {}  # all that are not done
+        self._numbers = itertools.count(1)
+        self._requests = self._used = 0
+        self._draining = self._stopping = False
+        self._error: Refused | None = None
+        self._thread = threading.Thread(target=self._run, name="undula-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread that computes."""
+        listen = getattr(self.pool, "listen", None)
+        if listen is not None:
+            listen(self._wake)
+        self._thread.start()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def submit(self, request: Request) -> Reply:
+        """Takes a request, from any thread, and returns at once.
+
+        Raises Refused for a prompt or settings that cannot be served, Unknown for an adapter that is not registered,
+        Busy where too many wait, Draining after `drain` or `stop`, Failed where the engine's thread has died.
+        """
+        self._check(request)
+        version = self.pool.version(request.adapters) if request.adapters else None
+        tokens = len(request.prompt) + request.sampling.max_tokens
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if self._draining or self._stopping:
+                raise Draining("this engine takes no new requests: it is stopping")
+            if len(self._jobs) >= self.limits.running + self.limits.waiting:
+                raise Busy(f"{len(self._jobs)} requests are here already", self._patience())
+            ticket = Ticket(
+                id=f"{request.id}/{next(self._numbers)}",
+                adapter=version.id if version is not None else "",
+                key=request.key,
+                tokens=tokens,
+                arrived=request.arrived,
+                deadline=None if request.deadline is None else request.arrived + request.deadline,
+                bytes=version.bytes if version is not None else 0,
+            )
+            job = Job(
+                ticket,
+                version,
+                Reply(request, lambda: self._cancel(ticket.id)),
+                Drawing(request.sampling, request.prompt),
+                Words(self.tokenizer, request.sampling.stop),
+                self.ends,
+                -(-tokens // self.limits.page),
+            )
+            self._jobs[ticket.id] = job
+            self._requests += 1
+            self._coming.append(job)
+            self._changed.notify_all()
+        return job.reply
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes no new requests and waits until those that are here are done.  Whether they are."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._jobs, timeout)
+
+    def stop(self) -> None:
+        """Ends at once: requests that are not done end with Cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._end_all(Cancelled("the engine was stopped"))
+
+    def stats(self) -> Stats:
+        """How it stands, from any thread: cheap."""
+        work = self._work
+        return Stats(
+            waiting=len(self._coming) + len(work.waiting),
+            running=len(work.running),
+            requests=self._requests,
+            step_seconds=work.seconds,
+            cache_used=self._used,
+            cache_total=work.cache.num_sectors * work.cache.bytes_per_sector,
+            **work.counts,
+        )
+
+    # -- within
+
+    def _check(self, request: Request) -> None:
+        """Raises Refused for what can never be served."""
+        count, sampling = len(request.prompt), request.sampling
+        if not count:
+            raise Refused("the prompt is empty: it needs a token at least")
+        check(sampling, self.vocabulary)
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self.vocabulary:
+            raise Refused(f"the prompt has tokens that the model does not: its go from 0 to {self.vocabulary - 1}")
+        if count + sampling.max_tokens > self.max_length:
+            raise Refused(
+                f"the prompt has {count} tokens and max_tokens is {sampling.max_tokens}, {count + sampling.max_tokens} "
+                f"together: at most {self.max_length} go into "
+                + ("the cache" if self.max_length == self.cache_tokens else "the model's context")
+            )
+
+    def _patience(self) -> float:
+        """Seconds until about a request's worth of those that are here is done."""
+        done, seconds = self._work.counts["completion_tokens"], self._work.seconds
+        rate = done / seconds if done and seconds else 10.0
+        left = sum(job.drawing.sampling.max_tokens for job in self._jobs.values()) / max(len(self._jobs), 1)
+        return min(max(left / rate, 1.0), 60.0)
+
+    def _cancel(self, name: str) -> None:
+        with self._changed:
+            self._leaving.append(name)
+            self._changed.notify_all()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                self._work.turn()
+                self._used = self._work.cache.used()
+                self._forget_done()
+            self._end_all(Cancelled("the engine was stopped"))
+        except BaseException as error:
+            with self._changed:
+                self._error = Failed(
+                    f"the engine's thread has died ({type(error).__name__}): it has to be started anew"
+                )
+            self._end_all(self._error)
+            raise
+
+    def _take(self) -> bool:
+        """Waits until there is something to do and takes in what came.  Whether to go on."""
+        work = self._work
+        with self._changed:
+            if not (self._stopping or self._coming or self._leaving or work.running):
+                # who waits for an adapter or a deadline is looked at again soon
+                self._changed.wait(0.02 if work.waiting else None)
+            coming, self._coming, leaving, self._leaving = self._coming, [], self._leaving, []
+        for job in coming:
+            work.waiting[job.id] = job
+        for name in leaving:
+            gone = self._jobs.get(name)
+            if gone is not None and not gone.reply.done:
+                work.fail(gone, Cancelled("cancelled by who asked"))
+        if leaving:
+            self._forget_done()
+        return not self._stopping
+
+    def _forget_done(self) -> None:
+        with self._changed:
+            done = [name for name, job in self._jobs.items() if job.reply.done]
+            for name in done:
+                del self._jobs[name]
+            if done:
+                self._changed.notify_all()
+
+    def _end_all(self, error: Refused) -> None:
+        with self._changed:
+            jobs = list(self._jobs.values())
+            self._jobs.clear()
+            self._changed.notify_all()
+        for job in jobs:
+            job.reply.fail(error)
+
+
+def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer, as the model's generation settings and the tokenizer say."""
+    found: set[int] = set()
+    for said in (
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    ):
+        found.update(said if isinstance(said, (list, tuple)) else [] if said is None else [said])
+    return frozenset(found)

@@ -1,0 +1,156 @@
+"""The next token of every request of a batch, each chosen as its own request says."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .request import Chosen, Refused, Sampling
+
+
+class Drawing:
+    """What the choice of one request's tokens goes by: its settings, its tokens so far and its own random numbers."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]):
+        self.sampling = sampling
+        self.written: Counter[int] = Counter()
+        self.prompt = frozenset(prompt) if sampling.repetition_penalty != 1 else frozenset()
+        self.random = random.Random(sampling.seed)  # one number a token: nothing else of the batch touches it
+
+    @property
+    def adjusts(self) -> bool:
+        s = self.sampling
+        return bool(s.logit_bias or s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1)
+
+
+def check(sampling: Sampling, vocabulary: int) -> None:
+    """Raises Refused for settings that mean nothing, naming the one."""
+    s = sampling
+    numbers = {
+        "temperature": (s.temperature, 0, math.inf),
+        "top_p": (s.top_p, 0, 1),
+        "top_k": (s.top_k, 0, math.inf),
+        "max_tokens": (s.max_tokens, 1, math.inf),
+        "repetition_penalty": (s.repetition_penalty, 0, math.inf),
+        "presence_penalty": (s.presence_penalty, -math.inf, math.inf),
+        "frequency_penalty": (s.frequency_penalty, -math.inf, math.inf),
+        "logprobs": (s.logprobs or 0, 0, vocabulary),
+    }
+    for name, (value, low, high) in numbers.items():
+        if not (math.isfinite(value) and low <= value <= high):
+            raise Refused(f"{name} is {value}: it has to be a number from {low} to {high}")
+    for name in ("top_p", "repetition_penalty"):
+        if not numbers[name][0]:
+            raise Refused(f"{name} is 0: it has to be above 0")
+    for token, bias in s.logit_bias.items():
+        if not 0 <= token < vocabulary or math.isnan(bias) or bias == math.inf:
+            raise Refused(f"logit_bias[{token}] is {bias}: tokens go from 0 to {vocabulary - 1}, a bias is a number")
+    if any(not text for text in s.stop):
+        raise Refused("stop holds an empty text: an answer would end before it begins")
+
+
+def choose(logits: Tensor, drawings: Sequence[Drawing]) -> list[Chosen | None]:
+    """One token for each row of logits (R, V), by its own settings; None where the logits are not finite.
+
+    A token is drawn as the first whose cumulated probability, in the order of the vocabulary, exceeds a uniform number
+    of the request's own (Python's Mersenne Twister, from its seed): what else is in the batch plays no part.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    best, tokens = logits.max(-1)
+    scores = adjusted(logits, drawings)
+    if scores is not logits:
+        tokens = scores.argmax(-1)
+    drawn = [i for i, d in enumerate(drawings) if d.sampling.temperature]
+    if drawn:
+        tokens[drawn] = draw(probabilities(scores[drawn], [drawings[i].sampling for i in drawn]),
+                             [drawings[i].random.random() for i in drawn])  # fmt: skip
+    chosen: list[Chosen | None] = [Chosen(t) for t in tokens.tolist()]
+    asked = [i for i, d in enumerate(drawings) if d.sampling.logprobs is not None]
+    if asked:
+        _tell(chosen, asked, logits[asked].log_softmax(-1), drawings)
+    for i, finite in enumerate(best.isfinite().tolist()):
+        if not finite:
+            chosen[i] = None
+        else:
+            drawings[i].written[cast(Chosen, chosen[i]).token] += 1
+    return chosen
+
+
+def adjusted(logits: Tensor, drawings: Sequence[Drawing]) -> Tensor:
+    """Logits after each row's penalties and biases: the same tensor where no row has any."""
+    which = [i for i, d in enumerate(drawings) if d.adjusts]
+    if not which:
+        return logits
+    logits = logits.clone()
+    for i in which:
+        s, written, row = drawings[i].sampling, drawings[i].written, logits[i]
+        if s.repetition_penalty != 1:
+            seen = torch.tensor(sorted(drawings[i].prompt | written.keys()), device=row.device, dtype=torch.long)
+            old = row[seen]
+            row[seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
+        if written and (s.presence_penalty or s.frequency_penalty):
+            counts = torch.tensor(list(written.values()), device=row.device, dtype=row.dtype)
+            row[list(written)] -= s.presence_penalty + s.frequency_penalty * counts
+        if s.logit_bias:
+            row[list(s.logit_bias)] += torch.tensor(list(s.logit_bias.values()), device=row.device, dtype=row.dtype)
+    return logits
+
+
+def probabilities(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """softmax(scores / T) of the top_k likeliest, then of the fewest likeliest that have top_p of that together, (R, V)
+    in float64; every temperature is above 0.  The likeliest of all always stays."""
+
+    def of(numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, device=scores.device, dtype=torch.float64)[:, None]
+
+    scores = scores.double()
+    scores = (scores - scores.max(-1, keepdim=True).values) / of([s.temperature for s in samplings])
+    vocabulary = scores.shape[-1]
+    ks = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
+    limited = [i for i, k in enumerate(ks) if k < vocabulary]
+    if limited:
+        some = scores[limited]
+        ordered = some.topk(max(ks[i] for i in limited)).values
+        least = ordered.gather(1, torch.tensor([[ks[i] - 1] for i in limited], device=scores.device))
+        scores[limited] = some.masked_fill(some < least, float("-inf"))
+    p = scores.softmax(-1)
+    nucleus = [i for i, s in enumerate(samplings) if s.top_p < 1]
+    if nucleus:
+        p[nucleus] = _nucleus(p[nucleus], of([samplings[i].top_p for i in nucleus]))
+    return p / p.sum(-1, keepdim=True)
+
+
+def _nucleus(p: Tensor, top_p: Tensor) -> Tensor:
+    """p where it is among the fewest likeliest that together have top_p, 0 elsewhere.  Few are looked at first: to sort
+    a whole vocabulary costs as much as a layer of the model."""
+    among = min(256, p.shape[-1])
+    while True:
+        value, index = p.topk(among)
+        before = value.cumsum(-1) - value
+        if among == p.shape[-1] or bool((before[:, -1:] >= top_p).all()):
+            break
+        among = min(16 * among, p.shape[-1])
+    return torch.zeros_like(p).scatter(1, index, value * (before < top_p))
+
+
+def draw(p: Tensor, uniform: Sequence[float]) -> Tensor:
+    """For each row of p (R, V) the first token whose cumulated probability exceeds its number from [0, 1)."""
+    total = p.cumsum(-1)
+    at = torch.tensor(uniform, device=p.device, dtype=p.dtype)[:, None] * total[:, -1:]
+    at = torch.minimum(at, torch.nextafter(total[:, -1:], torch.zeros_like(at)))  # never past the last
+    return torch.searchsorted(total, at, right=True)[:, 0]
+
+
+def _tell(chosen: list[Chosen | None], asked: list[int], logp: Tensor, drawings: Sequence[Drawing]) -> None:
+    """Puts log p, of these rows, into what was chosen in them, and the likeliest of each."""
+    most = max(cast(int, drawings[i].sampling.logprobs) for i in asked)
+    values, tokens = (t.tolist() for t in logp.topk(most))
+    for row, i in enumerate(asked):
+        token, k = cast(Chosen, chosen[i]).token, cast(int, drawings[i].sampling.logprobs)
+        chosen[i] = Chosen(token, float(logp[row, token]), tuple(zip(tokens[row][:k], values[row][:k], strict=True)))
