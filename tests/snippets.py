@@ -4,7 +4,8 @@
 
 A file's Python blocks share one namespace, in order; all blocks of a file run in one temporary directory.  Blocks of
 any other kind (```text, ```toml, ```py) are only shown.  Two processes share the files; what a page prints comes when
-it has ended.
+it has ended.  `undula` in a bash block is the real command but for its imports (support/warm.py), which would be half of
+the time.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from support import warm
 
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.M | re.S)
 
@@ -77,8 +79,13 @@ def page(path: Path) -> tuple[str, bool]:
 
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands in bash blocks
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     paths = [Path(p).resolve() for p in sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as folder, warm.undula(folder):
+        os.environ["PATH"] = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        pages(paths)
+
+
+def pages(paths: list[Path]) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for done in as_completed([pool.submit(page, path) for path in paths]):
             told, sound = done.result()
