@@ -4,8 +4,8 @@
 
 A file's Python blocks share one namespace, in order; all blocks of a file run in one temporary directory.  Blocks of
 any other kind (```text, ```toml, ```py) are only shown.  Two processes share the files; what a page prints comes when
-it has ended.  `undula` in a bash block is the real command but for its imports (support/warm.py), which would be half of
-the time.
+it has ended.  `undula` in a bash block is the real command but for its imports (support/warm.py), which would take half
+of the time.
 """
 
 import contextlib

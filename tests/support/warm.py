@@ -25,7 +25,8 @@ import traceback
 from pathlib import Path
 
 IMPORTED = (
-    "undula.cli.main", "undula.train", "undula.study", "undula.observe", "undula.combine", "undula.bundled.efficientnet",
+    "undula.cli.main", "undula.train", "undula.study", "undula.observe", "undula.combine",
+    "undula.bundled.efficientnet",
     "transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
     "transformers.models.llama.modeling_llama", "transformers.data.data_collator", "datasets", "peft", "accelerate",
     "sklearn.metrics", "scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo",
