@@ -8,6 +8,8 @@ from tests.support.numbers import shake
 from tests.support.served import Attached, adapted, alone, asked, llama, tokens
 from undula.serve.engine import Engine
 from undula.serve.jobs import Limits
+from undula.serve.request import Sampling
+from undula.serve.sampling import Drawing, choose
 
 METHODS = [
     undula.LoRA(r=2),
@@ -101,3 +103,19 @@ def test_an_adapter_of_the_head_sees_every_token():
     with Engine(model, None, Attached(["head"]), limits=SMALL) as engine:
         replies = [engine.submit(asked(text, name, max_tokens=4)) for name in (None, "head")]
         assert [tokens(r) for r in replies] == want
+
+
+def test_draws_follow_the_seed_whatever_else_is_in_the_batch(model, pool):
+    """Also prompts that come in pieces, and whose prefixes are there already."""
+    settings = {"temperature": 1.0, "top_k": 30, "seed": 11, "frequency_penalty": 0.2}
+    texts = prompts(4, seed=5)
+    want = []
+    for text in texts:
+        drawing = Drawing(Sampling(**settings), text)
+        want.append(alone(model, "a1", text, 6, lambda logits, d=drawing: choose(logits[None], [d])[0].token))
+    with Engine(model, None, pool, limits=SMALL) as engine:
+        for _ in range(2):
+            replies = [engine.submit(asked(text, "a1", max_tokens=6, **settings)) for text in texts]
+            others = [engine.submit(asked(text, "a2", temperature=2.0)) for text in texts]
+            assert [tokens(r) for r in replies] == want
+        assert len({tuple(tokens(r)) for r in others}) > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from typing import Any
 
@@ -14,6 +15,10 @@ from .sampling import Drawing, check
 from .steps import longest
 from .words import Words
 from .work import Work
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Engine", "Limits", "Stats"]
 
 
 class Engine:
@@ -101,6 +106,11 @@ class Engine:
             self._changed.notify_all()
         return job.reply
 
+    @property
+    def alive(self) -> bool:
+        """Whether it computes: it was started, and neither stopped nor died."""
+        return self._thread.is_alive() and self._error is None and not self._stopping
+
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no new requests and waits until those that are here are done.  Whether they are."""
         with self._changed:
@@ -175,7 +185,7 @@ class Engine:
                     f"the engine's thread has died ({type(error).__name__}): it has to be started anew"
                 )
             self._end_all(self._error)
-            raise
+            log.critical("the engine's thread has died", exc_info=error)
 
     def _take(self) -> bool:
         """Waits until there is something to do and takes in what came.  Whether to go on."""

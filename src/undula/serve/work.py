@@ -67,7 +67,10 @@ class Work:
                 if job.version is not None:
                     job.name = self.pool.acquire(job.version)
             except Exception as error:
-                self.fail(job, _refusal(error, job))
+                if not isinstance(error, Refused):
+                    log.exception("an adapter could not be loaded")
+                    error = Broken(f"the adapter could not be loaded ({type(error).__name__})")
+                self.fail(job, error)
                 continue
             if job.version is not None and job.name is None:
                 self.pool.prefetch(job.version)
