@@ -15,7 +15,7 @@ import json
 import shlex
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +37,8 @@ EMBEDDED = "undula"  # the key of the configuration in the metadata
 # its own would make PEFT warn of every export.
 MARKED, MARK, LAYOUT = "peft_version", "@undula.", "0.21.0"
 TRIES, PAUSE = 8, 0.005
+
+Entries = Callable[[BinaryIO, str], tuple[dict[str, tensorfile.Entry], dict[str, str]]]
 
 
 def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str | None = None) -> None:
@@ -111,24 +113,24 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def headed(path: Path) -> tuple[dict[str, Any], dict[str, tensorfile.Entry]]:
+def headed(path: Path, entries: Entries = tensorfile.entries) -> tuple[dict[str, Any], dict[str, tensorfile.Entry]]:
     """(config, what the tensors' header tells) of an adapter directory, of one save: no numbers are read.  Raises as
     `read` does."""
     with contextlib.ExitStack() as stack:
-        config, _, found = _of_one_save(path, stack)
+        config, _, found = _of_one_save(path, stack, entries)
     return config, found
 
 
 def _of_one_save(
-    path: Path, stack: contextlib.ExitStack
+    path: Path, stack: contextlib.ExitStack, entries: Entries = tensorfile.entries
 ) -> tuple[dict[str, Any], BinaryIO, dict[str, tensorfile.Entry]]:
     """(config, the tensors' file, what its header tells); the file stays open as long as `stack`."""
     for attempt in range(TRIES):
-        config = _config(path)
+        text, config = _config(path)
         file = stack.enter_context(_opened(path, TENSORS))
         name = str(path / TENSORS)
-        found, metadata = tensorfile.entries(file, name)
-        own = _embedded(metadata, name)
+        found, metadata = entries(file, name)
+        own = config if metadata.get(EMBEDDED) == text else _embedded(metadata, name)
         if own is not None and _mark(own) != _mark(config):
             if attempt < TRIES - 1:  # a save is at work, most likely
                 file.close()
@@ -161,12 +163,14 @@ def _opened(path: Path, name: str) -> BinaryIO:
     raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}{hint}")
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> tuple[str, dict[str, Any]]:
+    """(the text, what it says)."""
     with _opened(path, CONFIG) as file:
         text = file.read(LARGEST_CONFIG + 1)
     if len(text) > LARGEST_CONFIG:
         raise ValueError(f"{path / CONFIG} is larger than {LARGEST_CONFIG >> 20} MiB: not an adapter's")
-    return parsed(text, str(path / CONFIG))
+    config = parsed(text, str(path / CONFIG))
+    return text.decode("utf-8"), config
 
 
 def _embedded(metadata: Mapping[str, str], name: str) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ class Head:
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, tensorfile.Entry]
+    layout: bytes  # a digest of the entries
 
     @property
     def base(self) -> str | None:
@@ -39,8 +40,7 @@ class Head:
         told = {k: v for k, v in self.config.items() if k not in ("undula", files.MARKED, "base_model_name_or_path")}
         if isinstance(own, Mapping):
             told["undula"] = {k: v for k, v in own.items() if k not in ABOUT}
-        tensors = sorted((key, str(e.dtype), e.shape) for key, e in self.entries.items())
-        return hashlib.sha256(json.dumps([told, tensors], sort_keys=True).encode()).digest()
+        return hashlib.sha256(self.layout + json.dumps(told, sort_keys=True).encode()).digest()
 
     def outline(self) -> Adapter:
         """What `Adapter.load` gives, with factors on the meta device.  Raises what it raises for names, shapes, types
@@ -52,14 +52,16 @@ class Head:
             return made(self.config, tensors, self.path)
 
 
-def head(path: str | Path) -> Head:
-    """The head of an adapter directory of any form that `Adapter.load` reads.  Raises FileNotFoundError, or ValueError
-    for what is malformed or cut."""
-    path = Path(path)
+def head(path: str | Path, layouts: tensorfile.Layouts | None = None) -> Head:
+    """The head of an adapter directory of any form that `Adapter.load` reads; with `layouts`, those that are like one
+    that was seen cost little.  Raises FileNotFoundError, or ValueError for what is malformed or cut."""
+    path, layouts = Path(path), layouts or tensorfile.Layouts()
     with files.door(str(path)):
         file = path / diffusers.WEIGHTS
         if (path / files.CONFIG).is_file() or not file.is_file():
-            return Head(path, *files.headed(path))
+            config, entries = files.headed(path, layouts.entries)
+            return Head(path, config, entries, layouts.digest(entries))
         with open(file, "rb") as opened:
-            entries, metadata = tensorfile.entries(opened, str(file))
-        return Head(path, {diffusers.METADATA: metadata.get(diffusers.METADATA)}, entries)
+            entries, metadata = layouts.entries(opened, str(file))
+        config = {diffusers.METADATA: metadata.get(diffusers.METADATA)}
+        return Head(path, config, entries, layouts.digest(entries))

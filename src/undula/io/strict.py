@@ -28,9 +28,10 @@ def parsed(data: bytes | str, what: str) -> dict[str, Any]:
 
 
 def _depth(text: str) -> int:
+    outside = STRING.sub("", text) if "\\" in text else "".join(text.split('"')[::2])
     deepest = depth = 0
-    for bracket in BRACKET.finditer(STRING.sub("", text)):
-        depth += 1 if bracket.group() in "[{" else -1
+    for bracket in BRACKET.findall(outside):
+        depth += 1 if bracket in "[{" else -1
         deepest = max(deepest, depth)
     return deepest
 

@@ -5,9 +5,11 @@ and the tensors' bytes without gaps.  Nothing that a header claims is believed b
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ TYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 LARGEST_HEADER = 100 << 20
 DIMENSIONS = 8
 
@@ -79,17 +82,61 @@ def memory(t: Tensor) -> bytes | memoryview:
 def entries(file: BinaryIO, path: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """(tensors, metadata) that the header of an open file tells.  Raises ValueError where it and the file's size do
     not agree: nothing has been allocated for a claim."""
+    return _entries(*_header(file, path), path)
+
+
+class Layouts:
+    """Headers that were seen: of files that differ in their metadata and numbers alone the first is looked at."""
+
+    def __init__(self) -> None:
+        self.seen: dict[bytes, dict[str, Entry]] = {}
+        self.digests: dict[int, bytes] = {}  # by the identity of what is in `seen`
+
+    def entries(self, file: BinaryIO, path: str) -> tuple[dict[str, Entry], dict[str, str]]:
+        """`entries`, for names, shapes and types alone: equal layouts are one object, which says where the numbers are
+        in the first of its files."""
+        text, size = _header(file, path)
+        head = METADATA.match(text)
+        if head is None:
+            return _entries(text, size, path)
+        try:
+            metadata, end = json.JSONDecoder().raw_decode(text, head.end())
+        except (ValueError, RecursionError):
+            return _entries(text, size, path)  # which says what is wrong
+        digest = hashlib.sha256(f"{size - len(text.encode())} {text[end:]}".encode()).digest()
+        if digest not in self.seen:
+            found, metadata = _entries(text, size, path)
+            self.seen[digest], self.digests[id(found)] = found, digest
+        _check_metadata(metadata, path)
+        return self.seen[digest], metadata
+
+    def digest(self, found: Mapping[str, Entry]) -> bytes:
+        """What tells a layout that `entries` gave from others."""
+        if id(found) in self.digests:
+            return self.digests[id(found)]
+        return hashlib.sha256(repr(sorted(found.items())).encode()).digest()
+
+
+def _header(file: BinaryIO, path: str) -> tuple[str, int]:
+    """(the header's text, the size of the file)."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(8)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
     if not 0 < length <= min(size - 8, LARGEST_HEADER):
         raise ValueError(f"{path} is no safetensors file: its header claims {length} of {size} bytes")
-    header = parsed(file.read(length), f"{path}: the header of this safetensors file")
+    try:
+        return file.read(length).decode("utf-8"), size
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: the header of this safetensors file is not JSON: {error}") from None
+
+
+def _entries(text: str, size: int, path: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    header = parsed(text, f"{path}: the header of this safetensors file")
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ValueError(f"{path} is no safetensors file: its metadata are not texts")
-    found = {key: _entry(key, entry, 8 + length, path) for key, entry in header.items()}
-    at = 8 + length
+    _check_metadata(metadata, path)
+    begin = 8 + len(text.encode())
+    found = {key: _entry(key, entry, begin, path) for key, entry in header.items()}
+    at = begin
     for key, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].size)):
         if entry.begin != at:
             raise ValueError(f"{path} is cut or damaged: {key!r:.100} begins at byte {entry.begin}, not at {at}")
@@ -97,6 +144,11 @@ def entries(file: BinaryIO, path: str) -> tuple[dict[str, Entry], dict[str, str]
     if at != size:
         raise ValueError(f"{path} is cut or damaged: its header claims {at} bytes, it holds {size}")
     return found, metadata
+
+
+def _check_metadata(metadata: Any, path: str) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{path} is no safetensors file: its metadata are not texts")
 
 
 def _entry(key: str, entry: Any, begin: int, path: str) -> Entry:

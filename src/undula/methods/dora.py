@@ -57,7 +57,9 @@ class DoRA(Reweight):
         return self.inner
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        return {**self.inner.init(site), "m": site.W.norm(dim=1).requires_grad_()}
+        W_OI = site.W  # of an outline no norms are taken: arithmetic there would import torch's compiler, for seconds
+        m_O = W_OI.new_empty(site.shape[0]) if W_OI.is_meta else W_OI.norm(dim=1)
+        return {**self.inner.init(site), "m": m_O.requires_grad_()}
 
     def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
         inner = {k: t for k, t in f.items() if k != "m"}

@@ -18,8 +18,8 @@ class Changed(Exception):
     """The files of a source are no more what was registered."""
 
     def __init__(self, source: Source):
-        super().__init__(f"{source.path} changed since it was registered")
-        self.source = source
+        self.source, self.gone = source, not any(stamp(source.path))
+        super().__init__(f"{source.path} {'is gone' if self.gone else 'changed since it was registered'}")
 
 
 class Loader:
@@ -66,7 +66,7 @@ def read(version: Version, frame: Frame) -> Adapter:
 def told(version: Version, error: Exception | None) -> str:
     """Why a version cannot be loaded, for who asked for it: without paths."""
     if isinstance(error, Changed):
-        if error.source.current and not any(stamp(error.source.path)):
+        if error.source.current and error.gone:
             return f"the files of the adapter {error.source.name!r} are gone: it was registered and is no longer there"
         if error.source.current:
             return (

@@ -18,6 +18,7 @@ from ..core.adapter import Adapter
 from ..host.frame import Frame
 from ..host.host import attach, detach
 from ..io.outline import head
+from ..io.tensorfile import Layouts
 from .form import Forms
 from .loader import Loader, told
 from .request import Broken, Part, Refused, Unknown
@@ -95,6 +96,7 @@ class Pool:
         self.model, self.dtype = model, dtype
         frame = Frame(model)
         self._forms = Forms(frame, bases, dtype, heads)
+        self._layouts = Layouts()
         self._clock = clock
         self._room = Room(budget, patience, lapse)
         self._lock = threading.RLock()
@@ -123,7 +125,7 @@ class Pool:
             self._check_free(name)
         path = Path(path).absolute()
         before = stamp(path)
-        form = self._forms.of(head(path))
+        form = self._forms.of(head(path, self._layouts))
         if stamp(path) != before:
             raise ValueError(f"{path} was written to while it was read: register {name!r} again")
         source = Source(name, path, before, form, pinned=pin)
@@ -207,6 +209,22 @@ class Pool:
         """All that is registered."""
         with self._lock:
             return sorted(self._sources)
+
+    def paths(self) -> dict[str, Path]:
+        """Where each was registered from."""
+        with self._lock:
+            return {name: source.path for name, source in self._sources.items()}
+
+    def unchanged(self, name: str) -> bool:
+        """Whether the files are those that were registered, as far as their sizes and times tell.  Raises Unknown."""
+        with self._lock:
+            source = self._source(name)
+        return stamp(source.path) == source.stamp
+
+    def there(self, version: Version) -> bool:
+        """Whether the version is in memory, or on its way."""
+        held = self._room.held.get(version.id)
+        return held is not None and held.inside
 
     def describe(self) -> list[Described]:
         """All that is registered, by name."""
