@@ -12,6 +12,7 @@ import undula
 from tests.support.numbers import shake
 from tests.support.zoo import ZOO
 from undula import LoRA
+from undula.host.shelf import Runs
 from undula.host.state import host_of
 from undula.methods.dropout import Dropout
 
@@ -54,21 +55,24 @@ def test_rows_are_those_of_live_adapters(methods, names):
 
 
 def test_what_is_alike_lies_on_one_shelf():
-    """Else the point of it is lost, and nobody would see."""
-    assert [len(host_of(bodies(METHODS[n])[1]).shelves) for n in ("one shelf", "two ranks", "two scales")] == [1, 2, 2]
+    """Whatever its rank, scale and law: else the point of it is lost, and nobody would see."""
+    for methods in METHODS.values():
+        held = host_of(bodies(methods)[1])
+        assert len(held.shelves) == 1
+        assert sum(adapter.shelf is not None for adapter in held.adapters.values()) >= 2
 
 
 def test_adapters_come_and_go_and_the_others_stay_what_they_are():
     """A place is used again, a shelf grows and goes."""
     live, held, x = bodies(METHODS["one shelf"])
     values = {name: a.copy() for name, a in undula.adapters(live).items()}
-    place = undula.adapters(held)["1"].k
+    place = undula.adapters(held)["1"].spots
     back = undula.detach(held, "1")
     assert type(back) is undula.Adapter
     for (site, name, t), (_, _, mine) in zip(values["1"].tensors(), back.tensors(), strict=True):
         torch.testing.assert_close(mine, t, msg=f"{site}.{name}")
         assert mine.requires_grad == t.requires_grad
-    assert undula.attach(held, values["3"], name="again", frozen=True).k == place
+    assert undula.attach(held, values["3"], name="again", frozen=True).spots == place
     with undula.rows(held, ["again"] * 6), undula.rows(live, ["3"] * 6):
         torch.testing.assert_close(held(x), live(x))
     torch.testing.assert_close(back.delta("0"), values["1"].delta("0"), msg="a value is its own, off the shelf")
@@ -175,7 +179,7 @@ def test_a_base_that_is_written_into_is_seen(change):
 def test_what_settles_shares_a_product():
     """Else nonlinear adapters and DoRA go one after the other, each with all of its own: many times as slow."""
     _, held, x = bodies([undula.AuroRA(r=2), undula.DoRA(LoRA(r=2)), undula.AdaLoRA(r=2)] * 2)
-    assert len(host_of(held).shelves) == 3
+    assert len(host_of(held).shelves) == 1
     with undula.rows(held, ["0", "1", "2", "3", "4", "5"]):
         held(x)
         assert not host_of(held).routes[0].loose
@@ -231,3 +235,70 @@ def test_entering_looks_at_no_factor(monkeypatch):
     with undula.rows(held, ["0", "1"] * 3):
         held(x)
     assert not looked
+
+
+LAWS = [
+    *(LoRA(r=1), LoRA(r=2, alpha=3.0), LoRA(r=5), undula.DoRA(LoRA(r=2)), undula.DoRA(LoRA(r=3, alpha=1.0))),
+    *(undula.AuroRA(r=2), undula.AuroRA(r=2), undula.AuroRA(r=3), undula.AuroRA(r=2, low=-2.0), undula.VeRA(r=2)),
+]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_rows_in_any_turns_are_those_of_live_adapters(seed):
+    """Ranks, scales, gains and bends side by side; alone, in turn, and through a model with several tokens a row."""
+    g = torch.Generator().manual_seed(seed)
+    live, held, _ = bodies(LAWS)
+    rows, tokens = int(torch.randint(1, 20, (), generator=g)), int(torch.randint(1, 6, (), generator=g))
+    numbers = (
+        torch.randint(-1, len(LAWS), (rows,), generator=g).sort().values
+        if seed % 2
+        else torch.randint(-1, len(LAWS), (rows,), generator=g)
+    )
+    names = [None if n < 0 else str(int(n)) for n in numbers]
+    x = torch.randn(rows, tokens, 8, dtype=torch.float64, generator=g)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), undula.rows(live, names), undula.rows(held, names):
+            torch.testing.assert_close(held(x), live(x))
+
+
+def test_sites_of_an_adapter_may_each_have_their_own_rank():
+    live, held, x = bodies([])
+    for name, ranks in (("0", (1, 4, 2)), ("1", (3, 1, 2)), ("2", (2, 2, 2))):
+        overrides = {str(i): LoRA(r=r) for i, r in enumerate(ranks)}
+        adapter = undula.attach(live, LoRA(r=1), overrides=overrides, name=name)
+        shake(adapter)
+        undula.attach(held, adapter.copy(), name=name, frozen=True)
+    undula.select(live, None)
+    for names in (["0", "1", "2", "2", "1", "0"], ["1", "1", "1", "1", "1", "0"]):
+        with torch.no_grad(), undula.rows(live, names), undula.rows(held, names):
+            torch.testing.assert_close(held(x), live(x))
+
+
+def test_a_block_within_another_has_its_own_rows():
+    """As an engine does: one block around all steps, in which no layer is looked at again."""
+    live, held, x = bodies(METHODS["other rungs"])
+    steps = [["0", "1", "2", None, "4", "4"], ["3"] * 6, ["0", "1", "2", None, "4", "4"], [None] * 6, ["2", "0"] * 3]
+    with torch.no_grad(), undula.rows(held, ["0", "1"], tokens=[3, 3]):
+        for names in steps:
+            with undula.rows(live, names):
+                want = live(x)
+            with undula.rows(held, names, tokens=[1] * 6):
+                torch.testing.assert_close(held(x[None])[0], want)
+        with undula.rows(live, ["0"] * 3 + ["1"] * 3):
+            want = live(x)
+        torch.testing.assert_close(held(x), want)
+
+
+def test_runs_are_given_out_taken_back_and_joined():
+    """By chance, against a plain list of numbers: no number is given twice, and what is free at the end is gone."""
+    g, runs, out = torch.Generator().manual_seed(0), Runs(), []
+    for _ in range(400):
+        if out and torch.rand((), generator=g) < 0.5:
+            runs.give(*out.pop(int(torch.randint(len(out), (), generator=g))))
+        else:
+            n = int(torch.randint(1, 9, (), generator=g))
+            out.append((runs.take(n), n))
+        held = [i for start, n in out for i in range(start, start + n)]
+        assert len(held) == len(set(held))
+        assert sorted(held + [i for start, n in runs.free for i in range(start, start + n)]) == list(range(runs.end))
+        assert max(held, default=-1) == runs.end - 1

@@ -16,7 +16,6 @@ from ..core.adapter import Live
 from .host import (
     adapt,
     forget,
-    layer_at,
     layers_now,
     nest,
     unnest,
@@ -35,6 +34,8 @@ from .state import (
 )
 from .weights import own
 from .where import inner, resolve
+
+KEPT = 3  # routes of blocks that were left within a block: the next step of an engine is often like the last
 
 
 @contextlib.contextmanager
@@ -81,6 +82,9 @@ def rows(model: nn.Module, names: Sequence[str | None], tokens: Sequence[int] | 
             ROUTES.set(tuple(r for r in ROUTES.get() if r is not route))
             with host.lock.lock:
                 host.routes.remove(route)
+                around = next(reversed(host.mine()), None)
+                if around is not None and counts is not None and not route.owed:
+                    around.within = {**dict([*around.within.items()][-KEPT:]), (names, counts): route}
                 if not host.routes:
                     _leave(model, host)
                     host.lock.lock.notify_all()
@@ -97,28 +101,53 @@ def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...], tokens: 
         raise RuntimeError("an adapter is merged into this model: unmerge it before rows go through adapters")
     if "torch.distributed.fsdp" in sys.modules and is_fsdp(model):
         raise RuntimeError("this model is sharded (fully_shard): rows of different adapters are not possible there")
+    around = next(reversed(host.mine()), None)
+    if around is not None and (names, tokens) in around.within:
+        route = around.within.pop((names, tokens))
+        route.entered()
+    else:
+        route = _routed(model, host, names, tokens, around)
+    host.routes.append(route)
+    host.routed = True
+    return route
+
+
+def _routed(
+    model: nn.Module,
+    host: Host,
+    names: tuple[str | None, ...],
+    tokens: tuple[int, ...] | None,
+    around: Route | None,
+) -> Route:
+    """A new route.  Within a block around it, whose adapters' layers were looked at and no verb came since, only the
+    layers of others are."""
     used = {n: find(model, n)[1] for n in dict.fromkeys(names) if n is not None}
-    for n in dict.fromkeys([*used, *([host.selected] if host.selected else [])]):
+    ready = around.ready if around else set()
+    new = {n: adapter for n, adapter in used.items() if n not in ready}
+    for n in dict.fromkeys([*new, *([host.selected] if host.selected else [])]):
         if host.adapters[n].full:
             raise ValueError(
                 f"{n!r} trains parameters in full ({', '.join(host.adapters[n].full)}): not row by row, one model has "
                 "one head. Give rows to adapters without; if it is the selected one, call undula.select(model, None)"
             )
-    for name, adapter in used.items():
+    for name, adapter in new.items():
         _move_beside(model, host, name, adapter)
-    for shelf in {id(a.shelf): a.shelf for a in used.values() if isinstance(a, Held) and a.shelf}.values():
-        for path in shelf.stacks:
+    for shelf in {id(a.shelf): a.shelf for a in new.values() if isinstance(a, Held) and a.shelf}.values():
+        for path in shelf.tables:
             shelf.to(path, _device(model, path))
         _settle(model, host, shelf)
     route = Route(host, used, names, tokens, host.formed)
+    route.ready = ready | set(used)
     try:
-        _invite(model, host, route)
+        if new or around is None:
+            _invite(model, host, route)
+        elif len(set(names)) > 1:
+            for path, slot in host.slots.items():
+                _check_one_weight(path, slot, route)
     except BaseException:
         if not host.routes:
             _leave(model, host)
         raise
-    host.routes.append(route)
-    host.routed = True
     return route
 
 
@@ -136,7 +165,8 @@ def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None
 
 def _settle(model: nn.Module, host: Host, shelf: Shelf) -> None:
     """Makes anew what adapters on a shelf have of weights that were changed since."""
-    layers = {path: layer_at(model, path) for path in shelf.marks}
+    layers = layers_now(model, [path for path in shelf.marks if path not in host.slots])
+    layers |= {path: host.slots[path].layer for path in shelf.marks if path in host.slots}
     moved = {path: layer for path, layer in layers.items() if marked(layer) != shelf.marks[path]}
     if moved:
         for adapter in host.adapters.values():

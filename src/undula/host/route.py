@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,9 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import Factors, LowRank, Method
 from ..kernels.grouped import grouped, stacked
-from .share import Kept, Share, changed, flat
-from .shelf import OfShelf
+from .share import Form, Kept, Share, changed, flat
+from .shelf import Held
+from .shelved import Shelved
 from .views import LinearView, adapted
 
 
@@ -161,46 +162,74 @@ class Route:
         used: Mapping[str, Adapter],
         names: tuple[str | None, ...],
         tokens: tuple[int, ...] | None,
-        formed: Callable[[str], Sequence[Any]],
+        formed: Callable[[str], Form],
     ):
         self.host, self.used, self.names, self.tokens = host, used, names, tokens
         self.count = len(names) if tokens is None else sum(tokens)
-        self.number, self.thread = next(numbers), threading.get_ident()
-        self.frame = _entering()
+        self.within: dict[tuple, Route] = {}  # those of blocks within this one that were left
+        self.ready: set[str] = set()  # adapters whose layers are ready within the block, those of blocks around it too
         self.owed = False  # whether layers wait to be computed again, see `forward`
         self.loose: dict[str, set[str]] = {}  # {adapter: its sites that are no plain pair}
         self.laws: dict[tuple[str, bool], Rows | None] = {}
         self.rows = rows_of(names, tokens)
         self._orders: dict[tuple[Any, ...], Tensor | None] = {}
-        shares: dict[tuple[int, int, int], Share] = {}
+        self._here: dict[str, tuple[list[Share], list[Shelved]]] = {}  # what is at each site that was computed
+        shares: dict[tuple[int, int], Share] = {}
+        shelved: dict[int, Shelved] = {}
         for name, rows in self.rows.items():
-            adapter, plain = used[name], formed(name)
-            shelf = getattr(adapter, "shelf", None)
-            if plain:
-                alike = id(plain), id(shelf), len(rows)
-                if alike not in shares:
-                    shares[alike] = Share(plain, len(rows)) if shelf is None else OfShelf(shelf, len(rows))
-                shares[alike].add(adapter, rows)
-            if len(plain) < len(adapter.factors):
-                self.loose[name] = set(adapter.factors) - {p.path for p in plain}
-        self.shares = list(shares.values())
+            adapter = used[name]
+            if isinstance(adapter, Held):
+                placed = set(adapter.spots)
+                if adapter.shelf is not None:
+                    shelved.setdefault(id(adapter.shelf), Shelved(adapter.shelf, self.count)).add(adapter, rows)
+            else:
+                plain = formed(name)
+                placed = {p.path for p in plain}
+                if plain:
+                    alike = id(plain), len(rows)
+                    shares.setdefault(alike, Share(plain, len(rows))).add(adapter, rows)
+            if len(placed) < len(adapter.factors):
+                self.loose[name] = set(adapter.factors) - placed
+        self.shares, self.shelved = list(shares.values()), list(shelved.values())
+        self.entered()
+
+    def entered(self) -> None:
+        """A block of it begins, here and now."""
+        self.number, self.thread, self.frame = next(numbers), threading.get_ident(), _entering()
 
     def forward(self, x: Tensor, layer: LinearView, path: str) -> Tensor:
         """What the layer at `path` computes of the batch."""
         # reentrant gradient checkpointing: first without gradients, from inputs that want them, then in the backward
-        self.owed |= x.requires_grad and not torch.is_grad_enabled()
-        here = [share for share in self.shares if path in share.sites]
+        if x.requires_grad and not torch.is_grad_enabled():
+            self.owed = True
+        found = self._here.get(path)
+        if found is None:
+            found = self._here[path] = (
+                [share for share in self.shares if path in share.sites],
+                [each for each in self.shelved if path in each.sites],
+            )
+        here, shelved = found
         loose = self._rows(path, layer, loose=True) if self.loose else None
-        if not here and loose is None:
+        if not here and not shelved and loose is None:
             return layer(x)
         shape = x.shape
         if self.tokens is not None:
             x = x.flatten(0, -2) if x.is_floating_point() else x.flatten()
             self._check_flat(x, layer)
-        drops = any(share.sites[path].drops for share in here) or (loose is not None and loose.drops)
+        drops = layer.training and (
+            any(share.sites[path].drops for share in here)
+            or any(each.drops(path) for each in shelved)
+            or (loose is not None and loose.drops)
+        )
         if together(x, layer, self.count, drops):
             y = layer(x)
-            y = self._changed(y, x, layer, here, path) if here else y
+            if shelved:
+                times, whole = math.prod(x.shape[1:-1]), y.shape
+                x_TI, y = (t if t.ndim == 2 else t.reshape(-1, t.shape[-1]) for t in (x, y))
+                for each in shelved:
+                    y = each.changed(path, x_TI, y, times, layer)
+                y = y.view(whole)
+            y = self._changed(y, x, here, path) if here else y
             y = y if loose is None else loose.added(y, x, layer)
         else:
             every = self._rows(path, layer, loose=False)
@@ -223,16 +252,12 @@ class Route:
                 f"{layer.call.__qualname__} is no product of single tokens: not within `rows` of a flat batch"
             )
 
-    def _changed(self, y: Tensor, x: Tensor, layer: LinearView, here: list[Share], path: str) -> Tensor:
+    def _changed(self, y: Tensor, x: Tensor, here: list[Share], path: str) -> Tensor:
         """y with what plain pairs change: the rows are moved once for all of them."""
         order = self._order(here, x.device)
         mine = flat(x if order is None else x[order])
         sizes = [len(share.rows) for share in here]
-        changes, at = [], 0
-        for share, part in zip(here, mine.split(sizes), strict=True):
-            rows = slice(at, at + len(part))
-            changes.append(share.change(path, part, functools.partial(_of_rows, y, order, rows), layer.bias))
-            at = rows.stop
+        changes = [share.change(path, part) for share, part in zip(here, mine.split(sizes), strict=True)]
         return changed(y, changes[0] if len(changes) == 1 else torch.cat(changes), order)
 
     def _order(self, here: list[Share], device: torch.device) -> Tensor | None:
@@ -255,7 +280,8 @@ class Route:
     def sites(self) -> list[tuple[str, Adapter]]:
         """The sites of the batch's adapters, of equal forms those of the first."""
         loose = [(path, self.used[name]) for name, sites in self.loose.items() for path in sites]
-        return loose + [(path, share.adapters[0]) for share in self.shares for path in share.sites]
+        shared = [(path, share.adapters[0]) for share in self.shares for path in share.sites]
+        return loose + shared + [(path, each.adapters[0]) for each in self.shelved for path in each.sites]
 
     def _rows(self, path: str, layer: LinearView, loose: bool) -> Rows | None:
         """The laws at one site, of all adapters or of those that are no plain pair; None where there are none."""
@@ -266,11 +292,6 @@ class Route:
             with torch.inference_mode(False):
                 self.laws[path, loose] = Rows(laws, self.rows, self.count, layer.device) if laws else None
         return self.laws[path, loose]
-
-
-def _of_rows(y: Tensor, order: Tensor | None, part: slice) -> Tensor:
-    """Those rows of y that stand in this part of the order."""
-    return flat(y[part] if order is None else y[order[part]])
 
 
 class Routing(Protocol):

@@ -82,27 +82,23 @@ def form(adapter: Adapter) -> Form:
 class Share:
     """Adapters of one form that have `count` rows of a batch each: one product for all of them."""
 
-    def __init__(self, form: Sequence[Any], count: int):
+    def __init__(self, form: Form, count: int):
         self.sites = {plain.path: plain for plain in form}
         self.count = count
         self.rows: list[int] = []
-        self.adapters: list[Any] = []
+        self.adapters: list[Adapter] = []
         self._here: dict[str, tuple[list[Factors], Kept]] = {}
 
     def add(self, adapter: Adapter, rows: Sequence[int]) -> None:
         self.rows += rows
         self.adapters.append(adapter)
 
-    def down(self, x_NTI: Tensor, A_KRI: Tensor) -> Tensor:
-        """A x of its rows (K, rows and T, R)."""
-        x_KTI = x_NTI.to(A_KRI.dtype).reshape(len(A_KRI), -1, x_NTI.shape[2])
-        return torch.bmm(x_KTI, A_KRI.transpose(1, 2))
-
-    def change(self, path: str, x_NTI: Tensor, y_NTO: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        """What its adapters change of the layer's output y at one site, of its rows in turn: (N, T, O)."""
-        plain: Plain = self.sites[path]
+    def change(self, path: str, x_NTI: Tensor) -> Tensor:
+        """What its adapters change of the layer's output at one site, of its rows in turn: (N, T, O)."""
+        plain = self.sites[path]
         A_KRI, B_KOR = self._pairs(plain)
-        z_KTR = self.down(x_NTI, A_KRI)
+        x_KTI = x_NTI.to(A_KRI.dtype).reshape(len(A_KRI), -1, x_NTI.shape[2])
+        z_KTR = torch.bmm(x_KTI, A_KRI.transpose(1, 2))
         return torch.bmm(z_KTR * plain.s, B_KOR.transpose(1, 2)).view(*x_NTI.shape[:2], B_KOR.shape[1])
 
     def _pairs(self, plain: Plain) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,16 @@
-"""Adapters that do not train, many of one form in one stack a site: what `rows` computes with has nothing to gather.
+"""Adapters that serve and do not train, side by side in tables: what makes a batch of hundreds cheap.
 
-Attached with `frozen=True` an adapter lies with those of its like: at each site one stack (K, R, I) of what goes down,
-one (K, O, R) of what goes up, and what stands between and after (see `core.method.Settled`).  Nothing but the host
-holds them, so entering a batch costs its rows, and no forward looks whether anybody trained.
+Adapters with the same sites lie on one shelf.  At each site it has a table of rows A (I wide) and one of rows B (O
+wide), in which an adapter of rank r has a run of r rows, at the same place at all sites, whatever the ranks of the
+others are.  What else its law needs (a gain of the outputs, the parameters of a bend: see `core.method.Settled`) lies
+in tables beside.  Nothing but the host holds them, so entering a batch costs its rows, and no forward looks whether
+anybody trained.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,73 +19,181 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
 from ..core.method import Factors, LowRank, Method
-from ..kernels.autocast import exact
-from .share import Share
 from .views import LinearView
 
 LARGER = 4  # a pair that an adapter does not have itself is kept where it is so many times its factors at most
 Mark = tuple[Any, ...]
+Sites = tuple[tuple[str, int, int], ...]  # (path, O, I)
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a shelf has at one site, in words that compare."""
+class Kind:
+    """What tables of a shelf hold: "A", "B", or the parameters of a bend of one shape."""
 
-    path: str
-    parts: tuple[tuple[str, torch.Size, torch.dtype], ...]  # of its stacks, without the adapters' own dimension
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size = torch.Size()
+
+    def width(self, O: int, I: int) -> int:
+        return {"A": I, "B": O}.get(self.name) or self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where an adapter lies in the tables of a site, and its law y' = g (y - bias + s B bend(A x)) + bias: r rows of A
+    and of B from `a` and `b` on, and g in the row after those of B."""
+
+    A: Kind
+    B: Kind
+    a: int
+    b: int
+    r: int
+    s: float
+    gain: bool
+    bend: Method | None  # whose `bent` stands between A and B
+    bent: tuple[tuple[str, Kind, int], ...]  # (parameter of the bend, its kind, its row)
+    own: tuple[str, str] | None  # the factors B and A that lie there themselves; None of what is made of them
+    drops: bool
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What of an adapter lies on a shelf at one site."""
+
+    parts: Mapping[str, Tensor]  # A (R, I), B (O, R), maybe gain (O), and the parameters of a bend
     s: float = 1.0
-    own: tuple[str, str] | None = None  # the factors B and A that lie there themselves; None of what is made of them
-    bend: Method | None = None  # whose `bent` stands between A and B
+    own: tuple[str, str] | None = None
+    bend: Method | None = None
     drops: bool = False
 
+    @property
+    def r(self) -> int:
+        return len(self.parts["A"])
 
-Places = tuple[Place, ...]
-Parts = dict[str, dict[str, Tensor]]  # {site: {part: tensor}}
+    @property
+    def bent(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self.parts.items() if name not in ("A", "B", "gain")}
+
+
+class Runs:
+    """Numbers from 0 on, given out in runs and taken back."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self.free: list[tuple[int, int]] = []  # (start, length), in order, none beside another or at the end
+
+    def take(self, n: int) -> int:
+        """The start of n numbers: the first free run that has so many, or the end."""
+        for i, (start, length) in enumerate(self.free):
+            if length >= n:
+                self.free[i : i + 1] = [(start + n, length - n)] if length > n else []
+                return start
+        self.end += n
+        return self.end - n
+
+    def give(self, start: int, n: int) -> None:
+        """Makes a run free."""
+        joined: list[tuple[int, int]] = []
+        for at, length in sorted([*self.free, (start, n)]):
+            if joined and sum(joined[-1]) == at:
+                joined[-1] = joined[-1][0], joined[-1][1] + length
+            else:
+                joined.append((at, length))
+        if joined and sum(joined[-1]) == self.end:
+            self.end = joined.pop()[0]
+        self.free = joined
 
 
 class Shelf:
-    """Adapters with equal places: a stack for each part at each site, in which each adapter has its number k."""
+    """Adapters with the same sites."""
 
-    def __init__(self, form: Places, device: Callable[[str], torch.device]):
-        self.form = form
-        self.free: list[int] = []
-        self.stacks = {
-            p.path: {n: torch.empty(0, *size, dtype=dtype, device=device(p.path)) for n, size, dtype in p.parts}
-            for p in form
-        }
+    def __init__(self, sites: Sites, devices: Mapping[str, torch.device]):
+        self.sites, self.devices = sites, dict(devices)
+        self.count = 0
+        self.runs: dict[Kind, Runs] = {}
+        self.tables: dict[str, dict[Kind, Tensor]] = {path: {} for path, _, _ in sites}
         self.marks: dict[str, Mark] = {}  # of the weights that gains were made of
 
-    def __len__(self) -> int:
-        """How many numbers there are, free ones among them."""
-        return len(self.stacks[self.form[0].path]["A"])
-
     @torch.no_grad()
-    def put(self, parts: Parts) -> int:
-        """Copies an adapter's parts to a free number, which it returns."""
-        if not self.free:
-            size = len(self)
-            self.free = list(range(size, max(1, 2 * size)))[::-1]
-            for stacks in self.stacks.values():
-                stacks |= {name: _grown(t, self.free) for name, t in stacks.items()}
-        k = self.free.pop()
-        for path, mine in parts.items():
-            for name, t in mine.items():
-                self.stacks[path][name][k] = t
-        return k
+    def put(self, placing: Mapping[str, Placing]) -> dict[str, Spot]:
+        """Copies an adapter's parts into the tables.  Returns where, of equal places one object."""
+        longest: dict[Kind, int] = {}
+        for placed in placing.values():
+            for kind, n in _needs(placed):
+                longest[kind] = max(longest.get(kind, 0), n)
+        starts = {kind: self.runs.setdefault(kind, Runs()).take(n) for kind, n in longest.items()}
+        spots: list[Spot] = []
+        found = {}
+        for path, O, I in self.sites:
+            new = _spot(placing[path], starts)
+            spot = next((s for s in spots if s == new), new)
+            spots += [spot] if spot is new else []
+            found[path] = spot
+            self._write(path, O, I, placing[path], spot)
+        self.count += 1
+        return found
 
-    def take(self, k: int) -> None:
-        """Makes the number free."""
-        self.free.append(k)
+    def _write(self, path: str, O: int, I: int, placed: Placing, spot: Spot) -> None:
+        parts, tables = placed.parts, self.tables[path]
+        for kind in (spot.A, spot.B, *(kind for _, kind, _ in spot.bent)):
+            end = self.runs[kind].end
+            if kind not in tables or len(tables[kind]) < end:
+                tables[kind] = self._grown(tables.get(kind), path, kind, end, kind.width(O, I))
+        tables[spot.A][spot.a : spot.a + spot.r] = parts["A"]
+        tables[spot.B][spot.b : spot.b + spot.r] = parts["B"].t()
+        if spot.gain:
+            tables[spot.B][spot.b + spot.r] = parts["gain"]
+        for name, kind, row in spot.bent:
+            tables[kind][row] = parts[name].flatten()
+
+    def _grown(self, table: Tensor | None, path: str, kind: Kind, end: int, width: int) -> Tensor:
+        """A table with `end` rows at least, and some more where it has been in use: that it seldom grows."""
+        if table is None:
+            return torch.zeros(end, width, dtype=kind.dtype, device=self.devices[path])
+        more = max(end, len(table) + len(table) // 2) - len(table)
+        return torch.cat([table, table.new_zeros(more, width)])
+
+    def take(self, spots: Mapping[str, Spot]) -> None:
+        """Makes an adapter's places free."""
+        longest: dict[tuple[Kind, int], int] = {}
+        for spot in {id(s): s for s in spots.values()}.values():
+            for kind, start, n in [
+                (spot.A, spot.a, spot.r),
+                (spot.B, spot.b, spot.r + spot.gain),
+                *((kind, row, 1) for _, kind, row in spot.bent),
+            ]:
+                longest[kind, start] = max(longest.get((kind, start), 0), n)
+        for (kind, start), n in longest.items():
+            self.runs[kind].give(start, n)
+        self.count -= 1
 
     def to(self, path: str, device: torch.device) -> None:
-        """Puts the stacks of one site on a device."""
-        stacks = self.stacks[path]
-        if stacks["A"].device != device:
-            stacks |= {name: t.to(device) for name, t in stacks.items()}
+        """Puts the tables of one site on a device."""
+        if self.devices[path] != device:
+            self.tables[path] |= {kind: t.to(device) for kind, t in self.tables[path].items()}
+            self.devices[path] = device
+
+    @property
+    def nbytes(self) -> int:
+        """What the tables take, free rows among them."""
+        return sum(t.nbytes for tables in self.tables.values() for t in tables.values())
 
 
-def _grown(stack: Tensor, numbers: list[int]) -> Tensor:
-    return torch.cat([stack, stack.new_zeros(len(numbers), *stack.shape[1:])])
+def _needs(placed: Placing) -> list[tuple[Kind, int]]:
+    """The rows of each kind that an adapter's parts take at a site."""
+    A, B = Kind("A", placed.parts["A"].dtype), Kind("B", placed.parts["B"].dtype)
+    return [(A, placed.r), (B, placed.r + ("gain" in placed.parts)), *((k, 1) for k in _bent_kinds(placed).values())]
+
+
+def _bent_kinds(placed: Placing) -> dict[str, Kind]:
+    return {name: Kind(f"bend {name}", t.dtype, t.shape) for name, t in placed.bent.items()}
+
+
+def _spot(placed: Placing, starts: Mapping[Kind, int]) -> Spot:
+    (A, _), (B, _), *_ = _needs(placed)
+    bent = tuple((name, kind, starts[kind]) for name, kind in _bent_kinds(placed).items())
+    law = placed.s, "gain" in placed.parts, placed.bend, bent, placed.own, placed.drops
+    return Spot(A, B, starts[A], starts[B], placed.r, *law)
 
 
 def marked(layer: LinearView) -> Mark:
@@ -92,81 +202,43 @@ def marked(layer: LinearView) -> Mark:
     return id(W), W.data_ptr(), W._version, W.dtype
 
 
-def placed(adapter: Adapter, layers: Mapping[str, LinearView]) -> tuple[Places, Parts]:
+def placed(adapter: Adapter, layers: Mapping[str, LinearView]) -> dict[str, Placing]:
     """What of an adapter can lie on a shelf: plain pairs as they are, unless sites share them; of other methods what
     `settled` makes of them, where that is not much larger."""
     uses = Counter(id(t) for _, _, t in adapter.tensors())
-    places: list[Place] = []
-    parts: Parts = {}
+    found: dict[str, Placing] = {}
     for path, method in adapter.methods.items():
         f = adapter.factors[path]
         plain = method.plain() if isinstance(method, LowRank) else None
         if plain is not None and uses[id(f[plain[1]])] == uses[id(f[plain[2]])] == 1:
-            parts[path] = {"A": f[plain[2]], "B": f[plain[1]]}
-            told = Place(path, _words(parts[path]), plain[0], plain[1:], drops=method.drops)
-        else:
-            settled = method.settled(layers[path], f)
-            if settled is None or settled.A.numel() + settled.B.numel() > LARGER * sum(t.numel() for t in f.values()):
-                continue
-            gain = {} if settled.gain is None else {"gain": settled.gain}
-            parts[path] = {"A": settled.A, "B": settled.B, **gain, **settled.bent}
-            bend = method.undropped() if settled.bent else None
-            told = Place(path, _words(parts[path]), bend=bend, drops=method.drops)
-        places.append(told)
-    return tuple(places), parts
-
-
-def _words(parts: Mapping[str, Tensor]) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
-    return tuple((name, t.shape, t.dtype) for name, t in parts.items())
-
-
-class OfShelf(Share):
-    """The rows of adapters that lie on one shelf: their stacks are there."""
-
-    def __init__(self, shelf: Shelf, count: int):
-        super().__init__(shelf.form, count)
-        self.shelf = shelf
-        self._numbers: dict[torch.device, Tensor | None] = {}
-
-    def change(self, path: str, x_NTI: Tensor, y_NTO: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        place, parts = self.sites[path], self._parts(path)
-        with exact(x_NTI.device):
-            z_KTR = self.down(x_NTI, parts["A"])
-            if place.bend is not None:
-                bent = {name: t for name, t in parts.items() if name not in ("A", "B", "gain")}
-                z_KTR = torch.vmap(place.bend.bent)(z_KTR, bent)
-            c_KTO = torch.bmm(z_KTR * place.s, parts["B"].transpose(1, 2))
-            if "gain" in parts:  # gain (y - b + c) + b, as what it adds to y
-                y_KTO = y_NTO().reshape(c_KTO.shape).to(c_KTO.dtype)
-                gain_K1O = parts["gain"][:, None]
-                c_KTO = gain_K1O * c_KTO + (gain_K1O - 1) * (y_KTO if bias is None else y_KTO - bias)
-        return c_KTO.view(*x_NTI.shape[:2], c_KTO.shape[2])
-
-    def _parts(self, path: str) -> dict[str, Tensor]:
-        """The stacks at one site, of its adapters in turn."""
-        stacks = self.shelf.stacks[path]
-        device = stacks["A"].device
-        if device not in self._numbers:
-            found = [a.k for a in self.adapters]
-            whole = found == list(range(len(self.shelf)))
-            with torch.inference_mode(False):  # a later forward of the batch may want gradients
-                self._numbers[device] = None if whole else torch.tensor(found, device=device)
-        numbers = self._numbers[device]
-        return stacks if numbers is None else {name: t[numbers] for name, t in stacks.items()}
+            found[path] = Placing({"A": f[plain[2]], "B": f[plain[1]]}, plain[0], plain[1:], drops=method.drops)
+            continue
+        settled = method.settled(layers[path], f)
+        if settled is None or settled.A.numel() + settled.B.numel() > LARGER * sum(t.numel() for t in f.values()):
+            continue
+        B_OR, gain = settled.B, settled.gain
+        if gain is not None:  # it lies among the rows of B
+            both = torch.promote_types(B_OR.dtype, gain.dtype)
+            B_OR, gain = B_OR.to(both), gain.to(both)
+        parts = {"A": settled.A, "B": B_OR, **({} if gain is None else {"gain": gain}), **settled.bent}
+        found[path] = Placing(parts, bend=method.undropped() if settled.bent else None, drops=method.drops)
+    return found
 
 
 class OnShelf(Mapping[str, Any]):
-    """The factors of the adapter number k of a shelf: plain pairs as parameters that lie in its stacks, and `rest`."""
+    """The factors of an adapter on a shelf: plain pairs as parameters that lie in its tables, and `rest`."""
 
-    def __init__(self, shelf: Shelf | None, k: int, rest: Mapping[str, Factors], sites: Sequence[str]):
-        self.shelf, self.k, self.rest, self.sites = shelf, k, rest, sites
-        self.own = {} if shelf is None else {p.path: p.own for p in shelf.form if p.own is not None}
+    def __init__(
+        self, shelf: Shelf | None, spots: Mapping[str, Spot], rest: Mapping[str, Factors], sites: Sequence[str]
+    ):
+        self.shelf, self.spots, self.rest, self.sites = shelf, spots, rest, sites
 
     def __getitem__(self, path: str) -> Factors:
-        if path not in self.own or self.shelf is None:
+        spot = self.spots.get(path)
+        if self.shelf is None or spot is None or spot.own is None:
             return self.rest[path]
-        (B, A), stacks = self.own[path], self.shelf.stacks[path]
-        pair = {A: stacks["A"][self.k], B: stacks["B"][self.k]}
+        (B, A), tables = spot.own, self.shelf.tables[path]
+        pair = {A: tables[spot.A][spot.a : spot.a + spot.r], B: tables[spot.B][spot.b : spot.b + spot.r].t()}
         return {**{name: nn.Parameter(t, requires_grad=False) for name, t in pair.items()}, **self.rest.get(path, {})}
 
     def __iter__(self) -> Iterator[str]:
@@ -179,32 +251,33 @@ class OnShelf(Mapping[str, Any]):
 class Held(Live):
     """A live adapter that does not train, on a shelf."""
 
-    shelf: Shelf | None
-    k: int
+    shelf: Shelf | None  # None: nothing of it can lie on one
+    spots: dict[str, Spot]
     trained: frozenset[tuple[str, str]]  # (site or "", factor or parameter): what may train again once it is off
 
     @classmethod
     @torch.no_grad()
     def on(cls, adapter: Adapter, layers: Mapping[str, LinearView], shelves: list[Shelf]) -> Self:
         """Puts `adapter`, whose tensors are nobody else's, on one of the shelves or on a new one of them."""
-        held, (places, parts) = cls.of(adapter), placed(adapter, layers)
-        held.shelf, held.k = None, 0
-        if places:
-            held.shelf = next((s for s in shelves if s.form == places), None)
+        held, placing = cls.of(adapter), placed(adapter, layers)
+        held.shelf, held.spots = None, {}
+        if placing:
+            sites = tuple((path, len(p.parts["B"]), p.parts["A"].shape[1]) for path, p in sorted(placing.items()))
+            held.shelf = next((s for s in shelves if s.sites == sites), None)
             if held.shelf is None:
-                held.shelf = Shelf(places, lambda path: layers[path].device)
+                held.shelf = Shelf(sites, {path: layers[path].device for path in placing})
                 shelves.append(held.shelf)
-            held.k = held.shelf.put(parts)
-            held.shelf.marks |= {path: marked(layers[path]) for path, mine in parts.items() if "gain" in mine}
+            held.spots = held.shelf.put(placing)
+            held.shelf.marks |= {path: marked(layers[path]) for path, p in placing.items() if "gain" in p.parts}
         named = [*adapter.tensors(), *(("", n, t) for n, t in adapter.full.items())]
         held.trained = frozenset((site, name) for site, name, t in named if t.requires_grad)
-        lying = {(p.path, name) for p in places for name in p.own or ()}
+        lying = {(path, name) for path, spot in held.spots.items() for name in spot.own or ()}
         rest: dict[str, dict[str, Tensor]] = {}
         for path, name, t in named:
             t.requires_grad_(False)
             if path and (path, name) not in lying:
                 rest.setdefault(path, {})[name] = t
-        held.factors = OnShelf(held.shelf, held.k, rest, list(adapter.factors))  # type: ignore[assignment]
+        held.factors = OnShelf(held.shelf, held.spots, rest, list(adapter.factors))  # type: ignore[assignment]
         return held
 
     @torch.no_grad()
@@ -212,13 +285,29 @@ class Held(Live):
         """Makes anew what depends on the weights of these layers, which were written into since."""
         assert self.shelf is not None
         for path, layer in layers.items():
+            spot = self.spots[path]
+            if not spot.gain:
+                continue
             settled = self.methods[path].settled(layer, self.factors[path])
             if settled is None or settled.gain is None:
                 raise RuntimeError(
                     f"the weight of {path} was changed since {self.methods[path]!r} was attached with frozen=True, so "
                     "that its norms cancel now: detach it and attach it again"
                 )
-            self.shelf.stacks[path]["gain"][self.k] = settled.gain
+            self.shelf.tables[path][spot.B][spot.b + spot.r] = settled.gain
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes: its rows in the tables, and what lies beside."""
+        rest = self.factors.rest if isinstance(self.factors, OnShelf) else {}
+        beside = {id(t): t.nbytes for f in rest.values() for t in f.values()} | {
+            id(t): t.nbytes for t in self.full.values()
+        }
+        return sum(beside.values()) + sum(
+            (self.shelf.tables[path][kind][0].nbytes if self.shelf else 0) * n
+            for path, s in self.spots.items()
+            for kind, n in ((s.A, s.r), (s.B, s.r + s.gain), *((kind, 1) for _, kind, _ in s.bent))
+        )
 
     def off(self, shelves: list[Shelf]) -> Adapter:
         """Takes it off its shelf.  Returns what was attached, as a value of its own."""
@@ -226,7 +315,7 @@ class Held(Live):
         for site, name, t in [*made.tensors(), *(("", n, t) for n, t in made.full.items())]:
             t.requires_grad_((site, name) in self.trained)
         if self.shelf is not None:
-            self.shelf.take(self.k)
-            if len(self.shelf.free) == len(self.shelf):
+            self.shelf.take(self.spots)
+            if not self.shelf.count:
                 shelves.remove(self.shelf)
         return made

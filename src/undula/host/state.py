@@ -16,7 +16,7 @@ from . import masters, quantised
 from .route import ROUTES, Route, innermost
 from .sharded import is_fsdp
 from .share import Form, form
-from .shelf import Held, Places, Shelf
+from .shelf import Shelf
 from .slots import Slot, remove
 from .views import LinearView
 from .weights import Read
@@ -64,7 +64,8 @@ class Host:
 
     def mine(self) -> list[Route]:
         """The routes of this context that are not left yet, the innermost last."""
-        return [route for route in ROUTES.get() if route.host is self and route in self.routes]
+        routes = ROUTES.get()
+        return [r for r in routes if r.host is self and r in self.routes] if routes else []
 
     def route(self, slot: Slot) -> Route | None:
         """The route of a forward; None outside of `rows`.  Raises RuntimeError where it is not known."""
@@ -87,15 +88,13 @@ class Host:
             )
         if again and route is not None:
             route.owed = False
-        if not again:
-            slot.last = 0 if route is None else route.number
+        number = 0 if route is None else route.number
+        if not again and slot.last != number:
+            slot.__dict__["last"] = number  # past nn.Module's own __setattr__, which is slow
         return route
 
-    def formed(self, name: str) -> Form | Places:
-        """`share.form` of an adapter, one object for equal ones."""
-        held = self.adapters[name]
-        if isinstance(held, Held):
-            return () if held.shelf is None else held.shelf.form
+    def formed(self, name: str) -> Form:
+        """`share.form` of an adapter that is not on a shelf, one object for equal ones."""
         if name not in self.forms:
             new = form(self.adapters[name])
             self.forms[name] = next((f for f in self.forms.values() if f == new), new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +16,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@contextlib.contextmanager
-def exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> contextlib.AbstractContextManager:
     """Within, products are computed in their operands' types, whatever autocast says outside."""
-    if device.type == "meta":  # has no autocast
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def hand_written() -> bool:
