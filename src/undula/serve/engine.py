@@ -178,6 +178,8 @@ class Engine:
                 )
             self._end_all(self._error)
             log.critical("the engine's thread has died", exc_info=error)
+        finally:
+            self._work.model.leave()
 
     def _take(self) -> bool:
         """Waits until there is something to do and takes in what came.  Whether to go on."""

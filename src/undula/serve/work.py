@@ -33,6 +33,7 @@ class Work:
         self.cache = cache_of(model, tokens, limits.page, limits.batch_tokens, limits.running)
         self.model.check(self.cache)
         self.admission = Admission(self.cache.num_blocks * limits.page, limits.waiting, limits.page)
+        pool.before = self.model.leave
         self.turns = Turns(self.cache, 0.0, limits.running)
         # what a window has overwritten cannot be computed again
         self.again = all(kind.supports_block_sharing for kind in self.cache.cache_allocators.values())
@@ -115,6 +116,8 @@ class Work:
             self.turns.forget(job.id)
             if job.version is not None:
                 self.pool.release(job.version)
+            if not self.running:
+                self.model.leave()
 
     # -- a step
 
