@@ -20,6 +20,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "speech": ("soundfile", "jiwer"),
     "similarity": ("sentence_transformers",),
     "preference": ("trl",),
+    "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"),
 }
 INCLUDED = {
     "train": ("hf", "cli", "plot"),
@@ -29,6 +30,7 @@ INCLUDED = {
     "speech": ("train",),
     "similarity": ("train",),
     "preference": ("train",),
+    "serve": ("train",),
 }
 EXTRAS = {package: extra for extra, packages in BROUGHT.items() for package in packages}  # the smallest that brings it
 

@@ -1,0 +1,92 @@
+"""What a client is told of a request that is not answered: OpenAI's shape, no paths, no tracebacks."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import uuid
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from ..request import Busy, Refused
+
+LOG = logging.getLogger("undula.serve")
+# OpenAI's `type` of a status; others of 400 to 499 are invalid requests, of 500 and more the server's
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ABSOLUTE = re.compile(
+    r"(?<![\w.:/\\~-])(?!/v1/)(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|:;,()]+[/\\])+([^\s/\\'\"<>|:;,()]*)"
+)
+
+
+class Wrong(Refused):
+    """A request that cannot be meant, or may not be made.  `param`: the field that is at fault."""
+
+    def __init__(self, said: str, param: str | None = None, status: int = 400, code: str | None = None):
+        super().__init__(said)
+        self.param, self.status, self.code = param, status, code or Refused.code
+
+
+def without_paths(text: str, *roots: str) -> str:
+    """A message in which of every path only the last name is left."""
+    for root in sorted(roots, key=len, reverse=True):
+        text = text.replace(root + "/", "").replace(root, "the directory of adapters")
+    return ABSOLUTE.sub(lambda found: found[1] or "a directory", text)
+
+
+def body_of(said: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """{"error": ...} as OpenAI's clients read it."""
+    kind = TYPES.get(status, Refused.code if status < 500 else "server_error")
+    code = None if code == Refused.code else code
+    return {"error": {"message": without_paths(said), "type": kind, "param": param, "code": code}}
+
+
+def told(error: Refused) -> JSONResponse:
+    """The answer to a request that is refused."""
+    status = 503 if error.status == 499 else error.status  # who is still there to read it did not go away
+    headers = {}
+    if isinstance(error, Busy):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = body_of(str(error), status, error.code, getattr(error, "param", None))
+    return JSONResponse(body, status, headers)
+
+
+def event_of(error: Exception) -> dict[str, Any]:
+    """The same inside a stream that has begun."""
+    if isinstance(error, Refused):
+        return body_of(str(error), error.status, error.code, getattr(error, "param", None))
+    return _unmeant(error)
+
+
+def _unmeant(error: Exception) -> dict[str, Any]:
+    """Says nothing but a number, under which the log has the traceback."""
+    number = uuid.uuid4().hex[:12]
+    LOG.error("fault %s", number, exc_info=error)
+    return body_of(f"something went wrong inside the server; its log has it as fault {number}", 500, "internal_error")
+
+
+async def refused(_: Request, error: Exception) -> JSONResponse:
+    """The handler of `Refused`."""
+    assert isinstance(error, Refused)
+    return told(error)
+
+
+async def unrouted(request: Request, error: Exception) -> JSONResponse:
+    """The handler of an address or a method that is not served."""
+    assert isinstance(error, HTTPException)
+    said = str(error.detail)
+    if error.status_code == 404:
+        said = f"nothing is served at {request.url.path[:200]}"
+    elif error.status_code == 405:
+        said = f"{request.url.path[:200]} does not take {request.method}"
+    return JSONResponse(body_of(said, error.status_code), error.status_code, error.headers)
+
+
+async def broken(_: Request, error: Exception) -> JSONResponse:
+    """The handler of everything else."""
+    return JSONResponse(_unmeant(error), 500)
