@@ -82,13 +82,14 @@ def test_a_block_serves_the_version_that_it_was_computed_through_alone(model, po
 
 
 def test_a_cache_that_is_full_of_prefixes_still_answers(model, pool):
-    """Prefixes that nobody uses give way; requests wait for memory and none is refused."""
-    texts = prompts(8, seed=3)
+    """Prefixes that nobody uses give way; requests wait for memory, however long they write, and none is refused."""
+    texts, writes = prompts(10, seed=3), [1, 9, 2, 5, 3, 7, 4, 2, 6, 1]
     limits = Limits(running=6, batch_tokens=24, cache=2**15, page=4)
+    want = [alone(model, "a0", t, n) for t, n in zip(texts, writes, strict=True)]
     with Engine(model, None, pool, limits=limits) as engine:
         assert engine.cache_tokens < sum(map(len, texts))
-        replies = [engine.submit(asked(text, "a0", max_tokens=3)) for text in texts]
-        assert [tokens(r) for r in replies] == [alone(model, "a0", text, 3) for text in texts]
+        replies = [engine.submit(asked(t, "a0", max_tokens=n)) for t, n in zip(texts, writes, strict=True)]
+        assert [tokens(r) for r in replies] == want
         assert engine.stats().cache_used <= engine.stats().cache_total
 
 

@@ -206,13 +206,14 @@ def test_what_can_never_be_served_is_refused_at_once(engine, request_, error, sa
 
 def test_what_never_fits_into_the_cache_is_refused_with_its_size(model, pool):
     engine = Engine(model, None, pool, limits=dataclasses.replace(SMALL, cache=2**15))
+    assert engine.cache_tokens < engine._work.cache.num_blocks * SMALL.page
     with pytest.raises(Refused, match=f"at most {engine.cache_tokens} go into the cache"):
         engine.submit(asked([1] * engine.cache_tokens))
 
 
 def test_too_many_requests_are_told_when_to_come_again(model, pool):
     engine = Engine(model, None, pool, limits=Limits(running=2, waiting=3, batch_tokens=24, cache=2**20))
-    for _ in range(5):
+    for _ in range(3):
         engine.submit(asked(TEXT))
     with pytest.raises(Busy) as said:
         engine.submit(asked(TEXT))

@@ -35,6 +35,13 @@ class Attached:
 
     def prefetch(self, version): ...
 
+    def withdraw(self, version): ...
+
+    def listen(self, call): ...
+
+    def there(self, version):
+        return version.id not in self.loading
+
     def acquire(self, version):
         name = version.id.partition(" ")[0]
         if name in self.broken:

@@ -137,7 +137,7 @@ def _routed(
             shelf.to(path, _device(model, path))
         _settle(model, host, shelf)
     route = Route(host, used, names, tokens, host.formed)
-    route.ready = ready | set(used)
+    route.ready = set(used)
     try:
         if new or around is None:
             _invite(model, host, route)
@@ -148,6 +148,9 @@ def _routed(
         if not host.routes:
             _leave(model, host)
         raise
+    if around is not None:
+        around.ready |= route.ready
+        route.ready = around.ready
     return route
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from .jobs import Job, Limits, Stats
 from .policy import Fcfs, Policy, Ticket
 from .replies import Reply
-from .request import Busy, Cancelled, Draining, Failed, Refused, Request
+from .request import Cancelled, Draining, Failed, Refused, Request
 from .sampling import Drawing, check
 from .steps import longest
 from .words import Words
@@ -38,7 +38,7 @@ class Engine:
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.tokenizer, self.pool = tokenizer, pool
         self._work = Work(model.eval(), pool, policy or Fcfs(), self.limits)
-        self.cache_tokens = self._work.cache.num_blocks * self.limits.page
+        self.cache_tokens = self._work.admission.capacity - self.limits.page + 1  # that one request can be sure of
         self.max_length = min(longest(model), self.cache_tokens)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         self.ends = _ends(model, tokenizer)
@@ -54,9 +54,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread that computes."""
-        listen = getattr(self.pool, "listen", None)
-        if listen is not None:
-            listen(self._wake)
+        self.pool.listen(self._wake)
         self._thread.start()
 
     def __enter__(self) -> Engine:
@@ -70,7 +68,8 @@ class Engine:
         """Takes a request, from any thread, and returns at once.
 
         Raises Refused for a prompt or settings that cannot be served, Unknown for an adapter that is not registered,
-        Busy where too many wait, Draining after `drain` or `stop`, Failed where the engine's thread has died.
+        Busy where too many wait, Late where its deadline cannot be kept, Draining after `drain` or `stop`, Failed where
+        the engine's thread has died.
         """
         self._check(request)
         version = self.pool.version(request.adapters) if request.adapters else None
@@ -80,8 +79,9 @@ class Engine:
                 raise self._error
             if self._draining or self._stopping:
                 raise Draining("this engine takes no new requests: it is stopping")
-            if len(self._jobs) >= self.limits.running + self.limits.waiting:
-                raise Busy(f"{len(self._jobs)} requests are here already", self._patience())
+            waiting = len(self._coming) + len(self._work.waiting)
+            ahead = sum(job.ticket.tokens for job in self._jobs.values())
+            self._work.admission.check(tokens, waiting, ahead, request.deadline)
             ticket = Ticket(
                 id=f"{request.id}/{next(self._numbers)}",
                 adapter=version.id if version is not None else "",
@@ -98,7 +98,6 @@ class Engine:
                 Drawing(request.sampling, request.prompt),
                 Words(self.tokenizer, request.sampling.stop),
                 self.ends,
-                -(-tokens // self.limits.page),
             )
             self._jobs[ticket.id] = job
             self._requests += 1
@@ -156,13 +155,6 @@ class Engine:
                 + ("the cache" if self.max_length == self.cache_tokens else "the model's context")
             )
 
-    def _patience(self) -> float:
-        """Seconds until about a request's worth of those that are here is done."""
-        done, seconds = self._work.counts["completion_tokens"], self._work.seconds
-        rate = done / seconds if done and seconds else 10.0
-        left = sum(job.drawing.sampling.max_tokens for job in self._jobs.values()) / max(len(self._jobs), 1)
-        return min(max(left / rate, 1.0), 60.0)
-
     def _cancel(self, name: str) -> None:
         with self._changed:
             self._leaving.append(name)
@@ -186,12 +178,16 @@ class Engine:
                 )
             self._end_all(self._error)
             log.critical("the engine's thread has died", exc_info=error)
+        finally:
+            self._work.model.leave()
 
     def _take(self) -> bool:
         """Waits until there is something to do and takes in what came.  Whether to go on."""
         work = self._work
         with self._changed:
             if not (self._stopping or self._coming or self._leaving or work.running):
+                if not work.waiting:
+                    work.admission.rested()
                 # who waits for an adapter or a deadline is looked at again soon
                 self._changed.wait(0.02 if work.waiting else None)
             coming, self._coming, leaving, self._leaving = self._coming, [], self._leaving, []

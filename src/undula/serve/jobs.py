@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.generation.continuous_batching.requests import RequestState
 
+from .admission import Claim
 from .policy import Ticket
 from .replies import Reply
 from .request import Chosen, Piece
@@ -29,8 +30,11 @@ class Limits:
     page: int = 16
 
     def __post_init__(self) -> None:
-        if not (0 < self.running <= self.batch_tokens and self.waiting >= 0 and self.page >= 4 and self.cache > 0):
-            raise ValueError(f"`running` goes from 1 to `batch_tokens`, a `page` has 4 tokens or more: found {self}")
+        if not (0 < self.running < self.batch_tokens and self.waiting > 0 and self.page >= 4 and self.cache > 0):
+            raise ValueError(
+                "`running` is 1 or more and below `batch_tokens`, `waiting` and `cache` are 1 or more, a `page` has 4 "
+                f"tokens or more; found {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,6 @@ class Job:
     drawing: Drawing
     words: Words
     ends: Collection[int]  # tokens that end an answer
-    blocks: int  # of the cache that it may come to need
     state: RequestState = field(init=False)
     name: str | None = None  # under which its adapter is attached
     begun: bool = False  # whether any of it was computed
@@ -77,6 +80,16 @@ class Job:
     def late(self, now: float) -> bool:
         """Whether its first token can no longer come in time."""
         return self.ticket.deadline is not None and now >= self.ticket.deadline and self.reply.usage.first is None
+
+    @property
+    def unread(self) -> int:
+        """How many tokens of its prompt are still to be computed; 0 once it writes."""
+        return 0 if self.state.generated_tokens else len(self.state.initial_tokens) - self.state.position_offset
+
+    def claim(self, delay: int) -> Claim:
+        """What it may come to have in the cache, if it begins to write after `delay` steps at most."""
+        written = len(self.state.generated_tokens)
+        return Claim(len(self.state.initial_tokens) + written, self.drawing.sampling.max_tokens - written, delay=delay)
 
     def used(self, **changes: Any) -> None:
         self.reply.usage = replace(self.reply.usage, **changes)

@@ -108,6 +108,7 @@ class Pool:
         self._looks = {True: -math.inf, False: -math.inf}  # for room: when, by whether what is attached might leave
         self._counts = dict.fromkeys(("hits", "misses", "loads", "failures", "evictions"), 0)
         self._load_seconds = self._attach_seconds = 0.0
+        self.before: Callable[[], None] = lambda: None  # called before an adapter comes onto the model or leaves it
 
     # Any thread
 
@@ -357,6 +358,7 @@ class Pool:
 
     def _out(self, held: Held) -> None:
         if held.state is State.ATTACHED:
+            self.before()
             with torch.inference_mode(False), torch.no_grad():
                 detach(self.model, held.version.id)
         self._counts["evictions"] += held.state in (State.LOADED, State.ATTACHED)
@@ -380,6 +382,7 @@ class Pool:
 
     def _attach(self, held: Held, adapter: Adapter) -> None:
         began = time.perf_counter()
+        self.before()
         try:
             with torch.inference_mode(False), torch.no_grad():  # tensors that any later mode may write into
                 attach(self.model, adapter, name=held.version.id, frozen=True, dtype=self.dtype)

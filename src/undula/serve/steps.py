@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,19 @@ class Model:
         self.keeps = bool(getattr(model, "_supports_logits_to_keep", lambda: False)())
         head = model.get_output_embeddings()
         self.head = next((name for name, m in model.named_modules() if m is head), None)
+        self._around = contextlib.ExitStack()
+        self._within = False
+
+    def enter(self) -> None:
+        """Begins a block of `rows` around the steps, within which each step costs its rows alone (see `leave`)."""
+        if not self._within:
+            self._around.enter_context(rows(self.model, []))
+            self._within = True
+
+    def leave(self) -> None:
+        """Ends that block: before adapters come or go, and where nothing is computed."""
+        self._around.close()
+        self._within = False
 
     @torch.no_grad()
     def forward(self, cache: SaltedCache, batch: Sequence[FutureRequestState], names: Sequence[str | None]) -> Tensor:
@@ -87,6 +101,7 @@ class Model:
         after = torch.tensor(last, device=device, dtype=torch.long)
         given: dict[str, Any] = {"logits_to_keep": after} if self.keeps and not self._adapts_head(names) else {}
         counts = [future.query_length for future in batch]
+        self.enter()
         with rows(self.model, names, tokens=counts), attending(self.configs):
             logits = self.model(
                 input_ids=torch.tensor([ids], device=device),
@@ -126,6 +141,7 @@ class Model:
         except Exception as error:
             raise ValueError(f"{kind} cannot be served: its attention does not keep requests apart: {error}") from error
         finally:
+            self.leave()
             for state in states:
                 cache.forget(state.request_id)
         off = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(found, want, strict=True))

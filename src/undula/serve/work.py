@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import time
 from typing import Any
@@ -10,13 +12,15 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
+from .admission import Admission
 from .jobs import Job, Limits
-from .policy import Policy
+from .policy import Policy, Ticket
 from .prefixes import cache_of, tokens_that_fit
 from .request import Broken, Busy, Failed, Late, Refused
 from .sampling import choose
 from .steps import Model, Turns
 
+AHEAD = 8  # of those who wait, whose adapters are read before their turn comes
 log = logging.getLogger(__name__)
 
 
@@ -28,6 +32,8 @@ class Work:
         tokens = max(tokens_that_fit(model, limits.cache), limits.page)
         self.cache = cache_of(model, tokens, limits.page, limits.batch_tokens, limits.running)
         self.model.check(self.cache)
+        self.admission = Admission(self.cache.num_blocks * limits.page, limits.waiting, limits.page)
+        pool.before = self.model.leave
         self.turns = Turns(self.cache, 0.0, limits.running)
         # what a window has overwritten cannot be computed again
         self.again = all(kind.supports_block_sharing for kind in self.cache.cache_allocators.values())
@@ -45,6 +51,9 @@ class Work:
             self.fail(job, Late(f"the first token did not come within {waited:.2f} s: try again later", 1.0))
         if self.waiting and len(self.running) < self.limits.running:
             self._admit(now)
+        for job in itertools.islice(self.waiting.values(), AHEAD):
+            if job.version is not None:
+                self.pool.prefetch(job.version)
         if not self.running:
             return False
         self._step()
@@ -57,12 +66,17 @@ class Work:
     def _admit(self, now: float) -> None:
         """Lets waiting requests in, in the policy's order.  For memory nobody is overtaken; whose adapter is still
         being read is passed by."""
-        taken = sum(job.blocks for job in self.running.values())
+        speed = self.limits.batch_tokens - self.limits.running  # tokens of prompts that each step reads at least
+        unread, claims = 0, []
+        for job in self.running.values():
+            unread += job.unread
+            claims.append(job.claim(-(-unread // speed) if job.unread else 0))
         running = [job.ticket for job in self.running.values()]
-        for ticket in self.policy.order([job.ticket for job in self.waiting.values()], running, now):
+        for ticket in self.policy.order([self._ticket(job) for job in self.waiting.values()], running, now):
             job = self.waiting[ticket.id]
-            if len(self.running) >= self.limits.running or taken + job.blocks > self.cache.num_blocks:
-                return
+            claim = job.claim(-(-(unread + job.unread) // speed))
+            if len(self.running) >= self.limits.running or not self.admission.fits(claims, claim):
+                break
             try:
                 if job.version is not None:
                     job.name = self.pool.acquire(job.version)
@@ -73,13 +87,18 @@ class Work:
                 self.fail(job, error)
                 continue
             if job.version is not None and job.name is None:
-                self.pool.prefetch(job.version)
                 continue
-            taken += job.blocks
+            unread += job.unread
+            claims.append(claim)
             self.running[job.id] = self.waiting.pop(job.id)
             self.cache.salts[job.id] = job.version.id if job.version is not None else ""
             self.turns.add_waiting_request(job.state)
             job.used(waited=now - job.reply.request.arrived)
+
+    def _ticket(self, job: Job) -> Ticket:
+        """A request as the policy sees it now: nothing is to be loaded for an adapter that is there."""
+        there = job.version is not None and self.pool.there(job.version)
+        return dataclasses.replace(job.ticket, bytes=0) if there else job.ticket
 
     # -- ends
 
@@ -90,14 +109,15 @@ class Work:
         job.reply.fail(error)
 
     def _out(self, job: Job) -> None:
-        if self.waiting.pop(job.id, None) is not None:
-            withdraw = getattr(self.pool, "withdraw", None)
-            if withdraw and job.version and all(job.version is not other.version for other in self.waiting.values()):
-                withdraw(job.version)
+        waited = self.waiting.pop(job.id, None) is not None and job.version is not None
+        if waited and all(job.version is not other.version for other in self.waiting.values()):
+            self.pool.withdraw(job.version)
         if self.running.pop(job.id, None) is not None:
             self.turns.forget(job.id)
             if job.version is not None:
                 self.pool.release(job.version)
+            if not self.running:
+                self.model.leave()
 
     # -- a step
 
@@ -163,6 +183,7 @@ class Work:
             self.counts["completion_tokens"] += token is not None
             if finish:
                 self._out(job)
+                self.admission.ended(job.ticket.tokens, time.monotonic())
                 self.counts["finished"] += 1
 
 
