@@ -7,12 +7,13 @@ import operator
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ..core.adapter import Live
+from .copies import renew
 from .host import (
     adapt,
     forget,
@@ -130,12 +131,7 @@ def _routed(
                 f"{n!r} trains parameters in full ({', '.join(host.adapters[n].full)}): not row by row, one model has "
                 "one head. Give rows to adapters without; if it is the selected one, call undula.select(model, None)"
             )
-    for name, adapter in new.items():
-        _move_beside(model, host, name, adapter)
-    for shelf in {id(a.shelf): a.shelf for a in new.values() if isinstance(a, Held) and a.shelf}.values():
-        for path in shelf.tables:
-            shelf.to(path, _device(model, path))
-        _settle(model, host, shelf)
+    _make_ready(model, host, new)
     route = Route(host, used, names, tokens, host.formed)
     route.ready = set(used)
     try:
@@ -152,6 +148,19 @@ def _routed(
         around.ready |= route.ready
         route.ready = around.ready
     return route
+
+
+def _make_ready(model: nn.Module, host: Host, new: Mapping[str, Live]) -> None:
+    """Puts what adapters have where their layers are, and makes anew what they have of weights that changed."""
+    for name, adapter in new.items():
+        _move_beside(model, host, name, adapter)
+    for shelf in {id(a.shelf): a.shelf for a in new.values() if isinstance(a, Held) and a.shelf}.values():
+        for path in shelf.tables:
+            shelf.to(path, _device(model, path))
+        _settle(model, host, shelf)
+    for adapter in new.values():
+        if isinstance(adapter, Held) and adapter.copies:
+            renew(adapter, model)
 
 
 def _move_beside(model: nn.Module, host: Host, name: str, adapter: Live) -> None:

@@ -288,10 +288,16 @@ class Route:
         if (path, loose) not in self.laws:
             names = [n for n, sites in self.loose.items() if path in sites] if loose else list(self.rows)
             here = {n: self.used[n] for n in names if path in self.used[n].factors}
-            laws = {n: (a.methods[path], a.factors[path]) for n, a in here.items()}
+            laws = {n: _law(a, path, loose) for n, a in here.items()}
             with torch.inference_mode(False):
                 self.laws[path, loose] = Rows(laws, self.rows, self.count, layer.device) if laws else None
         return self.laws[path, loose]
+
+
+def _law(adapter: Adapter, path: str, product: bool) -> tuple[Method, Factors]:
+    """What makes the outputs of a layer; of a product it may be a weight that is there already."""
+    copies = adapter.copies if product and isinstance(adapter, Held) else {}
+    return copies.get(path, adapter.methods[path]), adapter.factors[path]
 
 
 class Routing(Protocol):

@@ -253,6 +253,7 @@ class Held(Live):
 
     shelf: Shelf | None  # None: nothing of it can lie on one
     spots: dict[str, Spot]
+    copies: dict[str, Any]  # {site: the weight that the adapter makes there}, see `host.copies`
     trained: frozenset[tuple[str, str]]  # (site or "", factor or parameter): what may train again once it is off
 
     @classmethod
@@ -260,7 +261,7 @@ class Held(Live):
     def on(cls, adapter: Adapter, layers: Mapping[str, LinearView], shelves: list[Shelf]) -> Self:
         """Puts `adapter`, whose tensors are nobody else's, on one of the shelves or on a new one of them."""
         held, placing = cls.of(adapter), placed(adapter, layers)
-        held.shelf, held.spots = None, {}
+        held.shelf, held.spots, held.copies = None, {}, {}
         if placing:
             sites = tuple((path, len(p.parts["B"]), p.parts["A"].shape[1]) for path, p in sorted(placing.items()))
             held.shelf = next((s for s in shelves if s.sites == sites), None)
@@ -303,10 +304,15 @@ class Held(Live):
         beside = {id(t): t.nbytes for f in rest.values() for t in f.values()} | {
             id(t): t.nbytes for t in self.full.values()
         }
-        return sum(beside.values()) + sum(
-            (self.shelf.tables[path][kind][0].nbytes if self.shelf else 0) * n
-            for path, s in self.spots.items()
-            for kind, n in ((s.A, s.r), (s.B, s.r + s.gain), *((kind, 1) for _, kind, _ in s.bent))
+        copies = sum(copy.W_OI.nbytes for copy in self.copies.values())
+        return (
+            copies
+            + sum(beside.values())
+            + sum(
+                (self.shelf.tables[path][kind][0].nbytes if self.shelf else 0) * n
+                for path, s in self.spots.items()
+                for kind, n in ((s.A, s.r), (s.B, s.r + s.gain), *((kind, 1) for _, kind, _ in s.bent))
+            )
         )
 
     def off(self, shelves: list[Shelf]) -> Adapter:
