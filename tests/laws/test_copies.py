@@ -10,6 +10,7 @@ from tests.support.numbers import shake
 from tests.support.zoo import ZOO
 from undula import LoRA
 from undula.host.copies import copy_size, drop_copy, keep_copy
+from undula.serve.copies import Copies
 
 MIX = [undula.LoRAN(r=2), LoRA(r=2), undula.SHiRA(r=1), undula.VeRA(r=3), undula.LoRAN(r=2)]
 
@@ -70,3 +71,26 @@ def test_only_frozen_adapters_have_copies():
     undula.attach(model, undula.LoRAN(r=2), name="trains")
     with pytest.raises(ValueError, match="'trains' trains, or may: copies of weights are for adapters attached with"):
         keep_copy(model, "trains")
+
+
+def test_the_copies_of_those_used_last_fit_their_budget():
+    _, held, _x = bodies(MIX)
+    size, left = copy_size(held, "0"), []
+    copies = Copies(held, 2 * size, lambda: left.append(True))
+
+    def kept():
+        return {name for name, a in undula.adapters(held).items() if a.copies}
+
+    copies.use("0", set())
+    copies.use("1", set())
+    copies.use("4", set())
+    assert kept() == {"0", "4"}
+    copies.use("0", set())
+    copies.use("2", {"0", "4"})
+    assert kept() == {"0", "4"}, "what is computed with stays"
+    copies.use("2", {"0"})
+    assert kept() == {"0", "2"}
+    assert len(left) == 4, "the block around the steps is left for each that comes or goes"
+    undula.detach(held, "2")
+    copies.use("4", {"0"})
+    assert kept() == {"0", "4"}

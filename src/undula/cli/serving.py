@@ -79,6 +79,13 @@ def serve(
     cache: Annotated[
         str, typer.Option(help="Bytes of keys and values of running requests.", rich_help_panel=MUCH)
     ] = "1GiB",
+    copies: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes for copies of weights, which make LoRAN, SHiRA and others that share no product fast.",
+            rich_help_panel=MUCH,
+        ),
+    ] = None,
     running: Annotated[int, typer.Option(help="Requests in a batch at most.", min=1, rich_help_panel=MUCH)] = 64,
     max_waiting: Annotated[
         int, typer.Option(help="Requests that may wait; more are told to come again.", min=0, rich_help_panel=MUCH)
@@ -104,7 +111,7 @@ def serve(
     """Serve one base and many adapters at an address as OpenAI's.  Ctrl-C lets running requests finish, a second one
     does not."""
     found = checked_keys(keys, host, no_keys)
-    sizes = size_of(memory, "--memory"), size_of(cache, "--cache")
+    sizes = size_of(memory, "--memory"), size_of(cache, "--cache"), size_of(copies, "--copies") if copies else 0
     if threads is not None:
         import torch
 
@@ -161,7 +168,7 @@ def listen(
 @needs("serve")
 def planned(
     base: str, adapters: list[Path], pin: list[str], name: str | None, also: list[str], model: str | None, dtype: str,
-    sizes: tuple[int, int], room: tuple[int, int], policy: Order,
+    sizes: tuple[int, int, int], room: tuple[int, int], policy: Order,
 ) -> Plan:  # fmt: skip
     """What is to be served."""
     from ..serve.engine import Limits
@@ -170,7 +177,7 @@ def planned(
     from ..serve.server.places import Places
 
     found = meant(base, model)
-    limits = Limits(running=room[0], waiting=room[1], batch_tokens=max(512, room[0]), cache=sizes[1])
+    limits = Limits(running=room[0], waiting=room[1], batch_tokens=max(512, room[0]), cache=sizes[1], copies=sizes[2])
     order = {Order.fcfs: Fcfs, Order.fair: FairShare, Order.cluster: ClusterByAdapter}[policy]()
     return Plan(
         found.base, Places.of(tuple(adapters)), found.adapter, tuple(pin), sizes[0], name, tuple(also),

@@ -21,13 +21,15 @@ from .words import Words
 class Limits:
     """What an engine may take.  `running`: requests at a time; `waiting`: beside them, before new ones are Busy;
     `batch_tokens`: in one step, which bounds how long prompts keep others waiting; `cache`: bytes of keys and values;
-    `page`: tokens in a block of them, the unit in which prefixes are shared."""
+    `page`: tokens in a block of them, the unit in which prefixes are shared; `copies`: bytes of private copies of
+    weights (see `Copies`)."""
 
     running: int = 64
     waiting: int = 1024
     batch_tokens: int = 512
     cache: int = 2**30
     page: int = 16
+    copies: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.running < self.batch_tokens and self.waiting > 0 and self.page >= 4 and self.cache > 0):

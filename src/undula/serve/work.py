@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from .admission import Admission
+from .copies import Copies
 from .jobs import Job, Limits
 from .policy import Policy, Ticket
 from .prefixes import cache_of, tokens_that_fit
@@ -34,6 +35,7 @@ class Work:
         self.model.check(self.cache)
         self.admission = Admission(self.cache.num_blocks * limits.page, limits.waiting, limits.page)
         pool.before = self.model.leave
+        self.copies = Copies(model, limits.copies, self.model.leave)
         self.turns = Turns(self.cache, 0.0, limits.running)
         # what a window has overwritten cannot be computed again
         self.again = all(kind.supports_block_sharing for kind in self.cache.cache_allocators.values())
@@ -93,6 +95,8 @@ class Work:
             self.running[job.id] = self.waiting.pop(job.id)
             self.cache.salts[job.id] = job.version.id if job.version is not None else ""
             self.turns.add_waiting_request(job.state)
+            if job.name is not None:
+                self.copies.use(job.name, {each.name for each in self.running.values()})
             job.used(waited=now - job.reply.request.arrived)
 
     def _ticket(self, job: Job) -> Ticket:
