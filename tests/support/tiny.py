@@ -261,3 +261,50 @@ def efficientnet(path):
         model.train()(torch.randn(16, 3, 16, 16))
     model.save_pretrained(path)
     return str(path)
+
+
+def modernbert(path):
+    """A random ModernBERT without a head, with its tokenizer."""
+    from transformers import ModernBertConfig, ModernBertModel
+
+    torch.manual_seed(7)
+    size = {k: v for k, v in SMALL.items() if k != "initializer_range"}
+    made = tokenizer(path)
+    made.model_input_names = ["input_ids", "attention_mask"]
+    made.save_pretrained(path)
+    config = ModernBertConfig(
+        vocab_size=len(made), **size, max_position_embeddings=40, pad_token_id=0, cls_token_id=2, sep_token_id=3,
+        bos_token_id=2, eos_token_id=3, initializer_cutoff_factor=20.0,
+    )  # fmt: skip
+    ModernBertModel(config).save_pretrained(path)
+    return str(path)
+
+
+def distilbert(path):
+    """A random DistilBERT without a head, with its tokenizer."""
+    from transformers import DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(7)
+    made = tokenizer(path)
+    made.model_input_names = ["input_ids", "attention_mask"]
+    made.save_pretrained(path)
+    config = DistilBertConfig(
+        vocab_size=len(made), dim=32, n_layers=2, n_heads=2, hidden_dim=48, initializer_range=0.2, pad_token_id=0,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    DistilBertModel(config).save_pretrained(path)
+    return str(path)
+
+
+def deberta(path):
+    """A random DeBERTa v3 without a head, with its tokenizer: distances go through the layers of queries and keys."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    torch.manual_seed(7)
+    config = DebertaV2Config(
+        vocab_size=len(tokenizer(path)), **SMALL, max_position_embeddings=40, relative_attention=True,
+        position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+        position_biased_input=False, type_vocab_size=0, pad_token_id=0,
+    )  # fmt: skip
+    DebertaV2Model(config).save_pretrained(path)
+    return str(path)
