@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -24,13 +26,24 @@ class Form:
     full: tuple[str, ...]  # parameters that it trained in full
 
 
+class Heads(Protocol):
+    """What takes care of what adapters hold beside the layers of the model: see `heads.Body`."""
+
+    def part(self, path: Path, adapter: Adapter) -> Adapter:
+        """The part of an adapter (or of its outline) that goes onto the model, its layers called as there.  Raises
+        ValueError for what has no place."""
+
+    def wear(self, path: Path, adapter: Adapter) -> tuple[Adapter, Any]:
+        """(that part, whatever is kept beside it)."""
+
+
 class Forms:
     """The forms that were seen, and whether they fit one model.
 
     A thousand adapters of one recipe are looked at once.  `bases` are the names by which adapters may call the model
     that they are for; none: any."""
 
-    def __init__(self, frame: Frame, bases: Collection[str], dtype: torch.dtype | None, heads: bool):
+    def __init__(self, frame: Frame, bases: Collection[str], dtype: torch.dtype | None, heads: Heads | None):
         self.frame, self.bases, self.dtype, self.heads = frame, tuple(bases), dtype, heads
         self.seen: dict[bytes, Form] = {}
 
@@ -42,7 +55,8 @@ class Forms:
             outline = found.outline()
             try:
                 self._check_full(outline)
-                self.seen[key] = form_of(outline, self.frame.check(outline, self.dtype))
+                here = outline if self.heads is None else self.heads.part(found.path, outline)
+                self.seen[key] = form_of(outline, self.frame.check(here, self.dtype) + _beside(outline, here))
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{found.path} does not fit the model: {error}") from error
         return self.seen[key]
@@ -57,13 +71,20 @@ class Forms:
             )
 
     def _check_full(self, outline: Adapter) -> None:
-        if outline.full and not self.heads:
+        if outline.full and self.heads is None:
             raise ValueError(
                 f"it holds {', '.join(list(outline.full)[:3])} in full, and a batch of several adapters has one model "
                 "with one head. Train it without `full`, or merge it"
             )
         if not outline.factors:
             raise ValueError("it has no factors: nothing of it acts on single rows of a batch")
+
+
+def _beside(whole: Adapter, here: Adapter) -> int:
+    """The bytes of what an adapter holds beside a part of it."""
+    every = [*(t for _, _, t in whole.tensors()), *whole.full.values()]
+    mine = {id(t) for t in (*(t for _, _, t in here.tensors()), *here.full.values())}
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in every if id(t) not in mine}.values())
 
 
 def form_of(outline: Adapter, size: int) -> Form:

@@ -7,11 +7,10 @@ sizes and problems of its own for each adapter.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,39 +29,23 @@ from ..train.tasks.limits import positions, table_of, vocabulary
 from ..train.tasks.sentences import BEHIND, place_behind
 from ..train.tasks.similarity import LIMIT, Similarity
 from ..train.tasks.task import Processor, Task
+from .modules import Given, odd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OUTPUTS = ("output_hidden_states", "output_attentions")
-
-
-class Given(nn.Module):
-    """In the place of a body: the output that another one computed of the same inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.output: Any = None
-
-    def forward(self, *args: Any, **named: Any) -> Any:
-        asked = [name for name in OUTPUTS if named.get(name)]
-        if asked:
-            raise TypeError(f"the head asks its body for {', '.join(asked)}, which a shared body does not give")
-        return self.output
-
 
 @dataclass(frozen=True)
 class Worn:
-    """What a directory of an adapter is over a shared body.
+    """What an adapter has of its own beside its layers in the body.
 
-    adapter: its layers in the body, called as there, nothing in full; inner[path]: modules of the body that it trained
-    in full (a pooler that the base's files lack); head: see above, None where its task has none.  alone: a layer of it
-    sees other things than the rows of a batch, so that a batch is this adapter's alone.
+    inner[path]: modules of the body that it trained in full (a pooler that the base's files lack); head: see above,
+    None where its task has none.  alone: a layer of it sees other things than the rows of a batch, so that a batch is
+    this adapter's alone.
     """
 
     run: Run
     processor: Processor
-    adapter: Adapter
     roles: tuple[str, ...] = ()
     inner: Mapping[str, nn.Module] = field(default_factory=dict)
     head: PreTrainedModel | None = None
@@ -72,11 +55,36 @@ class Worn:
     def task(self) -> Task:
         return self.run.task
 
+
+@dataclass(frozen=True)
+class Parts:
+    """An adapter over a body: where its layers and its parameters in full are.  Of names beside the body the second
+    are None."""
+
+    run: Run
+    whole: Adapter
+    sites: Mapping[str, str | None]  # {its name: that in the body}
+    full: Mapping[str, str | None]
+
     @property
-    def bytes(self) -> int:
-        """Of what is its own beside the adapter."""
-        modules = [*self.inner.values(), *([] if self.head is None else [self.head])]
-        return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    def body(self) -> Adapter:
+        """Its layers in the body, called as there."""
+        return _part(self.whole, {site: name for site, name in self.sites.items() if name is not None})
+
+    @property
+    def head(self) -> Adapter:
+        """Its layers beside the body."""
+        return _part(self.whole, {site: site for site, name in self.sites.items() if name is None})
+
+    @property
+    def inside(self) -> dict[str, Tensor]:
+        """What it holds in full of the body, called as there."""
+        return {name: self.whole.full[n] for n, name in self.full.items() if name is not None}
+
+    @property
+    def outside(self) -> dict[str, Tensor]:
+        """What it holds in full beside the body."""
+        return {n: self.whole.full[n] for n, name in self.full.items() if name is None}
 
 
 class Body:
@@ -95,7 +103,8 @@ class Body:
             self.model.config.use_cache = False
         self.prefix = self.model.base_model_prefix + "."
         self.lacks = {str(n) for n in told["missing_keys"]} | {str(m[0]) for m in told.get("mismatched_keys", ())}
-        self.odd = _odd(self.model)
+        self.odd = odd(self.model)
+        self._shapes = {n: p.shape for n, p in self.model.named_parameters(remove_duplicate=False)}
         self.table, self.size = table_of(self.model), vocabulary(self.model)
         self._lock = threading.RLock()
         self._processors: dict[Any, Processor] = {}
@@ -112,12 +121,34 @@ class Body:
             task = Unmeasured(None, "AutoModel")
         run = Run(model=self.source, data="", task=task, method=None, out=Path(self.folder))
         if not isinstance(task, HeadTask):
-            return Worn(run, None, Adapter({}, {}, {}))
-        return Worn(run, self.processor(task, None), Adapter({}, {}, {}), head=self._head(run, {}))
+            return Worn(run, None)
+        return Worn(run, self.processor(task, None), head=self._head(run, {}))
 
-    def wear(self, path: Path, adapter: Adapter) -> Worn:
-        """What the adapter in `path` is over this body.  Raises ValueError for one that is for no encoder, or whose
-        parameters in full fit nowhere."""
+    def part(self, path: Path, adapter: Adapter) -> Adapter:
+        """The layers of the adapter in `path` (or of its outline) that are in this body, called as here.  Raises
+        ValueError for an adapter that is for no encoder, and where what it holds in full fits nowhere."""
+        parts = self._parts(path, adapter)
+        if isinstance(parts.run.task, HeadTask):
+            self._fitting(parts.run, parts.outside, set(parts.inside))
+        self._check_inner(parts.inside, parts.body)
+        return parts.body
+
+    def wear(self, path: Path, adapter: Adapter) -> tuple[Adapter, Worn]:
+        """(its layers in this body, what it has beside).  Raises as `part`."""
+        parts = self._parts(path, adapter)
+        run, body = parts.run, parts.body
+        self._check_inner(parts.inside, body)
+        worn = Worn(
+            run,
+            self.processor(run.task, path if not (path / RUN).is_file() else None),
+            roles_of(path, adapter),
+            self._inner(parts.inside),
+            self._head(run, parts.outside, parts.head, set(parts.inside)) if isinstance(run.task, HeadTask) else None,
+            any(site in self.odd for site in body.factors),
+        )
+        return body, worn
+
+    def _parts(self, path: Path, adapter: Adapter) -> Parts:
         run = described(path, adapter, self.source)
         task = run.task
         if not isinstance(task, HeadTask | Similarity | Unmeasured):
@@ -126,26 +157,11 @@ class Body:
                 "vectors. Serve it on its base as a language model"
             )
         adapter.check_usable()
-        sites = {site: self._name(site, task) for site in adapter.factors}
-        full = {name: self._name(name, task) for name in adapter.full}
-        head = None
-        if isinstance(task, HeadTask):
-            outside = {n: t for n, t in adapter.full.items() if full[n] is None}
-            beside = _part(adapter, {site: site for site, name in sites.items() if name is None})
-            head = self._head(run, outside, beside, set(full.values()) - {None})
-        elif isinstance(task, Similarity) and None in {*sites.values(), *full.values()}:
-            names = [n for n, name in {**sites, **full}.items() if name is None]
-            raise ValueError(f"{path.name} has {', '.join(names[:3])} beside the body, and its task has no head")
-        inside = {site: name for site, name in sites.items() if name is not None}
-        return Worn(
-            run,
-            self.processor(task, path if not (path / RUN).is_file() else None),
-            _part(adapter, inside),
-            roles_of(path, adapter),
-            self._inner({name: adapter.full[n] for n, name in full.items() if name is not None}, inside.values()),
-            head,
-            any(name in self.odd for name in inside.values()),
-        )
+        names = {n: self._name(n, task) for n in (*adapter.factors, *adapter.full)}
+        beside = [n for n, name in names.items() if name is None]
+        if isinstance(task, Similarity) and beside:
+            raise ValueError(f"{path.name} has {', '.join(beside[:3])} beside the body, and its task has no head")
+        return Parts(run, adapter, {s: names[s] for s in adapter.factors}, {n: names[n] for n in adapter.full})
 
     def _name(self, name: str, task: Task) -> str | None:
         """What a layer or a parameter is called in the body; None for one beside it."""
@@ -191,11 +207,10 @@ class Body:
         limits = [positions(self.model), self.model.__dict__.get(LIMIT)]
         return min((n for n in limits if n is not None), default=None)
 
-    def _head(
-        self, run: Run, full: Mapping[str, Tensor], beside: Adapter | None = None, inside: Any = frozenset()
-    ) -> PreTrainedModel:
-        """The head of a run, with these parameters; those that are missing are the base's own.  `inside`: the body's
-        parameters that the adapter holds itself."""
+    def _fitting(self, run: Run, full: Mapping[str, Tensor], inside: Collection[str]) -> PreTrainedModel:
+        """The head of a run's task, to be copied: without numbers where `full` has all of them, else the base's own.
+        `inside`: the body's parameters that the adapter holds itself.  Raises ValueError for other shapes, and where
+        random numbers would stay."""
         task = run.task
         assert isinstance(task, HeadTask)
         key = type(task), json.dumps(task.outputs(), default=str, sort_keys=True)
@@ -221,11 +236,18 @@ class Body:
                 f"the base's files lack {', '.join(random[:5])}, and the adapter does not hold them: random numbers "
                 "would answer. Train it again, or serve a base that has them"
             )
-        head: PreTrainedModel = copy.deepcopy(outline)
+        found_head: PreTrainedModel = outline
+        return found_head
+
+    def _head(
+        self, run: Run, full: Mapping[str, Tensor], beside: Adapter | None = None, inside: Collection[str] = ()
+    ) -> PreTrainedModel:
+        """The head of a run with these parameters, and with the layers of an adapter in it."""
+        head = copy.deepcopy(self._fitting(run, full, inside))
         state = {n: t.detach().to(self.dtype, copy=True) for n, t in full.items()}
         head.load_state_dict(state, strict=False, assign=True)
         _pad_as(self.model, head)
-        head.eval().requires_grad_(False).to(self.model.device)
+        head.eval().requires_grad_(False).to(self.model.device)  # type: ignore[arg-type]
         if beside is not None and beside.factors:
             attach(head, beside)
         return head
@@ -257,46 +279,41 @@ class Body:
         one's."""
         prefix = self.prefix.removesuffix(".")
         body = made._modules.get(prefix)
-        mine = {n: p.shape for n, p in self.model.named_parameters()}
-        if body is None or not all(mine.get(n) == p.shape for n, p in body.named_parameters()):
+        if body is None or not all(self._shapes.get(n) == p.shape for n, p in body.named_parameters()):
             raise ValueError(
-                f"{type(made).__name__} has no {type(self.model).__name__} as its body ({prefix!r}) that its head could "
-                "share with others"
+                f"{type(made).__name__} has no {type(self.model).__name__} as its body ({prefix!r}): there is nothing "
+                "that its head could share with others"
             )
         names = {n for n, _ in body.named_parameters()}
         setattr(made, prefix, Given())
         return names
 
-    def _inner(self, full: Mapping[str, Tensor], sites: Any) -> dict[str, nn.Module]:
+    def _check_inner(self, full: Mapping[str, Tensor], body: Adapter) -> None:
+        """Raises ValueError for parameters of the body that not each row of a batch can have for itself."""
+        for name, t in full.items():
+            path, shape = name.rpartition(".")[0], self._shapes.get(name)
+            if shape != t.shape:
+                found = "no such parameter" if shape is None else tuple(shape)
+                raise ValueError(f"the adapter holds {name} {tuple(t.shape)} in full; in this body: {found}")
+            if path in self.odd or path in body.factors:
+                why = "has factors of the adapter too" if path in body.factors else "does not see the rows of a batch"
+                raise ValueError(
+                    f"the adapter holds {name} in full, and that is no head: {path} {why}, so that a body which "
+                    "others share cannot have it for some rows alone. Merge the adapter and serve it by itself"
+                )
+
+    def _inner(self, full: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """Modules of the body with parameters of an adapter's own."""
         made: dict[str, nn.Module] = {}
-        for name in full:
+        for name, t in full.items():
             path, _, leaf = name.rpartition(".")
-            mine = self.model.get_parameter(name) if self._has(name) else None
-            if mine is None or mine.shape != full[name].shape:
-                found = "no such parameter" if mine is None else tuple(mine.shape)
-                raise ValueError(f"the adapter holds {name} {tuple(full[name].shape)} in full; in this body: {found}")
-            if path in self.odd or path in set(sites):
-                why = "has factors of the adapter too" if path in set(sites) else "does not see the rows of a batch"
-                raise ValueError(
-                    f"the adapter holds {name} in full, and that is no head: {path} {why}, so that a shared body "
-                    "cannot have it for some rows alone. Merge the adapter and serve it by itself"
-                )
             if path not in made:
                 made[path] = copy.deepcopy(self.outline.get_submodule(path))
-                theirs = {n: p.detach() for n, p in self.model.get_submodule(path).named_parameters(recurse=False)}
-                made[path].load_state_dict(theirs, strict=False, assign=True)
-            made[path].load_state_dict(
-                {leaf: full[name].detach().to(mine.device, self.dtype, copy=True)}, strict=False, assign=True
-            )
+                theirs = self.model.get_submodule(path).named_parameters(recurse=False)
+                made[path].load_state_dict({n: p.detach() for n, p in theirs}, strict=False, assign=True)
+            own = t.detach().to(self.model.device, self.dtype, copy=True)
+            made[path].load_state_dict({leaf: own}, strict=False, assign=True)
         return {path: module.eval().requires_grad_(False) for path, module in made.items()}
-
-    def _has(self, name: str) -> bool:
-        try:
-            self.model.get_parameter(name)
-        except AttributeError:
-            return False
-        return True
 
 
 def _pad_as(body: PreTrainedModel, head: PreTrainedModel) -> None:
@@ -308,70 +325,7 @@ def _pad_as(body: PreTrainedModel, head: PreTrainedModel) -> None:
 def _part(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     """The part of an adapter at these sites, called as they say, with nothing in full."""
     parts = ("methods", "factors", "shapes", "kernels", "apart")
-    taken = {p: {new: v for old, new in names.items() if (v := getattr(adapter, p).get(old)) is not None} for p in parts}
+    taken: Any = {
+        p: {new: v for old, new in names.items() if (v := getattr(adapter, p).get(old)) is not None} for p in parts
+    }
     return replace(adapter, **taken, full={})
-
-
-def _odd(model: PreTrainedModel) -> set[str]:
-    """The modules that see something else than the rows of a batch first (positions, distances): where two rows, or
-    two adapters, have one input.  Told by a batch of three texts; those that it does not reach are among them."""
-    seen: dict[str, bool] = {}
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-            first = args[0] if args else next(iter(named.values()), None)
-            rows = all(isinstance(t, Tensor) and t.shape[:1] == (3,) for t in (first, out))
-            seen[name] = seen.get(name, True) and rows
-
-        return hook
-
-    weighted = {n: m for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
-    handles = [m.register_forward_hook(look(n), with_kwargs=True) for n, m in weighted.items()]
-    try:
-        with torch.no_grad():
-            model(**_three(model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {n for n in weighted if not seen.get(n, False)}
-
-
-def _three(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch of three rows of any content."""
-    if model.main_input_name == "input_ids":
-        return {"input_ids": torch.ones(3, 5, dtype=torch.long, device=model.device)}
-    size, channels = getattr(model.config, "image_size", 32), getattr(model.config, "num_channels", 3)
-    height, width = (size, size) if isinstance(size, int) else size
-    return {model.main_input_name: torch.zeros(3, channels, height, width, device=model.device, dtype=model.dtype)}
-
-
-Split = list[tuple[slice, nn.Module]]
-
-
-@contextlib.contextmanager
-def own_modules(body: nn.Module, inner: Mapping[str, Split]) -> Iterator[None]:
-    """Within, rows of a batch go through modules of their own in the place of the body's; slices in their order."""
-    before = {path: body.get_submodule(path).__dict__.get("forward") for path in inner}
-    try:
-        for path, own in inner.items():
-            module = body.get_submodule(path)
-            module.__dict__["forward"] = _splitting(module, before[path], own)
-        yield
-    finally:
-        for path, forward in before.items():
-            module = body.get_submodule(path)
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
-
-
-def _splitting(module: nn.Module, before: Any, own: Split) -> Any:
-    def forward(x: Tensor) -> Tensor:
-        y = type(module).forward(module, x) if before is None else before(x)
-        parts, at = [], 0
-        for rows, mine in own:
-            parts += [y[at : rows.start], mine(x[rows])]
-            at = rows.stop
-        return torch.cat([*parts, y[at:]])
-
-    return forward

@@ -26,8 +26,8 @@ class Hung:
     def __init__(self, body: Body, places: Mapping[str, Path]):
         self.every: dict[str, Hanging] = {}
         for name, path in places.items():
-            worn = body.wear(path, Adapter.load(path))
-            attach(body.model, worn.adapter, name=name, frozen=True)
+            part, worn = body.wear(path, Adapter.load(path))
+            attach(body.model, part, name=name, frozen=True)
             self.every[name] = Hanging(name, worn)
 
     def version(self, parts: Sequence[Part]) -> Hanging | None:
@@ -40,7 +40,7 @@ class Hung:
             raise Unknown(f"no adapter is called {parts[0].name!r}; there are: {', '.join(self.every)}")
         return self.every[parts[0].name]
 
-    def worn(self, version: Hanging) -> Worn:
+    def kept(self, version: Hanging) -> Worn:
         """What it is over the body."""
         return version.worn
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..combine.weighted import combined
 from ..core.adapter import Adapter
 from ..host.frame import Frame
+from .form import Heads
 from .version import Source, Version, digest, stamp
 
 
@@ -25,13 +26,13 @@ class Changed(Exception):
 class Loader:
     """A thread that reads what it is asked for, in turn, and tells what came of it."""
 
-    def __init__(self, frame: Frame, done: Callable[[Any, Adapter | None, float, Exception | None], None]):
-        self.frame, self.done = frame, done
+    def __init__(self, frame: Frame, done: Callable[..., None], heads: Heads | None = None):
+        self.frame, self.done, self.heads = frame, done, heads
         self.asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
 
     def ask(self, held: Any) -> None:
-        """Reads `held.version`, then calls done(held, adapter, seconds, error)."""
+        """Reads `held.version`, then calls done(held, adapter, kept, seconds, error)."""
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, name="undula-loader", daemon=True)
             self.thread.start()
@@ -48,19 +49,21 @@ class Loader:
         while (held := self.asked.get()) is not None:
             began = time.perf_counter()
             try:
-                adapter, error = read(held.version, self.frame), None
+                (adapter, kept), error = read(held.version, self.frame, self.heads), None
             except Exception as raised:  # whatever a file makes its readers raise: the others go on
-                adapter, error = None, raised
-            self.done(held, adapter, time.perf_counter() - began, error)
-            del held, adapter, error
+                adapter, kept, error = None, None, raised
+            self.done(held, adapter, kept, time.perf_counter() - began, error)
+            del held, adapter, kept, error
 
 
-def read(version: Version, frame: Frame) -> Adapter:
-    """The adapter of a version, which fits the model.  Raises Changed, and what loading and checking raise."""
+def read(version: Version, frame: Frame, heads: Heads | None = None) -> tuple[Adapter, Any]:
+    """(the adapter of a version, which fits the model; what `heads` keeps beside it).  Raises Changed, and what loading
+    and checking raise."""
     terms = [(weight, _loaded(source)) for weight, source in version.terms]
     adapter = terms[0][1] if version.plain else combined(terms)
+    adapter, kept = (adapter, None) if heads is None else heads.wear(version.terms[0][1].path, adapter)
     frame.check(adapter)
-    return adapter
+    return adapter, kept
 
 
 def told(version: Version, error: Exception | None) -> str:

@@ -7,19 +7,20 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.adapter import Adapter
 from ..host.frame import Frame
 from ..host.host import attach, detach
 from ..io.outline import head
 from ..io.tensorfile import Layouts
-from .form import Forms
+from .form import Forms, Heads
 from .loader import Loader, told
 from .request import Broken, Part, Refused, Unknown
 from .room import Held, Room, State
@@ -74,7 +75,8 @@ class Pool:
     has another, and one whose files change without that ends in Broken once they are read again, never in another
     adapter's answer.  `bases` are the names by which adapters may call the model that they are for; none: any.  `dtype`
     narrows factors as `undula.attach` does.  With `heads` adapters may hold parameters in full (a classification head):
-    these do not go onto the model, `full` gives them.  `patience` and `lapse`: see `Room`.
+    it says what of them goes onto the model, and `kept` gives what it makes of the rest.  `patience` and `lapse`: see
+    `Room`.
 
     `acquire` and `release` are for the one thread that computes; any thread may call the others.
     """
@@ -86,7 +88,7 @@ class Pool:
         *,
         bases: Collection[str] = (),
         dtype: torch.dtype | None = None,
-        heads: bool = False,
+        heads: Heads | None = None,
         patience: float = 2.0,
         lapse: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -103,7 +105,7 @@ class Pool:
         self._sources: dict[str, Source] = {}
         self._pinned: set[Source] = set()
         self._sums: weakref.WeakValueDictionary[tuple, Version] = weakref.WeakValueDictionary()
-        self._loader = Loader(frame, self._loaded)
+        self._loader = Loader(frame, self._loaded, heads)
         self._listeners: list[Callable[[], None]] = []
         self._looks = {True: -math.inf, False: -math.inf}  # for room: when, by whether what is attached might leave
         self._counts = dict.fromkeys(("hits", "misses", "loads", "failures", "evictions"), 0)
@@ -285,10 +287,10 @@ class Pool:
             self._look_again()
             self._let_in(attached=True)
 
-    def full(self, version: Version) -> Mapping[str, Tensor]:
-        """What a version that is acquired holds in full: parameters by their names in the model."""
+    def kept(self, version: Version) -> Any:
+        """What `heads` made of a version that is acquired."""
         with self._lock:
-            return self._room.held[version.id].full
+            return self._room.held[version.id].kept
 
     # Within
 
@@ -362,14 +364,14 @@ class Pool:
             with torch.inference_mode(False), torch.no_grad():
                 detach(self.model, held.version.id)
         self._counts["evictions"] += held.state in (State.LOADED, State.ATTACHED)
-        held.adapter, held.full = None, {}
+        held.adapter = held.kept = None
 
-    def _loaded(self, held: Held, adapter: Adapter | None, seconds: float, error: Exception | None) -> None:
+    def _loaded(self, held: Held, adapter: Adapter | None, kept: Any, seconds: float, error: Exception | None) -> None:
         """What the loader calls, in its thread."""
         with self._lock:
             self._load_seconds += seconds
             if adapter is not None:
-                held.full, held.adapter = adapter.full, replace(adapter, full={}) if adapter.full else adapter
+                held.adapter, held.kept = adapter, kept
             self._counts["loads" if error is None else "failures"] += 1
             held.state = State.LOADED
             if error is not None:

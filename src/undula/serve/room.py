@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-
-from torch import Tensor
+from typing import Any
 
 from ..core.adapter import Adapter
 from .version import Version
@@ -36,7 +34,7 @@ class Held:
     used: int = field(default_factory=lambda: next(_uses))  # rises with every use
     cold: bool = True  # nobody computed with it since it was read
     adapter: Adapter | None = None  # between reading and attaching
-    full: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Any = None  # what `Heads` keeps beside it
     error: Exception | None = None
     failed: float = 0.0
 
