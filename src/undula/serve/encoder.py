@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.extras import needs
 from ..train.asking import Question, medium_asked, question
+from ..train.tasks.classification import Classification
 from ..train.tasks.heads import HeadTask
 from ..train.tasks.limits import UNLIMITED
 from ..train.tasks.sentences import BEHIND, embedded
@@ -133,8 +134,10 @@ class Encoder:
         return found
 
     def count(self, given: Sequence[Any]) -> int:
-        """How many tokens texts, pairs or lists of tokens have in all, by the base's tokenizer."""
-        reader = self._reader(self._base())
+        """How many tokens texts, pairs or lists of tokens have in all, by the base's tokenizer; how many images."""
+        if self.body.model.main_input_name != "input_ids":
+            return len(given)
+        reader = self.body.processor(Classification(), None)
         with self._turn:
             every = [one if isinstance(one, list) and one and isinstance(one[0], int) else _said(one) for one in given]
             return sum(len(one if isinstance(one, list) else reader(one, verbose=False)["input_ids"]) for one in every)

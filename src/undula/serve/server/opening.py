@@ -136,7 +136,7 @@ def _reading(plan: Plan) -> tuple[dict[str, Any], Pool]:
         raise ValueError(f"{plan.base} is an encoder, and only language models are served") from None
 
     body = Body(plan.base, plan.dtype)
-    pool = Pool(body.model, plan.memory, bases=_bases(plan), heads=True)
+    pool = Pool(body.model, plan.memory, bases=_bases(plan), heads=body)
     return {"encoder": Encoder(body, pool)}, pool
 
 
