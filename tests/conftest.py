@@ -1,7 +1,9 @@
 import gc
 import os
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 import pytest
 import torch
 
+from .support import warm
+
+WARM = "UNDULA_TESTS_WARM"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -34,6 +39,21 @@ def pytest_configure(config):
     from undula.train import page
 
     config.drawn, page.write = page.write, lambda *_: None
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        config.warm = tempfile.TemporaryDirectory()
+        os.environ[WARM] = config.warm.name  # of all workers
+        warm.start(config.warm.name)
+
+
+@pytest.fixture(scope="session")
+def python():
+    """An interpreter without the seconds of other packages' imports, see support/warm.py."""
+    if WARM in os.environ:
+        warm.ready(os.environ[WARM])
+        yield str(Path(os.environ[WARM]) / "python")
+    else:
+        with tempfile.TemporaryDirectory() as folder, warm.commands(folder):
+            yield str(Path(folder).resolve() / "python")
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def page(path: Path) -> tuple[str, bool]:
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands in bash blocks
     paths = [Path(p).resolve() for p in sys.argv[1:]]
-    with tempfile.TemporaryDirectory() as folder, warm.undula(folder):
+    with tempfile.TemporaryDirectory() as folder, warm.commands(folder):
         os.environ["PATH"] = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         pages(paths)
 

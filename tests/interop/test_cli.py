@@ -336,10 +336,10 @@ def test_adapters_from_elsewhere(trained, bert, reviews, tmp_path):
 # Interruption
 
 
-def test_ctrl_c_in_a_terminal(usual, tmp_path):
+def test_ctrl_c_in_a_terminal(usual, tmp_path, python):
     """SIGINT to the real program: exit code 130, a checkpoint, and a command that finishes the run."""
     words = [*usual, "--max-steps", 120, "--save-every", 40, "--out", tmp_path / "o"]
-    program = [sys.executable, "-m", "undula", "train", *map(str, words)]
+    program = [python, "-m", "undula", "train", *map(str, words)]
     child = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     said = ""
     for line in child.stderr:
@@ -388,9 +388,9 @@ call("export", out + "/adapter", "--out", out + "/peft")
 """
 
 
-def test_a_method_of_another_package(installed, usual, tmp_path):
+def test_a_method_of_another_package(installed, usual, tmp_path, python):
     """It is listed, trains, is saved and loaded, merges and leaves as a LoRA, and undula never heard of it."""
-    words = [sys.executable, "-c", STORY, *map(str, usual), str(tmp_path)]
+    words = [python, "-c", STORY, *map(str, usual), str(tmp_path)]
     done = subprocess.run(words, env=installed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row["name"]: row for row in json.loads((tmp_path / "methods.json").read_text())}

@@ -2,12 +2,11 @@
 
 import os
 import subprocess
-import sys
 
 from ..support.processes import together
 
 
-def test_an_adapter_that_comes_after_ddp_is_told(tmp_path):
+def test_an_adapter_that_comes_after_ddp_is_told(tmp_path, python):
     """Attached or selected: what the wrapper found when it was made is all that it knows."""
     code = f"""
 import torch, undula, warnings
@@ -34,7 +33,7 @@ undula.select(model, "b")
 again = nn.parallel.DistributedDataParallel(model)
 assert told(undula.select, model, "a") == told(undula.select, model, "b") == []
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+    subprocess.run([python, "-c", code], check=True, env=os.environ)
 
 
 SHARDED = """
@@ -182,14 +181,14 @@ for number, method in enumerate(methods):
 """
 
 
-def test_what_fsdp2_shards_is_what_trains_and_what_is_saved(tmp_path):
+def test_what_fsdp2_shards_is_what_trains_and_what_is_saved(tmp_path, python):
     """`fully_shard` replaces every parameter: the adapter's are those of the model, whoever put them there."""
-    together(tmp_path, SHARDED, 2)
+    together(python, tmp_path, SHARDED, 2)
 
 
-def test_every_kind_of_factor_trains_and_is_saved_under_fsdp2(tmp_path):
+def test_every_kind_of_factor_trains_and_is_saved_under_fsdp2(tmp_path, python):
     """FSDP2 cuts no empty tensor and no single number; a tensor that layers share it cuts at the root alone."""
-    together(tmp_path, EVERY, 2)
+    together(python, tmp_path, EVERY, 2)
 
 
 TENSOR_PARALLEL = """
@@ -229,9 +228,9 @@ for name, how in [(name, how) for name in "01" for how in (ColwiseParallel(), Ro
 """
 
 
-def test_tensor_parallel_is_refused_before_anything_is_changed(tmp_path):
+def test_tensor_parallel_is_refused_before_anything_is_changed(tmp_path, python):
     """Before `attach` and after it: torch's ways of cutting a layer know its weight and bias, and no method."""
-    together(tmp_path, TENSOR_PARALLEL, 1)
+    together(python, tmp_path, TENSOR_PARALLEL, 1)
 
 
 READ = """
@@ -277,6 +276,6 @@ torch.testing.assert_close(trained(True), wanted)
 """
 
 
-def test_weights_that_are_read_train_under_fsdp2(tmp_path):
+def test_weights_that_are_read_train_under_fsdp2(tmp_path, python):
     """`fully_shard` asks for parameters by their names, where adapted ones stand."""
-    together(tmp_path, READ, 1)
+    together(python, tmp_path, READ, 1)

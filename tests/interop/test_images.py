@@ -4,7 +4,6 @@ named."""
 import io
 import json
 import subprocess
-import sys
 
 import datasets
 import pyarrow
@@ -120,7 +119,7 @@ torch.save(opened.run.task.logits(opened.model, opened.examples(), 7), sys.argv[
 """
 
 
-def test_a_fresh_process_predicts_the_same(aurora, tmp_path):
+def test_a_fresh_process_predicts_the_same(aurora, tmp_path, python):
     """The logits of the model that was just trained, from the saved adapter on the pristine base, also in other batches
     than those of the training."""
     ready = prepare(run_of(*_sources(aurora[0]), tmp_path / "o", method=undula.AuroRA()))
@@ -128,7 +127,7 @@ def test_a_fresh_process_predicts_the_same(aurora, tmp_path):
     ready.run.save(None)
     ready.adapter.save(tmp_path / "o", base=ready.run.model)
     want = ready.run.task.logits(ready.model, ready.held, 7)
-    subprocess.run([sys.executable, "-c", PREDICT, tmp_path / "o", tmp_path / "y.pt"], check=True)
+    subprocess.run([python, "-c", PREDICT, tmp_path / "o", tmp_path / "y.pt"], check=True)
     torch.testing.assert_close(torch.load(tmp_path / "y.pt", weights_only=True), want)
 
 
@@ -204,10 +203,10 @@ torch.save(model(torch.ones(1, 3, 16, 16)).logits, sys.argv[2])
 """
 
 
-def test_a_merged_folder_opens_in_another_process_and_trains_again(lite, folder, tmp_path):
+def test_a_merged_folder_opens_in_another_process_and_trains_again(lite, folder, tmp_path, python):
     undula.train(run_of(lite, folder, tmp_path / "o"))
     verb("merge", tmp_path / "o", "--out", tmp_path / "merged")
-    subprocess.run([sys.executable, "-c", OPEN, tmp_path / "merged", tmp_path / "y.pt"], check=True)
+    subprocess.run([python, "-c", OPEN, tmp_path / "merged", tmp_path / "y.pt"], check=True)
     want = restored(tmp_path / "o").model(torch.ones(1, 3, 16, 16)).logits
     torch.testing.assert_close(torch.load(tmp_path / "y.pt", weights_only=True), want)
     again = undula.train(run_of(str(tmp_path / "merged"), folder, tmp_path / "again", max_steps=1))

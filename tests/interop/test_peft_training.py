@@ -193,7 +193,7 @@ print(*names)
 """
 
 
-def test_fresh_process(tmp_path):
+def test_fresh_process(tmp_path, python):
     """LoRA directories load with PEFT alone; undula's after `undula.enable_peft()`; by name of the base too."""
     llama().save_pretrained(tmp_path / "base")
     x = tokens()
@@ -215,7 +215,7 @@ def test_fresh_process(tmp_path):
         undula.io.export_lora(undula.Adapter.load(tmp_path / name), tmp_path / f"{name}.exported")
     undula.Adapter.load(tmp_path / "loran").save(tmp_path / "native", base=str(tmp_path / "base"), task="CAUSAL_LM")
     (tmp_path / "native.pt").write_bytes((tmp_path / "loran.pt").read_bytes())
-    done = subprocess.run([sys.executable, "-c", FRESH, tmp_path], capture_output=True, text=True, check=False)
+    done = subprocess.run([python, "-c", FRESH, tmp_path], capture_output=True, text=True, check=False)
     assert done.stdout.split() == sorted([*methods, "native"]), done.stderr[-3000:]
 
 

@@ -117,7 +117,7 @@ def _runs(folder):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, python):
     """(folder, what each of two processes told)."""
     folder = tmp_path_factory.mktemp("two")
     tiny.llama(folder / "llama")
@@ -129,7 +129,7 @@ def two(tmp_path_factory):
         for i in range(80):
             words = " ".join(tiny.WORDS[(i * k) % len(tiny.WORDS)] for k in range(1, 2 + i % 5))
             f.write(json.dumps({"prompt": f"the {tiny.WORDS[i % 10]}", "completion": words}) + "\n")
-    together(folder, SCRIPT, 2)
+    together(python, folder, SCRIPT, 2)
     return folder, [json.loads((folder / f"told{rank}.json").read_text()) for rank in range(2)]
 
 

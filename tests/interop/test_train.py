@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -145,11 +144,11 @@ undula.train(undula.Run.load(sys.argv[1]), resume=True, callbacks=(Tell(),))
 """
 
 
-def test_resumes_to_the_bit_after_a_kill(whole, bert, reviews, tmp_path):
+def test_resumes_to_the_bit_after_a_kill(whole, bert, reviews, tmp_path, python):
     """SIGKILL in the middle of an epoch and of a checkpoint interval, with dropout; then on in another process."""
     out = tmp_path / "killed"
     classify(bert, reviews, out).save(None)
-    child = subprocess.Popen([sys.executable, "-c", CHILD, out], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([python, "-c", CHILD, out], stdout=subprocess.PIPE, text=True)
     try:
         for line in child.stdout:
             if line == "step 10\n":

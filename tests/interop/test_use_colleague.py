@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ print(json.dumps([config.id2label, type(model).__name__]))
 """
 
 
-def test_a_colleague_with_peft_alone_gets_the_same_numbers(run, tmp_path):
+def test_a_colleague_with_peft_alone_gets_the_same_numbers(run, tmp_path, python):
     """In another process, where undula cannot be imported, the card's lines as they stand."""
     kind, path = run
     call("export", path, "--out", tmp_path / "plain")
@@ -67,9 +66,7 @@ def test_a_colleague_with_peft_alone_gets_the_same_numbers(run, tmp_path):
         inputs = opened.processor(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=kind != "words")
     torch.save(dict(inputs), tmp_path / "inputs.pt")
     (tmp_path / "card.py").write_text(blocks(tmp_path / "plain")[0])
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
-    )
+    done = subprocess.run([python, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     names, cls = json.loads(done.stdout.splitlines()[-1])
     assert cls.startswith("Peft")

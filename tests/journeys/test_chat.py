@@ -25,11 +25,11 @@ def messages(folder):
     (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
 
 
-def test_messages_become_a_model_that_llama_cpp_answers_with(tmp_path):
+def test_messages_become_a_model_that_llama_cpp_answers_with(tmp_path, python):
     pytest.importorskip("xllamacpp")
     pytest.importorskip("gguf")
     messages(tmp_path)
-    walk = Walk(tmp_path)
+    walk = Walk(tmp_path, python)
     walk.undula(
         *("train", "--model", "bundled:smollm2", "--data", "chats.jsonl", "--task", "causal-lm", "--out", "helper"),
         *("--task-set", "generate=0", "--max-steps", "14", "--batch", "2", "--lr", "3e-3", "--eval-rows", "2"),

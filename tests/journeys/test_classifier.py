@@ -40,9 +40,9 @@ def table(folder):
     (folder / "tickets.csv").write_bytes("\r\n".join(lines).encode("cp1252"))
 
 
-def test_a_messy_table_becomes_a_classifier_that_a_colleague_opens(tmp_path, record_property):
+def test_a_messy_table_becomes_a_classifier_that_a_colleague_opens(tmp_path, record_property, python):
     table(tmp_path)
-    walk, file = Walk(tmp_path), tmp_path / "tickets.csv"
+    walk, file = Walk(tmp_path, python), tmp_path / "tickets.csv"
     train = (
         "train",
         "--model",

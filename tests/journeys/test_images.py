@@ -18,14 +18,14 @@ def photo(colour, file):
     images.blend(noise, images.new("RGB", noise.size, colour), 0.4).save(file)
 
 
-def test_a_folder_of_photographs_becomes_a_report_and_answers(tmp_path):
+def test_a_folder_of_photographs_becomes_a_report_and_answers(tmp_path, python):
     for i in range(20):
         for name, colour in COLOURS.items():
             photo(colour, tmp_path / "photos" / name / f"{i}.jpg")
     (tmp_path / "photos/moss/3.jpg").write_bytes((tmp_path / "photos/moss/3.jpg").read_bytes()[:300])  # a broken one
     photo(COLOURS["moss"], tmp_path / "new/one.jpg")
     photo(COLOURS["rust"], tmp_path / "new/two.jpg")
-    walk = Walk(tmp_path)
+    walk = Walk(tmp_path, python)
     train = ("train", "--model", "bundled:efficientnet-lite0", "--data", "photos", "--task", "image-classification")
     train += ("--task-set", "size=64", "--where", "expand", "--where", "project", "--lr", "3e-3", "--max-steps", "8")
 

@@ -21,7 +21,7 @@ def recording(file, words, seed):
     pytest.importorskip("soundfile").write(file, 0.3 * sound + 0.01 * draw.standard_normal(len(sound)), 22050)
 
 
-def test_recordings_become_word_error_rates_and_transcripts(tmp_path):
+def test_recordings_become_word_error_rates_and_transcripts(tmp_path, python):
     pytest.importorskip("jiwer")
     tiny.whisper(tmp_path / "base")
     pairs = [(one, two) for one in TONES for two in TONES]
@@ -32,7 +32,7 @@ def test_recordings_become_word_error_rates_and_transcripts(tmp_path):
     (tmp_path / "sounds/metadata.csv").write_text(table)
     recording(tmp_path / "new/a.wav", ("high", "low"), 1001)
     recording(tmp_path / "new/b.wav", ("mid", "high"), 1002)
-    walk = Walk(tmp_path)
+    walk = Walk(tmp_path, python)
 
     walk.undula(
         *("train", "--model", "base", "--data", "sounds", "--task", "speech-recognition", "--out", "listener"),

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ print(len(wanted), "equal")
 """
 
 
-def test_round_trip_in_a_new_process(tmp_path):
+def test_round_trip_in_a_new_process(tmp_path, python):
     """Every method: the same factors to the bit, and the same outputs."""
     model, x, wanted, factors = net().float().eval(), torch.randn(4, 12, dtype=torch.float32), [], []
     torch.save(model, tmp_path / "base.pt")
@@ -40,7 +39,7 @@ def test_round_trip_in_a_new_process(tmp_path):
         factors.append({(s, k): t.detach() for s, k, t in adapter.tensors()})
         adapter.save(tmp_path / str(i))
     torch.save((x, wanted, factors), tmp_path / "wanted.pt")
-    run = [sys.executable, "-c", SCRIPT, tmp_path / "base.pt", tmp_path / "wanted.pt", tmp_path]
+    run = [python, "-c", SCRIPT, tmp_path / "base.pt", tmp_path / "wanted.pt", tmp_path]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.stdout == f"{len(ZOO)} equal\n", done.stderr[-2000:]
 

@@ -579,10 +579,10 @@ adapter.save(f"{folder}/{size}-{rank}")
 """
 
 
-def test_two_processes_draw_and_train_the_same(tmp_path):
+def test_two_processes_draw_and_train_the_same(tmp_path, python):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(p) for p in sys.path if p] + ["."])}
     ranks = [(0, 2), (1, 2), (0, 1)]
-    at_work = [subprocess.Popen([sys.executable, "-c", PARALLEL, str(r), str(n), tmp_path], env=env) for r, n in ranks]
+    at_work = [subprocess.Popen([python, "-c", PARALLEL, str(r), str(n), tmp_path], env=env) for r, n in ranks]
     assert [p.wait(300) for p in at_work] == [0, 0, 0]
     a, b, alone = (undula.Adapter.load(tmp_path / f"{n}-{r}") for r, n in ranks)
     assert a.methods == b.methods == alone.methods

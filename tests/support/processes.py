@@ -3,12 +3,12 @@
 import os
 import socket
 import subprocess
-import sys
 import time
 
 
-def together(folder, script, world, limit=240.0):
-    """Runs `script` with the arguments FOLDER RANK WORLD in `world` processes; where one fails, ends the others."""
+def together(python, folder, script, world, limit=240.0):
+    """Runs `script` by this interpreter with the arguments FOLDER RANK WORLD in `world` processes; where one fails,
+    ends the others."""
     (folder / "script.py").write_text(script, encoding="utf-8")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -16,7 +16,7 @@ def together(folder, script, world, limit=240.0):
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     started = [
         subprocess.Popen(
-            [sys.executable, folder / "script.py", folder, str(rank), str(world)],
+            [python, folder / "script.py", folder, str(rank), str(world)],
             env={**os.environ, **common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world)

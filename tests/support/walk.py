@@ -7,18 +7,18 @@ import time
 
 
 class Walk:
-    """Commands in one directory, each in a process of its own, and the seconds that all took."""
+    """Commands in one directory, each in a process of its own of this interpreter, and the seconds that all took."""
 
-    def __init__(self, folder):
-        self.folder, self.seconds = folder, 0.0
+    def __init__(self, folder, interpreter=sys.executable):
+        self.folder, self.interpreter, self.seconds = folder, interpreter, 0.0
 
     def undula(self, *words, code=0, stdin=None):
         """What `undula words...` says, output and notes in one, white space made one; it ends with `code`."""
-        return self.run(sys.executable, "-m", "undula", *words, code=code, stdin=stdin)
+        return self.run(self.interpreter, "-m", "undula", *words, code=code, stdin=stdin)
 
     def python(self, text, *words):
         """What a program says that knows of no undula."""
-        return self.run(sys.executable, "-c", "import sys; sys.modules['undula'] = None\n" + text, *words)
+        return self.run(self.interpreter, "-c", "import sys; sys.modules['undula'] = None\n" + text, *words)
 
     def run(self, *command, code=0, stdin=None):
         start = time.monotonic()

@@ -1,12 +1,12 @@
-"""`undula` in a shell, without the seconds of imports that each process begins with.
+"""Processes without the seconds of imports that each begins with.
 
-    with warm.undula(folder):  # a command `undula` in this folder
-        subprocess.run(["undula", "methods"], env={"PATH": folder})
+    with warm.commands(folder):  # commands `python` and `undula` in this folder
+        subprocess.run([folder / "python", "-c", "import undula"])
 
-One process has imported what the commands import, and run none of them.  The command in the folder hands it words,
-directory, environment, standard streams and signals; a fork of it does the rest, by the function that the installed
-command calls.  Commands of several shells run side by side.  What rests on a process that begins with nothing (what
-is imported when, how an installation starts) is for tests that start one.
+One process has imported other packages that undula uses (not undula itself), and nothing more.  The command in the
+folder hands it words, directory, environment, standard streams and signals; a fork of it does the rest: `python` with
+-c, -m or a file, `undula` as the installed command.  Commands of several processes run side by side; one that is killed
+takes its fork along.  What rests on what is imported when is for tests that start a process of their own.
 """
 
 import atexit
@@ -15,6 +15,8 @@ import gc
 import importlib
 import json
 import os
+import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -22,14 +24,15 @@ import sys
 import threading
 import time
 import traceback
+import types
 from pathlib import Path
 
 IMPORTED = (
-    "undula.cli.main", "undula.train", "undula.study", "undula.observe", "undula.combine",
-    "undula.bundled.efficientnet",
-    "transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
-    "transformers.models.llama.modeling_llama", "transformers.data.data_collator", "datasets", "peft", "accelerate",
-    "sklearn.metrics", "scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch._dynamo",
+    "torch", "torch.distributed.fsdp", "torch._dynamo", "transformers.trainer", "transformers.data.data_collator",
+    "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama", "transformers.image_processing_utils", "datasets", "peft",
+    "accelerate", "sklearn.metrics", "scipy.stats", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg", "typer", "rich.table", "pydantic", "safetensors.torch",
 )  # fmt: skip
 
 # -S -I: a process of a few milliseconds
@@ -37,7 +40,8 @@ COMMAND = """#!{python} -IS
 import json, os, signal, socket, sys
 warm = socket.socket(socket.AF_UNIX)
 warm.connect({address!r})
-told = json.dumps({{"words": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}).encode()
+words = {words!r} + sys.argv[1:]
+told = json.dumps({{"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}}).encode()
 socket.send_fds(warm, [len(told).to_bytes(8, "big")], [0, 1, 2])
 warm.sendall(told)
 answer = warm.makefile()
@@ -51,21 +55,31 @@ sys.exit(code)
 """
 
 
-@contextlib.contextmanager
-def undula(folder):
-    """As above; the folder's path has to be short enough for a socket's (100 characters)."""
+def start(folder):
+    """Begins to make the commands, which `ready` waits for.  The folder's path has to be short enough for a socket's
+    (100 characters); the process ends with this one."""
     folder = Path(folder).resolve()
     address = str(folder / "warm")
-    command = folder / "undula"
-    command.write_text(COMMAND.format(python=sys.executable, address=address), encoding="utf-8")
-    command.chmod(0o755)
-    with subprocess.Popen([sys.executable, "-P", __file__, address], stdin=subprocess.DEVNULL) as process:
+    for name, words in ("python", []), ("undula", ["-m", "undula"]):
+        text = COMMAND.format(python=sys.executable, address=address, words=words)
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return subprocess.Popen([sys.executable, "-P", __file__, address], stdin=subprocess.DEVNULL)
+
+
+def ready(folder, limit=180.0):
+    until = time.monotonic() + limit
+    while not (Path(folder) / "warm").exists():
+        assert time.monotonic() < until, f"no process that has imported everything within {limit:g} s"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def commands(folder):
+    """As above."""
+    with start(folder) as process:
         try:
-            until = time.monotonic() + 120
-            while not os.path.exists(address):
-                assert process.poll() is None, "the process that imports everything has ended"
-                assert time.monotonic() < until, "no process that has imported everything within 120 s"
-                time.sleep(0.05)
+            ready(folder)
             yield
         finally:
             process.terminate()
@@ -85,9 +99,13 @@ def become(connection):
     length, streams, *_ = socket.recv_fds(connection, 8, 3)
     told = json.loads(exactly(connection, int.from_bytes(length, "big")))
     if child := os.fork():
+        [os.close(stream) for stream in streams]
         connection.sendall(f"{child}\n".encode())
+        watched = os.pidfd_open(child)
+        if connection in select.select([connection, watched], [], [])[0]:  # who asked is gone
+            os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        with contextlib.suppress(OSError):  # who asked is gone
+        with contextlib.suppress(OSError):
             connection.sendall(f"{code}\n".encode())
         os._exit(0)
     connection.close()
@@ -97,7 +115,26 @@ def become(connection):
     os.environ.clear()
     os.environ.update(told["environment"])
     os.chdir(told["folder"])
-    sys.argv[:] = ["undula", *told["words"]]
+    asked = told["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [path for path in asked if path and path not in sys.path]
+    return told["words"]
+
+
+def perform(words):
+    """What `python` does with these words."""
+    if words[0] == "-c":
+        sys.argv[:] = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), vars(main))
+    elif words[0] == "-m":
+        sys.argv[:] = words[1:]
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def main(address):
@@ -123,16 +160,15 @@ def main(address):
                 connection.close()
         else:
             return
-    become(connection)
-    from undula.__main__ import main
-
-    code = 1
+    words, code = become(connection), 1
     try:
-        main()
+        perform(words)
+        code = 0
     except SystemExit as end:
-        code = (
-            end.code if isinstance(end.code, int) else 0 if end.code is None else print(end.code, file=sys.stderr) or 1
-        )
+        code = end.code if isinstance(end.code, int) else 0
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
     finally:  # to take down all that was imported takes a process seconds, and nobody waits for it
