@@ -19,6 +19,7 @@ from undula.serve.server.keys import keys_of
 from undula.serve.server.opening import Plan, opened
 from undula.serve.server.places import Places
 from undula.serve.server.running import LOOPBACK, address, bound, in_background
+from undula.train import CausalLM, Chat, Plain, Run
 
 from ..support import tiny
 from ..support.numbers import shake
@@ -39,6 +40,10 @@ def adapter(base, path, seed, method=None):
     undula.detach(model).save(path)
 
 
+FORMS = {"polite": Chat("very ", "nice", "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"),
+         "terse": Plain("very ", " is")}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base with adapters in directories, among them broken ones."""
@@ -47,6 +52,9 @@ def folder(tmp_path_factory):
     for i, name in enumerate(("red", "green", "blue")):
         adapter(base, place / name, i)
     adapter(base, place / "bent", 3, undula.AuroRA(r=2))
+    for name, form in FORMS.items():
+        shutil.copytree(place / "red", place / name)
+        Run(base, "", CausalLM(format=form), undula.LoRA(r=2), place / name).save(None)
     (place / "broken").mkdir()
     (place / "broken" / "adapter_config.json").write_text("{")
     adapter(base, root / "elsewhere", 4)
@@ -154,6 +162,19 @@ def test_a_chat_is_put_in_the_template_and_streams_to_the_same_answer(house, cli
     assert whole.usage.prompt_tokens == len(ids)
 
 
+def test_an_adapter_is_talked_to_as_it_was_trained_to_be(client, plain):
+    """In its own template, with what the system said and what went before each prompt in its training; what never saw
+    turns says what to ask instead.  It is the same adapter under three names, so that nothing else differs."""
+    said = {"max_tokens": NEW, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    found = client.chat.completions.create(model="polite", messages=TALK, **said).choices[0].message.content
+    prompt = f"system nice user very {ASKED} "
+    assert found == client.completions.create(model="red", prompt=prompt, **said).choices[0].text
+    assert found != client.chat.completions.create(model="red", messages=TALK, **said).choices[0].message.content
+    reply = plain.post("/v1/chat/completions", json={"model": "terse", "messages": TALK})
+    assert reply.status_code == 400
+    assert "'very ' + TEXT + ' is'" in reply.json()["error"]["message"]
+
+
 def test_lists_of_prompts_are_answered_in_their_order(client, plain):
     """Texts and tokens; `echo` puts the prompt before."""
     ids = plain.post("/tokenize", json={"prompt": ASKED}).json()["tokens"]
@@ -184,7 +205,7 @@ def test_stop_texts_biases_and_probabilities_reach_the_engine(house, client):
 
 def test_models_are_told_with_their_parent(client):
     found = {m.id: m for m in client.models.list()}
-    assert set(found) == {"tiny-llama", "red", "green", "blue", "bent"}
+    assert set(found) == {"tiny-llama", "red", "green", "blue", "bent", *FORMS}
     assert found["red"].parent == "tiny-llama"
     assert found["tiny-llama"].parent is None
     assert client.models.retrieve("blue").id == "blue"
@@ -385,7 +406,7 @@ def test_the_metrics_tell_what_was_asked_and_refused(plain, client):
     assert found["undula_time_to_first_token_seconds_count"] >= 1
     assert found["undula_time_per_output_token_seconds_count"] >= 0
     assert found["undula_generation_tokens_total"] >= 1
-    assert found["undula_adapters_registered"] == 4
+    assert found["undula_adapters_registered"] == 6
     assert found["undula_adapter_bytes_budget"] == 10**7
     assert "yellow" not in text
     assert "undula_lora_requests_info" in text
@@ -401,7 +422,7 @@ def test_the_page_holds_itself_to_what_is_in_it(plain):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", reply.text)
     assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|\son\w+=|style=", reply.text)
     now = plain.get("/status.json").json()
-    assert {row["name"] for row in now["adapters"]} == {"red", "green", "blue", "bent"}
+    assert {row["name"] for row in now["adapters"]} == {"red", "green", "blue", "bent", *FORMS}
     assert now["pool"]["budget"] == 10**7
     assert plain.get("/health").status_code == plain.get("/ready").status_code == 200
 
@@ -469,7 +490,7 @@ def test_a_key_sees_and_asks_its_adapters_alone(guarded):
         assert team.post("/v1/unload_lora_adapter", json={"lora_name": "red"}).status_code == 403
         assert team.get("/metrics").status_code == 403
         assert boss.get("/metrics").status_code == 200
-        assert len(boss.get("/v1/models").json()["data"]) == 5
+        assert len(boss.get("/v1/models").json()["data"]) == 7
 
 
 def test_a_key_that_asks_too_often_is_told_when_to_come_again(guarded):

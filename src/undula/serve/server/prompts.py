@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...train.data.conversation import rendered
 from ...train.tasks.format import begin_ids, ids_of
 from .errors import Wrong
+from .manners import BASE, Manner
 from .schemas import Message
 
 if TYPE_CHECKING:
@@ -53,17 +54,25 @@ def tokens(prompt: str | tuple[int, ...], tokenizer: PreTrainedTokenizerBase) ->
     return prompt
 
 
-def talk(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens of messages in the tokenizer's chat template, up to where the answer begins.  Raises Wrong."""
+def talk(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, manner: Manner = BASE) -> tuple[int, ...]:
+    """The tokens of messages in the chat template, up to where the answer begins.  Raises Wrong."""
     turns = [_turn(message, i) for i, message in enumerate(messages)]
-    if not tokenizer.chat_template:
+    if manner.plain is not None:
+        raise Wrong(
+            "this adapter was trained on prompts without turns: ask /v1/completions with the prompt "
+            + (f"{manner.instruction!r} + " if manner.instruction else "")
+            + f"TEXT + {manner.plain!r}",
+            "messages",
+            code="no_chat_template",
+        )
+    if not (manner.template or tokenizer.chat_template):
         raise Wrong(
             "this model has no chat template, so messages cannot be put to it: ask /v1/completions with a prompt",
             "messages",
             code="no_chat_template",
         )
     try:
-        text = rendered(turns, tokenizer, generate=True)
+        text = rendered(manner.begun(turns), tokenizer, True, manner.template)
     except ValueError as error:
         raise Wrong(str(error)[:500], "messages") from None
     return tuple(ids_of(text, tokenizer))

@@ -18,6 +18,7 @@ from .bodies import reading
 from .callers import caller
 from .errors import Wrong, event_of
 from .keys import Key
+from .manners import manner_of
 from .models import parts_of
 from .prompts import asked, bias_of, talk, tokens
 from .served import Served
@@ -65,7 +66,7 @@ async def chat(
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise Wrong("max_tokens and max_completion_tokens say two things: give one", "max_completion_tokens")
     _check_count(served, body, 1)
-    ids = await on_tokens(served, lambda: talk(body.messages, engine.tokenizer))
+    ids = await on_tokens(served, lambda: talk(body.messages, engine.tokenizer, manner_of(served.shelf, parts)))
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     how = sampling_of(served, body, most, served.bounds.tokens, logprobs, len(ids))
@@ -82,14 +83,13 @@ async def tokenize(
     """The tokens that a prompt or messages come to."""
     served: Served = request.app.state.served
     tokenizer = served.writer().tokenizer
-    if body.model is not None:
-        parts_of(served, key, body.model)
+    parts = () if body.model is None else parts_of(served, key, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise Wrong("tokenize takes one of prompt and messages", "prompt")
 
     def made() -> tuple[int, ...]:
         if body.messages is not None:
-            return talk(body.messages, tokenizer)
+            return talk(body.messages, tokenizer, manner_of(served.shelf, parts))
         return tokens(body.prompt or "", tokenizer)
 
     ids = await on_tokens(served, made)

@@ -99,16 +99,20 @@ def _message(number: int, message: Any) -> Message:
     return {"role": role, "content": said}
 
 
-def rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generate: bool = False) -> str:
-    """The text that the tokenizer's template makes.  Raises ValueError where it has none, or refuses the messages."""
-    if not tokenizer.chat_template:
+def rendered(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generate: bool = False, template: str | None = None
+) -> str:
+    """The text that a template makes, the tokenizer's where none is given.  Raises ValueError where there is none, or
+    it refuses the messages."""
+    if not (template or tokenizer.chat_template):
         raise ValueError(
             "this tokenizer has no chat template, so there is no way to write messages: take the tokenizer of a model "
             "made for chats, or give it one: format=Chat(template='chatml'), or --task-set format=chat --task-set "
             "format.template=chatml (or a file); pairs of prompt and completion need none"
         )
     try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False))
+        how = {} if template is None else {"chat_template": template}
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False, **how))
     except Exception as error:  # whatever a template raises: jinja's errors and Python's
         told = " -> ".join(m["role"] for m in messages[:6])
         raise ValueError(f"the tokenizer's chat template does not take these messages ({told}): {error}") from None
