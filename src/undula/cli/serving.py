@@ -119,7 +119,7 @@ def serve(
     listening, hosts = listen(host, port, found, no_keys, allow_host)
     try:
         plan = planned(base, adapters, pin, name, also, model, dtype, sizes, (running, max_waiting), policy)
-        plan = bounded(plan, found, hosts, max_tokens, deadline)
+        plan = bounded(plan, found, hosts, max_tokens, max_waiting, deadline)
         run(plan, listening, drain)
     finally:
         listening.close()
@@ -185,7 +185,9 @@ def planned(
     )  # fmt: skip
 
 
-def bounded(plan: Plan, keys: Keys, hosts: frozenset[str] | None, tokens: int, deadline: float | None) -> Plan:
+def bounded(
+    plan: Plan, keys: Keys, hosts: frozenset[str] | None, tokens: int, waiting: int, deadline: float | None
+) -> Plan:
     """The same with the bounds of requests and who may ask."""
     from dataclasses import replace
 
@@ -193,7 +195,7 @@ def bounded(plan: Plan, keys: Keys, hosts: frozenset[str] | None, tokens: int, d
 
     if deadline is not None and deadline <= 0:
         raise ValueError(f"--deadline is a number of seconds above 0, found {deadline:g}")
-    return replace(plan, keys=keys, hosts=hosts, bounds=Bounds(tokens=tokens, deadline=deadline))
+    return replace(plan, keys=keys, hosts=hosts, bounds=Bounds(tokens=tokens, waiting=waiting, deadline=deadline))
 
 
 @needs("serve")

@@ -129,11 +129,8 @@ def _writing(plan: Plan) -> tuple[dict[str, Any], Pool]:
 
 
 def _reading(plan: Plan) -> tuple[dict[str, Any], Pool]:
-    try:
-        from ..encoder import Encoder
-        from ..heads import Body
-    except ModuleNotFoundError:
-        raise ValueError(f"{plan.base} is an encoder, and only language models are served") from None
+    from ..encoder import Encoder
+    from ..heads import Body
 
     body = Body(plan.base, plan.dtype)
     pool = Pool(body.model, plan.memory, bases=_bases(plan), heads=body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...train.data.conversation import rendered
@@ -37,6 +37,25 @@ def asked(given: Any, field: str, most: int) -> list[str | tuple[int, ...]]:
     if len(found) > most:
         raise Wrong(f"{field} has {len(found)} texts; one request takes {most} at most", field)
     return found
+
+
+def rows(given: Any, field: str, most: int) -> list[Any]:
+    """Texts to classify; pairs [a, b] of them; objects {column: text}.  Raises Wrong as `asked`."""
+    every = [given] if isinstance(given, str) else given
+    kinds: tuple[Callable[[Any], bool], ...] = (
+        lambda one: isinstance(one, str),
+        lambda one: isinstance(one, list) and len(one) == 2 and all(isinstance(text, str) for text in one),
+        lambda one: isinstance(one, dict) and all(isinstance(text, str) for text in one.values()),
+    )
+    if not isinstance(every, list) or not any(all(map(kind, every)) for kind in kinds):
+        raise Wrong(
+            f"{field} has to be a text, a list of texts, of pairs [a, b], or of objects {{column: text}}", field
+        )
+    if not every or not all(every):
+        raise Wrong(f"{field} is empty, or one of them is", field)
+    if len(every) > most:
+        raise Wrong(f"{field} has {len(every)} texts; one request takes {most} at most", field)
+    return [tuple(one) if isinstance(one, list) else one for one in every]
 
 
 def _is_token(given: Any) -> bool:

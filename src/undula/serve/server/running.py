@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import math
 import socket
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -74,6 +76,9 @@ class Server(uvicorn.Server):
     def leave(self) -> None:
         """Takes no more requests, and ends when the running ones have finished."""
         self.served.draining = True
+        end = math.inf if self.patience is None else time.monotonic() + self.patience
+        while self.served.pending and time.monotonic() < end and not self.should_exit:
+            time.sleep(0.01)
         worker = self.served.worker
         if not worker.drain(self.patience):
             LOG.warning("some requests did not finish within %g seconds: they are cancelled", self.patience)

@@ -43,6 +43,8 @@ class Served:
         self.metrics = Metrics(self.worker, self.shelf, self.rows, self.since)
         self.tokenising = ThreadPoolExecutor(1, "undula-tokens")  # a tokenizer is no matter of several threads
         self.changing = ThreadPoolExecutor(1, "undula-changes")  # adapters come and go one at a time
+        self.answering = ThreadPoolExecutor(32, "undula-answers")  # who waits for an encoder
+        self.pending = 0  # requests that do
         self.words = None if self.engine is None else Words(self.engine.tokenizer)
 
     @property
