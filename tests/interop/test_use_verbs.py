@@ -241,7 +241,7 @@ def test_what_is_wrong_with_rows_is_said_before_a_model_is_opened(texts, tmp_pat
     def opened(*_):
         raise AssertionError("opened")
 
-    monkeypatch.setattr("undula.cli.predicting.open_saved", opened)
+    monkeypatch.setattr("undula.cli.several.Several.opened", opened)
     data = tiny.table(tmp_path / "new.csv", [{"review": "good"}])
     assert "no column for text" in call("predict", texts, data, code=2)[1]
     with pytest.raises(AssertionError, match="opened"):

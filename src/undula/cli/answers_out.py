@@ -100,10 +100,11 @@ def _kept(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _said(answer: Mapping[str, Any], form: As, probabilities: bool) -> Iterator[tuple[str, Any]]:
     for name, value in answer.items():
-        if name != "probabilities" or probabilities and form is As.jsonl:
+        whose, dot, what = name.rpartition(".")  # of several adapters: see `several`
+        if what != "probabilities" or probabilities and form is As.jsonl:
             yield name, value
         elif probabilities:
-            yield from ((f"probability of {label}", p) for label, p in value.items())
+            yield from ((f"{whose}{dot}probability of {label}", p) for label, p in value.items())
 
 
 def _cell(value: Any) -> Any:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from ..core.extras import needs
 from ..core.options import split_pair
 from . import answers_out, shell
+from .several import Several
 
 if TYPE_CHECKING:
     from ..train.asking import Question
@@ -34,8 +36,9 @@ def predict(
     given: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE|TEXT...]",
-            help="A file or folder as `train` reads it, labels not needed; a text file, a row a line; images; or "
+            metavar="[DIR...] [FILE|TEXT...]",
+            help="More adapters of the same base; then a file or "
+            "folder as `train` reads it, labels not needed; a text file, a row a line; images; or "
             "texts. (default: the lines of the input)",
         ),
     ] = None,
@@ -49,15 +52,45 @@ def predict(
     batch: Annotated[int, typer.Option(help="Rows at once; the answers do not depend on it.", min=1)] = 32,
     model: shell.Base = None,
 ) -> None:
-    """Answer new rows: every row with its label and probability (a number, a text), as CSV or JSON lines."""
-    shape = answers_out.form_of(out, form, answers_out.As.csv, given or [])
-    run, roles = known_of(path, model)
-    asked = rows_asked(run, roles, given or [], column, split, skip_faulty)  # what is wrong with rows is said at once
-    opened = open_saved(path, model)
+    """Answer new rows: every row with its label and probability (a number, a text), as CSV or JSON lines.
+
+    Several adapters of one base answer side by side, in columns called NAME.label ...; with weights, as in A:0.5 B:0.5,
+    their sum does."""
+    several, given = Several.of(path, given or [])
+    shape = answers_out.form_of(out, form, answers_out.As.csv, given)
+    knowns = several.known(model)
+    if len(knowns) > 1 and not given:
+        given = [Typed(line) for line in _lines()]
+    every = [rows_asked(run, roles, given, column, split, skip_faulty) for run, roles in knowns]
+    asked = every[0]  # what is wrong with rows is said at once
+    if several.beside:
+        return _side_by_side(several, every, out, shape, probabilities, batch, model)
+    opened = several.opened(model)[0]
     with answers_out.opened(out) as to, bar(len(asked.rows), out) as counted:
         answers = counted(opened.answers(asked, batch))
         names = answers_out.write(to, shape, asked.rows, answers, probabilities)
     told(out, len(asked.rows), names)
+
+
+def _side_by_side(
+    several: Several,
+    every: Sequence[Question],
+    out: Path | None,
+    shape: answers_out.As,
+    probabilities: bool,
+    batch: int,
+    model: str | None,
+) -> None:
+    """The answers of each adapter in columns of its own."""
+    rows = every[0].rows
+    if any(len(asked.rows) != len(rows) for asked in every):
+        raise ValueError("the adapters take different rows of these: mend them, or answer with each by itself")
+    opened = several.opened(model)
+    with answers_out.opened(out) as to, bar(len(rows) * len(every), out) as counted:
+        found = counted(itertools.chain(*(o.answers(asked, batch) for o, asked in zip(opened, every, strict=True))))
+        columns = [list(itertools.islice(found, len(rows))) for _ in every]
+        names = answers_out.write(to, shape, rows, several.merged(columns), probabilities)
+    told(out, len(rows), names)
 
 
 def told(out: Path | None, rows: int, names: dict[str, str]) -> None:
@@ -78,16 +111,6 @@ def open_saved(path: Path, model: str | None) -> Restored:
         return load(path if path.exists() else str(path), model)
 
 
-@needs("train")
-def known_of(path: Path, model: str | None) -> tuple[Run, tuple[str, ...]]:
-    """What a directory is for, before its base is opened; see `undula.train.load.known`."""
-    from ..train.base import quiet
-    from ..train.load import known
-
-    with quiet():
-        return known(path if path.exists() else str(path), model)
-
-
 def rows_asked(
     run: Run, roles: Collection[str], given: list[str], column: list[str], split: str | None, skip_faulty: float | None
 ) -> Question:
@@ -99,7 +122,7 @@ def rows_asked(
 
     columns = dict(split_pair(pair, "a column") for pair in column)
     task, faults = columns_named(run.task, columns), Faults(checked_share(skip_faulty), run.encoding)
-    places = [Path(one) for one in given if is_place(one)]
+    places = [Path(one) for one in given if not isinstance(one, Typed) and is_place(one)]
     if places and len(given) > 1 and not all(p.is_file() for p in places):
         raise ValueError(f"{given[0]} and {len(given) - 1} more: name one file or folder, or give texts alone")
     if places and len(given) == 1:
@@ -107,7 +130,7 @@ def rows_asked(
     else:
         if split is not None:
             raise ValueError("--split is of a file or folder of rows, and none is named")
-        rows = list(given) or [line.rstrip("\r\n") for line in _input() if line.strip()]
+        rows = [str(text) for text in given] or _lines()
     asked = question(task, rows, roles, faults)
     notes = [*faults.told(), *(f"{s.name}: {note}" for s in [source_of(asked.rows)] for note in s.notes)]
     for note in notes:
@@ -132,6 +155,14 @@ def is_place(text: str) -> bool:
     path = Path(text)
     named = path.suffix.lower() in FILES or medium_of(path) is not None
     return (named and " " not in text) or path.exists() or text.startswith("bundled:")
+
+
+class Typed(str):
+    """A line of the input: no file is meant, whatever it says."""
+
+
+def _lines() -> list[str]:
+    return [line.rstrip("\r\n") for line in _input() if line.strip()]
 
 
 def _input() -> Iterator[str]:

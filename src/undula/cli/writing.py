@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import answers_out, predicting, shell
+from .several import Several
 
 if TYPE_CHECKING:
     from ..train.restored import Restored
@@ -29,8 +31,9 @@ def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROMPT...|FILE]",
-            help="Prompts; a .txt file, which is one prompt; or a file of rows as `train` reads it (.jsonl, .csv ...). "
+            metavar="[DIR...] [PROMPT...|FILE]",
+            help="More adapters of the same base; then prompts; "
+            "a .txt file, which is one prompt; or a file of rows as `train` reads it (.jsonl, .csv ...). "
             "(default: the input, as one prompt)",
         ),
     ] = None,
@@ -50,19 +53,27 @@ def generate(
     model: shell.Base = None,
 ) -> None:
     """Have a language model write after prompts, put to it as in training.  One prompt is shown as it is written; rows
-    of a file come back as JSON lines."""
-    shape = answers_out.form_of(out, form, answers_out.As.jsonl, prompt or [])
-    opened = predicting.open_saved(path, model)
-    opened.check_writes()
-    how = sampling(opened, max_new_tokens, temperature, top_p, seed)
-    given = _prompts(prompt or [])
+    of a file come back as JSON lines.
+
+    Several adapters of one base write one after another (of rows: in columns called NAME.text ...); with weights, as in
+    A:0.5 B:0.5, their sum does."""
+    several, prompt = Several.of(path, prompt or [])
+    shape = answers_out.form_of(out, form, answers_out.As.jsonl, prompt)
+    every = several.opened(model)
+    for opened in every:
+        opened.check_writes()
+    hows = [sampling(opened, max_new_tokens, temperature, top_p, seed) for opened in every]
+    opened, how = every[0], hows[0]
+    given = _prompts(prompt)
     if len(given) == 1 and out is None and form is None and not _rows(given[0], prompt):
-        _, whole = _spoken(opened, opened.written_rows(given[0], system, raw)[0], how, 0)
-        _tell_cut(0 if whole else 1, 1, how)
+        for opened, how, name in zip(every, hows, several.names if several.beside else [""], strict=True):
+            if name:
+                shell.out.print(f"[{name}]", markup=False, highlight=False)
+            _, whole = _spoken(opened, opened.written_rows(given[0], system, raw)[0], how, 0)
+            _tell_cut(0 if whole else 1, 1, how)
         return
     asked = predicting.rows_asked(opened.run, opened.roles, given, column, split, skip_faulty)
-    every = [row.get("messages") or row.get("prompt") or row.get("text") for row in asked.asked]
-    put = [row for one in every for row in opened.written_rows(one, system, raw)]
+    said = [row.get("messages") or row.get("prompt") or row.get("text") for row in asked.asked]
     ended: list[bool] = []
 
     def counted(answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -70,10 +81,17 @@ def generate(
             ended.append(answer["ended"])
             yield answer
 
-    with answers_out.opened(out) as to, predicting.bar(len(put), out) as bar:
-        answers = bar(counted(opened.run.task.answers(opened.model, put, opened.processor, batch, how)))  # type: ignore[call-arg]
+    def written(opened: Restored, how: Sampling) -> Iterator[dict[str, Any]]:
+        put = [row for one in said for row in opened.written_rows(one, system, raw)]
+        return opened.run.task.answers(opened.model, put, opened.processor, batch, how)  # type: ignore[call-arg]
+
+    with answers_out.opened(out) as to, predicting.bar(len(said) * len(every), out) as bar:
+        found = bar(counted(itertools.chain.from_iterable(map(written, every, hows))))
+        answers = found
+        if several.beside:
+            answers = several.merged([list(itertools.islice(found, len(said))) for _ in every])
         names = answers_out.write(to, shape, asked.rows, answers, False)
-    predicting.told(out, len(put), names)
+    predicting.told(out, len(said), names)
     _tell_cut(ended.count(False), len(ended), how)
 
 

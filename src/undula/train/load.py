@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 
@@ -17,10 +19,21 @@ from .base import config_of, lacking, open_model
 from .foreign import roles_of, told_task, whole_task
 from .restored import Restored, described, restored
 from .run import Run
+from .several import check_one_base, share
 
 MODEL = "config.json"  # of a whole model
 FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what a model is made of: no pickles
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@overload
+def load(path: str | Path, model: str | None = None, *, device: str | torch.device | None = None) -> Restored: ...
+
+
+@overload
+def load(
+    path: list[Any] | tuple[Any, ...], model: str | None = None, *, device: str | torch.device | None = None
+) -> list[Restored]: ...
 
 
 @called(
@@ -30,22 +43,43 @@ HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
     device_map="It is called device",
 )
 @needs("train")
-def load(path: str | Path, model: str | None = None, *, device: str | torch.device | None = None) -> Restored:
+def load(
+    path: str | Path | list[Any] | tuple[Any, ...],
+    model: str | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> Restored | list[Restored]:
     """What `path` holds, opened for use: `.predict(texts)`, `.generate(prompt)`, `.labels`, `.model`, `.processor`,
     `.adapter` (see `undula.train.Restored`).
 
     path: a directory that `undula.train` wrote, a LoRA of PEFT's, a whole model (a merged one, any of transformers'
-    that undula has a task for), or the name of one of these on the hub.  `model`: another base than the adapter says.
+    that undula has a task for), or the name of one of these on the hub; a list of these that have one base, whose
+    weights are then in memory once: a list comes back.  `model`: another base than the adapter says.
     device: where it computes; None: an accelerator where there is one.
 
     Raises FileNotFoundError for what is not there or holds no model, ValueError where the parts do not fit.
     """
+    if isinstance(path, list | tuple):
+        return _several(path, model, device)
     place = _place(path)
     opened = restored(place, model) if _is_adapter(place) else _whole(place, model)
     opened.model.eval()
     if not getattr(opened.model, "is_quantized", False):
         opened.model.to(device or _best())  # type: ignore[arg-type]
     return opened
+
+
+def _several(paths: Sequence[str | Path], model: str | None, device: str | torch.device | None) -> list[Restored]:
+    if not paths:
+        raise ValueError("there is nothing to load: the list is empty")
+    check_one_base([known(path, model)[0] for path in paths])
+    every: list[Restored] = []
+    for path in paths:
+        opened = load(path, model, device=device)
+        if every and not getattr(opened.model, "is_quantized", False):
+            share(opened, every[0])
+        every.append(opened)
+    return every
 
 
 @needs("train")
