@@ -111,8 +111,10 @@ def rendered(
             "format.template=chatml (or a file); pairs of prompt and completion need none"
         )
     try:
-        how = {} if template is None else {"chat_template": template}
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=generate, tokenize=False, **how))
+        made = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=generate, tokenize=False
+        )
+        return str(made)
     except Exception as error:  # whatever a template raises: jinja's errors and Python's
         told = " -> ".join(m["role"] for m in messages[:6])
         raise ValueError(f"the tokenizer's chat template does not take these messages ({told}): {error}") from None
