@@ -22,20 +22,19 @@ class Claim:
 
 
 def peak(claims: Iterable[Claim], block: int = 1) -> int:
-    """The most tokens that these requests can have in the cache at a time if each writes all that it may, one token a
+    """No fewer tokens than these requests can have in the cache at a time if each writes all that it may, one token a
     step: what has ended is free by then (S-LoRA's rule, Sheng et al. 2023, arXiv:2311.03285).
 
-        max over ends t_i of  sum over t_j >= t_i of  held_j + min(t_i, left_j),    t_j = left_j + delay_j
+        max over i of  sum_{j <= i} held_j + min(i t_i, sum_{j <= i} left_j),    in the order of falling ends t
 
-    A request takes whole blocks: up to block - 1 tokens more each.
+    with t = left + delay.  Without delays it is the most that they have.  A request takes whole blocks: up to block - 1
+    tokens more each.
     """
-    by_end = sorted(claims, key=lambda c: -(c.left + c.delay))
-    most = held = 0
-    for i, claim in enumerate(by_end, 1):
-        t = claim.left + claim.delay
+    most = held = left = 0
+    for i, claim in enumerate(sorted(claims, key=lambda c: -(c.left + c.delay)), 1):
         held += claim.held + block - 1
-        if i == len(by_end) or by_end[i].left + by_end[i].delay < t:
-            most = max(most, held + sum(min(t, other.left) for other in by_end[:i]))
+        left += claim.left
+        most = max(most, held + min(i * (claim.left + claim.delay), left))
     return most
 
 

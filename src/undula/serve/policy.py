@@ -78,9 +78,10 @@ class FairShare(Policy):
     shared equally among its adapters.
 
     Virtual token counters (Sheng et al. 2024, arXiv:2401.00588): the one with the fewest tokens is next; who comes back
-    after a pause has its counter lifted to the lowest of those who wait, so that nobody saves a share up.  Of two who
-    have requests waiting all the time, the tokens computed for them differ by at most 2 max(L, M): L is the largest
-    request's tokens, M the most tokens that run at a time.
+    after a pause has its counter lifted to the lowest of those who wait, so that nobody saves a share up.  While two
+    of them have requests waiting, and none of them has to wait for its adapter, the tokens computed for them differ by
+    at most 2 M over any time: M are the most tokens that running requests have asked for at a time (whoever is ahead
+    gets no more than what runs already, which is as far as either can come ahead).
     """
 
     def __init__(self) -> None:

@@ -274,7 +274,7 @@ class Pool:
             self._counts[kind] += 1
             for _, source in version.terms:
                 setattr(source, kind, getattr(source, kind) + 1)
-            held.use()
+            held.use(self._clock())
             adapter, held.adapter = held.adapter, None
         if adapter is not None:
             self._attach(held, adapter)

@@ -32,14 +32,16 @@ class Held:
     claimed: float | None = None  # when a request was last told to wait for it
     users: int = 0
     used: int = field(default_factory=lambda: next(_uses))  # rises with every use
+    since: float = 0.0  # when it was first computed with
     cold: bool = True  # nobody computed with it since it was read
     adapter: Adapter | None = None  # between reading and attaching
     kept: Any = None  # what `Heads` keeps beside it
     error: Exception | None = None
     failed: float = 0.0
 
-    def use(self) -> None:
+    def use(self, now: float) -> None:
         """One more request computes with it."""
+        self.since = now if self.cold else self.since
         self.cold, self.used = False, next(_uses)
 
     @property
@@ -62,16 +64,16 @@ class Room:
 
     Room is given in the order in which it was asked for, to those that requests wait for before those that are only
     fetched ahead.  A small one may pass a large one that does not fit yet, until that has waited for `patience`
-    seconds: from then on nobody passes, and as many of the versions in use as it needs room of (those with the fewest
-    requests) take no new requests.  They end with the requests that they have, so everyone comes in.  A version that a
-    request waits for stays until it was computed with, or until nobody has asked for it for `lapse` seconds.
+    seconds: from then on nobody passes, and as many of the versions in use as those who wait so long need room of take
+    no new requests, the longest there first.  Each takes requests for `patience` seconds at least, and ends with those
+    that it has.  So everyone comes in, after a time that the requests' lengths bound.  A version that a request waits
+    for stays until it was computed with, or until nobody has asked for it for `lapse` seconds.
     """
 
     def __init__(self, budget: int, patience: float, lapse: float):
         self.budget, self.patience, self.lapse = budget, patience, lapse
         self.held: dict[str, Held] = {}
         self.ending: set[str] = set()  # versions in use that take no new requests
-        self.first: Held | None = None  # for whom they end
 
     @property
     def bytes(self) -> int:
@@ -100,60 +102,59 @@ class Room:
     def grant(self, now: float, attached: bool) -> tuple[list[Held], list[Held]]:
         """(who comes in, who leaves for it); what is on the model leaves only where `attached` may.  What was fetched
         ahead and not used yet leaves for those that a request waits for alone."""
-        if self.first is not None and not self.claimed(self.first, now):
-            self._forget_first()  # who asked went away
         come: list[Held] = []
         leave: list[Held] = []
         free = self.budget - self.bytes
         able = [h for h in self.idle(now) if attached or h.state is State.LOADED]
-        for held in self.queue(now):
+        queue = self.queue(now)
+        for i, held in enumerate(queue):
             claimed = self.claimed(held, now)
-            fresh = [] if claimed else [h for h in able if h.cold and now - h.seen <= self.lapse]
-            gone: list[Held] = []
-            for other in able:
-                if free >= held.version.bytes:
-                    break
-                if other not in fresh:
-                    gone.append(other)
-                    free += other.version.bytes
-            if free < held.version.bytes:
-                free -= sum(other.version.bytes for other in gone)
-                if claimed and now - held.asked > self.patience:
-                    self._end_for(held, held.version.bytes - free - sum(h.version.bytes for h in able))
-                    break
-                continue
-            free -= held.version.bytes
-            able = [h for h in able if h not in gone]
-            leave += gone
-            come.append(held)
-            held.state = State.LOADING
+            gone, lacking = self._leaving([h for h in able if claimed or not self._fresh(h, now)], held, free)
+            if lacking <= 0:
+                free = -lacking
+                able = [h for h in able if h not in gone]
+                leave += gone
+                come.append(held)
+                held.state = State.LOADING
+            elif claimed and now - held.asked > self.patience:
+                late = [h for h in queue[i:] if self.claimed(h, now) and now - h.asked > self.patience]
+                self._end_for(late, now, free + sum(h.version.bytes for h in able))
+                break
+        else:
+            self.ending.clear()
         for other in leave:
-            del self.held[other.version.id]
-        if self.first is not None and self.first.state is not State.WAITING:
-            self._forget_first()
+            self.drop(other)
         return come, leave
 
-    def _end_for(self, held: Held, lacking: int) -> None:
-        """So many more bytes are needed for one that has waited for long."""
-        if self.first is not held:
-            self.first, self.ending = held, set()
-        used = [h for h in self.held.values() if h.users and not h.pinned]
-        lacking -= sum(h.version.bytes for h in used if h.version.id in self.ending)
-        for other in sorted(used, key=lambda h: (h.users, h.used)):
+    def _fresh(self, held: Held, now: float) -> bool:
+        return held.cold and now - held.seen <= self.lapse
+
+    def _leaving(self, able: list[Held], held: Held, free: int) -> tuple[list[Held], int]:
+        """(who of these leaves so that `held` fits, what is lacking then)."""
+        gone, lacking = [], held.version.bytes - free
+        for other in able:
             if lacking <= 0:
+                break
+            gone.append(other)
+            lacking -= other.version.bytes
+        return gone, lacking
+
+    def _end_for(self, late: list[Held], now: float, free: int) -> None:
+        """Has versions end so that those who have waited for long come in."""
+        used = [h for h in self.held.values() if h.users and not h.pinned]
+        lacking = sum(h.version.bytes for h in late) - free
+        lacking -= sum(h.version.bytes for h in used if h.version.id in self.ending)
+        for other in sorted(used, key=lambda h: h.since):
+            if lacking <= 0 or now - other.since < self.patience:
                 break
             if other.version.id not in self.ending:
                 self.ending.add(other.version.id)
                 lacking -= other.version.bytes
 
-    def _forget_first(self) -> None:
-        self.first, self.ending = None, set()
-
     def drop(self, held: Held) -> None:
-        """Nobody wants it any more."""
+        """It is out, or nobody wants it any more."""
         del self.held[held.version.id]
-        if held is self.first:
-            self._forget_first()
+        self.ending.discard(held.version.id)
 
     def stale(self, now: float) -> list[Held]:
         """Those who wait or failed and whom nobody has asked for since long, and what is there that no name means any
