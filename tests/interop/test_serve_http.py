@@ -1,5 +1,6 @@
 """The server as clients meet it: the real `openai` client, streaming included, and plain HTTP for what is refused."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 
 import undula
 from undula.serve.engine import Limits
-from undula.serve.request import Part, Request, Sampling
+from undula.serve.request import Broken, Busy, Cancelled, Failed, Late, Part, Piece, Refused, Request, Sampling
 from undula.serve.server.keys import keys_of
 from undula.serve.server.opening import Plan, opened
 from undula.serve.server.places import Places
@@ -366,6 +367,84 @@ def test_adapters_come_are_replaced_and_go_while_it_serves(house, folder, client
             client.completions.create(**said)
     finally:
         shutil.rmtree(place / "late")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "after"),
+    [
+        (Busy("full", 2.5), 429, "rate_limit_error", "3"),
+        (Late("late", 0.2), 503, "server_error", "1"),
+        (Refused("no, for /home/me/x.bin"), 400, "invalid_request_error", None),
+        (Broken("a damaged file"), 424, "invalid_request_error", None),
+        (Cancelled("stopped"), 503, "server_error", None),
+        (Failed("a step failed"), 500, "server_error", None),
+        (RuntimeError("secret /home/me"), 500, "server_error", None),
+    ],
+)
+def test_what_the_engine_refuses_has_its_status_and_says_no_more_than_it_may(
+    house, plain, monkeypatch, error, status, kind, after
+):
+    def submit(request):
+        raise error
+
+    monkeypatch.setattr(house[0].engine, "submit", submit)
+    for stream in (True, False):
+        reply = plain.post("/v1/completions", json=ASK | {"stream": stream})
+        assert reply.status_code == status
+        assert reply.json()["error"]["type"] == kind
+        assert reply.headers.get("retry-after") == after
+        assert "/home" not in reply.text
+        assert "secret" not in reply.text
+
+
+def test_an_answer_that_breaks_off_says_so_inside_its_stream(house, client, monkeypatch):
+    """A client that reads to the end cannot take half an answer for a whole one; answers beside it are cancelled."""
+    gone = []
+
+    class Half:
+        usage, request = None, Request((1,))
+
+        def __init__(self, at):
+            self.at = at
+
+        def cancel(self):
+            gone.append(self.at)
+
+        async def __aiter__(self):
+            yield Piece("half")
+            if self.at == 0:
+                raise Failed("a step failed")
+            await asyncio.sleep(60)
+
+    made = []
+    monkeypatch.setattr(house[0].engine, "submit", lambda request: made.append(Half(len(made))) or made[-1])
+    with pytest.raises(openai.APIError, match="a step failed"):
+        list(client.completions.create(**ASK, n=2, stream=True))
+    end = time.monotonic() + 5
+    while set(gone) != {0, 1}:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_health_tells_of_a_dead_engine(house, plain, monkeypatch):
+    monkeypatch.setattr(type(house[0].engine), "alive", False)
+    assert plain.get("/health").status_code == plain.get("/ready").status_code == 503
+
+
+def test_an_adapter_that_is_damaged_while_it_serves_answers_for_itself_alone(folder, client, plain):
+    """The others go on; nothing is told of where it lies."""
+    place = folder / "adapters" / "late"
+    shutil.copytree(folder / "adapters" / "red", place)
+    try:
+        assert plain.post("/v1/load_lora_adapter", json={"lora_name": "late"}).status_code == 200
+        (place / "adapter_model.safetensors").write_bytes(b"\xff" * 300)
+        reply = plain.post("/v1/completions", json=ASK | {"model": "late"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (424, "adapter_failed")
+        assert str(folder) not in reply.text
+        assert client.completions.create(**ASK).choices
+        assert plain.post("/v1/unload_lora_adapter", json={"lora_name": "late"}).status_code == 200
+    finally:
+        shutil.rmtree(place)
 
 
 def idle(served):

@@ -204,11 +204,22 @@ def run(plan: Plan, listening: socket.socket, drain: float) -> None:
     from ..serve.server.opening import opened
     from ..serve.server.running import address, serve
 
-    logging.getLogger("undula.serve").addHandler(logging.NullHandler())
     served, count = opened(plan, shell.remark)
     tell(served, count, plan, address(listening))
+    log()
     whole = serve(served, listening, drain)
     shell.note("Stopped" + (": every request has its answer" if whole else "; what still ran was cancelled"))
+
+
+def log() -> None:
+    """From here on what goes wrong is written beside, with its time and traceback: it is nobody's screen any more."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    for name, level in (("undula.serve", logging.WARNING), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 def tell(served: Served, count: int, plan: Plan, url: str) -> None:

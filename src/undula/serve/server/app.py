@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..request import Refused
 from . import changes, texts, vectors, watching
-from .errors import body_of, broken, refused, unrouted
+from .errors import body_of, refused, unmeant, unrouted
 from .served import Served
 
 SAFE = [(b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin")]
@@ -29,13 +29,13 @@ def application(served: Served) -> FastAPI:
 
     app.add_exception_handler(Refused, counted)
     app.add_exception_handler(HTTPException, unrouted)
-    app.add_exception_handler(Exception, broken)
     app.add_middleware(Door, served=served)
     return app
 
 
 class Door:
-    """In front of everything: the names that this server answers to, headers for browsers, and the count of answers."""
+    """In front of everything: the names that this server answers to, headers for browsers, the count of answers, and
+    faults."""
 
     def __init__(self, app: ASGIApp, served: Served):
         self.app, self.served = app, served
@@ -45,8 +45,12 @@ class Door:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def sent(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message = {**message, "headers": [*message.get("headers", ()), *SAFE]}
                 route = getattr(scope.get("route"), "path", "(other)")
                 self.served.metrics.answers.labels(route, str(message["status"])).inc()
@@ -55,7 +59,13 @@ class Door:
         if (said := self._stranger(Request(scope))) is not None:
             await JSONResponse(body_of(said, 403, "wrong_host"), 403)(scope, receive, sent)
             return
-        await self.app(scope, receive, sent)
+        try:
+            await self.app(scope, receive, sent)
+        except Exception as error:  # answered here: the connection lives, and other requests may be on it
+            if begun:
+                raise
+            self.served.metrics.refused.labels("internal_error").inc()
+            await JSONResponse(unmeant(error), 500)(scope, receive, sent)
 
     def _stranger(self, request: Request) -> str | None:
         """What is said where a request came for another host: a page of any site can have a browser ask this address

@@ -60,13 +60,13 @@ def event_of(error: Exception) -> dict[str, Any]:
     """The same inside a stream that has begun."""
     if isinstance(error, Refused):
         return body_of(str(error), error.status, error.code, getattr(error, "param", None))
-    return _unmeant(error)
+    return unmeant(error)
 
 
-def _unmeant(error: Exception) -> dict[str, Any]:
+def unmeant(error: Exception) -> dict[str, Any]:
     """Says nothing but a number, under which the log has the traceback."""
     number = uuid.uuid4().hex[:12]
-    LOG.error("fault %s", number, exc_info=error)
+    LOG.error("fault %s: %s", number, type(error).__name__, exc_info=error)
     return body_of(f"something went wrong inside the server; its log has it as fault {number}", 500, "internal_error")
 
 
@@ -85,8 +85,3 @@ async def unrouted(request: Request, error: Exception) -> JSONResponse:
     elif error.status_code == 405:
         said = f"{request.url.path[:200]} does not take {request.method}"
     return JSONResponse(body_of(said, error.status_code), error.status_code, error.headers)
-
-
-async def broken(_: Request, error: Exception) -> JSONResponse:
-    """The handler of everything else."""
-    return JSONResponse(_unmeant(error), 500)
