@@ -126,10 +126,11 @@ class Site:
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
     def uniform(self, *shape: int, bound: float) -> Tensor:
-        return self.zeros(*shape).uniform_(-bound, bound)
+        made = torch.empty(*shape, dtype=self.dtype, device=self.device)
+        return made if made.is_meta else made.uniform_(-bound, bound)  # as in `frozen`
 
     def normal(self, *shape: int, std: float) -> Tensor:
-        made = self.zeros(*shape)
+        made = torch.empty(*shape, dtype=self.dtype, device=self.device)
         return made if made.is_meta else made.normal_(0.0, std)  # as in `frozen`
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.method import Site
+from ..core.method import Factors, Site
 from .apart import apart
-from .build import check_all_there, check_full, check_site
+from .build import check_all_there, check_full, check_site, kernels
 from .checks import check_there
 from .views import LinearView, site
 from .weights import check_once
@@ -48,6 +48,27 @@ class Frame:
                 once[id(t)] = t.numel() * (dtype if narrow else dtypes[name]).itemsize  # type: ignore[union-attr]
         check_full(adapter.full, self.parameters)
         return sum(once.values()) + sum(t.numel() * t.element_size() for t in adapter.full.values())
+
+    def fitted(self, adapter: Adapter) -> Adapter:
+        """`adapter` as tensors of its own that fit the model.  Raises as `check` does."""
+        adapter.check_usable()
+        check_all_there(adapter, self.layers, self.first)
+        layers = {path: self.layers[path] for path in adapter.factors}
+        check_once(layers)
+        once: dict[int, nn.Parameter] = {}
+
+        def own(t: Tensor, where: Site, dtype: torch.dtype) -> nn.Parameter:
+            if id(t) not in once:
+                once[id(t)] = nn.Parameter(t.detach().to(where.device, dtype, copy=True), t.requires_grad)
+            return once[id(t)]
+
+        factors: dict[str, Factors] = {}
+        for path, f in adapter.factors.items():
+            where = self._site(path)
+            dtypes = check_site(where, layers[path], adapter, self.odd.get(path))
+            factors[path] = {k: own(t, where, dtypes[k]) for k, t in f.items()}
+        here = {**adapter.apart, **{path: self.odd[path] for path in layers if path in self.odd}}
+        return Adapter(adapter.methods, factors, adapter.shapes, {}, kernels(layers), adapter.about, here)
 
     def _site(self, path: str) -> Site:
         found = self.sites[path]

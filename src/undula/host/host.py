@@ -115,13 +115,7 @@ def _attach(
         raise ValueError(
             "an Adapter knows its own sites: `where`, `exclude`, `overrides`, `full` and `probe` go with a method alone"
         )
-    if host.merged is not None:
-        raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
-    if name in host.adapters:
-        raise ValueError(
-            f"an adapter called {name!r} is attached already; attached are: {', '.join(host.adapters)}. Where a cell "
-            "runs again: undula.detach(model) before it; for a second adapter beside the first: attach(..., name=...)"
-        )
+    check_free(host, name)
     before = host.selected
     _select(model, host, None)
     try:
@@ -149,6 +143,17 @@ def _attach(
     quantised.keep_gradients(model)
     quantised.warn_where_cut(model)
     return adapter
+
+
+def check_free(host: Host, name: str) -> None:
+    """Raises RuntimeError for a merged adapter, ValueError for a name that is taken."""
+    if host.merged is not None:
+        raise RuntimeError("an adapter is merged into this model: unmerge it before attaching another")
+    if name in host.adapters:
+        raise ValueError(
+            f"an adapter called {name!r} is attached already; attached are: {', '.join(host.adapters)}. Where a cell "
+            "runs again: undula.detach(model) before it; for a second adapter beside the first: attach(..., name=...)"
+        )
 
 
 def select(model: nn.Module, name: str | None) -> None:

@@ -225,6 +225,11 @@ def placed(adapter: Adapter, layers: Mapping[str, LinearView]) -> dict[str, Plac
     return found
 
 
+def lying(placing: Mapping[str, Placing]) -> set[tuple[str, str]]:
+    """(site, factor) of the factors that lie in the tables themselves."""
+    return {(path, name) for path, placed in placing.items() for name in placed.own or ()}
+
+
 class OnShelf(Mapping[str, Any]):
     """The factors of an adapter on a shelf: plain pairs as parameters that lie in its tables, and `rest`."""
 
@@ -258,9 +263,16 @@ class Held(Live):
 
     @classmethod
     @torch.no_grad()
-    def on(cls, adapter: Adapter, layers: Mapping[str, LinearView], shelves: list[Shelf]) -> Self:
-        """Puts `adapter`, whose tensors are nobody else's, on one of the shelves or on a new one of them."""
-        held, placing = cls.of(adapter), placed(adapter, layers)
+    def on(
+        cls,
+        adapter: Adapter,
+        layers: Mapping[str, LinearView],
+        shelves: list[Shelf],
+        placing: Mapping[str, Placing] | None = None,
+    ) -> Self:
+        """Puts `adapter`, whose tensors are nobody else's, on one of the shelves or on a new one of them; `placing` is
+        what `placed` says of it, where that is known."""
+        held, placing = cls.of(adapter), placed(adapter, layers) if placing is None else placing
         held.shelf, held.spots, held.copies = None, {}, {}
         if placing:
             sites = tuple((path, len(p.parts["B"]), p.parts["A"].shape[1]) for path, p in sorted(placing.items()))
@@ -272,11 +284,11 @@ class Held(Live):
             held.shelf.marks |= {path: marked(layers[path]) for path, p in placing.items() if "gain" in p.parts}
         named = [*adapter.tensors(), *(("", n, t) for n, t in adapter.full.items())]
         held.trained = frozenset((site, name) for site, name, t in named if t.requires_grad)
-        lying = {(path, name) for path, spot in held.spots.items() for name in spot.own or ()}
+        there = lying(placing)
         rest: dict[str, dict[str, Tensor]] = {}
         for path, name, t in named:
             t.requires_grad_(False)
-            if path and (path, name) not in lying:
+            if path and (path, name) not in there:
                 rest.setdefault(path, {})[name] = t
         held.factors = OnShelf(held.shelf, held.spots, rest, list(adapter.factors))  # type: ignore[assignment]
         return held
@@ -320,8 +332,12 @@ class Held(Live):
         made = self.copy()
         for site, name, t in [*made.tensors(), *(("", n, t) for n, t in made.full.items())]:
             t.requires_grad_((site, name) in self.trained)
+        self.leave(shelves)
+        return made
+
+    def leave(self, shelves: list[Shelf]) -> None:
+        """Makes its places free."""
         if self.shelf is not None:
             self.shelf.take(self.spots)
             if not self.shelf.count:
                 shelves.remove(self.shelf)
-        return made

@@ -181,8 +181,9 @@ def _checked(
             raise ValueError(f"{path}: {site}.{factor} is rebuilt from a seed, and in the file as well")
         lacking[site][factor] = made[factor]
     for site, f in stored.items():
-        f.update(with_dimension(f, methods[site].init(outlines[site])))
-        check_shapes(f"{path}: {site}", {**f, **lacking[site]}, methods[site].init(outlines[site]))
+        wanted = methods[site].init(outlines[site])
+        f.update(with_dimension(f, wanted))
+        check_shapes(f"{path}: {site}", {**f, **lacking[site]}, wanted)
     held = sum({id(t): t.numel() for f in stored.values() for t in f.values()}.values())
     if checksums and not in_proportion(methods, shapes, held, {s for s, f in lacking.items() if f}):
         raise ValueError(

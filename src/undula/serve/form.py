@@ -15,13 +15,14 @@ from ..host.frame import Frame
 from ..io.outline import Head
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Form:
     """What adapters with equal methods, sites, shapes and types have in common; one object for all of them."""
 
     method: str  # of most sites
     rank: int | None
-    bytes: int  # on the model
+    bytes: int  # that it takes in memory: of its tensors, until the first was read and what it takes is known
+    beside: int  # those of them that are not on the model
     lacking: str | None  # what in it has no update dW that could be scaled or added; None where all of it has
     full: tuple[str, ...]  # parameters that it trained in full
 
@@ -56,7 +57,7 @@ class Forms:
             try:
                 self._check_full(outline)
                 here = outline if self.heads is None else self.heads.part(found.path, outline)
-                self.seen[key] = form_of(outline, self.frame.check(here, self.dtype) + _beside(outline, here))
+                self.seen[key] = form_of(outline, self.frame.check(here, self.dtype), _beside(outline, here))
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{found.path} does not fit the model: {error}") from error
         return self.seen[key]
@@ -87,12 +88,13 @@ def _beside(whole: Adapter, here: Adapter) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in every if id(t) not in mine}.values())
 
 
-def form_of(outline: Adapter, size: int) -> Form:
-    """The form of an adapter that takes `size` bytes."""
+def form_of(outline: Adapter, size: int, beside: int) -> Form:
+    """The form of an adapter that takes so many bytes on the model and beside it."""
     below = {s: m for s, m in outline.methods.items() if not isinstance(m, Additive)}
     lacking = None
     if below:
         site, method = next(iter(below.items()))
         lacking = f"{method!r} at {site} stands on the rung {method.rung()}"
     rank = getattr(outline.method.unwrapped(), "r", None)
-    return Form(repr(outline.method), rank if isinstance(rank, int) else None, size, lacking, tuple(outline.full))
+    rank = rank if isinstance(rank, int) else None
+    return Form(repr(outline.method), rank, size + beside, beside, lacking, tuple(outline.full))

@@ -6,11 +6,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from ..combine.weighted import combined
 from ..core.adapter import Adapter
+from ..core.method import LowRank
 from ..host.frame import Frame
+from ..host.ready import Ready, ready
+from ..methods.lora import Fixed, LoRA
 from .form import Heads
 from .version import Source, Version, digest, stamp
 
@@ -26,13 +32,13 @@ class Changed(Exception):
 class Loader:
     """A thread that reads what it is asked for, in turn, and tells what came of it."""
 
-    def __init__(self, frame: Frame, done: Callable[..., None], heads: Heads | None = None):
-        self.frame, self.done, self.heads = frame, done, heads
+    def __init__(self, read: Callable[[Version], Any], done: Callable[..., None]):
+        self.read, self.done = read, done
         self.asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
 
     def ask(self, held: Any) -> None:
-        """Reads `held.version`, then calls done(held, adapter, kept, seconds, error)."""
+        """Calls read(held.version), then done(held, what that gave or None, seconds, the error or None)."""
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, name="undula-loader", daemon=True)
             self.thread.start()
@@ -49,21 +55,37 @@ class Loader:
         while (held := self.asked.get()) is not None:
             began = time.perf_counter()
             try:
-                (adapter, kept), error = read(held.version, self.frame, self.heads), None
+                found, error = self.read(held.version), None
             except Exception as raised:  # whatever a file makes its readers raise: the others go on
-                adapter, kept, error = None, None, raised
-            self.done(held, adapter, kept, time.perf_counter() - began, error)
-            del held, adapter, kept, error
+                found, error = None, raised
+            self.done(held, found, time.perf_counter() - began, error)
+            del held, found, error
 
 
-def read(version: Version, frame: Frame, heads: Heads | None = None) -> tuple[Adapter, Any]:
-    """(the adapter of a version, which fits the model; what `heads` keeps beside it).  Raises Changed, and what loading
+def read(
+    version: Version, frame: Frame, dtype: torch.dtype | None = None, heads: Heads | None = None
+) -> tuple[Ready, Any]:
+    """(the adapter of a version, ready for the model; what `heads` keeps beside it).  Raises Changed, and what loading
     and checking raise."""
     terms = [(weight, _loaded(source)) for weight, source in version.terms]
     adapter = terms[0][1] if version.plain else combined(terms)
     adapter, kept = (adapter, None) if heads is None else heads.wear(version.terms[0][1].path, adapter)
-    frame.check(adapter)
-    return adapter, kept
+    return ready(frame, _in_pairs(adapter), dtype), kept
+
+
+@torch.no_grad()
+def _in_pairs(adapter: Adapter) -> Adapter:
+    """The same function with plain pairs where they take no more room: sums of pairs have one product then."""
+    methods, factors = dict(adapter.methods), dict(adapter.factors)
+    for site, method in adapter.methods.items():
+        f = factors[site]
+        if not isinstance(method, LowRank) or method.plain() is not None or method.drops:
+            continue
+        B_OR, A_RI = method.pair(f)
+        if B_OR.numel() + A_RI.numel() <= sum(t.numel() for t in f.values()):
+            methods[site] = LoRA(r=len(A_RI), alpha=1.0, scaling=Fixed(1.0))
+            factors[site] = {"A": A_RI.contiguous(), "B": B_OR.contiguous()}
+    return replace(adapter, methods=methods, factors=factors)
 
 
 def told(version: Version, error: Exception | None) -> str:

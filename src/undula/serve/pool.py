@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.adapter import Adapter
 from ..host.frame import Frame
-from ..host.host import attach, detach
+from ..host.ready import Ready, put, take
 from ..io.outline import head
 from ..io.tensorfile import Layouts
 from .form import Forms, Heads
-from .loader import Loader, told
+from .loader import Loader, read, told
 from .request import Broken, Part, Refused, Unknown
 from .room import Held, Room, State
 from .version import Source, Version, check_name, stamp
@@ -105,7 +104,7 @@ class Pool:
         self._sources: dict[str, Source] = {}
         self._pinned: set[Source] = set()
         self._sums: weakref.WeakValueDictionary[tuple, Version] = weakref.WeakValueDictionary()
-        self._loader = Loader(frame, self._loaded, heads)
+        self._loader = Loader(lambda version: read(version, frame, dtype, heads), self._loaded)
         self._listeners: list[Callable[[], None]] = []
         self._looks = {True: -math.inf, False: -math.inf}  # for room: when, by whether what is attached might leave
         self._counts = dict.fromkeys(("hits", "misses", "loads", "failures", "evictions"), 0)
@@ -275,9 +274,9 @@ class Pool:
             for _, source in version.terms:
                 setattr(source, kind, getattr(source, kind) + 1)
             held.use(self._clock())
-            adapter, held.adapter = held.adapter, None
-        if adapter is not None:
-            self._attach(held, adapter)
+            made, held.ready = held.ready, None
+        if made is not None:
+            self._attach(held, made)
         return version.id
 
     def release(self, version: Version) -> None:
@@ -327,7 +326,7 @@ class Pool:
         version = self._sums.get(key)
         if version is None:
             parts = tuple(Part(source.name, weight) for weight, source in terms)
-            version = Version(parts, terms, sum(source.form.bytes for _, source in terms))
+            version = Version(parts, terms)
             self._sums[key] = version
         return version
 
@@ -361,20 +360,19 @@ class Pool:
     def _out(self, held: Held) -> None:
         if held.state is State.ATTACHED:
             self.before()
-            with torch.inference_mode(False), torch.no_grad():
-                detach(self.model, held.version.id)
+            take(self.model, held.version.id)
         self._counts["evictions"] += held.state in (State.LOADED, State.ATTACHED)
-        held.adapter = held.kept = None
+        held.ready = held.kept = None
 
-    def _loaded(self, held: Held, adapter: Adapter | None, kept: Any, seconds: float, error: Exception | None) -> None:
+    def _loaded(self, held: Held, found: tuple[Ready, Any] | None, seconds: float, error: Exception | None) -> None:
         """What the loader calls, in its thread."""
         with self._lock:
             self._load_seconds += seconds
-            if adapter is not None:
-                held.adapter, held.kept = adapter, kept
-            self._counts["loads" if error is None else "failures"] += 1
-            held.state = State.LOADED
+            if found is not None:
+                self._counts["loads"] += 1
+                error = self._measured(held, *found)
             if error is not None:
+                self._counts["failures"] += 1
                 held.state, held.error, held.failed = State.FAILED, error, self._clock()
                 log.warning("%s cannot be loaded: %s", held.version.names, error)
             self._look_again()
@@ -382,12 +380,28 @@ class Pool:
         for call in self._listeners:
             call()
 
-    def _attach(self, held: Held, adapter: Adapter) -> None:
+    def _measured(self, held: Held, made: Ready, kept: Any) -> Exception | None:
+        """Takes in what was read, by what it really takes; where that is more than there is room for now it waits anew.
+        The error where it never fits."""
+        version = held.version
+        held.bytes = made.nbytes + sum(source.form.beside for _, source in version.terms)
+        if version.plain:
+            version.terms[0][1].form.bytes = held.bytes  # others of its form will ask for so much
+        try:
+            self._check_fits(held.bytes, version.names, {source for _, source in version.terms})
+        except ValueError as error:
+            return error
+        if self._room.bytes > self._room.budget:
+            held.state = State.WAITING
+        else:
+            held.state, held.ready, held.kept = State.LOADED, made, kept
+        return None
+
+    def _attach(self, held: Held, made: Ready) -> None:
         began = time.perf_counter()
         self.before()
         try:
-            with torch.inference_mode(False), torch.no_grad():  # tensors that any later mode may write into
-                attach(self.model, adapter, name=held.version.id, frozen=True, dtype=self.dtype)
+            put(self.model, made, held.version.id)
         except Exception as error:
             with self._lock:
                 held.users, held.state, held.error, held.failed = 0, State.FAILED, error, self._clock()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ..core.adapter import Adapter
+from ..host.ready import Ready
 from .version import Version
 
 _uses = itertools.count(1)
@@ -34,7 +34,7 @@ class Held:
     used: int = field(default_factory=lambda: next(_uses))  # rises with every use
     since: float = 0.0  # when it was first computed with
     cold: bool = True  # nobody computed with it since it was read
-    adapter: Adapter | None = None  # between reading and attaching
+    ready: Ready | None = None  # between reading and attaching
     kept: Any = None  # what `Heads` keeps beside it
     error: Exception | None = None
     failed: float = 0.0
@@ -43,6 +43,9 @@ class Held:
         """One more request computes with it."""
         self.since = now if self.cold else self.since
         self.cold, self.used = False, next(_uses)
+
+    def __post_init__(self) -> None:
+        self.bytes = self.version.bytes  # and what it really takes, once it was read
 
     @property
     def inside(self) -> bool:
@@ -77,7 +80,7 @@ class Room:
 
     @property
     def bytes(self) -> int:
-        return sum(h.version.bytes for h in self.held.values() if h.inside)
+        return sum(h.bytes for h in self.held.values() if h.inside)
 
     def claimed(self, held: Held, now: float) -> bool:
         """Whether a request waits for it."""
@@ -118,7 +121,7 @@ class Room:
                 held.state = State.LOADING
             elif claimed and now - held.asked > self.patience:
                 late = [h for h in queue[i:] if self.claimed(h, now) and now - h.asked > self.patience]
-                self._end_for(late, now, free + sum(h.version.bytes for h in able))
+                self._end_for(late, now, free + sum(h.bytes for h in able))
                 break
         else:
             self.ending.clear()
@@ -131,25 +134,25 @@ class Room:
 
     def _leaving(self, able: list[Held], held: Held, free: int) -> tuple[list[Held], int]:
         """(who of these leaves so that `held` fits, what is lacking then)."""
-        gone, lacking = [], held.version.bytes - free
+        gone, lacking = [], held.bytes - free
         for other in able:
             if lacking <= 0:
                 break
             gone.append(other)
-            lacking -= other.version.bytes
+            lacking -= other.bytes
         return gone, lacking
 
     def _end_for(self, late: list[Held], now: float, free: int) -> None:
         """Has versions end so that those who have waited for long come in."""
         used = [h for h in self.held.values() if h.users and not h.pinned]
-        lacking = sum(h.version.bytes for h in late) - free
-        lacking -= sum(h.version.bytes for h in used if h.version.id in self.ending)
+        lacking = sum(h.bytes for h in late) - free
+        lacking -= sum(h.bytes for h in used if h.version.id in self.ending)
         for other in sorted(used, key=lambda h: h.since):
             if lacking <= 0 or now - other.since < self.patience:
                 break
             if other.version.id not in self.ending:
                 self.ending.add(other.version.id)
-                lacking -= other.version.bytes
+                lacking -= other.bytes
 
     def drop(self, held: Held) -> None:
         """It is out, or nobody wants it any more."""

@@ -36,7 +36,7 @@ class Source:
     misses: int = 0
 
     def __post_init__(self) -> None:
-        self.version = Version((Part(self.name),), ((1.0, self),), self.form.bytes)
+        self.version = Version((Part(self.name),), ((1.0, self),))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,12 +49,16 @@ class Version:
 
     parts: tuple[Part, ...]
     terms: tuple[tuple[float, Source], ...]
-    bytes: int  # on the model
     id: str = ""
 
     def __post_init__(self) -> None:
         told = "+".join(f"{s.name}#{s.number}" + ("" if w == 1 else f"*{w!r}") for w, s in self.terms)
         object.__setattr__(self, "id", told)
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory, as far as that is known."""
+        return sum(source.form.bytes for _, source in self.terms)
 
     def __repr__(self) -> str:
         return f"Version({self.id!r})"
