@@ -17,7 +17,7 @@ from ..core.choice import Choice
 from ..core.method import Additive, LowRank, Method, Reweight
 from ..core.options import build
 from ..core.ranges import NotNegative, Rank
-from ..io import export_diffusers, export_lora
+from ..io import export_diffusers, export_lora, files, vllm
 from ..io.whole import whole
 from ..train import Restored, restored
 from ..train.base import called_elsewhere
@@ -129,6 +129,7 @@ class Form(StrEnum):
     """The forms in which an adapter can leave."""
 
     peft = "peft"
+    vllm = "vllm"
     diffusers = "diffusers"
     gguf = "gguf"
 
@@ -141,7 +142,8 @@ def export(
         Form,
         typer.Option(
             "--format",
-            help="peft: a plain LoRA that PEFT, vLLM and others read. diffusers: for a pipeline's load_lora_weights. "
+            help="peft: a plain LoRA that PEFT and others read. vllm: the same as vLLM takes it, with one rank of its "
+            "list for all layers. diffusers: for a pipeline's load_lora_weights. "
             "gguf: a file for llama.cpp's --lora.",
         ),
     ] = Form.peft,
@@ -177,17 +179,24 @@ def export(
         gguf.write_lora(path, lora, out, model)
         return _exported(found, adapter, out)
     beside = companions(path, adapter, model) if component is None else None
+    write = vllm.export_vllm if form is Form.vllm else export_lora
     with whole(out) as folder:
         if component is not None:
             export_diffusers(lora, folder, component)
         elif isinstance(beside, Companions):
-            export_lora(lora, folder, beside.base, task)
+            write(lora, folder, beside.base, task)
             beside.write(folder, out.resolve().name, "" if found is None else _costs(adapter, found.made))
         else:
-            export_lora(lora, folder, base, task)
+            write(lora, folder, base, task)
     if isinstance(beside, str):
         shell.say(f"only the adapter's own files were written: {beside}", "yellow")
     _exported(found, adapter, out)
+    if form is Form.vllm:
+        served = (beside.base if isinstance(beside, Companions) else base) or "BASE"
+        rank = files.headed(out)[0]["r"]
+        shell.note(
+            f"vllm serve {served} --enable-lora --max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
+        )
 
 
 def _exported(found: Squeezed | None, adapter: Adapter, out: Path) -> None:
