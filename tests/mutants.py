@@ -73,9 +73,25 @@ RECIPE = "tests/interop/test_recipe.py"
 DISTRIBUTED = "tests/interop/test_distributed.py"
 PROCESSES = "tests/interop/test_processes.py"
 WEIGHTS = "tests/laws/test_weights.py"
+BY_REQUEST, ENGINE = "tests/laws/test_attention_by_request.py", "tests/laws/test_engine.py"
+FAULTS, SAMPLING = "tests/laws/test_engine_faults.py", "tests/laws/test_sampling.py"
+WORDS = "tests/laws/test_words.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
+    ("serve/attention.py", "seen & (key > query - window)", "seen", BY_REQUEST),
+    ("serve/attention.py", "place >= kept[:, None]", "place > kept[:, None]", BY_REQUEST),
+    ("serve/attention.py", "2 * d[0] >= longest", "True", BY_REQUEST),
+    ("serve/prefixes.py", "self.salts[request_id].encode()", 'b""', ENGINE + "::test_a_block_serves_the_version_that_it_was_computed_through_alone"),
+    ("serve/steps.py", "and not self._adapts_head(names)", "", ENGINE + "::test_an_adapter_of_the_head_sees_every_token"),
+    ("serve/steps.py", "if not off <", "if off <", BY_REQUEST + "::test_a_model_whose_layers_see_more_of_a_batch_is_refused"),
+    ("serve/sampling.py", "right=True", "right=False", SAMPLING),
+    ("serve/sampling.py", "before < top_p", "before <= top_p - value", SAMPLING),
+    ("serve/words.py", "begun = 0 if last else", "begun = 0 if True else", WORDS),
+    ("serve/words.py", "waited < LONGEST", "waited < 0", WORDS),
+    ("serve/work.py", "if self.again and len(names) > 1:", "if False:", FAULTS + "::test_an_adapter_that_fails_within_a_step_ends_its_requests_alone"),
+    ("serve/work.py", "if f.has_new_token and token is None:", "if False:", FAULTS + "::test_an_adapter_whose_numbers_are_not_finite_answers_nothing"),
+    ("serve/work.py", "self.turns.forget(job.id)", "self.turns.active_requests.pop(job.id, None)", FAULTS + "::test_who_cancels_is_told_so_and_its_memory_is_free_while_others_go_on"),
     ("methods/lora.py", "return alpha / r\n", "return alpha\n", METHODS),
     ("methods/lora.py", "alpha / math.sqrt(r)", "alpha / r", METHODS),
     ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),

@@ -59,27 +59,32 @@ def test_pieces_of_requests_get_the_logits_of_each_request_alone(kind):
     model = MODELS[kind]().double().eval()
     served, cache = Model(model), cache_of(model, 400, 4, 64, 8)
     draw = random.Random(5)
-    lengths = [1, 2, 9, 14, 23, 31]
-    requests = [RequestState(str(i), [draw.randrange(50) for _ in range(n)]) for i, n in enumerate(lengths)]
+    lengths = [1, 2, 9, 11, 14, 28]
+    requests = [RequestState(str(i), [draw.randrange(50) for _ in range(n + 3)]) for i, n in enumerate(lengths)]
     for r in requests:
         cache.salts[r.request_id] = ""
     model.set_attn_implementation("plain")
     with torch.no_grad():
         want = [model(torch.tensor([r.initial_tokens])).logits[0] for r in requests]
-    left = list(requests)
-    while left:
-        batch = []
-        for r in draw.sample(left, draw.randint(1, len(left))):
-            rest = len(r.initial_tokens) - r.position_offset
-            n = draw.choice([1, 1, min(3, rest), min(8, rest), rest])
-            r.tokens_to_process = r.initial_tokens[r.position_offset : r.position_offset + n]
-            assert cache.can_store_request_tokens(r, n)
-            batch.append(FutureRequestState(r, True, {}, n))
+
+    def step(batch):
+        for f in batch:
+            r = f.state
+            r.tokens_to_process = r.initial_tokens[r.position_offset : r.position_offset + f.query_length]
+            assert cache.can_store_request_tokens(r, f.query_length)
         logits = served.forward(cache, batch, [None] * len(batch))
         for f, found in zip(batch, logits, strict=True):
             f.state.position_offset += f.query_length
             torch.testing.assert_close(found, want[int(f.state.request_id)][f.state.position_offset - 1])
-        left = [r for r in requests if r.position_offset < len(r.initial_tokens)]
+
+    def rest(r):
+        return len(r.initial_tokens) - 3 - r.position_offset
+
+    while left := [r for r in requests if rest(r)]:
+        some = draw.sample(left, draw.randint(1, len(left)))
+        step([FutureRequestState(r, True, {}, draw.choice([1, 1, min(3, rest(r)), rest(r)])) for r in some])
+    for _ in range(3):
+        step([FutureRequestState(r, True, {}, 1) for r in requests])
 
 
 def test_a_step_reads_each_key_twice_at_most_however_lengths_differ():
