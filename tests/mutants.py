@@ -86,7 +86,7 @@ MUTANTS = [
     ("serve/steps.py", "and not self._adapts_head(names)", "", ENGINE + "::test_an_adapter_of_the_head_sees_every_token"),
     ("serve/steps.py", "if not off <", "if off <", BY_REQUEST + "::test_a_model_whose_layers_see_more_of_a_batch_is_refused"),
     ("serve/sampling.py", "right=True", "right=False", SAMPLING),
-    ("serve/sampling.py", "before < top_p", "before <= top_p - value", SAMPLING),
+    ("serve/sampling.py", "before < top_p", "before < top_p / 2", SAMPLING),
     ("serve/words.py", "begun = 0 if last else", "begun = 0 if True else", WORDS),
     ("serve/words.py", "waited < LONGEST", "waited < 0", WORDS),
     ("serve/work.py", "if self.again and len(names) > 1:", "if False:", FAULTS + "::test_an_adapter_that_fails_within_a_step_ends_its_requests_alone"),

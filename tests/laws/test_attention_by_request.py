@@ -50,10 +50,12 @@ def plain(module, query, key, value, mask, scaling=None, softcap=None, sliding_w
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
 
 
+@pytest.mark.parametrize("near", [attention.NEAR, 300])
 @pytest.mark.parametrize("kind", MODELS)
-def test_pieces_of_requests_get_the_logits_of_each_request_alone(kind):
+def test_pieces_of_requests_get_the_logits_of_each_request_alone(kind, near, monkeypatch):
     """Prompts whole and in pieces, single tokens after few and many, in any order: logits as plain attention's over the
     whole request."""
+    monkeypatch.setattr(attention, "NEAR", near)  # how many are computed at a time
     ALL_ATTENTION_FUNCTIONS.register("plain", plain)
     torch.manual_seed(1)
     model = MODELS[kind]().double().eval()

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from undula.serve.request import Refused, Sampling
-from undula.serve.sampling import Drawing, adjusted, check, choose, draw, probabilities
+from undula.serve.sampling import Drawing, adjusted, check, choose, draw, likeliest, sampled
 
 
 def logits(rows=1, vocabulary=300, spread=2.0, seed=0):
@@ -33,11 +33,20 @@ def drawing(prompt=(), written=(), **settings):
 def test_the_distribution_is_that_of_transformers_warpers(temperature, top_k, top_p):
     """On a vocabulary that is larger than what a nucleus is looked for in first."""
     x = logits(4)
+    setting = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     want = TemperatureLogitsWarper(temperature)(None, x)
     want = TopKLogitsWarper(top_k)(None, want) if top_k else want
     want = TopPLogitsWarper(top_p)(None, want) if top_p < 1 else want
-    found = probabilities(x, [Sampling(temperature=temperature, top_k=top_k, top_p=top_p)] * 4)
-    torch.testing.assert_close(found, want.softmax(-1))
+    want = want.softmax(-1)
+    for among in (20, 256, 300):
+        index, p, enough = likeliest((x - x.amax(-1, keepdim=True)) / temperature, [setting] * 4, among)
+        found = torch.zeros_like(x).scatter(1, index, p / p.sum(-1, keepdim=True))
+        assert all(enough) or among < 300
+        torch.testing.assert_close(found[enough], want[enough])
+    numbers = random.Random(3)
+    for _ in range(30):
+        u = [numbers.random() for _ in range(4)]
+        assert sampled(x, [setting] * 4, u).tolist() == draw(want, u).tolist()
 
 
 def test_rows_of_other_settings_do_not_touch_a_row():
@@ -49,10 +58,10 @@ def test_rows_of_other_settings_do_not_touch_a_row():
         Sampling(temperature=3.0, top_k=20, top_p=0.9),
         Sampling(temperature=1e-30),
     ]
-    together = probabilities(x, settings)
-    for i, s in enumerate(settings):
-        torch.testing.assert_close(together[i], probabilities(x[i : i + 1], [s])[0])
-    assert together[4, x[4].argmax()] == 1
+    for u in (0.01, 0.3, 0.6, 0.99):
+        together = sampled(x, settings, [u] * 5).tolist()
+        assert together == [sampled(x[i : i + 1], [s], [u]).item() for i, s in enumerate(settings)]
+        assert together[4] == x[4].argmax()
 
 
 def test_draws_follow_the_distribution():

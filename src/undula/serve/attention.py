@@ -20,6 +20,8 @@ from ..core.extras import needs
 
 NAME = "undula_by_request"  # of this function among transformers' attentions
 
+NEAR = 2**18  # numbers of gathered keys: 1 MB in float32, as many of values
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -74,6 +76,7 @@ class Plan:
         device, window = self.cache.device, getattr(kind, "sliding_window", None)
         write_to, read_from = (torch.tensor(t, device=device, dtype=torch.long) for t in (write, read))
         decoded, chunks, first = [], [], 0
+        width = kind.num_key_value_heads * kind.head_dim
         for s in stretches:
             kept = s.past if window is None else min(s.past, window - 1)
             if s.new == 1 and s.past:
@@ -82,14 +85,18 @@ class Plan:
                 rows = read_from[first : first + kept] if kept else None
                 chunks.append(Chunk(slice(s.at, s.at + s.new), rows, _band(s.new, kept, window, device)))
             first += kept
-        return Layers(write_to, tuple(self._decoded(decoded, read_from, write_to)), tuple(chunks))
+        return Layers(write_to, tuple(self._decoded(decoded, read_from, write_to, width)), tuple(chunks))
 
-    def _decoded(self, decoded: list[tuple[int, int, int]], read: Tensor, write: Tensor) -> Iterator[Decoded]:
-        """Groups in which nobody is padded to more than twice its keys: the cost stays that of their sum."""
+    def _decoded(
+        self, decoded: list[tuple[int, int, int]], read: Tensor, write: Tensor, width: int
+    ) -> Iterator[Decoded]:
+        """Groups in which nobody is padded to more than twice its keys: the cost stays that of their sum.  On a CPU
+        they are small enough that what is gathered of the cache is still near when it is multiplied."""
         decoded.sort(reverse=True)
         while decoded:
             longest = decoded[0][0]
-            group = [d for d in decoded if 2 * d[0] >= longest]
+            most = len(decoded) if read.device.type != "cpu" else max(1, NEAR // ((longest + 1) * width))
+            group = [d for d in decoded[:most] if 2 * d[0] >= longest]
             decoded = decoded[len(group) :]
             kept, first, at = torch.tensor(group, device=read.device).unbind(1)
             place = torch.arange(longest, device=read.device)
