@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -605,3 +606,19 @@ def test_draining_lets_running_answers_finish_and_refuses_new_ones(guarded):
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 300
     assert server.should_exit
+
+
+def test_a_second_signal_ends_at_once(folder):
+    """What runs is cut off, and told so."""
+    served, _ = made(folder)
+    listening = bound("127.0.0.1", 0)
+    with in_background(served, listening) as server, httpx.Client(base_url=address(listening), timeout=20) as client:
+        with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            for _ in range(2):
+                server.handle_exit(signal.SIGTERM, None)
+            rest = [line for line in lines if line]
+        assert '"code":"cancelled"' in rest[-2] + rest[-1]
+    assert server.should_exit
+    assert server.lost

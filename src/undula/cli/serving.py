@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import enum
+import json
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -236,4 +238,5 @@ def tell(served: Served, count: int, plan: Plan, url: str) -> None:
         what = "v1/chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
     else:
         what = "v1/completions", '"prompt": "Once"'
-    shell.note(f"""curl {url}/{what[0]}{bearer} --json '{{"model": "{model}", {what[1]}}}'""")
+    body = f'{{"model": {json.dumps(model, ensure_ascii=False)}, {what[1]}}}'
+    shell.note(f"curl {url}/{what[0]}{bearer} --json {shlex.quote(body)}")

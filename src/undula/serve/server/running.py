@@ -19,6 +19,8 @@ from .served import Served
 
 LOG = logging.getLogger("undula.serve")
 CONNECTIONS = 2048  # at once
+STUCK = 90  # seconds
+MOMENT = 3.0  # seconds
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -39,6 +41,8 @@ def bound(host: str, port: int) -> socket.socket:
         raise OSError(f"{host} is no address of this machine: {error}") from None
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections that it accepts: whoever takes nothing for so long is gone
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STUCK)
     try:
         found.bind(where)
     except OSError as error:
@@ -87,9 +91,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def end(self) -> None:
-        """Ends at once."""
-        self.lost = self.served.draining = self.should_exit = self.force_exit = True
-        self.served.worker.stop()
+        """Ends at once: whoever waits is told, if the worker stops within a moment."""
+        self.lost = self.served.draining = True
+        stopping = threading.Thread(target=self.served.worker.stop, daemon=True)
+        stopping.start()
+        stopping.join(MOMENT)
+        time.sleep(0.1)  # for what is said to leave
+        self.should_exit = self.force_exit = True
 
 
 def serve(served: Served, listening: socket.socket, patience: float | None = None) -> bool:
