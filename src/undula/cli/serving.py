@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import logging
+import os
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -206,11 +210,29 @@ def run(plan: Plan, listening: socket.socket, drain: float) -> None:
     from ..serve.server.opening import opened
     from ..serve.server.running import address, serve
 
-    served, count = opened(plan, shell.remark)
-    tell(served, count, plan, address(listening))
+    served, count = opened(plan, lambda text: heard(shell.remark, text))
+    heard(lambda text: tell(served, count, plan, text), address(listening))
     log()
     whole = serve(served, listening, drain)
-    shell.note("Stopped" + (": every request has its answer" if whole else "; what still ran was cancelled"))
+    heard(shell.note, "Stopped" + (": every request has its answer" if whole else "; what still ran was cancelled"))
+    let_go()
+
+
+def heard(say: Callable[[str], None], text: str) -> None:
+    """Says it, where it can be written: a server whose log lies on a full disk serves all the same."""
+    with contextlib.suppress(OSError):
+        say(text)
+
+
+def let_go() -> None:
+    """What the streams still hold and cannot write is dropped, so that it is no error as the process ends."""
+    for number, stream in enumerate((sys.stdout, sys.stderr), 1):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def log() -> None:
