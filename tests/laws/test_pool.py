@@ -265,11 +265,40 @@ def test_every_rung_is_served_as_it_computes_alone(model, pool, tmp_path, method
     version = pool.version([Part("a")])
     assert version.bytes == sum({id(t): t.numel() * t.element_size() for _, _, t in adapter.tensors()}.values())
     name = ready(pool, version)
+    assert pool.stats().bytes == version.bytes == undula.adapters(model)[name].nbytes  # what it really takes
     with undula.rows(model, [name, None, name]):
         found_NO = model(x_NI)
     assert torch.allclose(found_NO[::2], wanted_NO[::2], atol=1e-5)
     assert torch.allclose(found_NO[1], base_NO[1], atol=1e-6)
     assert not torch.allclose(found_NO[0], base_NO[0], atol=1e-3)
+
+
+def test_what_takes_more_than_its_tensors_waits_until_there_is_room_for_it(model, tmp_path):
+    """Some laws keep more on the model than their file holds, which only reading tells: the budget holds all the same,
+    and others of the form ask for the right room from the beginning."""
+    for seed, name in enumerate("abc"):
+        trained(model, undula.DoRA(undula.LoRA(r=1)), seed).save(tmp_path / name)
+    large = Pool(model, 10**6)
+    size = large.register("a", tmp_path / "a").bytes
+    large.register("b", tmp_path / "b")
+    first = large.version([Part("a")])
+    ready(large, first)
+    assert first.bytes > size
+    assert large.version([Part("b")]).bytes == first.bytes
+    large.release(first)
+    undula.detach(model, first.id)
+    small = Pool(model, 2 * size, clock=Clock())
+    a, b = (small.register(name, tmp_path / name) for name in "ab")
+    for version in (a, b):
+        ready(small, version)
+        assert small.stats().bytes <= 2 * size
+        small.release(version)
+    assert small.stats().evictions == 1
+    tiny = Pool(model, size)
+    with pytest.raises(Broken, match=f"takes {first.bytes:,} bytes; the pool's budget is {size:,}"):
+        ready(tiny, tiny.register("c", tmp_path / "c"))
+    with pytest.raises(Refused, match="budget"):
+        tiny.version([Part("c")])
 
 
 @torch.no_grad()

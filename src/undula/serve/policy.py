@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -97,20 +98,18 @@ class FairShare(Policy):
             self.adapters.setdefault(key, Counters()).wait(own)
         alive = {*queues, *(t.key for t in running)}
         self.adapters = {key: c for key, c in self.adapters.items() if key in alive or key in self.keys.spent}
-        among = self.keys.copied()
-        within = {key: self.adapters[key].copied() for key in queues}
+        among = self.keys.heap(queues)
+        within = {key: self.adapters[key].heap(own) for key, own in queues.items()}
         found = []
-        while queues:
-            key = among.least(queues)
-            adapter = within[key].least(queues[key])
+        while among:
+            spent, key = heapq.heappop(among)
+            own, adapter = heapq.heappop(within[key])
             ticket = queues[key][adapter].pop()
             found.append(ticket)
-            among.add(key, ticket.tokens)
-            within[key].add(adapter, ticket.tokens)
-            if not queues[key][adapter]:
-                del queues[key][adapter]
-            if not queues[key]:
-                del queues[key]
+            if queues[key][adapter]:
+                heapq.heappush(within[key], (own + ticket.tokens, adapter))
+            if within[key]:
+                heapq.heappush(among, (spent + ticket.tokens, key))
         return found
 
     def charge(self, ticket: Ticket, tokens: int) -> None:
@@ -126,11 +125,6 @@ class Counters:
         self.waiting: set[str] = set()
         self.floor = 0.0  # who has less than this counts with it: the lowest of those who wait
 
-    def copied(self) -> Counters:
-        other = Counters()
-        other.spent = dict(self.spent)
-        return other
-
     def wait(self, names: Iterable[str]) -> None:
         """These wait now; those who did not before are lifted, and those at the floor who do not are forgotten."""
         names = set(names)
@@ -144,9 +138,11 @@ class Counters:
         self.waiting = names
         self.spent = {name: n for name, n in self.spent.items() if name in names or n > self.floor}
 
-    def least(self, names: Iterable[str]) -> str:
-        """The one with the fewest tokens, by name where several have."""
-        return min(names, key=lambda name: (self.spent[name], name))
+    def heap(self, names: Iterable[str]) -> list[tuple[float, str]]:
+        """(tokens, name), the fewest first, by name where several have as many."""
+        found = [(self.spent[name], name) for name in names]
+        heapq.heapify(found)
+        return found
 
     def add(self, name: str, tokens: float) -> None:
         self.spent[name] = self.spent.get(name, self.floor) + tokens
