@@ -4,7 +4,6 @@ read."""
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ class Head:
         told = {k: v for k, v in self.config.items() if k not in ("undula", files.MARKED, "base_model_name_or_path")}
         if isinstance(own, Mapping):
             told["undula"] = {k: v for k, v in own.items() if k not in ABOUT}
-        return hashlib.sha256(self.layout + json.dumps(told, sort_keys=True).encode()).digest()
+        return hashlib.sha256(self.layout + repr(told).encode(errors="surrogatepass")).digest()
 
     def outline(self) -> Adapter:
         """What `Adapter.load` gives, with factors on the meta device.  Raises what it raises for names, shapes, types

@@ -28,7 +28,10 @@ def parsed(data: bytes | str, what: str) -> dict[str, Any]:
 
 
 def _depth(text: str) -> int:
+    """How deep brackets are within each other, where that can be too deep."""
     outside = STRING.sub("", text) if "\\" in text else "".join(text.split('"')[::2])
+    if outside.count("[") + outside.count("{") <= DEEPEST:
+        return 0  # there are not enough of them to be deep
     deepest = depth = 0
     for bracket in BRACKET.findall(outside):
         depth += 1 if bracket in "[{" else -1
