@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,6 +66,14 @@ def serve(
         str | None, typer.Option(help="The base, where the adapter does not say it.", rich_help_panel=WHAT)
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the base: bfloat16 ...", rich_help_panel=WHAT)] = "float32",
+    eight: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="The base's products in 8 bits: faster on CPUs, less exact (docs/serving.md).",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
     host: Annotated[str, typer.Option(help="Where to listen.", rich_help_panel=WHO)] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: one that is free.", min=0, max=65535, rich_help_panel=WHO)] = 8000,
     keys: Annotated[
@@ -125,7 +134,7 @@ def serve(
     listening, hosts = listen(host, port, found, no_keys, allow_host)
     try:
         plan = planned(base, adapters, pin, name, also, model, dtype, sizes, (running, max_waiting), policy)
-        plan = bounded(plan, found, hosts, max_tokens, max_waiting, deadline)
+        plan = bounded(replace(plan, int8=eight), found, hosts, max_tokens, max_waiting, deadline)
         run(plan, listening, drain)
     finally:
         listening.close()
@@ -195,8 +204,6 @@ def bounded(
     plan: Plan, keys: Keys, hosts: frozenset[str] | None, tokens: int, waiting: int, deadline: float | None
 ) -> Plan:
     """The same with the bounds of requests and who may ask."""
-    from dataclasses import replace
-
     from ..serve.server.bounds import Bounds
 
     if deadline is not None and deadline <= 0:

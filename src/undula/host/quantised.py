@@ -67,6 +67,8 @@ def format_of(module: nn.Module) -> Format:
     assert isinstance(weight, Tensor)
     if is_plain(weight):
         return _Plain()
+    if "format" in module.__dict__:  # of one that tells its own
+        return module.__dict__["format"]
     if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
         if weight.is_floating_point():
             raise TypeError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...compress.int8 import int8
 from ...io.files import CONFIG
 from ...train.base import asset_of, called_elsewhere, config_of, open_model
 from ...train.data.load import BUNDLED
@@ -39,7 +40,8 @@ class Plan:
 
     base: as `undula train` takes it.  places: where adapters lie.  single: one adapter to serve beside them.  pinned:
     names of those that stay on the model.  memory: bytes that adapters may take there.  called: what clients call the
-    base; None: its own name.  also: other names by which adapters may say that they are for it.
+    base; None: its own name.  also: other names by which adapters may say that they are for it.  int8: the base
+    computes in eight bits.
     """
 
     base: str
@@ -50,6 +52,7 @@ class Plan:
     called: str | None = None
     also: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    int8: bool = False
     policy: Policy = field(default_factory=Fcfs)
     limits: Limits = field(default_factory=Limits)
     bounds: Bounds = field(default_factory=Bounds)
@@ -124,6 +127,8 @@ def _bases(plan: Plan) -> tuple[str, ...]:
 
 def _writing(plan: Plan) -> tuple[dict[str, Any], Pool]:
     model, tokenizer = open_model(plan.base, CausalLM(), plan.dtype, 0)
+    if plan.int8:
+        int8(model)
     pool = Pool(model, plan.memory, bases=_bases(plan))
     return {"engine": Engine(model, tokenizer, pool, plan.policy, plan.limits)}, pool
 
@@ -133,6 +138,8 @@ def _reading(plan: Plan) -> tuple[dict[str, Any], Pool]:
     from ..heads import Body
 
     body = Body(plan.base, plan.dtype)
+    if plan.int8:
+        int8(body.model)
     pool = Pool(body.model, plan.memory, bases=_bases(plan), heads=body)
     return {"encoder": Encoder(body, pool)}, pool
 
