@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
+SERVED, KEYS = "tests/interop/test_serve_http.py", "tests/interop/test_serve_keys.py"
 USE = "tests/interop/test_use_"
 DORA = "tests/oracles/test_dora.py"
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
@@ -92,6 +93,16 @@ MUTANTS = [
     ("serve/work.py", "if self.again and len(names) > 1:", "if False:", FAULTS + "::test_an_adapter_that_fails_within_a_step_ends_its_requests_alone"),
     ("serve/work.py", "if f.has_new_token and token is None:", "if False:", FAULTS + "::test_an_adapter_whose_numbers_are_not_finite_answers_nothing"),
     ("serve/work.py", "self.turns.forget(job.id)", "self.turns.active_requests.pop(job.id, None)", FAULTS + "::test_who_cancels_is_told_so_and_its_memory_is_free_while_others_go_on"),
+    ("serve/server/keys.py", "return self.adapters is None or any(", "return True or any(", SERVED + "::test_a_key_sees_and_asks_its_adapters_alone"),
+    ("serve/server/keys.py", "self.left -= count", "self.left -= 1", KEYS + "::test_a_rate_is_kept_over_any_time_however_answers_are_bundled"),
+    ("serve/server/bodies.py", "if length > most:", "if length > 2 * most:", SERVED + "::test_bodies_that_are_none_are_refused_before_they_cost_anything"),
+    ("serve/server/places.py", "path != root and path.is_relative_to(root) and", "path != root and", KEYS + "::test_adapters_lie_in_their_directories_and_nowhere_else"),
+    ("serve/server/streams.py", "            self.gone()\n", "            pass\n", KEYS + "::test_whoever_stops_reading_ends_the_stream_and_is_let_go"),
+    ("serve/server/texts.py", "seed=(how.seed + i)", "seed=(how.seed + 0 * i)", SERVED + "::test_a_chat_is_put_in_the_template_and_streams_to_the_same_answer"),
+    ("serve/server/texts.py", "gone()\n        raise", "raise", SERVED + "::test_a_request_that_is_taken_in_half_is_not_taken_at_all"),
+    ("serve/server/manners.py", "first = bool(self.system) and", "first = False and", SERVED + "::test_an_adapter_is_talked_to_as_it_was_trained_to_be"),
+    ("serve/server/running.py", "self.served.draining = True\n        end", "end", SERVED + "::test_draining_lets_running_answers_finish_and_refuses_new_ones"),
+    ("serve/server/errors.py", '"message": without_paths(said)', '"message": said', SERVED + "::test_what_the_engine_refuses_has_its_status_and_says_no_more_than_it_may"),
     ("methods/lora.py", "return alpha / r\n", "return alpha\n", METHODS),
     ("methods/lora.py", "alpha / math.sqrt(r)", "alpha / r", METHODS),
     ("methods/loran.py", "super().scale(I) / I**0.5", "super().scale(I)", METHODS),

@@ -237,6 +237,7 @@ def test_clients_at_once_get_each_their_own_adapter(house, client):
 
 
 ASK = {"model": "red", "prompt": "the", "max_tokens": 1}
+LONG = {"model": "red", "prompt": "the", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 CHAT = {"model": "red", "messages": TALK, "max_tokens": 1}
 REFUSED = [
     ("completions", ASK | {"model": "yellow"}, 404, "model", "yellow"),
@@ -427,6 +428,22 @@ def test_an_answer_that_breaks_off_says_so_inside_its_stream(house, client, monk
         time.sleep(0.01)
 
 
+def test_a_request_that_is_taken_in_half_is_not_taken_at_all(house, plain, monkeypatch):
+    """Of n answers the engine takes one and is then full: that one is cancelled, for nobody waits for it."""
+    taken, submit = [], house[0].engine.submit
+
+    def once(request):
+        if taken:
+            raise Busy("full", 1)
+        taken.append(submit(request))
+        return taken[-1]
+
+    monkeypatch.setattr(house[0].engine, "submit", once)
+    assert plain.post("/v1/completions", json=LONG | {"n": 2}).status_code == 429
+    with pytest.raises(Cancelled):
+        taken[0].text()
+
+
 def test_health_tells_of_a_dead_engine(house, plain, monkeypatch):
     monkeypatch.setattr(type(house[0].engine), "alive", False)
     assert plain.get("/health").status_code == plain.get("/ready").status_code == 503
@@ -454,9 +471,6 @@ def idle(served):
     while served.engine.stats().running or served.engine.stats().waiting:
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-LONG = {"model": "red", "prompt": "the", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [True, False])

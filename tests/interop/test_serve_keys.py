@@ -13,6 +13,7 @@ from undula.serve.server.keys import ANYONE, Keys, keys_of
 from undula.serve.server.places import Places, check_name
 from undula.serve.server.running import is_loopback
 from undula.serve.server.streams import Events, merged, with_pauses
+from undula.serve.server.words import Words
 
 KEY = "0123456789abcdef"
 
@@ -270,3 +271,38 @@ def test_whoever_stops_reading_ends_the_stream_and_is_let_go(reader):
     asyncio.run(Events(events(), gone.set, 0.05)({"type": "http"}, receive, send))
     assert gone.is_set()
     assert len(made) < 10**5
+
+
+def byte_level():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        ["a film was good"], trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    )
+    return made
+
+
+def byte_fallback():
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = {"<unk>": 0, **{f"<0x{b:02X}>": 1 + b for b in range(256)}, "\u2581": 257, "a": 258, "\u2581a": 259}
+    made = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_the_bytes_of_tokens_are_together_those_of_the_text(make):
+    """Also where a letter goes over several tokens, each of which says nothing alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make(), eos_token="<end>")
+    words, text = Words(tokenizer), " a film à la façon 日本 \U0001f600\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(words.said(token)[1] for token in ids) == text.encode()
+    assert any(words.said(token)[0] == "\ufffd" for token in ids)
+    assert words.said(tokenizer.eos_token_id) == ("<end>", b"<end>")
