@@ -21,6 +21,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "similarity": ("sentence_transformers",),
     "preference": ("trl",),
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"),
+    "ray": ("ray",),
 }
 INCLUDED = {
     "train": ("hf", "cli", "plot"),
@@ -31,6 +32,7 @@ INCLUDED = {
     "similarity": ("train",),
     "preference": ("train",),
     "serve": ("train",),
+    "ray": ("serve",),
 }
 EXTRAS = {package: extra for extra, packages in BROUGHT.items() for package in packages}  # the smallest that brings it
 
