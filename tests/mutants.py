@@ -31,6 +31,7 @@ DAMAGE = DISK + "::test_damage_is_refused"
 WEIGHT = LAWS + "::test_forward_is_weight"
 FUSED, GRADIENTS = LAWS + "::test_fused_is_reference", LAWS + "::test_gradients"
 SHELF = "tests/laws/test_frozen.py"
+READER = "tests/interop/test_encoder.py"
 ROUTES = "tests/laws/test_routes.py"
 VALUES = "tests/laws/test_values.py"
 GROUPS = LAWS + "::test_rows_of_low_rank_adapters"
@@ -80,6 +81,11 @@ WORDS = "tests/laws/test_words.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
+    ("serve/modules.py", "y[at : rows.start], mine(x[rows])", "y[at : rows.stop]", READER + "::test_a_pooler_that_the_base_lacks_is_each_adapters_own"),
+    ("serve/heads.py", "random += [n for n in missing if n in new]", "pass", READER + "::test_a_head_that_nobody_holds_is_refused"),
+    ("serve/padded.py", "t[:, t.shape[1] - to :]", "t[:, :to]", READER + "::test_what_is_padded_on_the_left_is_cut_there"),
+    ("train/several.py", "p.data = q.data", "pass", "tests/interop/test_use_several.py::test_they_share_the_base_and_say_what_each_says_alone"),
+    ("io/vllm.py", "if r <= allowed:", "if r < allowed:", "tests/interop/test_vllm.py::test_the_rank_is_the_next_of_its_list_and_the_update_the_same"),
     ("serve/attention.py", "seen & (key > query - window)", "seen", BY_REQUEST),
     ("serve/attention.py", "place >= kept[:, None]", "place > kept[:, None]", BY_REQUEST),
     ("serve/attention.py", "2 * d[0] >= longest", "True", BY_REQUEST),

@@ -130,6 +130,8 @@ def test_the_core_is_torch_alone():
 def test_the_advice_knows_what_each_extra_brings(extra):
     """Every package that it speaks of comes with the extra that it names."""
     owners = importlib.metadata.packages_distributions()
+    if not set(extras.BROUGHT[extra]) & set(owners):
+        pytest.skip(f"the extra {extra} is not installed")
     for package in extras.packages(extra):
         assert {re.sub(r"[-_.]+", "-", d).lower() for d in owners[package]} & brought(extra), package
 

@@ -12,6 +12,7 @@ import torch
 import undula
 from tests.support import tiny
 from tests.support.encoders import drawn
+from undula.serve import padded
 from undula.serve.encoder import Encoder
 from undula.serve.heads import Body
 from undula.serve.hung import Hung
@@ -390,3 +391,32 @@ def test_more_than_may_wait_are_told_to_come_again(few):
         assert busy.value.retry_after >= 1
         encoder.stop()
         thread.join()
+
+
+def test_a_head_that_nobody_holds_is_refused(few, tmp_path):
+    """Neither the adapter nor the base's files: random numbers would answer."""
+    made = drawn(tmp_path / "it", few[""], TASKS["four"], where=["value"])
+    adapter = undula.Adapter.load(made)
+    dataclasses.replace(adapter, full={}).save(made, few[""], "SEQ_CLS")
+    body = Body(few[""], torch.float64)
+    with pytest.raises(ValueError, match=r"lack classifier\.weight.*random numbers would answer"):
+        Pool(body.model, 1 << 30, heads=body).register("it", made)
+
+
+def test_what_is_padded_on_the_left_is_cut_there():
+    """And what is padded on the right at the right, each with its own value."""
+
+    class Words:
+        pad_token_id, pad_token_type_id = 9, 1
+
+        def __init__(self, side):
+            self.padding_side = side
+
+    every = [{k: torch.full((1, n), v) for k, v in {"input_ids": n, "attention_mask": 1}.items()} for n in (2, 4)]
+    for side, wanted in {"left": [9, 9, 2, 2], "right": [2, 2, 9, 9]}.items():
+        made = padded.together(every, Words(side))
+        assert made["input_ids"].tolist() == [wanted, [4] * 4]
+        assert made["attention_mask"].sum(1).tolist() == [2, 4]
+        assert padded.cut(made["input_ids"][:1], 2, Words(side)).tolist() == [[2, 2]]
+    every[1]["token_type_ids"] = torch.ones(1, 4, dtype=torch.long)
+    assert padded.together(every, Words("right"))["token_type_ids"].tolist() == [[0, 0, 1, 1], [1] * 4]

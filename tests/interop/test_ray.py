@@ -11,7 +11,7 @@ from tests.support import tiny
 from tests.support.encoders import drawn
 
 serve = pytest.importorskip("ray.serve")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
