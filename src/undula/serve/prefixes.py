@@ -109,7 +109,7 @@ def _block(before: bytes, tokens: list[int]) -> bytes:
 
 
 def cache_of(model: Any, tokens: int, page: int, batch_tokens: int, running: int) -> SaltedCache:
-    """A cache for so many tokens of a model's requests."""
+    """A cache for so many tokens of requests.  Raises ValueError for a model or a size that there is none for."""
     asked = ContinuousBatchingConfig(
         page_size=page,
         num_blocks=-(-tokens // page),
@@ -123,7 +123,12 @@ def cache_of(model: Any, tokens: int, page: int, batch_tokens: int, running: int
     config = model.config.get_text_config(decoder=True)
     asked = resolve_continuous_batching_config(config, asked, None, False, model.device)
     alone = DistributedHelper(device_mesh=None, cpu_group_timeout=None)
-    return SaltedCache(config, asked, model.device, alone, dtype=model.dtype, model_supports_logits_to_keep=True)
+    try:
+        return SaltedCache(config, asked, model.device, alone, dtype=model.dtype, model_supports_logits_to_keep=True)
+    except ValueError as error:  # attention of a kind that it does not know
+        raise ValueError(f"{type(model).__name__} cannot be served: no cache is made for it: {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"keys and values of {tokens:,} tokens do not fit into memory: {error}") from error
 
 
 def tokens_that_fit(model: Any, size: int) -> int:

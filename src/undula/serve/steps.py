@@ -139,7 +139,7 @@ class Model:
                 for state, n in zip(states, counts, strict=True):
                     state.position_offset += n
         except Exception as error:
-            raise ValueError(f"{kind} cannot be served: its attention does not keep requests apart: {error}") from error
+            raise ValueError(f"{kind} cannot be served: two requests in one batch fail in it: {error}") from error
         finally:
             self.leave()
             for state in states:

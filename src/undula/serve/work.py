@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,9 +54,9 @@ class Work:
             self.fail(job, Late(f"the first token did not come within {waited:.2f} s: try again later", 1.0))
         if self.waiting and len(self.running) < self.limits.running:
             self._admit(now)
-        for job in itertools.islice(self.waiting.values(), AHEAD):
+        for job in list(itertools.islice(self.waiting.values(), AHEAD)):
             if job.version is not None:
-                self.pool.prefetch(job.version)
+                self._loading(job, self.pool.prefetch)
         if not self.running:
             return False
         self._step()
@@ -79,17 +80,10 @@ class Work:
             claim = job.claim(-(-(unread + job.unread) // speed))
             if len(self.running) >= self.limits.running or not self.admission.fits(claims, claim):
                 break
-            try:
-                if job.version is not None:
-                    job.name = self.pool.acquire(job.version)
-            except Exception as error:
-                if not isinstance(error, Refused):
-                    log.exception("an adapter could not be loaded")
-                    error = Broken(f"the adapter could not be loaded ({type(error).__name__})")
-                self.fail(job, error)
-                continue
-            if job.version is not None and job.name is None:
-                continue
+            if job.version is not None:
+                job.name = self._loading(job, self.pool.acquire)
+                if job.name is None:
+                    continue
             unread += job.unread
             claims.append(claim)
             self.running[job.id] = self.waiting.pop(job.id)
@@ -98,6 +92,17 @@ class Work:
             if job.name is not None:
                 self.copies.use(job.name, {each.name for each in self.running.values()})
             job.used(waited=now - job.reply.request.arrived)
+
+    def _loading(self, job: Job, ask: Callable[[Any], str | None]) -> str | None:
+        """What the pool says of a request's adapter; an error of that ends the request."""
+        try:
+            return ask(job.version)
+        except Refused as error:
+            self.fail(job, error)
+        except Exception as error:
+            log.exception("an adapter could not be loaded")
+            self.fail(job, Broken(f"the adapter could not be loaded ({type(error).__name__})"))
+        return None
 
     def _ticket(self, job: Job) -> Ticket:
         """A request as the policy sees it now: nothing is to be loaded for an adapter that is there."""
