@@ -90,7 +90,10 @@ class Work:
             self.cache.salts[job.id] = job.version.id if job.version is not None else ""
             self.turns.add_waiting_request(job.state)
             if job.name is not None:
-                self.copies.use(job.name, {each.name for each in self.running.values()})
+                try:
+                    self.copies.use(job.name, {each.name for each in self.running.values()})
+                except Exception:  # it is computed without, slower
+                    log.exception("no private copy could be made")
             job.used(waited=now - job.reply.request.arrived)
 
     def _loading(self, job: Job, ask: Callable[[Any], str | None]) -> str | None:
