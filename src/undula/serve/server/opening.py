@@ -52,12 +52,12 @@ class Plan:
     called: str | None = None
     also: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
-    int8: bool = False
     policy: Policy = field(default_factory=Fcfs)
     limits: Limits = field(default_factory=Limits)
     bounds: Bounds = field(default_factory=Bounds)
     keys: Keys = field(default_factory=Keys)
     hosts: frozenset[str] | None = None
+    int8: bool = False
 
 
 def meant(source: str, model: str | None = None) -> Meant:
