@@ -103,11 +103,11 @@ class FairShare(Policy):
         found = []
         while among:
             spent, key = heapq.heappop(among)
-            own, adapter = heapq.heappop(within[key])
+            used, adapter = heapq.heappop(within[key])
             ticket = queues[key][adapter].pop()
             found.append(ticket)
             if queues[key][adapter]:
-                heapq.heappush(within[key], (own + ticket.tokens, adapter))
+                heapq.heappush(within[key], (used + ticket.tokens, adapter))
             if within[key]:
                 heapq.heappush(among, (spent + ticket.tokens, key))
         return found
