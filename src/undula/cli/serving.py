@@ -195,9 +195,17 @@ def planned(
     limits = Limits(running=room[0], waiting=room[1], batch_tokens=max(512, room[0]), cache=sizes[1], copies=sizes[2])
     order = {Order.fcfs: Fcfs, Order.fair: FairShare, Order.cluster: ClusterByAdapter}[policy]()
     return Plan(
-        found.base, Places.of(tuple(adapters)), found.adapter, tuple(pin), sizes[0], name, tuple(also),
-        dtype_called(dtype), order, limits,
-    )  # fmt: skip
+        base=found.base,
+        places=Places.of(tuple(adapters)),
+        single=found.adapter,
+        pinned=tuple(pin),
+        memory=sizes[0],
+        called=name,
+        also=tuple(also),
+        dtype=dtype_called(dtype),
+        policy=order,
+        limits=limits,
+    )
 
 
 def bounded(
