@@ -120,3 +120,20 @@ def test_draws_follow_the_seed_whatever_else_is_in_the_batch(model, pool):
             others = [engine.submit(asked(text, "a2", temperature=2.0)) for text in texts]
             assert [tokens(r) for r in replies] == want
         assert len({tuple(tokens(r)) for r in others}) > 1
+
+
+def test_windows_of_two_sizes_share_a_small_cache():
+    """Layers with a window beside layers without have blocks of their own, which no prefix shares."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 8, "intermediate_size": 40, "vocab_size": 61, "initializer_range": 0.3}  # fmt: skip
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, sliding_window=6, query_pre_attn_scalar=8)).double().eval()
+    names = [None, *adapted(model, METHODS[:2])]
+    texts = [text[:20] for text in prompts(6, seed=4)]
+    want = [alone(model, names[i % 3], text, 4) for i, text in enumerate(texts)]
+    limits = Limits(running=4, batch_tokens=24, cache=2**15, page=4)
+    with Engine(model, None, Attached(names[1:]), limits=limits) as engine:
+        replies = [engine.submit(asked(text, names[i % 3], max_tokens=4)) for i, text in enumerate(texts)]
+        assert [tokens(r) for r in replies] == want
