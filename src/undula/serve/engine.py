@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 from .jobs import Job, Limits, Stats
@@ -35,7 +36,8 @@ class Engine:
         self, model: Any, tokenizer: Any, pool: Any, policy: Policy | None = None, limits: Limits | None = None
     ):
         self.limits = limits or Limits()
-        self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        said = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self.model_name = Path(said).name if Path(said).is_dir() else said  # where it lies is nobody's business
         self.tokenizer, self.pool = tokenizer, pool
         self._work = Work(model.eval(), pool, policy or Fcfs(), self.limits)
         self.cache_tokens = self._work.admission.capacity - self.limits.page + 1  # that one request can be sure of
