@@ -21,6 +21,7 @@ LOG = logging.getLogger("undula.serve")
 CONNECTIONS = 2048  # at once
 STUCK = 90  # seconds
 MOMENT = 3.0  # seconds
+IDLE = 75  # seconds that a connection stays open between requests: clients that keep one do not meet its end
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -68,7 +69,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application(served), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, timeout_graceful_shutdown=left, limit_concurrency=CONNECTIONS,
+                server_header=False, timeout_keep_alive=IDLE, timeout_graceful_shutdown=left,
+                limit_concurrency=CONNECTIONS,
             )
         )  # fmt: skip
 
