@@ -15,7 +15,6 @@ from tests.support.encoders import drawn
 from undula.serve import padded
 from undula.serve.encoder import Encoder
 from undula.serve.heads import Body
-from undula.serve.hung import Hung
 from undula.serve.pool import Pool
 from undula.serve.request import Busy, Cancelled, Draining, Part, Refused
 from undula.serve.worker import Room
@@ -106,8 +105,7 @@ def places(request, tmp_path_factory):
 def test_a_mixed_batch_says_what_each_adapter_says_alone(places):
     """Heads of other sizes, problems and kinds, methods of every rung, texts of other lengths, in one batch."""
     names = list(TASKS)
-    body = Body(places[""], torch.float64)
-    encoder = Encoder(body, Hung(body, {name: places[name] for name in names}))
+    encoder, pool = opened(places)
     together = "deberta" not in places[""]  # there a batch is one adapter's
     if together:
         patient(encoder, len(names))
@@ -121,6 +119,7 @@ def test_a_mixed_batch_says_what_each_adapter_says_alone(places):
     assert encoder.stats().batches == (1 if together else len(names))
     for name in names:
         same(found[name], undula.load(places[name]).predict(given[name]))
+    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +374,7 @@ def test_draining_answers_what_waits_and_refuses_what_comes(few, running):
 
 def test_more_than_may_wait_are_told_to_come_again(few):
     body = Body(few[""], torch.float64)
-    with Encoder(body, Hung(body, {"two": few["two"]}), Room(waiting=3)) as encoder:
+    with Encoder(body, Pool(body.model, 1 << 30, heads=body), Room(waiting=3)) as encoder:
         encoder.worker._chosen = lambda waiting: ([], [])  # nothing goes on
 
         def one():

@@ -313,6 +313,11 @@ class Body:
                 made[path].load_state_dict({n: p.detach() for n, p in theirs}, strict=False, assign=True)
             own = t.detach().to(self.model.device, self.dtype, copy=True)
             made[path].load_state_dict({leaf: own}, strict=False, assign=True)
+        blank = [f"{path}.{n}" for path, module in made.items() for n, p in module.named_parameters() if p.is_meta]
+        if blank:  # of a body whose layers are others by now, such as those of eight bits
+            raise ValueError(
+                f"the adapter lacks {', '.join(blank)} beside what it holds in full, and so does this body"
+            )
         return {path: module.eval().requires_grad_(False) for path, module in made.items()}
 
 

@@ -23,7 +23,7 @@ from .request import Busy, Cancelled, Draining, Part
 
 
 class Holds(Protocol):
-    """What holds the adapters: a `Pool`, or `Hung`."""
+    """What holds the adapters: a `Pool` with a `Body` for its heads."""
 
     def kept(self, version: Any) -> Worn: ...
 
