@@ -137,7 +137,10 @@ def test_a_whole_life_ends_by_sigterm_with_the_running_answer_whole(folder):
         url = re.search(r"(http://\S+)/v1 ", lines[1])[1]
         asked = re.search(r"--json '(.*)'", lines[2])[1]
         assert "tiny-llama: 1 adapters registered" in lines[0]
-        with httpx.Client(base_url=url, timeout=30) as client, httpx.Client(base_url=url, timeout=30) as other:
+        with (
+            httpx.Client(base_url=url, timeout=30, verify=False) as client,
+            httpx.Client(base_url=url, timeout=30, verify=False) as other,
+        ):
             headers = {"Content-Type": "application/json"}
             assert client.post("/v1/chat/completions", content=asked, headers=headers).status_code == 200
             said = {"model": "own", "prompt": "the", "max_tokens": 150, "ignore_eos": True, "stream": True,
