@@ -12,7 +12,7 @@ from undula.serve.server.errors import Wrong, body_of, without_paths
 from undula.serve.server.keys import ANYONE, Keys, keys_of
 from undula.serve.server.places import Places, check_name
 from undula.serve.server.running import is_loopback
-from undula.serve.server.streams import Events, merged, with_pauses
+from undula.serve.server.streams import Events, merged
 from undula.serve.server.words import Words
 
 KEY = "0123456789abcdef"
@@ -240,8 +240,8 @@ def test_a_pause_is_told_and_nothing_is_lost_over_it():
         yield 2
 
     async def run():
-        found = [x async for x in with_pauses(slow(), 0.02)]
-        assert [x for x in found if x is not None] == [1, 2]
+        found = [x async for x in merged([slow()], 0.02)]
+        assert [x for x in found if x is not None] == [(0, 1), (0, 2)]
         assert found.count(None) >= 1
 
     asyncio.run(run())

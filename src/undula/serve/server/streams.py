@@ -22,12 +22,17 @@ def event(data: Any) -> bytes:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode("utf-8", "replace")
 
 
-async def merged(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
-    """(number of the stream, item) as they come.  Of each at most one item is taken ahead."""
+async def merged(
+    streams: Sequence[AsyncIterator[T]], seconds: float | None = None
+) -> AsyncIterator[tuple[int, T] | None]:
+    """(number of the stream, item) as they come, of each at most one taken ahead; None whenever none came for so many
+    seconds."""
     waiting = {asyncio.ensure_future(_next(s)): i for i, s in enumerate(streams)}
     try:
         while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                yield None
             for task in done:
                 i = waiting.pop(task)
                 with contextlib.suppress(StopAsyncIteration):
@@ -100,22 +105,3 @@ class Events(Response):
     async def _body(self, send: Send, data: bytes, more: bool) -> None:
         async with asyncio.timeout(self.patience):
             await send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-async def with_pauses(items: AsyncIterator[T], seconds: float) -> AsyncIterator[T | None]:
-    """The items, and None whenever none came for so long."""
-    task = asyncio.ensure_future(_next(items))
-    try:
-        while True:
-            done, _ = await asyncio.wait([task], timeout=seconds)
-            if not done:
-                yield None
-                continue
-            try:
-                item = task.result()
-            except StopAsyncIteration:
-                return
-            task = asyncio.ensure_future(_next(items))
-            yield item
-    finally:
-        await _ended([task])

@@ -22,7 +22,7 @@ from .manners import manner_of
 from .models import parts_of
 from .prompts import asked, bias_of, talk, tokens
 from .served import Served
-from .streams import ALIVE, DONE, Events, event, merged, watched, with_pauses
+from .streams import ALIVE, DONE, Events, event, merged, watched
 
 T = TypeVar("T")
 COMPLETED = 16  # tokens of a completion where nothing is said, as OpenAI's
@@ -172,7 +172,7 @@ async def answer(
                 asked = Asked(prompt, parts, _seeded(sampling, i), key.name, served.bounds.deadline)
                 replies.append(served.engine.submit(asked))
                 served.metrics.asked(parts)
-        pieces = with_pauses(merged([served.metrics.heard(reply) for reply in replies]), served.bounds.patience)
+        pieces = merged([served.metrics.heard(reply) for reply in replies], served.bounds.patience)
         async with watched(request, gone):
             if not body.stream:
                 return JSONResponse(await _whole(pieces, replies, body.n, shape))
