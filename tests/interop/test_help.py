@@ -32,7 +32,7 @@ def test_help_is_whole_in_80_columns(verb):
         if re.match(r"│ --", line):
             name, *more = re.split(r" {2,}", line.strip("│ "))
             assert line.index(more[-1].strip("│ ")) <= 46, line
-            assert re.fullmatch(r"--[a-z-]+", name), line
+            assert re.fullmatch(r"--[a-z0-9-]+", name), line
 
 
 def test_the_options_of_train_are_in_panels_in_the_order_of_the_work():

@@ -48,7 +48,9 @@ def serve(
     *,
     adapters: Annotated[
         list[Path],
-        typer.Option(help="A directory that holds adapters, a directory each. Repeatable.", rich_help_panel=WHAT),
+        typer.Option(
+            help="A directory that holds adapters, a directory each. Repeatable.", metavar="DIR", rich_help_panel=WHAT
+        ),
     ] = [],
     pin: Annotated[
         list[str], typer.Option(help="An adapter that stays loaded. Repeatable.", metavar="NAME", rich_help_panel=WHAT)
@@ -113,6 +115,7 @@ def serve(
         Order,
         typer.Option(
             help="Whose turn it is: fcfs, first come; fair, adapters and keys share; cluster, together by adapter.",
+            metavar="NAME",
             rich_help_panel=MUCH,
         ),
     ] = Order.fcfs,
