@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
 SERVED, KEYS = "tests/interop/test_serve_http.py", "tests/interop/test_serve_keys.py"
 USE = "tests/interop/test_use_"
+POOL, POLICIES = "tests/laws/test_pool.py", "tests/oracles/test_policies.py"
 DORA = "tests/oracles/test_dora.py"
 LAWS, DISK, METHODS = "tests/laws/test_laws.py", "tests/laws/test_disk.py", "tests/oracles/test_methods.py"
 DAMAGE = DISK + "::test_damage_is_refused"
@@ -96,6 +97,12 @@ MUTANTS = [
     ("serve/sampling.py", "before < top_p", "before < top_p / 2", SAMPLING),
     ("serve/words.py", "begun = 0 if last else", "begun = 0 if True else", WORDS),
     ("serve/words.py", "waited < LONGEST", "waited < 0", WORDS),
+    ("serve/loader.py", "elif found != source.digest:", "elif False:", POOL + " -k 'random or anew'"),
+    ("serve/loader.py", "source.digest is None and before != source.stamp", "False", POOL + " -k changed_since"),
+    ("serve/room.py", "not (h.users or h.pinned)", "not h.pinned", POOL + " -k random"),
+    ("serve/room.py", "self.ending.add(other.version.id)", "pass", POOL + " -k keep_the_room"),
+    ("serve/policy.py", "max(self.spent.get(name, 0.0), self.floor)", "self.spent.get(name, 0.0)", POLICIES + " -k pause"),
+    ("serve/admission.py", "+ block - 1", "", POLICIES + " -k peak"),
     ("serve/work.py", "if self.again and len(names) > 1:", "if False:", FAULTS + "::test_an_adapter_that_fails_within_a_step_ends_its_requests_alone"),
     ("serve/work.py", "if f.has_new_token and token is None:", "if False:", FAULTS + "::test_an_adapter_whose_numbers_are_not_finite_answers_nothing"),
     ("serve/work.py", "self.turns.forget(job.id)", "self.turns.active_requests.pop(job.id, None)", FAULTS + "::test_who_cancels_is_told_so_and_its_memory_is_free_while_others_go_on"),
