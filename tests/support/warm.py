@@ -5,7 +5,7 @@
 
 One process has imported other packages that undula uses (not undula itself), and nothing more.  The command in the
 folder hands it words, directory, environment, standard streams and signals; a fork of it does the rest: `python` with
--c, -m or a file, `undula` as the installed command.  Commands of several processes run side by side; one that is killed
+-c, -m, a file or -, `undula` as the installed command.  Commands of several processes run side by side; one that is killed
 takes its fork along.  What rests on what is imported when is for tests that start a process of their own.
 """
 
@@ -122,11 +122,12 @@ def become(connection):
 
 def perform(words):
     """What `python` does with these words."""
-    if words[0] == "-c":
-        sys.argv[:] = ["-c", *words[2:]]
+    if words[0] in ("-c", "-"):
+        text = words.pop(1) if words[0] == "-c" else sys.stdin.read()
+        sys.argv[:] = words
         sys.path.insert(0, "")
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(words[1], "<string>", "exec"), vars(main))
+        exec(compile(text, "<string>", "exec"), vars(main))
     elif words[0] == "-m":
         sys.argv[:] = words[1:]
         sys.path.insert(0, os.getcwd())
