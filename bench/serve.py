@@ -4,10 +4,10 @@
     python bench/serve.py --requests 16 --new 16 --rounds 1 --registered 1000   # a short look
 
 All ways run in one process, one after another within a round, after one that warms up; figures are medians of the
-rounds' ratios.  `base` is the same engine with requests of no adapter.  What a way writes, greedily, is compared token by
-token with each adapter by itself; where they part, the logits there say whether it was a near tie (below `TIE`, what
-float32 sums in another order may turn) or a fault.  Peers: PEFT's `adapter_names`, one adapter after another, and a merge
-for each request.
+rounds' ratios.  `base` is the same engine with requests of no adapter.  What a way writes, greedily, is compared token
+by token with each adapter by itself; where they part, the logits there say whether it was a near tie (below `TIE`, what
+float32 sums in another order may turn) or a fault.  Peers: PEFT's `adapter_names`, one adapter after another, and a
+merge for each request.
 """
 
 from __future__ import annotations

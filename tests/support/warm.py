@@ -5,8 +5,8 @@
 
 One process has imported other packages that undula uses (not undula itself), and nothing more.  The command in the
 folder hands it words, directory, environment, standard streams and signals; a fork of it does the rest: `python` with
--c, -m, a file or -, `undula` as the installed command.  Commands of several processes run side by side; one that is killed
-takes its fork along.  What rests on what is imported when is for tests that start a process of their own.
+-c, -m, a file or -, `undula` as the installed command.  Commands of several processes run side by side; one that is
+killed takes its fork along.  What rests on what is imported when is for tests that start a process of their own.
 """
 
 import atexit
