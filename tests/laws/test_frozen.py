@@ -12,7 +12,9 @@ import undula
 from tests.support.numbers import shake
 from tests.support.zoo import ZOO
 from undula import LoRA
-from undula.host.shelf import Runs
+from undula.host.frame import Frame
+from undula.host.ready import put, ready
+from undula.host.shelf import Kind, Runs
 from undula.host.state import host_of
 from undula.methods.dropout import Dropout
 
@@ -302,3 +304,16 @@ def test_runs_are_given_out_taken_back_and_joined():
         assert len(held) == len(set(held))
         assert sorted(held + [i for start, n in runs.free for i in range(start, start + n)]) == list(range(runs.end))
         assert max(held, default=-1) == runs.end - 1
+
+
+def test_tables_with_room_for_a_budget_are_not_copied_to_grow():
+    """A copy would stop whoever computes, for as long as all that is there takes."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    value = undula.attach(model, LoRA(r=2)).copy()
+    undula.detach(model)
+    size = sum(t.nbytes for _, _, t in value.tensors())
+    frame, seen = Frame(model), set()
+    for i in range(6):
+        put(model, ready(frame, value), str(i), reserve=5 * size)
+        seen.add((i > 4, host_of(model).shelves[0].tables["0"][Kind("A", torch.float32)].data_ptr()))
+    assert len(seen) == 2, "once, for the sixth"

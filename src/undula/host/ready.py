@@ -49,15 +49,15 @@ def ready(frame: Frame, adapter: Adapter, dtype: torch.dtype | None = None) -> R
     return Ready(made, layers, placed(made, layers))
 
 
-def put(model: nn.Module, made: Ready, name: str) -> None:
-    """Attaches what was made ready, which is used up.  Raises ValueError for a name that is taken, RuntimeError within
-    `rows` and for a merged adapter."""
+def put(model: nn.Module, made: Ready, name: str, reserve: int = 0) -> None:
+    """Attaches what was made ready, which is used up; for `reserve` see `Shelf`.  Raises ValueError for a name that is
+    taken, RuntimeError within `rows` and for a merged adapter."""
     model = inner(model)
     host = model.__dict__.setdefault("_undula", Host())
     try:
         with torch.inference_mode(False), torch.no_grad(), changing(host, "attach"):
             check_free(host, name)
-            held = Held.on(made.adapter, made.layers, host.shelves, made.placing)
+            held = Held.on(made.adapter, made.layers, host.shelves, made.placing, reserve)
             if not host.adapters:
                 host.trainable_before = [p for p in model.parameters() if p.requires_grad]
                 model.requires_grad_(False)

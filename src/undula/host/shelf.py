@@ -105,10 +105,11 @@ class Runs:
 
 
 class Shelf:
-    """Adapters with the same sites."""
+    """Adapters with the same sites.  Tables that are to hold `reserve` bytes of pairs have the room from the beginning
+    (of a CPU the addresses alone: memory is taken as rows are written), so that none is copied to grow."""
 
-    def __init__(self, sites: Sites, devices: Mapping[str, torch.device]):
-        self.sites, self.devices = sites, dict(devices)
+    def __init__(self, sites: Sites, devices: Mapping[str, torch.device], reserve: int = 0):
+        self.sites, self.devices, self.reserve = sites, dict(devices), reserve
         self.count = 0
         self.runs: dict[Kind, Runs] = {}
         self.tables: dict[str, dict[Kind, Tensor]] = {path: {} for path, _, _ in sites}
@@ -149,9 +150,12 @@ class Shelf:
     def _grown(self, table: Tensor | None, path: str, kind: Kind, end: int, width: int) -> Tensor:
         """A table with `end` rows at least, and some more where it has been in use: that it seldom grows."""
         if table is None:
-            return torch.zeros(end, width, dtype=kind.dtype, device=self.devices[path])
+            rows = end
+            if kind.name in ("A", "B") and self.devices[path].type == "cpu":
+                rows = max(end, self.reserve // (kind.dtype.itemsize * sum(O + I for _, O, I in self.sites)))
+            return torch.empty(rows, width, dtype=kind.dtype, device=self.devices[path])
         more = max(end, len(table) + len(table) // 2) - len(table)
-        return torch.cat([table, table.new_zeros(more, width)])
+        return torch.cat([table, table.new_empty(more, width)])
 
     def take(self, spots: Mapping[str, Spot]) -> None:
         """Makes an adapter's places free."""
@@ -172,11 +176,6 @@ class Shelf:
         if self.devices[path] != device:
             self.tables[path] |= {kind: t.to(device) for kind, t in self.tables[path].items()}
             self.devices[path] = device
-
-    @property
-    def nbytes(self) -> int:
-        """What the tables take, free rows among them."""
-        return sum(t.nbytes for tables in self.tables.values() for t in tables.values())
 
 
 def _needs(placed: Placing) -> list[tuple[Kind, int]]:
@@ -269,16 +268,17 @@ class Held(Live):
         layers: Mapping[str, LinearView],
         shelves: list[Shelf],
         placing: Mapping[str, Placing] | None = None,
+        reserve: int = 0,
     ) -> Self:
-        """Puts `adapter`, whose tensors are nobody else's, on one of the shelves or on a new one of them; `placing` is
-        what `placed` says of it, where that is known."""
+        """Puts `adapter`, whose tensors are nobody else's, on one of the shelves or on a new one of them, for which
+        `reserve` see `Shelf`; `placing` is what `placed` says of it, where that is known."""
         held, placing = cls.of(adapter), placed(adapter, layers) if placing is None else placing
         held.shelf, held.spots, held.copies = None, {}, {}
         if placing:
             sites = tuple((path, len(p.parts["B"]), p.parts["A"].shape[1]) for path, p in sorted(placing.items()))
             held.shelf = next((s for s in shelves if s.sites == sites), None)
             if held.shelf is None:
-                held.shelf = Shelf(sites, {path: layers[path].device for path in placing})
+                held.shelf = Shelf(sites, {path: layers[path].device for path in placing}, reserve)
                 shelves.append(held.shelf)
             held.spots = held.shelf.put(placing)
             held.shelf.marks |= {path: marked(layers[path]) for path, p in placing.items() if "gain" in p.parts}
@@ -309,6 +309,14 @@ class Held(Live):
                 )
             self.shelf.tables[path][spot.B][spot.b + spot.r] = settled.gain
 
+    def off(self, shelves: list[Shelf]) -> Adapter:
+        """Takes it off its shelf.  Returns what was attached, as a value of its own."""
+        made = self.copy()
+        for site, name, t in [*made.tensors(), *(("", n, t) for n, t in made.full.items())]:
+            t.requires_grad_((site, name) in self.trained)
+        self.leave(shelves)
+        return made
+
     @property
     def nbytes(self) -> int:
         """What it takes: its rows in the tables, and what lies beside."""
@@ -326,14 +334,6 @@ class Held(Live):
                 for kind, n in ((s.A, s.r), (s.B, s.r + s.gain), *((kind, 1) for _, kind, _ in s.bent))
             )
         )
-
-    def off(self, shelves: list[Shelf]) -> Adapter:
-        """Takes it off its shelf.  Returns what was attached, as a value of its own."""
-        made = self.copy()
-        for site, name, t in [*made.tensors(), *(("", n, t) for n, t in made.full.items())]:
-            t.requires_grad_((site, name) in self.trained)
-        self.leave(shelves)
-        return made
 
     def leave(self, shelves: list[Shelf]) -> None:
         """Makes its places free."""

@@ -401,7 +401,7 @@ class Pool:
         began = time.perf_counter()
         self.before()
         try:
-            put(self.model, made, held.version.id)
+            put(self.model, made, held.version.id, self._room.budget)
         except Exception as error:
             with self._lock:
                 held.users, held.state, held.error, held.failed = 0, State.FAILED, error, self._clock()
