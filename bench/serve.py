@@ -265,8 +265,10 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything."""
+def measured(
+    args: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
+    """Everything; `keep` is given what there is after each part of it."""
     bench, n = Bench(args, folder), args.requests
     few, small = min(8, n), min(16, n)
     for mix in args.mixes:
@@ -291,10 +293,14 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "loaded": stats.loaded,
         "grown by, of the process": resident() - before,
     }
+    keep(found)
+    if args.peers:
+        found["peers, tokens a second"] = bench.peers(ways[f"{n} adapters"], max(1, args.rounds // 2))
+        keep(found)
     eight = found["ways"][f"{few} adapters"]["throughput / base"]
     small_ways = {"base": Way("", 0, n), f"{few} adapters": Way("lora8", few, n)}
     more = linked(folder, folder / "lora8-0", max(args.registered))
-    at = {}
+    found["registered"] = at = {}
     for total in args.registered:
         have = len(bench.pool.names())
         grown = resident()
@@ -306,15 +312,13 @@ def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             **{k: bench.rounds(small_ways, args.rounds)[f"{few} adapters"][k] for k in ("throughput / base",)},
         }
         at[str(total)]["throughput / that of few"] = at[str(total)]["throughput / base"] / eight
-    found["registered"] = at
+        keep(found)
     rate = 0.7 * found["ways"][f"{few} adapters"]["tokens a second"] / args.new
     if args.clock == "wall":
         found["seconds to the first token at 0.7 of the throughput"] = {
             "requests a second": rate,
             **bench.first_tokens(ways[f"{few} adapters"], rate, args.arrivals),
         }
-    if args.peers:
-        found["peers, tokens a second"] = bench.peers(ways[f"{n} adapters"], max(1, args.rounds // 2))
     bench.pool.close()
     return found
 
@@ -325,7 +329,7 @@ def judged(found: dict[str, Any], n: int) -> tuple[dict[str, float], dict[str, b
     targets = {f"throughput of {few} adapters / base >= 0.95": ways[f"{few} adapters"]["throughput / base"]}
     step = ways["16 rows of 16 adapters"]["throughput / base"]
     targets["a decode step of 16 rows of 16 adapters / base <= 1.15"] = 1 / step
-    for total, figures in found["registered"].items():
+    for total, figures in found.get("registered", {}).items():
         targets[f"throughput with {total} registered / with few >= 0.9"] = figures["throughput / that of few"]
         targets[f"ms to add the {total}th <= 50"] = 1e3 * figures["seconds to add one"]
     if "peers, tokens a second" in found:
@@ -369,15 +373,17 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        found = measured(args, Path(folder))
-    targets, met = judged(found, args.requests)
-    for name, value in targets.items():
-        print(f"{'met   ' if met[name] else 'MISSED'} {name}: {value:.3f}")
     head = {"threads": args.threads, "clock": args.clock, "requests": args.requests}
-    result = {**head, "targets_met": all(met.values()), "met": met, "targets": targets, **found}
-    if args.json:
-        record(args.json, result)
+
+    def keep(found: dict[str, Any]) -> None:
+        targets, met = judged(found, args.requests)
+        for name, value in targets.items():
+            print(f"{'met   ' if met[name] else 'MISSED'} {name}: {value:.3f}", flush=True)
+        if args.json:
+            record(args.json, {**head, "targets_met": all(met.values()), "met": met, "targets": targets, **found})
+
+    with tempfile.TemporaryDirectory() as folder:
+        keep(measured(args, Path(folder), keep))
 
 
 if __name__ == "__main__":
