@@ -567,6 +567,10 @@ def told(soak: Soak, seconds: float, clients: int) -> dict[str, Any]:
     memory: dict[str, Any] = {}
     if slopes:
         memory = {"bytes a second": interval(slopes), "of each life": slopes}
+        longest = max(soak.lives, key=len)
+        memory["MiB of the longest life, over its seconds"] = [
+            (round(t - longest[0][0]), round(b / 2**20, 2)) for t, b in longest[:: max(1, len(longest) // 60)]
+        ]
         memory["MiB at the ends of lives"] = [round(life[-1][1] / 2**20, 1) for life in soak.lives if life]
         memory["MiB an hour, upper bound"] = memory["bytes a second"]["high"] * 3600 / 2**20
     return {
