@@ -246,8 +246,9 @@ LAWS = [
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_rows_in_any_turns_are_those_of_live_adapters(seed):
+def test_any_rows_in_any_turns_are_those_of_live_adapters(seed, monkeypatch):
     """Ranks, scales, gains and bends side by side; alone, in turn, and through a model with several tokens a row."""
+    monkeypatch.setattr("undula.host.shelved.PAYS", (1, 8, 10**6)[seed % 3])
     g = torch.Generator().manual_seed(seed)
     live, held, _ = bodies(LAWS)
     rows, tokens = int(torch.randint(1, 20, (), generator=g)), int(torch.randint(1, 6, (), generator=g))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.method import Method
@@ -19,7 +20,7 @@ from ..kernels.autocast import exact
 from .shelf import Held, Kind, Shelf, Spot
 from .views import LinearView
 
-ALONE = 4  # so many rows in turn through one adapter are a product of their own
+PAYS = 128  # rows in turn through one adapter are products of their own where there are so many, times the rank
 
 Run = tuple[int, int]  # the first row, how many
 
@@ -55,7 +56,8 @@ class Singles:
 class Plan:
     """What is done at all sites at which the adapters of a batch lie at these spots."""
 
-    runs: list[tuple[Run, Spot]]
+    sizes: list[int]  # of the pieces that the T rows are cut into
+    runs: list[tuple[int, Run, Spot]]  # (which piece, its rows, where its adapter lies)
     singles: list[Singles]
 
 
@@ -91,9 +93,10 @@ class Shelved:
         plan = self._plans.get((path, times, grad)) or self._plan(path, times, grad, x_TI.device)
         changes: list[tuple[Run, Tensor]] = []
         with exact(x_TI.device):
-            for (start, n), spot in plan.runs:
-                x_NI, y_NO = x_TI[start : start + n], y_TO[start : start + n]
-                z_NR, B_RO = _down(x_NI, tables, spot), tables[spot.B][spot.b : spot.b + spot.r]
+            xs, ys = (x_TI.split(plan.sizes), y_TO.split(plan.sizes)) if plan.runs else ((), ())
+            for at, run, spot in plan.runs:
+                x_NI, y_NO = xs[at], ys[at]
+                z_NR, B_RO = _down(x_NI, tables, spot), tables[spot.B].narrow(0, spot.b, spot.r)
                 if not grad and not spot.gain and B_RO.dtype == y_TO.dtype:
                     y_NO.addmm_(z_NR, B_RO, alpha=spot.s)
                     continue
@@ -101,7 +104,7 @@ class Shelved:
                 if spot.gain:
                     c_NO = _gained(c_NO, tables[spot.B][spot.b + spot.r], y_NO, bias)
                 if grad:
-                    changes.append(((start, n), c_NO))
+                    changes.append((run, c_NO))
                 else:
                     y_NO.add_(c_NO)
             for part in plan.singles:
@@ -122,16 +125,18 @@ class Shelved:
 def _planned(
     found: list[tuple[int, Run]], spots: list[Spot], count: int, times: int, grad: bool, device: torch.device
 ) -> Plan:
-    runs: list[tuple[Run, Spot]] = []
+    sizes: list[int] = []
+    runs: list[tuple[int, Run, Spot]] = []
     single: dict[tuple[Kind, Kind], list[tuple[int, Spot]]] = {}
-    for k, (start, n) in found:
-        spot = spots[k]
-        if grad or n * times >= ALONE:
-            runs.append(((start * times, n * times), spot))
+    for k, (first, rows) in sorted(found, key=lambda each: each[1]):
+        spot, start, n = spots[k], first * times, rows * times
+        if grad or (n > 1 and n * spot.r >= PAYS):
+            sizes += [start - sum(sizes), n]
+            runs.append((len(sizes) - 1, (start, n), spot))
         else:
-            rows = range(start * times, (start + n) * times)
-            single.setdefault((spot.A, spot.B), []).extend((row, spot) for row in rows)
-    return Plan(runs, [_singles(part, kinds, count * times, device) for kinds, part in single.items()])
+            single.setdefault((spot.A, spot.B), []).extend((row, spot) for row in range(start, start + n))
+    sizes.append(count * times - sum(sizes))
+    return Plan(sizes, runs, [_singles(part, kinds, count * times, device) for kinds, part in single.items()])
 
 
 def _singles(part: list[tuple[int, Spot]], kinds: tuple[Kind, Kind], T: int, device: torch.device) -> Singles:
@@ -184,8 +189,8 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _down(x_NI: Tensor, tables: dict[Kind, Tensor], spot: Spot) -> Tensor:
     """bend(A x) of rows through one adapter."""
-    A_RI = tables[spot.A][spot.a : spot.a + spot.r]
-    z_NR = _as(x_NI, A_RI.dtype) @ A_RI.t()
+    A_RI = tables[spot.A].narrow(0, spot.a, spot.r)
+    z_NR = F.linear(_as(x_NI, A_RI.dtype), A_RI)
     if spot.bend is not None:
         z_NR = spot.bend.bent(z_NR, {name: tables[kind][row].view(kind.shape) for name, kind, row in spot.bent})
     return _as(z_NR, tables[spot.B].dtype)

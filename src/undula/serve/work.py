@@ -139,7 +139,8 @@ class Work:
             job = list(self.running.values())[-1]
             self.fail(job, Busy("the cache is full", 1.0))
             return
-        groups = [found]
+        # those of one adapter stand together: one product for all of them
+        groups = [sorted(found, key=lambda f: self.running[f.state.request_id].name or "")]
         while groups:
             group = groups.pop()
             jobs = [self.running[f.state.request_id] for f in group]
