@@ -127,3 +127,26 @@ def test_tasks_that_take_other_rows_are_refused_side_by_side(heads, tmp_path):
     assert "tags.entities" in out
     rows = tiny.jsonl(tmp_path / "rows.jsonl", [{"tokens": ["nice"]}])
     assert "no column for text" in call("predict", heads["a"], tags, rows, code=2)[1]
+
+
+@pytest.mark.parametrize("verb", ["predict", "generate"])
+@pytest.mark.parametrize("wrong", ["{folder}/abd", "{folder}/abd:0.5", "{folder}/abd.csv"])
+def test_a_directory_that_is_not_there_is_no_text(heads, writers, verb, wrong):
+    """A misspelled adapter would be answered as if it were a row, or gone on with as a prompt."""
+    own = (heads if verb == "predict" else writers)["a"]
+    said = call(verb, own, wrong.format(folder=own.parent), "good", code=2)[1]
+    assert "abd" in said
+    assert "directories" in said or "does not exist" in said
+
+
+@pytest.mark.parametrize("given", [("text", "{file}"), ("{file}", "{file}"), ("{file}", "text"), ("{folder}", "{file}")])
+def test_files_are_no_texts_beside_others(heads, tmp_path, given):
+    """Of a table beside a text the name was answered as a row."""
+    table = tiny.table(tmp_path / "new.csv", [{"text": "good"}])
+    said = call("predict", heads["a"], *(g.format(file=table, folder=tmp_path) for g in given), code=2)[1]
+    assert "name one file or folder, several images, or texts alone" in said
+
+
+def test_a_text_with_a_stroke_is_one(heads):
+    """`and/or` names no place."""
+    assert len(call("predict", heads["a"], "good/bad", "/good", "a/b c", "--as", "jsonl")[0].splitlines()) == 3

@@ -123,8 +123,8 @@ def rows_asked(
     columns = dict(split_pair(pair, "a column") for pair in column)
     task, faults = columns_named(run.task, columns), Faults(checked_share(skip_faulty), run.encoding)
     places = [Path(one) for one in given if not isinstance(one, Typed) and is_place(one)]
-    if places and len(given) > 1 and not all(p.is_file() for p in places):
-        raise ValueError(f"{given[0]} and {len(given) - 1} more: name one file or folder, or give texts alone")
+    if places and len(given) > 1:
+        check_media(given, places)
     if places and len(given) == 1:
         rows: Any = read_path(given[0], task, faults, split)
     else:
@@ -136,6 +136,20 @@ def rows_asked(
     for note in notes:
         shell.remark(note)
     return asked
+
+
+def check_media(given: Sequence[str], places: Sequence[Path]) -> None:
+    """Raises ValueError for several arguments with a file among them, unless all are images or sounds: a table would be
+    taken for a text, a directory that is no adapter too."""
+    from ..train.data.media import medium_of
+
+    if len(places) == len(given) and all(medium_of(path) is not None and path.is_file() for path in places):
+        return
+    odd = next((one for one in given if not is_place(one)), None)
+    there = f"{places[0]} is a file or folder" if odd is None else f"{places[0]} is a file or folder, and {odd!r} is none"
+    raise ValueError(
+        f"{there}: name one file or folder, several images, or texts alone; before them come directories of adapters"
+    )
 
 
 def checked_share(share: float | None) -> float | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from ..train.restored import Restored
     from ..train.run import Run
 
+WEIGHT = re.compile(r":[-+.\d][^:/]*$")  # as in adapters/name:0.5
+
 
 @dataclass(frozen=True)
 class Several:
@@ -24,11 +29,14 @@ class Several:
 
     @staticmethod
     def of(path: Path, given: Sequence[str]) -> tuple[Several, list[str]]:
-        """(the adapters at the head of a command's arguments, the other arguments)."""
+        """(the adapters at the head of a command's arguments, the other arguments).  Raises FileNotFoundError where the
+        first of those names a place beside others at which there is nothing: no text is meant."""
         found, rest = [_named(str(path)) or (path, None)], list(given)
         while rest and (more := _named(rest[0])) is not None:
             found.append(more)
             rest.pop(0)
+        if rest:
+            _check_no_place(rest[0])
         weights = [w for _, w in found]
         summed = any(w is not None for w in weights)
         return Several(
@@ -73,6 +81,21 @@ class Several:
         """The answers to each row in one, under NAME.part."""
         for answers in zip(*columns, strict=True):
             yield {f"{n}.{k}": v for n, answer in zip(self.names, answers, strict=True) for k, v in answer.items()}
+
+
+def _check_no_place(said: str) -> None:
+    """Raises FileNotFoundError for a word that goes on from a directory and ends at nothing."""
+    if len(said) > 4000 or "/" not in said or len(said.split()) != 1 or "\0" in said:
+        return  # a text
+    path = Path(said.rpartition(":")[0] or said) if WEIGHT.search(said) else Path(said)
+    if path.exists() or not path.parent.is_dir() or path.parent == Path(path.anchor):
+        return
+    close = difflib.get_close_matches(path.name, sorted(os.listdir(path.parent)), 1)
+    hint = f" (did you mean {path.parent / close[0]}?)" if close else ""
+    raise FileNotFoundError(
+        f"there is no {path}{hint}: adapters' directories come first, then a file or texts. If {said!r} is a text, send "
+        "it into the input"
+    )
 
 
 def _named(said: str) -> tuple[Path, float | None] | None:
