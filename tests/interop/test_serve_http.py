@@ -17,6 +17,7 @@ import torch
 import undula
 from undula.serve.engine import Limits
 from undula.serve.request import Broken, Busy, Cancelled, Failed, Late, Part, Piece, Refused, Request, Sampling
+from undula.serve.server.errors import ADDRESSES
 from undula.serve.server.keys import keys_of
 from undula.serve.server.opening import Plan, opened
 from undula.serve.server.places import Places
@@ -270,6 +271,14 @@ REFUSED = [
     ("completions", ASK | {"model": "tiny-llama", "adapters": [{"name": "red"}] * 2}, 400, "adapters", "twice"),
     ("completions", ASK | {"model": "tiny-llama", "adapters": [{"name": "no"}]}, 404, "model", "no"),
     ("completions", ASK | {"model": "tiny-llama", "adapters": [{"name": "bent", "scale": 2}]}, 400, None, "bent"),
+    ("completions", ASK | {"model": "tiny-llama", "adapters": ["red"]}, 400, "adapters.0",
+     'has to be an object (found \'red\'): it is as [{"name"'),
+    ("completions", ASK | {"model": "tiny-llama", "adapters": {"red": 1}}, 400, "adapters", "has to be a list"),
+    ("completions", ASK | {"model": "tiny-llama", "adapters": [{"name": "red", "weight": 1}]}, 400,
+     "adapters.0.weight", 'no field that is known here: it is as [{"name": "NAME", "scale": 1.0}]'),
+    ("completions", ASK | {"stop": list("abcdefghijklmnopqrstuvwxyz")}, 400, "stop", "has to have at most 16 items"),
+    ("completions", {"model": "red", "messages": TALK}, 400, "prompt", "messages is asked at /v1/chat/completions"),
+    ("chat/completions", ASK, 400, "messages", "prompt is asked at /v1/completions"),
     ("chat/completions", CHAT | {"tools": [{}]}, 400, "tools", "leave it out"),
     ("chat/completions", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format", "text"),
     ("chat/completions", CHAT | {"top_logprobs": 2}, 400, "top_logprobs", "logprobs"),
@@ -289,7 +298,7 @@ REFUSED = [
     ("load_lora_adapter", {"lora_name": "x", "lora_path": "link"}, 404, "lora_path", "--adapters"),
     ("load_lora_adapter", {"lora_name": "x", "lora_path": "a\0b"}, 400, "lora_path", "character"),
     ("load_lora_adapter", {"lora_name": "broken"}, 400, "lora_path", "cannot be served"),
-    ("unload_lora_adapter", {"lora_name": "yellow"}, 404, "model", "yellow"),
+    ("unload_lora_adapter", {"lora_name": "yellow"}, 404, "lora_name", "yellow"),
 ]  # fmt: skip
 
 
@@ -332,6 +341,39 @@ def test_a_page_of_another_site_cannot_ask_a_server_without_keys(plain):
     assert plain.get("/v1/models", headers={"Host": "evil.example:8000"}).status_code == 403
     assert plain.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
     assert "access-control-allow-origin" not in plain.get("/v1/models", headers={"Origin": "http://a.b"}).headers
+
+
+ADDRESSED = [  # (what is asked, what is said of it)
+    ("/chat/completions", "/v1/chat/completions is (the base_url"),
+    ("/v1/v1/completions", "/v1/completions is"),
+    ("/models/", "/v1/models is"),
+    ("/v1/classify", "/classify is"),
+    ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+    ("/v1/responses", "there are /v1/chat/completions, /v1/completions, "),
+]
+
+
+@pytest.mark.parametrize(("asked", "word"), ADDRESSED)
+def test_an_address_that_is_none_is_told_with_the_one_that_is(plain, asked, word):
+    """A base_url without /v1 is the first mistake of all."""
+    reply = plain.post(asked, json={})
+    assert reply.status_code == 404
+    assert f"nothing is served at {asked}: {word}" in reply.json()["error"]["message"]
+
+
+def test_the_addresses_that_are_told_are_those_that_are_served(plain):
+    """The list in messages is the server's."""
+    for place in ADDRESSES:
+        assert {plain.get(place).status_code, plain.post(place).status_code} & {200, 415}, place
+    reply = plain.get("/v1/chat/completions")
+    assert reply.json()["error"]["message"] == "/v1/chat/completions does not take GET: it takes POST"
+
+
+def test_a_name_that_is_none_is_told_with_those_that_are(plain):
+    """All of a few; nothing of a key where there is none."""
+    said = plain.post("/v1/completions", json=ASK | {"model": "rad"}).json()["error"]["message"]
+    assert said.startswith("no model is called 'rad' here; ")
+    assert "red" in said.partition(";")[2]
 
 
 def test_harmless_fields_are_taken(client):

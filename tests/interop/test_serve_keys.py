@@ -153,7 +153,7 @@ def test_adapters_lie_in_their_directories_and_nowhere_else(tmp_path):
     ):
         with pytest.raises(Wrong) as raised:
             places.inside(out)
-        said.add((raised.value.status, str(raised.value)))
+        said.add((raised.value.status, str(raised.value).replace(repr(out), "?", 1)))
     assert len(said) == 1
     with pytest.raises(Wrong, match="safetensors is a link"):
         places.inside("b")

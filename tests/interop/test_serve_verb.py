@@ -67,6 +67,46 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(words, word)
     assert word in said("bundled:none-of-these", "--port", 0, *words)
 
 
+def test_a_directory_of_adapters_is_named_and_is_one(folder):
+    """An adapter itself in its place would be served as nothing; one without the option was a usage error."""
+    base, place = folder / "tiny-llama", folder / "adapters"
+    held = f"--adapters {place}"
+    assert f"{place / 'own'} is an adapter itself" in (told := said(base, "--port", 0, "--adapters", place / "own"))
+    assert held in told
+    assert f"undula serve {base} {held}" in said(base, place, "--port", 0)
+    assert f"undula serve {base} {held}" in said(base, place / "own", "--port", 0)
+    assert f"undula serve BASE {held}" in said(place / "own", place / "own", "--port", 0)
+    config = place / "own" / "adapter_config.json"
+    assert "is a file" in said(base, "--port", 0, "--adapters", config)
+
+
+def test_a_cache_that_holds_nothing_is_the_caches_fault(folder):
+    assert "the cache (--cache) has no room for 8 tokens" in said(folder / "tiny-llama", "--port", 0, "--cache", "1KB")
+
+
+def test_a_server_without_adapters_says_so(folder, tmp_path, monkeypatch):
+    """And why each was left out, with its place once; a name is shown as it is (`a:b:` was a picture)."""
+    monkeypatch.setattr("undula.serve.server.running.serve", lambda served, *_: served.worker.stop() or True)
+    base, other = folder / "tiny-llama", tmp_path / "a:b:"
+    assert "--adapters DIR names a directory that holds some" in beside(base)
+    shutil.copytree(folder / "adapters" / "own", other)
+    shutil.copytree(folder / "adapters" / "own", tmp_path / "own")
+    config = tmp_path / "own" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), "another/base"))
+    told = beside(base, "--adapters", tmp_path)
+    assert f"left out: {other}: 'a:b:' is no name" in told
+    assert f"left out: {tmp_path / 'own'}: says that it is for 'another/base'" in told
+    assert "--base-also" in told
+    assert f"there is none that can be in {tmp_path}" in told
+
+
+def beside(*words):
+    """What `undula serve ...` says on the error stream, where it serves."""
+    done = CliRunner().invoke(app, ["serve", *map(str, words), "--port", "0"], catch_exceptions=False)
+    assert done.exit_code == 0, (done.stdout, done.stderr)
+    return " ".join(done.stderr.split())
+
+
 def test_keys_of_the_environment_are_keys_too():
     """With them the network may ask; and to say that there are none contradicts them."""
     env = {"UNDULA_KEYS": KEY}
@@ -136,7 +176,7 @@ def test_a_whole_life_ends_by_sigterm_with_the_running_answer_whole(folder):
         lines = [process.stdout.readline() for _ in range(3)]
         url = re.search(r"(http://\S+)/v1 ", lines[1])[1]
         asked = re.search(r"--json '(.*)'", lines[2])[1]
-        assert "tiny-llama: 1 adapters registered" in lines[0]
+        assert "tiny-llama: 1 adapter registered" in lines[0]
         with (
             httpx.Client(base_url=url, timeout=30, verify=False) as client,
             httpx.Client(base_url=url, timeout=30, verify=False) as other,

@@ -139,7 +139,9 @@ def test_a_directory_that_is_not_there_is_no_text(heads, writers, verb, wrong):
     assert "directories" in said or "does not exist" in said
 
 
-@pytest.mark.parametrize("given", [("text", "{file}"), ("{file}", "{file}"), ("{file}", "text"), ("{folder}", "{file}")])
+@pytest.mark.parametrize(
+    "given", [("text", "{file}"), ("{file}", "{file}"), ("{file}", "text"), ("{folder}", "{file}")]
+)
 def test_files_are_no_texts_beside_others(heads, tmp_path, given):
     """Of a table beside a text the name was answered as a row."""
     table = tiny.table(tmp_path / "new.csv", [{"text": "good"}])

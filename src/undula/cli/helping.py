@@ -12,7 +12,8 @@ SHAPES = {"str": "TEXT", "list[str]": "TEXT", "int": "N", "float": "X", "path": 
 
 def told(params: list[Any], ctx: Any) -> list[Any]:
     """Parameters as the help shows them: one name for what is said or unsaid, nothing behind an option that takes no
-    value, and where some have panels, those without in the last one."""
+    value, and where some have panels, those without in the last one.  Hidden arguments stand nowhere."""
+    params = [p for p in params if p.param_type_name == "option" or not getattr(p, "hidden", False)]
     panels = [panel for p in params if (panel := getattr(p, "rich_help_panel", None))]
     return [_one(p, panels[-1] if panels else None, ctx) for p in params]
 

@@ -146,7 +146,9 @@ def check_media(given: Sequence[str], places: Sequence[Path]) -> None:
     if len(places) == len(given) and all(medium_of(path) is not None and path.is_file() for path in places):
         return
     odd = next((one for one in given if not is_place(one)), None)
-    there = f"{places[0]} is a file or folder" if odd is None else f"{places[0]} is a file or folder, and {odd!r} is none"
+    there = (
+        f"{places[0]} is a file or folder" if odd is None else f"{places[0]} is a file or folder, and {odd!r} is none"
+    )
     raise ValueError(
         f"{there}: name one file or folder, several images, or texts alone; before them come directories of adapters"
     )

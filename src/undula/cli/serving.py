@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.extras import needs
+from ..io.files import CONFIG
 from ..train.recipe import dtype_called
 from . import shell
 
@@ -45,6 +46,7 @@ def serve(
     base: Annotated[
         str, typer.Argument(help="The model, as `train` takes one; or the directory of one adapter, which says it.")
     ],
+    more: Annotated[list[str], typer.Argument(hidden=True)] = [],
     *,
     adapters: Annotated[
         list[Path],
@@ -128,6 +130,7 @@ def serve(
 ) -> None:
     """Serve one base and many adapters at an address as OpenAI's.  Ctrl-C lets running requests finish, a second one
     does not."""
+    check_alone(base, more)
     found = checked_keys(keys, host, no_keys)
     sizes = size_of(memory, "--memory"), size_of(cache, "--cache"), size_of(copies, "--copies") if copies else 0
     if threads is not None:
@@ -141,6 +144,16 @@ def serve(
         run(plan, listening, drain)
     finally:
         listening.close()
+
+
+def check_alone(base: str, more: list[str]) -> None:
+    """Raises ValueError for what stands behind the base without an option: directories of adapters, most likely."""
+    if more:
+        places = [str(Path(one).parent) if (Path(one) / CONFIG).is_file() else one for one in more]
+        if (Path(base) / CONFIG).is_file():  # several adapters, as `predict` takes them
+            base, places = "BASE", [str(Path(base).parent), *places]
+        meant = " ".join(f"--adapters {shlex.quote(place)}" for place in dict.fromkeys(places))
+        raise ValueError(f"one base is served; adapters lie in directories that are named: undula serve {base} {meant}")
 
 
 def size_of(text: str, option: str) -> int:
@@ -264,9 +277,19 @@ def log() -> None:
         logger.propagate = False
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 10**7 else f"{count:,} bytes"
+
+
 def tell(served: Served, count: int, plan: Plan, url: str) -> None:
     """What a person wants to know of a server that begins."""
-    shell.note(f"{served.names[0]}: {count} adapters registered, {plan.memory / 1e9:.3g} GB for those that are loaded")
+    adapters = f"{count} adapter{'' if count == 1 else 's'} registered"
+    shell.note(f"{served.names[0]}: {adapters}, {_size(plan.memory)} for those that are loaded")
+    if not count:
+        shell.remark(
+            "no adapter is served: " + (f"there is none that can be in {', '.join(map(str, plan.places.roots))}"
+            if plan.places.roots else "--adapters DIR names a directory that holds some")
+        )  # fmt: skip
     who = f"{len(plan.keys)} keys" if len(plan.keys) else "no keys: whoever reaches it may ask"
     shell.note(f"{url}/v1 ({who}); {url}/ shows how it goes")
     names = served.shelf.names()

@@ -93,8 +93,8 @@ def _check_no_place(said: str) -> None:
     close = difflib.get_close_matches(path.name, sorted(os.listdir(path.parent)), 1)
     hint = f" (did you mean {path.parent / close[0]}?)" if close else ""
     raise FileNotFoundError(
-        f"there is no {path}{hint}: adapters' directories come first, then a file or texts. If {said!r} is a text, send "
-        "it into the input"
+        f"there is no {path}{hint}: adapters' directories come first, then a file or texts. If {said!r} is a text, "
+        "send it into the input"
     )
 
 

@@ -51,8 +51,8 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if several else 0
 
 
-out = Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0)
-err = Console(stderr=True, quiet=rank() > 0)
+out = Console(width=None if sys.stdout.isatty() else 120, quiet=rank() > 0, emoji=False)
+err = Console(stderr=True, quiet=rank() > 0, emoji=False)  # `a:b:` is a name, and no picture
 
 
 @dataclass

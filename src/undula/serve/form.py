@@ -68,7 +68,7 @@ class Forms:
         if self.bases and found.base is not None and not any(same_base(base, found.base) for base in self.bases):
             raise ValueError(
                 f"{found.path} says that it is for {found.base!r:.120}; the model here is {' or '.join(self.bases)}. "
-                "If that is the same model by another name, give that name too (`bases`)"
+                "If that is the same model by another name, give that name too (`bases`; --base-also of `undula serve`)"
             )
 
     def _check_full(self, outline: Adapter) -> None:

@@ -300,14 +300,18 @@ class Pool:
 
     def _check_free(self, name: str) -> None:
         if name in self._sources:
-            raise FileExistsError(f"an adapter called {name!r} is registered already: replace=True puts another there")
+            raise FileExistsError(
+                f"an adapter called {name!r} is registered already (replace=True: another takes its place)"
+            )
 
     def _check_fits(self, size: int, names: str, among: set[Source | None]) -> None:
         """Raises ValueError for what would never fit beside the pinned ones that are not `among` it."""
         others = sum(source.form.bytes for source in self._pinned if source not in among)
         if size > self._room.budget - others:
             beside = f", of which pinned adapters take {others:,}" if others else ""
-            raise ValueError(f"{names} takes {size:,} bytes; the pool's budget is {self._room.budget:,}{beside}")
+            raise ValueError(
+                f"{names} takes {size:,} bytes; all adapters together may take {self._room.budget:,} (--memory){beside}"
+            )
 
     def _forget(self, source: Source) -> None:
         """No name means it any more."""

@@ -17,6 +17,10 @@ from .attention import Plan, Stretch, attending, register
 from .prefixes import SaltedCache
 
 
+class Narrow(ValueError):
+    """A cache that holds next to nothing."""
+
+
 class Turns(Scheduler):
     """Who takes part in a step: all that write, then prompts that are begun, then those that were admitted, in turn.
 
@@ -119,8 +123,9 @@ class Model:
 
     @torch.no_grad()
     def check(self, cache: SaltedCache) -> None:
-        """Raises ValueError where two requests of one batch, in pieces, do not get the logits of each alone: of models
-        whose layers see the batch otherwise than by attention, or in another form (states, biases by position)."""
+        """Raises ValueError where the cache holds no two requests, and where those of one batch, in pieces, do not get
+        the logits of each alone: of models whose layers see the batch otherwise than by attention, or in another form
+        (states, biases by position)."""
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         prompts = [[(7 * i + 1) % vocabulary for i in range(n)] for n in (5, 3)]
         states = [RequestState(f"check {i}", prompt) for i, prompt in enumerate(prompts)]
@@ -133,11 +138,13 @@ class Model:
                     cache.salts[state.request_id] = ""
                     state.tokens_to_process = state.initial_tokens[state.position_offset : state.position_offset + n]
                     if not cache.can_store_request_tokens(state, n):
-                        raise ValueError("its cache holds no 8 tokens")
+                        raise Narrow(f"the cache (--cache) has no room for 8 tokens of {kind}: give it more bytes")
                 batch = [FutureRequestState(state, True, {}, n) for state, n in zip(states, counts, strict=True)]
                 found = self.forward(cache, batch, [None, None])
                 for state, n in zip(states, counts, strict=True):
                     state.position_offset += n
+        except Narrow:
+            raise
         except Exception as error:
             raise ValueError(f"{kind} cannot be served: two requests in one batch fail in it: {error}") from error
         finally:

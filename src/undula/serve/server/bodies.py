@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -16,6 +17,13 @@ from .errors import Wrong
 from .schemas import Body
 
 B = TypeVar("B", bound=Body)
+NAMES = {"string": "a text", "integer": "an integer", "boolean": "true or false"}
+PLACES = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
+FORMS = {
+    "adapters": '[{"name": "NAME", "scale": 1.0}]',
+    "messages": '[{"role": "user", "content": "TEXT"}]',
+    "stream_options": '{"include_usage": true}',
+}
 
 
 def reading(kind: type[B]) -> Callable[[Request], Awaitable[B]]:
@@ -104,14 +112,34 @@ def checked(kind: type[B], found: dict[str, Any]) -> B:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
-            raise Wrong(f"the field {where!r} is missing", where) from None
+            raise Wrong(f"the field {where!r} is missing{_elsewhere(where, found)}", where) from None
+        if first["type"] == "extra_forbidden":
+            raise Wrong(f"{where} is no field that is known here{_shape(where)}", where) from None
         shown = repr(first["input"])
         had = f" (found {shown if len(shown) <= 60 else shown[:57] + '...'})"
-        raise Wrong(f"{where}: {first['msg']}{had}", where) from None
+        raise Wrong(f"{where} {in_words(first['msg'])}{had}{_shape(where)}", where) from None
     for name, value in (body.model_extra or {}).items():
         if name not in kind.HARMLESS and not _changes_nothing(kind, name, value):
             raise Wrong(_unserved(kind, name), name[:100])
     return body
+
+
+def in_words(said: str) -> str:
+    """What pydantic says of a value, in terms of JSON."""
+    said = re.sub(r"^\w+ should ", "has to ", said.replace(" after validation", ""))
+    said = re.sub(r"a valid dictionary( or instance of \w+)?", "an object", said)
+    return re.sub(r"a valid (\w+)", lambda found: NAMES.get(found[1], f"a {found[1]}"), said)
+
+
+def _elsewhere(missing: str, found: dict[str, Any]) -> str:
+    """Where what was sent instead of a field is taken."""
+    other = next((name for name in ("messages", "prompt") if name != missing and name in found), None)
+    return f": {other} is asked at {PLACES[other]}" if missing in ("messages", "prompt", "input") and other else ""
+
+
+def _shape(where: str) -> str:
+    form = FORMS.get(where.partition(".")[0])
+    return f": it is as {form}" if form else ""
 
 
 def _changes_nothing(kind: type[Body], name: str, value: Any) -> bool:

@@ -64,7 +64,7 @@ async def unload(
     served: Served = request.app.state.served
     name = body.lora_name
     if not key.may(name) or not served.has(name):
-        raise unknown(name)
+        raise unknown(served, key, name, "lora_name")
     await _changed(served, lambda: served.shelf.unregister(name))
     return JSONResponse({"status": "ok", "message": f"the adapter {name!r} is unloaded", "lora_name": name})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import re
@@ -17,6 +18,10 @@ from ..request import Busy, Refused
 LOG = logging.getLogger("undula.serve")
 # OpenAI's `type` of a status; others of 400 to 499 are invalid requests, of 500 and more the server's
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ADDRESSES = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/classify", "/v1/models", "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter", "/tokenize", "/health", "/ready", "/metrics", "/",
+)  # fmt: skip
 ABSOLUTE = re.compile(
     r"(?<![\w.:/\\~-])(?!/v1/)(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|:;,()]+[/\\])+([^\s/\\'\"<>|:;,()]*)"
 )
@@ -79,9 +84,21 @@ async def refused(_: Request, error: Exception) -> JSONResponse:
 async def unrouted(request: Request, error: Exception) -> JSONResponse:
     """The handler of an address or a method that is not served."""
     assert isinstance(error, HTTPException)
-    said = str(error.detail)
+    said, asked = str(error.detail), request.url.path[:200]
     if error.status_code == 404:
-        said = f"nothing is served at {request.url.path[:200]}"
+        said = f"nothing is served at {asked}: {_meant(asked)}"
     elif error.status_code == 405:
-        said = f"{request.url.path[:200]} does not take {request.method}"
-    return JSONResponse(body_of(said, error.status_code), error.status_code, error.headers)
+        allowed = (error.headers or {}).get("Allow", "")
+        said = f"{asked} does not take {request.method}" + (f": it takes {allowed}" if allowed else "")
+    body = body_of("", error.status_code)
+    body["error"]["message"] = said  # an address as it was asked, and no path of a disk
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def _meant(asked: str) -> str:
+    """What there is near an address that is none."""
+    path = "/" + asked.strip("/").replace("v1/v1/", "v1/")
+    if meant := next((there for there in (f"/v1{path}", path, path.removeprefix("/v1")) if there in ADDRESSES), None):
+        return f"{meant} is (the base_url of a client of OpenAI's ends with /v1)"
+    close = difflib.get_close_matches(path, ADDRESSES, 1, 0.8)
+    return f"did you mean {close[0]}?" if close else "there are " + ", ".join(ADDRESSES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from .schemas import Weighted
 
 if TYPE_CHECKING:
     from .served import Served
+
+FEW, LOOKED_THROUGH = 8, 1000  # names that a refusal tells, and among which it looks for one that was meant
 
 
 def parts_of(served: Served, key: Key, model: str, adapters: Sequence[Weighted] = ()) -> tuple[Part, ...]:
@@ -26,7 +29,7 @@ def parts_of(served: Served, key: Key, model: str, adapters: Sequence[Weighted] 
         return _weighted(served, key, adapters)
     if model in names:
         if not key.base:
-            raise unknown(model)
+            raise unknown(served, key, model)
         return ()
     base = max((name for name in names if model.startswith(f"{name}:")), key=len, default=None)
     name = model if base is None else model[len(base) + 1 :]
@@ -45,18 +48,22 @@ def _weighted(served: Served, key: Key, adapters: Sequence[Weighted]) -> tuple[P
 def known(served: Served, key: Key, name: str, said: str) -> str:
     """The name of an adapter that is registered and that this key may use.  Raises Wrong (404)."""
     if not key.may(name) or not served.has(name):
-        raise unknown(said)
+        raise unknown(served, key, said)
     return name
 
 
-def unknown(name: str) -> Wrong:
-    """The same words for what is not there and what is not for this key."""
-    return Wrong(
-        f"no model is called {name[:200]!r} here, or this key may not use it; /v1/models lists those it may",
-        "model",
-        404,
-        Unknown.code,
-    )
+def unknown(served: Served, key: Key, name: str, field: str = "model") -> Wrong:
+    """The same words for what is not there and what is not for this key, with the names that it may use: all of a few,
+    those that are alike of more."""
+    where = f"no model is called {name[:200]!r} here" + (", or this key may not use it" if len(served.keys) else "")
+    said, mine = "/v1/models lists those that may be asked", list[str]()
+    if len(served.shelf.names()) <= LOOKED_THROUGH:
+        mine = [one["id"] for one in listed(served, key)]
+    if 0 < len(mine) <= FEW:
+        said = f"{'there is' if len(mine) == 1 else 'there are'}: {', '.join(mine)}"
+    elif close := difflib.get_close_matches(name[:200], mine, 3):
+        said = f"did you mean {' or '.join(map(repr, close))}? {said}"
+    return Wrong(f"{where}; {said}", field, 404, Unknown.code)
 
 
 def listed(served: Served, key: Key) -> Iterator[dict[str, Any]]:

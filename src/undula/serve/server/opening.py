@@ -160,7 +160,7 @@ def _registered(served: Served, plan: Plan, note: Callable[[str], None]) -> int:
     if missing := sorted(set(plan.pinned) - set(pool.names())):
         raise LookupError(f"--pin names {', '.join(missing)}, and no adapter there is called so")
     for path, why in list(left.items())[:20]:
-        note(f"left out: {path}: {why}")
+        note(f"left out: {path}: {why.removeprefix(path).lstrip(': ')}")
     if len(left) > 20:
         note(f"left out: {len(left) - 20} more")
     return len(pool.names())

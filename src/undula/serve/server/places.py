@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...io.files import CONFIG
 from ..folder import check_place
 from ..version import check_name as named
 from .errors import Wrong
@@ -18,10 +19,17 @@ class Places:
 
     @classmethod
     def of(cls, paths: tuple[Path, ...]) -> Places:
-        """Raises NotADirectoryError."""
+        """Raises NotADirectoryError, and ValueError for an adapter in the place of the directory that holds it."""
         for path in paths:
+            if path.exists() and not path.is_dir():
+                raise NotADirectoryError(f"{path} is a file: --adapters takes a directory that holds adapters")
             if not path.is_dir():
                 raise NotADirectoryError(f"there is no directory {path} (--adapters)")
+            if (path / CONFIG).is_file():
+                raise ValueError(
+                    f"{path} is an adapter itself, and --adapters takes a directory that holds adapters, a directory "
+                    f"each: --adapters {path.parent if path.name else path.resolve().parent}"
+                )
         return cls(tuple(dict.fromkeys(path.resolve() for path in paths)))
 
     def inside(self, said: str) -> Path:
@@ -38,8 +46,8 @@ class Places:
                     raise Wrong(str(error), "lora_path") from None
                 return path
         raise Wrong(
-            "lora_path names no adapter in the directories that this server serves from (--adapters): give the name of "
-            "one there",
+            f"there is no adapter {said[:200]!r} in the directories that this server serves from (--adapters): give "
+            "the name of a directory there as lora_path, or as lora_name alone",
             "lora_path",
             404,
             "adapter_not_found",
