@@ -309,9 +309,8 @@ class Pool:
         others = sum(source.form.bytes for source in self._pinned if source not in among)
         if size > self._room.budget - others:
             beside = f", of which pinned adapters take {others:,}" if others else ""
-            raise ValueError(
-                f"{names} takes {size:,} bytes; all adapters together may take {self._room.budget:,} (--memory){beside}"
-            )
+            budget = f"the pool's budget is {self._room.budget:,}{beside}"
+            raise ValueError(f"{names} takes {size:,} bytes; {budget} (--memory)")
 
     def _forget(self, source: Source) -> None:
         """No name means it any more."""
