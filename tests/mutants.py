@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
+ODD = "tests/laws/test_engine_odd.py"
 SERVED, KEYS = "tests/interop/test_serve_http.py", "tests/interop/test_serve_keys.py"
 USE = "tests/interop/test_use_"
 POOL, POLICIES = "tests/laws/test_pool.py", "tests/oracles/test_policies.py"
@@ -106,6 +107,11 @@ MUTANTS = [
     ("serve/work.py", "if self.again and len(names) > 1:", "if False:", FAULTS + "::test_an_adapter_that_fails_within_a_step_ends_its_requests_alone"),
     ("serve/work.py", "if f.has_new_token and token is None:", "if False:", FAULTS + "::test_an_adapter_whose_numbers_are_not_finite_answers_nothing"),
     ("serve/work.py", "self.turns.forget(job.id)", "self.turns.active_requests.pop(job.id, None)", FAULTS + "::test_who_cancels_is_told_so_and_its_memory_is_free_while_others_go_on"),
+    ("serve/sampling.py", "isinstance(given, Integral) and not isinstance(given, bool)", "True", ODD + " -k settings"),
+    ("serve/engine.py", "if thread is not None and thread.is_alive():", "if False:", ODD + " -k one_engines"),
+    ("host/ready.py", "held, True, True", "held, True, False", ODD + " -k nobody_else"),
+    ("serve/steps.py", "if self.model.training:", "if False:", ODD + " -k dropout"),
+    ("serve/work.py", "sorted(t.id for t in order) == sorted(t.id for t in waiting)", "True", ODD + " -k policy"),
     ("serve/server/keys.py", "return self.adapters is None or any(", "return True or any(", SERVED + "::test_a_key_sees_and_asks_its_adapters_alone"),
     ("serve/server/keys.py", "self.left -= count", "self.left -= 1", KEYS + "::test_a_rate_is_kept_over_any_time_however_answers_are_bundled"),
     ("serve/server/bodies.py", "if length > most:", "if length > 2 * most:", SERVED + "::test_bodies_that_are_none_are_refused_before_they_cost_anything"),

@@ -285,8 +285,8 @@ def test_what_takes_more_than_its_tensors_waits_until_there_is_room_for_it(model
     ready(large, first)
     assert first.bytes > size
     assert large.version([Part("b")]).bytes == first.bytes
+    large.unregister("a")
     large.release(first)
-    undula.detach(model, first.id)
     small = Pool(model, 2 * size, clock=Clock())
     a, b = (small.register(name, tmp_path / name) for name in "ab")
     for version in (a, b):

@@ -199,6 +199,12 @@ def _select(model: nn.Module, host: Host, name: str | None) -> None:
     guard(model)
 
 
+def deselect(model: nn.Module) -> None:
+    """`select(model, None)` within another verb."""
+    model = inner(model)
+    _select(model, host_of(model), None)
+
+
 def change(model: nn.Module, site: str, method: Method, factors: Factors) -> None:
     """Another method and other factors at one site of the selected adapter, which stays the object that it is.  For
     allocators; trained factors that go on training are passed as the parameters that they are.  Raises LookupError."""
@@ -298,6 +304,8 @@ def detach(model: nn.Module, name: str | None = None) -> Adapter:
     host = _named(model, name)[0]
     with changing(host, "detach"):
         host, adapter = _named(model, name)
+        if isinstance(adapter, Held):
+            adapter.check_own(name or host.selected, "detach")
         _detach(model, host, name if name is not None else host.selected)
         return adapter.off(host.shelves) if isinstance(adapter, Held) else adapter
 

@@ -16,6 +16,7 @@ from . import masters, quantised
 from .host import nest, restore, select
 from .saving import unguard
 from .sharded import check_whole
+from .shelf import Held
 from .slots import remove
 from .state import (
     Host,
@@ -47,6 +48,8 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
         host, adapter = find(model, None)
         if host.merged is not None:
             raise RuntimeError("the adapter is merged already")
+        if isinstance(adapter, Held):
+            adapter.check_own(host.selected, "merge")
         errors = _merge(model, host, adapter, keep)
     if told := lossy(errors):
         warnings.warn(

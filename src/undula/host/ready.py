@@ -12,7 +12,7 @@ from ..core.adapter import Adapter
 from . import quantised
 from .build import narrowed
 from .frame import Frame
-from .host import check_free, forget
+from .host import check_free, deselect, forget
 from .shelf import Held, Placing, lying, placed
 from .state import Host, changing
 from .views import LinearView
@@ -62,7 +62,7 @@ def put(model: nn.Module, made: Ready, name: str, reserve: int = 0) -> None:
                 host.trainable_before = [p for p in model.parameters() if p.requires_grad]
                 model.requires_grad_(False)
                 quantised.keep_gradients(model)
-            host.adapters[name], held.attached = held, True
+            host.adapters[name], held.attached, held.pooled = held, True, True
     finally:
         forget(model, host)
 
@@ -72,8 +72,10 @@ def take(model: nn.Module, name: str) -> None:
     host: Host = inner(model).__dict__["_undula"]
     with torch.inference_mode(False), torch.no_grad(), changing(host, "detach"):
         held = host.adapters[name]
-        if not isinstance(held, Held) or host.selected == name:
-            raise ValueError(f"{name!r} was not attached for `rows` alone: use undula.detach")
+        if not isinstance(held, Held) or not held.pooled:
+            raise ValueError(f"{name!r} was not made ready and put there: use undula.detach")
+        if host.selected == name:
+            deselect(model)
         held.leave(host.shelves)
         held.attached = False
         del host.adapters[name]

@@ -259,6 +259,7 @@ class Held(Live):
     spots: dict[str, Spot]
     copies: dict[str, Any]  # {site: the weight that the adapter makes there}, see `host.copies`
     trained: frozenset[tuple[str, str]]  # (site or "", factor or parameter): what may train again once it is off
+    pooled: bool = False  # whether it came by `ready.put`, and goes by `ready.take`
 
     @classmethod
     @torch.no_grad()
@@ -308,6 +309,14 @@ class Held(Live):
                     "that its norms cancel now: detach it and attach it again"
                 )
             self.shelf.tables[path][spot.B][spot.b + spot.r] = settled.gain
+
+    def check_own(self, name: str | None, verb: str) -> None:
+        """Raises RuntimeError where a pool holds it: requests count on its being there, and what it is."""
+        if self.pooled:
+            raise RuntimeError(
+                f"{name!r} is held by a pool, which puts adapters onto this model and takes them off: nobody else may "
+                f"{verb} it. Unregister it there, or load the adapter once more and attach it under another name"
+            )
 
     def off(self, shelves: list[Shelf]) -> Adapter:
         """Takes it off its shelf.  Returns what was attached, as a value of its own."""

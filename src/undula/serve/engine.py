@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from .jobs import Job, Limits, Stats
 from .policy import Fcfs, Policy, Ticket
 from .replies import Reply
 from .request import Cancelled, Draining, Failed, Refused, Request
-from .sampling import Drawing, check
+from .sampling import Drawing, check, whole
 from .steps import longest
 from .words import Words
 from .work import Work
 
 log = logging.getLogger(__name__)
+_computing: weakref.WeakKeyDictionary[Any, threading.Thread] = weakref.WeakKeyDictionary()  # whose each model is
 
 __all__ = ["Engine", "Limits", "Stats"]
 
@@ -29,12 +31,14 @@ class Engine:
             print(engine.submit(Request(tokens, (Part("french"),))).text())
 
     While it runs the model is its thread's alone.  Any thread may submit; what a request may not have is refused at
-    once, with numbers.  Raises ValueError for a model whose attention cannot be kept apart by request.
+    once, with numbers.  Raises ValueError for a model whose attention cannot be kept apart by request, RuntimeError for
+    one that another engine computes with.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, pool: Any, policy: Policy | None = None, limits: Limits | None = None
     ):
+        _check_free(model)
         self.limits = limits or Limits()
         said = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.model_name = Path(said).name if Path(said).is_dir() else said  # where it lies is nobody's business
@@ -55,8 +59,10 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="undula-engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread that computes."""
+        """Starts the thread that computes.  Raises RuntimeError where another engine computes with the model."""
+        _check_free(self._work.model.model)
         self.pool.listen(self._wake)
+        _computing[self._work.model.model] = self._thread
         self._thread.start()
 
     def __enter__(self) -> Engine:
@@ -148,6 +154,8 @@ class Engine:
         if not count:
             raise Refused("the prompt is empty: it needs a token at least")
         check(sampling, self.vocabulary)
+        if odd := [t for t in request.prompt if not whole(t)]:
+            raise Refused(f"the prompt is of whole numbers, its tokens; found {odd[0]!r:.40}")
         if not 0 <= min(request.prompt) <= max(request.prompt) < self.vocabulary:
             raise Refused(f"the prompt has tokens that the model does not: its go from 0 to {self.vocabulary - 1}")
         if count + sampling.max_tokens > self.max_length:
@@ -218,6 +226,15 @@ class Engine:
             self._changed.notify_all()
         for job in jobs:
             job.reply.fail(error)
+
+
+def _check_free(model: Any) -> None:
+    thread = _computing.get(model)
+    if thread is not None and thread.is_alive():
+        raise RuntimeError(
+            f"another engine computes with this {type(model).__name__}, and one model is one engine's: register more "
+            "adapters in its pool, or stop it first"
+        )
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

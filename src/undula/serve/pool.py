@@ -26,6 +26,7 @@ from .room import Held, Room, State
 from .version import Source, Version, check_name, stamp
 
 AGAIN = 5.0  # seconds after which what could not be loaded is tried again
+LARGEST = 1e6  # a scale: sums of them, and products with weights, stay finite in float32
 PAUSE = 0.02  # seconds between two looks for room while nothing has changed
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ class Pool:
         """What these parts mean now; None for the base alone (no parts, or all of them with the scale 0).
 
         A name that stands twice counts with the sum of its scales.  Raises Unknown; Refused for scales that are no
-        finite numbers, for a weighted sum of what has no update dW, and for what can never fit into the budget.
+        finite numbers up to `LARGEST`, for a weighted sum of what has no update dW, and for what can never fit into
+        the budget.
         """
         scales: dict[str, float] = {}
         for part in parts:
@@ -362,8 +364,11 @@ class Pool:
 
     def _out(self, held: Held) -> None:
         if held.state is State.ATTACHED:
-            self.before()
-            take(self.model, held.version.id)
+            try:
+                self.before()
+                take(self.model, held.version.id)
+            except Exception:  # somebody else had to do with it; the others come and go all the same
+                log.exception("%s could not be taken off the model", held.version.names)
         self._counts["evictions"] += held.state in (State.LOADED, State.ATTACHED)
         held.ready = held.kept = None
 
@@ -381,7 +386,10 @@ class Pool:
             self._look_again()
             self._let_in(attached=False)
         for call in self._listeners:
-            call()
+            try:
+                call()
+            except Exception:  # who listens is not to keep others waiting for ever
+                log.exception("a listener failed")
 
     def _measured(self, held: Held, made: Ready, kept: Any) -> Exception | None:
         """Takes in what was read, by what it really takes; where that is more than there is room for now it waits anew.
@@ -424,6 +432,7 @@ class Pool:
 
 
 def _number(part: Part) -> float:
-    if isinstance(part.scale, bool) or not isinstance(part.scale, int | float) or not math.isfinite(part.scale):
-        raise Refused(f"a scale is a finite number; that of {part.name!r:.80} is {part.scale!r:.40}")
-    return float(part.scale)
+    scale = part.scale
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
+        raise Refused(f"a scale is a finite number up to {LARGEST:g}; that of {part.name!r:.80} is {scale!r:.40}")
+    return float(scale)

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from numbers import Integral
 from typing import cast
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from .request import Chosen, Refused, Sampling
 
+WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
+REAL = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+MOST = 1e4  # of penalties and biases: far above any logit, and sums stay finite in every type
 FEW = (256, 4096)  # of the likeliest tokens, that a nucleus is looked for in first
 
 
@@ -31,28 +35,49 @@ class Drawing:
         return bool(s.logit_bias or s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1)
 
 
+def whole(given: object) -> bool:
+    """Whether it is a whole number, and no bool."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
+
+
+def real(given: object) -> bool:
+    return isinstance(given, float) or whole(given)
+
+
 def check(sampling: Sampling, vocabulary: int) -> None:
-    """Raises Refused for settings that mean nothing, naming the one."""
+    """Raises Refused for settings that mean nothing, or are of another type, naming the one."""
     s = sampling
+    for name in WHOLE:
+        if not (whole(value := getattr(s, name)) or (value is None and name in ("seed", "logprobs"))):
+            raise Refused(f"{name} is {value!r:.40}: it has to be a whole number")
+    for name in REAL:
+        if not real(value := getattr(s, name)):
+            raise Refused(f"{name} is {value!r:.40}: it has to be a number")
+    if not isinstance(s.stop, (tuple, list)) or not all(isinstance(text, str) for text in s.stop):
+        raise Refused(f"stop is {s.stop!r:.80}: it has to be a tuple of texts, as ('END',)")
     numbers = {
         "temperature": (s.temperature, 0, math.inf),
         "top_p": (s.top_p, 0, 1),
         "top_k": (s.top_k, 0, math.inf),
         "max_tokens": (s.max_tokens, 1, math.inf),
-        "repetition_penalty": (s.repetition_penalty, 0, math.inf),
-        "presence_penalty": (s.presence_penalty, -math.inf, math.inf),
-        "frequency_penalty": (s.frequency_penalty, -math.inf, math.inf),
+        "repetition_penalty": (s.repetition_penalty, 1 / MOST, MOST),
+        "presence_penalty": (s.presence_penalty, -MOST, MOST),
+        "frequency_penalty": (s.frequency_penalty, -MOST, MOST),
         "logprobs": (s.logprobs or 0, 0, vocabulary),
     }
     for name, (value, low, high) in numbers.items():
-        if not (math.isfinite(value) and low <= value <= high):
-            raise Refused(f"{name} is {value}: it has to be a number from {low} to {high}")
-    for name in ("top_p", "repetition_penalty"):
-        if not numbers[name][0]:
-            raise Refused(f"{name} is 0: it has to be above 0")
+        if not (low <= value <= high and value < math.inf):
+            raise Refused(f"{name} is {value!r:.40}: it has to be a number from {low:g} to {high:g}")
+    if not s.top_p:
+        raise Refused("top_p is 0: it has to be above 0")
     for token, bias in s.logit_bias.items():
-        if not 0 <= token < vocabulary or math.isnan(bias) or bias == math.inf:
-            raise Refused(f"logit_bias[{token}] is {bias}: tokens go from 0 to {vocabulary - 1}, a bias is a number")
+        if not whole(token) or not real(bias) or not 0 <= token < vocabulary or not (abs(bias) <= MOST or bias < 0):
+            raise Refused(
+                f"logit_bias[{token!r:.40}] is {bias!r:.40}: tokens go from 0 to {vocabulary - 1}, a bias is a number "
+                f"up to {MOST:g}"
+            )
+    if sum(bias < -MOST for bias in s.logit_bias.values()) == vocabulary:
+        raise Refused("logit_bias leaves no token that could be written")
     if any(not text for text in s.stop):
         raise Refused("stop holds an empty text: an answer would end before it begins")
 

@@ -101,6 +101,8 @@ class Model:
             at += new
             if future.has_new_token:
                 last.append(at - 1)
+        if self.model.training:  # somebody called `model.train()`: answers have no dropout
+            self.model.eval()
         plan = Plan(cache, stretches, indices)
         after = torch.tensor(last, device=device, dtype=torch.long)
         given: dict[str, Any] = {"logits_to_keep": after} if self.keeps and not self._adapts_head(names) else {}

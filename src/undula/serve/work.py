@@ -45,6 +45,7 @@ class Work:
         self.counts = dict.fromkeys(("finished", "refused", "prompt_tokens", "cached_tokens", "completion_tokens",
                                      "steps"), 0)  # fmt: skip
         self.seconds = 0.0
+        self.complained: set[str] = set()
 
     def turn(self) -> bool:
         """Admits who may come in and computes one step.  Whether anything was computed."""
@@ -75,7 +76,7 @@ class Work:
             unread += job.unread
             claims.append(job.claim(-(-unread // speed) if job.unread else 0))
         running = [job.ticket for job in self.running.values()]
-        for ticket in self.policy.order([self._ticket(job) for job in self.waiting.values()], running, now):
+        for ticket in self._ordered(running, now):
             job = self.waiting[ticket.id]
             claim = job.claim(-(-(unread + job.unread) // speed))
             if len(self.running) >= self.limits.running or not self.admission.fits(claims, claim):
@@ -95,6 +96,31 @@ class Work:
                 except Exception:  # it is computed without, slower
                     log.exception("no private copy could be made")
             job.used(waited=now - job.reply.request.arrived)
+
+    def _ordered(self, running: list[Ticket], now: float) -> list[Ticket]:
+        """Those who wait in the policy's order: as they came where it fails, or names others than those who wait."""
+        waiting = [self._ticket(job) for job in self.waiting.values()]
+        try:
+            order = list(self.policy.order(list(waiting), running, now))
+            if sorted(t.id for t in order) == sorted(t.id for t in waiting):
+                return order
+            said = f"it ordered {len(order)} requests, not the {len(waiting)} that wait"
+        except Exception as error:
+            said = repr(error)
+        self._complain(f"order failed: {said}; requests are admitted as they came")
+        return sorted(waiting, key=lambda t: t.arrived)
+
+    def _complain(self, said: str) -> None:
+        """Logs what a policy did, each thing once."""
+        if said not in self.complained and len(self.complained) < 16:
+            self.complained.add(said)
+            log.error("the policy %s: %s", type(self.policy).__name__, said)
+
+    def _charge(self, job: Job, tokens: int) -> None:
+        try:
+            self.policy.charge(job.ticket, tokens)
+        except Exception as error:
+            self._complain(f"charge failed: {error!r}")
 
     def _loading(self, job: Job, ask: Callable[[Any], str | None]) -> str | None:
         """What the pool says of a request's adapter; an error of that ends the request."""
@@ -179,7 +205,7 @@ class Work:
         """What follows from a step's logits, of those requests that have a next token."""
         for f, job in zip(group, jobs, strict=True):
             f.state.position_offset += f.query_length
-            self.policy.charge(job.ticket, f.query_length)
+            self._charge(job, f.query_length)
         writing = [job for f, job in zip(group, jobs, strict=True) if f.has_new_token]
         chosen = dict(zip(map(id, writing), choose(logits, [job.drawing for job in writing]), strict=True))
         for f, job in zip(group, jobs, strict=True):

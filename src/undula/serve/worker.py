@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,9 @@ from ..host.mixing import rows
 from . import padded
 from .heads import Body, Worn
 from .modules import Split, own_modules
-from .request import Busy, Cancelled, Draining, Part
+from .request import Busy, Cancelled, Draining, Failed, Part
+
+log = logging.getLogger(__name__)
 
 
 class Holds(Protocol):
@@ -136,6 +139,21 @@ class Worker:
         self._waiting.clear()
 
     def _run(self) -> None:
+        try:
+            self._answer()
+        except BaseException as error:  # nobody is to wait for ever
+            log.critical("the encoder's thread has died", exc_info=error)
+            with self._ready:
+                self._stopped = True
+                lost, self._waiting = self._waiting, []
+                self._ready.notify_all()
+            for job in lost:
+                if not job.done.done():
+                    job.done.set_exception(
+                        Failed(f"the encoder's thread has died ({type(error).__name__}): it has to be started anew")
+                    )
+
+    def _answer(self) -> None:
         while True:
             with self._ready:
                 self._ready.wait_for(lambda: self._waiting or self._stopped)
@@ -237,15 +255,13 @@ class Worker:
     def _routed(self, jobs: Sequence[Job]) -> Iterator[None]:
         """Within, each row goes through its adapter."""
         names = [job.name for job in jobs for _ in range(job.rows)]
-        if not any(names):
-            yield
-        elif _alone(jobs[0]):
+        if any(names) and _alone(jobs[0]):
             select(self.body.model, names[0])
             try:
                 yield
             finally:
                 select(self.body.model, None)
-        else:
+        else:  # also rows of the base alone, which no selected adapter is to see
             with rows(self.body.model, names):
                 yield
 
