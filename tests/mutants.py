@@ -161,6 +161,7 @@ MUTANTS = [
     ("host/mixing.py", "if marked(layer) != shelf.marks[path]", "if False", SHELF + " -k written"),
     ("host/shelf.py", "settled is None or settled.A.numel()", "True or settled.A.numel()", SHELF + " -k settles"),
     ("host/shelf.py", "self.runs[kind].give(start, n)", "pass", SHELF + " -k come_and_go"),
+    ("host/shelf.py", "if written > ROOM", "if False and written > ROOM", SHELF + " -k memory_goes"),
     ("host/shelf.py", "longest[kind] = max(longest.get(kind, 0), n)", "longest[kind] = n", SHELF + " -k own_rank"),
     ("host/shelf.py", "uses[id(f[plain[1]])] == uses[id(f[plain[2]])] == 1", "True", SHELF),
     ("io/native.py", '{"created_by": f"undula {UNDULA}", **adapter.about}', "adapter.about", "tests/laws/test_files.py -k says"),

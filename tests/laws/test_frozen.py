@@ -87,6 +87,33 @@ def test_adapters_come_and_go_and_the_others_stay_what_they_are():
     assert all(p.requires_grad for p in held.parameters())
 
 
+@pytest.mark.parametrize("kept", [0, 5, 11])
+@pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
+def test_memory_goes_with_those_who_leave(methods, kept):
+    """A table keeps the memory of the rows that were ever written.  So where most have left, those who stay are moved
+    together: the first, one in the midst or the last, whose rows are others then and whose answers are the same."""
+    live, held, x = bodies((methods * 12)[:12])
+    (shelf,) = host_of(held).shelves
+    there = [name for name, adapter in undula.adapters(held).items() if adapter.shelf is not None]
+    stays = there[min(kept, len(there) - 1)]
+    for name in there:
+        if name != stays:
+            undula.detach(held, name)
+    tables = sum(t.nbytes for found in shelf.tables.values() for t in found.values())
+    adapter = undula.adapters(held)[stays]
+    beside = {id(t): t.nbytes for f in adapter.factors.rest.values() for t in f.values()}
+    assert tables <= 1.5 * (adapter.nbytes - sum(beside.values()))
+    more = undula.adapters(live)[there[0]].copy()
+    undula.attach(held, more, name="more", frozen=True)
+    for name, its in ((stays, stays), ("more", there[0])):
+        for rows in ([name] * 6, [name, None] * 3):
+            with undula.rows(held, rows), undula.rows(live, [its if r else None for r in rows]):
+                torch.testing.assert_close(held(x), live(x))
+    undula.select(live, stays)
+    undula.select(held, stays)
+    torch.testing.assert_close(held(x), live(x))
+
+
 @pytest.mark.parametrize("method", [LoRA(r=2), undula.AuroRA(r=2), undula.VeRA(r=3)], ids=repr)
 def test_a_frozen_adapter_is_selected_merged_saved_and_copied_like_any(method, tmp_path):
     live, held, x = bodies([method] * 2)
@@ -318,3 +345,23 @@ def test_tables_with_room_for_a_budget_are_not_copied_to_grow():
         put(model, ready(frame, value), str(i), reserve=5 * size)
         seen.add((i > 4, host_of(model).shelves[0].tables["0"][Kind("A", torch.float32)].data_ptr()))
     assert len(seen) == 2, "once, for the sixth"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", [LoRA(r=2), undula.DoRA(LoRA(r=3)), undula.AuroRA(r=2)], ids=repr)
+def test_single_rows_of_a_layer_wider_than_the_factors_are_computed(method, dtype):
+    """A float64 base and adapters of fewer bits: a gain and a bias meet in the wider type."""
+    model, x = nn.Sequential(nn.Linear(8, 8)).double().eval(), torch.randn(6, 8, dtype=torch.float64)
+    value = undula.attach(model, method, name="live")
+    shake(value)
+    value = undula.detach(model, "live")
+    undula.attach(model, value, name="live", dtype=dtype)
+    with torch.no_grad():
+        want = model(x)
+        undula.detach(model, "live")
+        undula.attach(model, value, name="held", dtype=dtype, frozen=True)
+        undula.select(model, None)
+        with undula.rows(model, ["held", None] * 3):
+            found = model(x)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[::2], want[::2], rtol=8 * eps, atol=8 * eps)

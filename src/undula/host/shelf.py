@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -21,6 +21,7 @@ from ..core.adapter import Adapter, Live
 from ..core.method import Factors, LowRank, Method
 from .views import LinearView
 
+ROOM = 1.5  # tables that hold so many times what lies in them are packed
 LARGER = 4  # a pair that an adapter does not have itself is kept where it is so many times its factors at most
 Mark = tuple[Any, ...]
 Sites = tuple[tuple[str, int, int], ...]  # (path, O, I)
@@ -55,6 +56,16 @@ class Spot:
     own: tuple[str, str] | None  # the factors B and A that lie there themselves; None of what is made of them
     drops: bool
 
+    def rows(self) -> list[tuple[Kind, int, int]]:
+        """(kind, first row, how many) of what it has in the tables."""
+        pair = [(self.A, self.a, self.r), (self.B, self.b, self.r + self.gain)]
+        return [*pair, *((kind, row, 1) for _, kind, row in self.bent)]
+
+    def at(self, starts: Mapping[Kind, int]) -> Spot:
+        """The same in other rows."""
+        bent = tuple((name, kind, starts[kind]) for name, kind, _ in self.bent)
+        return replace(self, a=starts[self.A], b=starts[self.B], bent=bent)
+
 
 @dataclass(frozen=True)
 class Placing:
@@ -79,7 +90,7 @@ class Runs:
     """Numbers from 0 on, given out in runs and taken back."""
 
     def __init__(self) -> None:
-        self.end = 0
+        self.end = self.most = 0  # most: the highest end so far
         self.free: list[tuple[int, int]] = []  # (start, length), in order, none beside another or at the end
 
     def take(self, n: int) -> int:
@@ -89,7 +100,13 @@ class Runs:
                 self.free[i : i + 1] = [(start + n, length - n)] if length > n else []
                 return start
         self.end += n
+        self.most = max(self.most, self.end)
         return self.end - n
+
+    @property
+    def given(self) -> int:
+        """How many are out."""
+        return self.end - sum(length for _, length in self.free)
 
     def give(self, start: int, n: int) -> None:
         """Makes a run free."""
@@ -110,7 +127,7 @@ class Shelf:
 
     def __init__(self, sites: Sites, devices: Mapping[str, torch.device], reserve: int = 0):
         self.sites, self.devices, self.reserve = sites, dict(devices), reserve
-        self.count = 0
+        self.there: list[dict[str, Spot]] = []  # where each adapter lies, by site
         self.runs: dict[Kind, Runs] = {}
         self.tables: dict[str, dict[Kind, Tensor]] = {path: {} for path, _, _ in sites}
         self.marks: dict[str, Mark] = {}  # of the weights that gains were made of
@@ -131,7 +148,7 @@ class Shelf:
             spots += [spot] if spot is new else []
             found[path] = spot
             self._write(path, O, I, placing[path], spot)
-        self.count += 1
+        self.there.append(found)
         return found
 
     def _write(self, path: str, O: int, I: int, placed: Placing, spot: Spot) -> None:
@@ -158,24 +175,51 @@ class Shelf:
         return torch.cat([table, table.new_empty(more, width)])
 
     def take(self, spots: Mapping[str, Spot]) -> None:
-        """Makes an adapter's places free."""
-        longest: dict[tuple[Kind, int], int] = {}
-        for spot in {id(s): s for s in spots.values()}.values():
-            for kind, start, n in [
-                (spot.A, spot.a, spot.r),
-                (spot.B, spot.b, spot.r + spot.gain),
-                *((kind, row, 1) for _, kind, row in spot.bent),
-            ]:
-                longest[kind, start] = max(longest.get((kind, start), 0), n)
-        for (kind, start), n in longest.items():
+        """Makes an adapter's places free; and their memory where what was written is `ROOM` times what is left."""
+        self.there = [each for each in self.there if each is not spots]
+        for kind, (start, n) in _lying(spots).items():
             self.runs[kind].give(start, n)
-        self.count -= 1
+        if not self.there:
+            return
+        widths = {kind: kind.dtype.itemsize * sum(kind.width(O, I) for _, O, I in self.sites) for kind in self.runs}
+        written = sum(width * self.runs[kind].most for kind, width in widths.items())
+        if written > ROOM * sum(width * self.runs[kind].given for kind, width in widths.items()):
+            self._pack()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _pack(self) -> None:
+        """Moves all that lies here together, into new tables: rows that were written keep their memory else."""
+        self.runs, moves = {}, []
+        for spots in self.there:
+            starts = {kind: self.runs.setdefault(kind, Runs()).take(n) for kind, (_, n) in _lying(spots).items()}
+            moves.append({id(spot): spot.at(starts) for spot in spots.values()})
+        for path, O, I in self.sites:
+            old, new = self.tables[path], dict[Kind, Tensor]()
+            for spots, to in zip(self.there, moves, strict=True):
+                was = spots[path]
+                for (kind, start, n), (_, at, _) in zip(was.rows(), to[id(was)].rows(), strict=True):
+                    if kind not in new:
+                        new[kind] = self._grown(None, path, kind, self.runs[kind].end, kind.width(O, I))
+                    new[kind][at : at + n] = old[kind][start : start + n]
+            self.tables[path] = new
+        for spots, to in zip(self.there, moves, strict=True):
+            spots.update({path: to[id(spot)] for path, spot in spots.items()})
 
     def to(self, path: str, device: torch.device) -> None:
         """Puts the tables of one site on a device."""
         if self.devices[path] != device:
             self.tables[path] |= {kind: t.to(device) for kind, t in self.tables[path].items()}
             self.devices[path] = device
+
+
+def _lying(spots: Mapping[str, Spot]) -> dict[Kind, tuple[int, int]]:
+    """(first row, how many) of each kind that an adapter has at its sites: it begins at the same row at all."""
+    found: dict[Kind, tuple[int, int]] = {}
+    for spot in {id(s): s for s in spots.values()}.values():
+        for kind, start, n in spot.rows():
+            found[kind] = start, max(n, found.get(kind, (start, 0))[1])
+    return found
 
 
 def _needs(placed: Placing) -> list[tuple[Kind, int]]:
@@ -340,7 +384,7 @@ class Held(Live):
             + sum(
                 (self.shelf.tables[path][kind][0].nbytes if self.shelf else 0) * n
                 for path, s in self.spots.items()
-                for kind, n in ((s.A, s.r), (s.B, s.r + s.gain), *((kind, 1) for _, kind, _ in s.bent))
+                for kind, _, n in s.rows()
             )
         )
 
@@ -348,5 +392,5 @@ class Held(Live):
         """Makes its places free."""
         if self.shelf is not None:
             self.shelf.take(self.spots)
-            if not self.shelf.count:
+            if not self.shelf.there:
                 shelves.remove(self.shelf)

@@ -198,8 +198,8 @@ def _down(x_NI: Tensor, tables: dict[Kind, Tensor], spot: Spot) -> Tensor:
 
 def _gained(c_NO: Tensor, gain: Tensor, y_NO: Tensor, bias: Tensor | None) -> Tensor:
     """g (y - b + c) + b, as what it adds to y."""
-    y_NO = y_NO.to(c_NO.dtype)
-    return gain * c_NO + (gain - 1) * (y_NO if bias is None else y_NO - bias)
+    y_NO = y_NO if bias is None else y_NO - bias
+    return (gain * c_NO + (gain - 1) * y_NO).to(c_NO.dtype)
 
 
 def _add_singles(part: Singles, tables: dict[Kind, Tensor], x_TI: Tensor, y_TO: Tensor, bias: Tensor | None) -> None:
