@@ -292,6 +292,13 @@ def test_texts_alone_are_asked_of_what_was_trained_on_columns_of_other_names(nam
     assert len(asked.asked) == len(given)
 
 
+def test_a_pair_is_refused_where_the_training_had_none():
+    """Its second text was left unread, and the answer was that to the first."""
+    with pytest.raises(TypeError, match="trained on single ones"):
+        question(Classification(), [("fine", "bad")], ("text",))
+    assert len(question(Classification(), [("fine", "bad")], ("text", "pair")).asked) == 1
+
+
 def test_tags_of_texts_and_of_tokens_are_answered_though_the_training_had_tokens(tmp_path):
     """What was trained on lists of tokens is asked texts, lists of tokens, or a file of either."""
     rows = [{"tokens": r["text"].split(), "tags": ["O", "B-X", "O", "O"]} for r in tiny.reviews(24)]

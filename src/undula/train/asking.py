@@ -49,6 +49,7 @@ def question(task: Task, given: Any, trained: Collection[str] = (), faults: Faul
     left out.
     """
     found = Faults() if faults is None else faults
+    _check_pairs(task, given, trained)
     rows, single = rows_of(task, given, found)
     if not len(rows):
         raise ValueError("there are no rows to answer")
@@ -61,6 +62,15 @@ def question(task: Task, given: Any, trained: Collection[str] = (), faults: Faul
     if len(kept) < len(rows):
         read = _read(task, kept, trained, Faults())
     return Question(kept, read, single)
+
+
+def _check_pairs(task: Task, given: Any, trained: Collection[str]) -> None:
+    """Raises TypeError for pairs where the training had none: the second text would not be read."""
+    single = trained and "pair" in task.optional and "pair" not in trained
+    if single and isinstance(given, list | tuple) and any(isinstance(one, list | tuple) for one in given):
+        raise TypeError(
+            "pairs of texts are given, and this adapter was trained on single ones: give a text for each row"
+        )
 
 
 def _read(task: Task, rows: Dataset, trained: Collection[str], faults: Faults) -> Dataset:
