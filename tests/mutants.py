@@ -108,7 +108,7 @@ MUTANTS = [
     ("serve/work.py", "if f.has_new_token and token is None:", "if False:", FAULTS + "::test_an_adapter_whose_numbers_are_not_finite_answers_nothing"),
     ("serve/work.py", "self.turns.forget(job.id)", "self.turns.active_requests.pop(job.id, None)", FAULTS + "::test_who_cancels_is_told_so_and_its_memory_is_free_while_others_go_on"),
     ("serve/sampling.py", "isinstance(given, Integral) and not isinstance(given, bool)", "True", ODD + " -k settings"),
-    ("serve/engine.py", "if thread is not None and thread.is_alive():", "if False:", ODD + " -k one_engines"),
+    ("serve/owners.py", "if thread is not None and thread.is_alive():", "if False:", ODD + " -k one_engines"),
     ("host/ready.py", "held, True, True", "held, True, False", ODD + " -k nobody_else"),
     ("serve/steps.py", "if self.model.training:", "if False:", ODD + " -k dropout"),
     ("serve/work.py", "sorted(t.id for t in order) == sorted(t.id for t in waiting)", "True", ODD + " -k policy"),

@@ -12,11 +12,12 @@ import torch
 import undula
 from tests.support import tiny
 from tests.support.encoders import drawn
+from tests.support.numbers import shake
 from undula.serve import padded
 from undula.serve.encoder import Encoder
 from undula.serve.heads import Body
 from undula.serve.pool import Pool
-from undula.serve.request import Busy, Cancelled, Draining, Part, Refused
+from undula.serve.request import Busy, Cancelled, Draining, Failed, Part, Refused
 from undula.serve.worker import Room
 from undula.train import (
     CausalLM,
@@ -369,6 +370,36 @@ def test_draining_answers_what_waits_and_refuses_what_comes(few, running):
     assert len(found[0]) == 3
     encoder.stop()
     assert not encoder.alive
+    pool.close()
+
+
+def test_the_base_says_what_it_does_whatever_somebody_selects_on_it(few):
+    encoder, pool = opened(few)
+    with encoder:
+        want, own = encoder.embed(TEXTS), encoder.embed(TEXTS, [Part("near")])
+        shake(undula.attach(encoder.body.model, undula.LoRA(r=2), ["value"], name="mine"), 0.3)
+        same(encoder.embed(TEXTS), want)
+        same(encoder.embed(TEXTS, [Part("near")]), own)
+    pool.close()
+
+
+def test_one_body_is_one_encoders(few):
+    encoder, pool = opened(few)
+    with encoder, pytest.raises(RuntimeError, match="another engine"):
+        Encoder(encoder.body, pool).start()
+    with Encoder(encoder.body, pool) as other:
+        assert len(other.embed(TEXTS)) == 3
+    pool.close()
+
+
+def test_when_the_thread_dies_nobody_waits_for_ever(few, monkeypatch):
+    encoder, pool = opened(few)
+    with encoder:
+        monkeypatch.setattr(encoder.worker, "_chosen", lambda waiting: (_ for _ in ()).throw(SystemError("gone")))
+        with pytest.raises(Failed, match="died"):
+            encoder.embed(TEXTS)
+        with pytest.raises(Draining):
+            encoder.embed(TEXTS)
     pool.close()
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
 from .jobs import Job, Limits, Stats
+from .owners import begin, check_free
 from .policy import Fcfs, Policy, Ticket
 from .replies import Reply
 from .request import Cancelled, Draining, Failed, Refused, Request
@@ -19,7 +19,6 @@ from .words import Words
 from .work import Work
 
 log = logging.getLogger(__name__)
-_computing: weakref.WeakKeyDictionary[Any, threading.Thread] = weakref.WeakKeyDictionary()  # whose each model is
 
 __all__ = ["Engine", "Limits", "Stats"]
 
@@ -38,7 +37,7 @@ class Engine:
     def __init__(
         self, model: Any, tokenizer: Any, pool: Any, policy: Policy | None = None, limits: Limits | None = None
     ):
-        _check_free(model)
+        check_free(model)
         self.limits = limits or Limits()
         said = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.model_name = Path(said).name if Path(said).is_dir() else said  # where it lies is nobody's business
@@ -60,10 +59,8 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread that computes.  Raises RuntimeError where another engine computes with the model."""
-        _check_free(self._work.model.model)
+        begin(self._work.model.model, self._thread)
         self.pool.listen(self._wake)
-        _computing[self._work.model.model] = self._thread
-        self._thread.start()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -226,15 +223,6 @@ class Engine:
             self._changed.notify_all()
         for job in jobs:
             job.reply.fail(error)
-
-
-def _check_free(model: Any) -> None:
-    thread = _computing.get(model)
-    if thread is not None and thread.is_alive():
-        raise RuntimeError(
-            f"another engine computes with this {type(model).__name__}, and one model is one engine's: register more "
-            "adapters in its pool, or stop it first"
-        )
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

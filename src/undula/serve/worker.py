@@ -20,6 +20,7 @@ from ..host.mixing import rows
 from . import padded
 from .heads import Body, Worn
 from .modules import Split, own_modules
+from .owners import begin
 from .request import Busy, Cancelled, Draining, Failed, Part
 
 log = logging.getLogger(__name__)
@@ -114,11 +115,12 @@ class Worker:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Starts the thread that computes."""
+        """Starts the thread that computes.  Raises RuntimeError where another computes with the body."""
         if self._thread is None:
             self._draining = self._stopped = False
-            self._thread = threading.Thread(target=self._run, name="undula-encoder", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="undula-encoder", daemon=True)
+            begin(self.body.model, thread)
+            self._thread = thread
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no new rows; waits until those that wait are answered.  Returns whether they are."""
