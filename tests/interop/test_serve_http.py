@@ -16,7 +16,7 @@ import torch
 
 import undula
 from undula.serve.engine import Limits
-from undula.serve.request import Broken, Busy, Cancelled, Failed, Late, Part, Piece, Refused, Request, Sampling
+from undula.serve.request import Broken, Busy, Cancelled, Chosen, Failed, Late, Part, Piece, Refused, Request, Sampling
 from undula.serve.server.errors import ADDRESSES
 from undula.serve.server.keys import keys_of
 from undula.serve.server.opening import Plan, opened
@@ -528,6 +528,29 @@ def test_a_client_that_vanishes_has_its_request_cancelled(house, stream):
                 gone.post("/v1/completions", json=LONG, timeout=0.3)
     idle(served)
     assert served.engine.stats().completion_tokens - before < 1990
+
+
+def test_the_time_between_tokens_counts_every_token():
+    """Several come in one piece where text is held back: their times add up to the time that they took."""
+    from undula.serve.server.metrics import Metrics
+
+    class Told:
+        request = Request((1,))
+
+        async def __aiter__(self):
+            for count, finish in ((1, None), (3, None), (0, None), (1, "length")):
+                await asyncio.sleep(0.01 * count)
+                yield Piece("", (Chosen(0),) * count, finish)
+
+    async def heard(metrics):
+        return [piece async for piece in metrics.heard(Told())]
+
+    metrics = Metrics(None, None, list, 0.0)
+    asyncio.run(heard(metrics))
+    value = metrics.registry.get_sample_value
+    assert value("undula_time_per_output_token_seconds_count") == 4
+    assert value("undula_time_to_first_token_seconds_count") == value("undula_request_seconds_count") == 1
+    assert value("undula_time_per_output_token_seconds_sum") > 0.03, "slept for 0.04 s after the first"
 
 
 def test_the_metrics_tell_what_was_asked_and_refused(plain, client):
