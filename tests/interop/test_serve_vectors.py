@@ -110,7 +110,7 @@ def test_embeddings_come_as_numbers_and_as_base64(house, client, plain):
         ("/v1/completions", {"model": "moods", "prompt": "the"}, 400, "model", "encoder"),
         ("/v1/chat/completions", {"model": "moods", "messages": [{"role": "user", "content": "a"}]}, 400, "model",
          "encoder"),
-        ("/classify", {"model": "tiny-bert", "input": "the"}, 400, None, "head"),
+        ("/classify", {"model": "tiny-bert", "input": "the"}, 400, None, "what is asked has no head"),
         ("/classify", {"model": "none", "input": "the"}, 404, "model", "none"),
         ("/classify", {"model": "moods", "input": [[1, 2]]}, 400, "input", "pairs"),
         ("/classify", {"model": "moods", "input": []}, 400, "input", "empty"),

@@ -228,7 +228,7 @@ def _check_answers(worn: Worn) -> None:
     """Raises ValueError for a task that answers no rows."""
     if not isinstance(worn.task, HeadTask | Similarity):
         raise ValueError(
-            f"{worn.run.out.name} has no head of a task that undula has ({worn.task.peft or 'no task type'}): ask for "
+            f"what is asked has no head of a task that undula has ({worn.task.peft or 'no task type'}): ask for "
             "embeddings, or name an adapter that classifies"
         )
 
