@@ -14,8 +14,8 @@ from tests.support.zoo import ZOO
 from undula import LoRA
 from undula.host.frame import Frame
 from undula.host.ready import put, ready
-from undula.host.shelf import Kind, Runs
 from undula.host.state import host_of
+from undula.host.tables import Kind, Runs
 from undula.methods.dropout import Dropout
 
 METHODS = {

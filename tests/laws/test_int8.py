@@ -74,6 +74,8 @@ def test_what_cannot_be_int8_is_refused():
         int8(model)
     with pytest.raises(ValueError, match="are for CPUs; layers of this model are on meta"):
         int8(nn.Sequential(nn.Linear(4, 4, device="meta")))
+    with pytest.raises(ValueError, match=r"Sequential has no nn\.Linear layers"):
+        int8(nn.Sequential(nn.Tanh()))
     plain = nn.Sequential(nn.Linear(4, 4))
     int8(plain)
     undula.attach(plain, undula.LoRA(r=2))

@@ -72,11 +72,13 @@ def int8(model: nn.Module) -> int:
 
     Before adapters are attached; they compute in float beside the 8-bit products.  Weights that other modules share (a
     head with the embedding) are kept there in float too.  Raises RuntimeError where this machine or torch has no such
-    products, ValueError for a model that is not on a CPU or has adapters.
+    products, ValueError for a model that is not on a CPU, has adapters or no such layers (GPT-2's are Conv1D).
     """
     if "_undula" in model.__dict__:
         raise ValueError("adapters are attached to this model: make the base int8 first")
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear layers, which int8 products are for")
     elsewhere = sorted({str(m.weight.device) for m in layers.values() if m.weight.device.type != "cpu"})
     if elsewhere:
         raise ValueError(f"int8 products are for CPUs; layers of this model are on {', '.join(elsewhere)}")

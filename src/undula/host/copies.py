@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..core.method import Factors, Method, Reweight
 from ..kernels import reference
 from .host import layers_now
-from .shelf import Held, Mark, marked
+from .shelf import Held, marked
 from .state import find
+from .tables import Mark
 from .views import LinearView
 
 

@@ -23,7 +23,7 @@ from .host import (
 )
 from .route import ROUTES, Base, Route
 from .sharded import is_fsdp
-from .shelf import Held, OnShelf, Shelf, marked
+from .shelf import Held, OnShelf, marked
 from .slots import Slot
 from .state import (
     PATIENCE,
@@ -33,6 +33,7 @@ from .state import (
     find,
     replaced,
 )
+from .tables import Shelf
 from .weights import own
 from .where import inner, resolve
 

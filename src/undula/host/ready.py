@@ -13,8 +13,9 @@ from . import quantised
 from .build import narrowed
 from .frame import Frame
 from .host import check_free, deselect, forget
-from .shelf import Held, Placing, lying, placed
+from .shelf import Held, lying, placed
 from .state import Host, changing
+from .tables import Placing
 from .views import LinearView
 from .where import inner
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core.method import Method
 from ..kernels import bags, reference
 from ..kernels.autocast import exact
-from .shelf import Held, Kind, Shelf, Spot
+from .shelf import Held
+from .tables import Kind, Shelf, Spot
 from .views import LinearView
 
 PAYS = 128  # rows in turn through one adapter are products of their own where there are so many, times the rank

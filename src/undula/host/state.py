@@ -16,8 +16,8 @@ from . import masters, quantised
 from .route import ROUTES, Route, innermost
 from .sharded import is_fsdp
 from .share import Form, form
-from .shelf import Shelf
 from .slots import Slot, remove
+from .tables import Shelf
 from .views import LinearView
 from .weights import Read
 from .where import inner
