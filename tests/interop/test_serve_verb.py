@@ -155,6 +155,21 @@ def test_what_was_to_be_pinned_has_to_be_there(folder, tmp_path):
     assert "cut" in said(base, "--port", 0, "--pin", "cut", "--adapters", tmp_path)
 
 
+def test_the_address_that_is_told_takes_requests(folder, monkeypatch):
+    """Who reads it in a script asks at once, before the server has begun: the request waits and is not turned away."""
+    taken = []
+
+    def told(served, count, plan, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5):
+            taken.append(url)
+
+    monkeypatch.setattr("undula.cli.serving.tell", told)
+    monkeypatch.setattr("undula.serve.server.running.serve", lambda served, *_: served.worker.stop() or True)
+    beside(folder / "adapters" / "own")
+    assert taken
+
+
 def test_a_whole_life_ends_by_sigterm_with_the_running_answer_whole(folder):
     """One adapter's directory is enough to serve it; a stream that runs when the signal comes is finished, a request
     that comes later is refused, and the process ends with 0."""

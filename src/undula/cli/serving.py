@@ -242,6 +242,7 @@ def run(plan: Plan, listening: socket.socket, drain: float) -> None:
     from ..serve.server.running import address, serve
 
     served, count = opened(plan, lambda text: heard(shell.remark, text))
+    listening.listen(2048)  # who reads the address may ask at once: requests wait until the server takes them
     heard(lambda text: tell(served, count, plan, text), address(listening))
     log()
     whole = serve(served, listening, drain)

@@ -67,10 +67,11 @@ def question(task: Task, given: Any, trained: Collection[str] = (), faults: Faul
 def _check_pairs(task: Task, given: Any, trained: Collection[str]) -> None:
     """Raises TypeError for pairs where the training had none: the second text would not be read."""
     single = trained and "pair" in task.optional and "pair" not in trained
-    if single and isinstance(given, list | tuple) and any(isinstance(one, list | tuple) for one in given):
-        raise TypeError(
-            "pairs of texts are given, and this adapter was trained on single ones: give a text for each row"
-        )
+    for number, one in enumerate(given if single and isinstance(given, list | tuple) else (), 1):
+        if isinstance(one, list | tuple):
+            raise TypeError(
+                f"item {number} is {len(one)} texts, and this adapter was trained on single ones: give one for each row"
+            )
 
 
 def _read(task: Task, rows: Dataset, trained: Collection[str], faults: Faults) -> Dataset:
