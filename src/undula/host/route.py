@@ -180,8 +180,11 @@ class Route:
             adapter = used[name]
             if isinstance(adapter, Held):
                 placed = set(adapter.spots)
-                if adapter.shelf is not None:
-                    shelved.setdefault(id(adapter.shelf), Shelved(adapter.shelf, self.count)).add(adapter, rows)
+                shelf = adapter.shelf
+                if shelf is not None:
+                    if id(shelf) not in shelved:
+                        shelved[id(shelf)] = Shelved(shelf, self.count)
+                    shelved[id(shelf)].add(adapter, rows)
             else:
                 plain = formed(name)
                 placed = {p.path for p in plain}

@@ -9,6 +9,7 @@ anybody trained.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -122,6 +123,11 @@ class Held(Live):
                 rest.setdefault(path, {})[name] = t
         held.factors = OnShelf(held.shelf, held.spots, rest, list(adapter.factors))  # type: ignore[assignment]
         return held
+
+    @functools.cached_property
+    def alike(self) -> bool:
+        """Whether it lies at one spot at all of its sites."""
+        return len({id(spot) for spot in self.spots.values()}) == 1
 
     @torch.no_grad()
     def settle(self, layers: Mapping[str, LinearView]) -> None:

@@ -69,6 +69,7 @@ class Shelved:
         self.shelf, self.count = shelf, count
         self.sites = shelf.tables
         self.adapters: list[Held] = []
+        self.alike = True  # whether each adapter lies at one spot at all of its sites, so that one plan is that of all
         self.runs: list[tuple[int, Run]] = []  # (number of the adapter, its rows)
         self._plans: dict[tuple[str, int, bool], Plan] = {}
         self._alike: dict[tuple, Plan] = {}
@@ -76,6 +77,7 @@ class Shelved:
     def add(self, adapter: Held, rows: Sequence[int]) -> None:
         k = len(self.adapters)
         self.adapters.append(adapter)
+        self.alike = self.alike and adapter.alike
         start = before = rows[0]
         for row in [*rows[1:], -1]:
             if row != before + 1:
@@ -114,9 +116,9 @@ class Shelved:
 
     def _plan(self, path: str, times: int, grad: bool, device: torch.device) -> Plan:
         """The plan of a site, which is that of all sites at which the adapters lie at equal spots."""
-        spots = [a.spots[path] for a in self.adapters]
-        key = times, grad, device, *map(id, spots)
+        key = times, grad, device, *(() if self.alike else (id(a.spots[path]) for a in self.adapters))
         if key not in self._alike:
+            spots = [a.spots[path] for a in self.adapters]
             with torch.inference_mode(False):  # a later forward of the batch may want gradients
                 self._alike[key] = _planned(self.runs, spots, self.count, times, grad, device)
         self._plans[path, times, grad] = self._alike[key]
