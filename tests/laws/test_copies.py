@@ -94,3 +94,11 @@ def test_the_copies_of_those_used_last_fit_their_budget():
     undula.detach(held, "2")
     copies.use("4", {"0"})
     assert kept() == {"0", "4"}
+
+
+def test_a_budget_that_holds_no_copy_is_told(caplog):
+    """Else who gives one believes that it is fast now."""
+    _, held, _x = bodies(MIX)
+    Copies(held, copy_size(held, "0") - 1, lambda: None).use("0", set())
+    assert "takes 1,536 bytes, and copies may take 1,535" in caplog.text
+    assert not undula.adapters(held)["0"].copies

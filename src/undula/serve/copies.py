@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Collection
 
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from ..host.copies import copy_size, drop_copy, keep_copy
 from ..host.host import adapters
 from ..host.shelf import Held
+
+log = logging.getLogger(__name__)
 
 
 class Copies:
@@ -34,6 +37,12 @@ class Copies:
         self.used[name] = next(self._now)
         if name not in self.sizes:
             self.sizes[name] = copy_size(self.model, name)
+            if self.sizes[name] > self.budget:
+                log.warning(
+                    "a copy of its weights takes %s bytes, and copies may take %s: it computes without, slower",
+                    f"{self.sizes[name]:,}",
+                    f"{self.budget:,}",
+                )
         size = self.sizes[name]
         kept = {n: self.sizes[n] for n, a in there.items() if isinstance(a, Held) and a.copies}
         if not size or name in kept:
