@@ -81,3 +81,20 @@ def test_what_cannot_be_int8_is_refused():
     undula.attach(plain, undula.LoRA(r=2))
     with pytest.raises(TypeError, match="nothing is merged into a base in int8"):
         undula.merge(plain)
+
+
+def test_a_base_that_rounds_inputs_is_asked_as_a_narrow_one(monkeypatch):
+    """A float's last digit moves an input by a step: asked as closely as float32, a real base was refused."""
+    from tests.support import served
+    from undula.serve.engine import Limits
+    from undula.serve.policy import Fcfs
+    from undula.serve.steps import Model
+    from undula.serve.work import Work
+
+    forward = Model.forward
+    monkeypatch.setattr(Model, "forward", lambda self, *given: forward(self, *given) * 1.01)
+    plain, eight = served.llama().float(), served.llama().float()
+    int8(eight)
+    with pytest.raises(ValueError, match="requests of one batch get other logits"):
+        Work(plain, served.Attached([]), Fcfs(), Limits())
+    Work(eight, served.Attached([]), Fcfs(), Limits())
