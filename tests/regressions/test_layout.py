@@ -8,7 +8,7 @@ from pathlib import Path
 import undula
 
 SOURCES = Path(undula.__file__).parent
-AROUND = ("study", "serve", "cli", "bundled", "integrations", "__main__")  # what `import undula` does not load
+AROUND = ("study", "serve", "jobs", "cli", "bundled", "integrations", "__main__")  # what `import undula` does not load
 
 
 def imports(tree):
@@ -58,6 +58,7 @@ LEVELS = (  # a folder imports what stands before it: of its own level nothing, 
     ("compress", "ranks"),
     ("bundled", "integrations"),
     ("train",),
+    ("jobs",),
     ("serve", "study"),
     ("undula",),  # which gives names to all of them
     ("cli",),

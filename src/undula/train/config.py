@@ -57,7 +57,7 @@ def values_in(path: str | Path, kind: type, aside: tuple[str, ...] = ()) -> dict
     made, found = {}, []
     for name in [name for name in data if name not in aside]:
         try:
-            made[name] = _value(kind, name, data[name])
+            made[name] = value_of(kind, name, data[name])
         except (LookupError, ValueError, TypeError) as error:
             told = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
             found.append((toml.line_of((name,), where), told))
@@ -88,8 +88,8 @@ def complete(path: str | Path, kind: type, aside: tuple[str, ...] = ()) -> Any:
     return kind(**found)
 
 
-def _value(kind: type, name: str, value: Any) -> Any:
-    """A field's value from that of a file."""
+def value_of(kind: type, name: str, value: Any) -> Any:
+    """A field's value from that of a file.  Raises LookupError, ValueError or TypeError that says what is wrong."""
     fields = {f.name: f for f in told(kind)}
     if name not in fields:
         close = difflib.get_close_matches(name, fields, 1)

@@ -1,0 +1,120 @@
+"""What a micro-batch costs: seconds by tokens and jobs, and bytes.  Measured where the jobs run, kept with them."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TRIED = (16, 64, 256, 1024)  # tokens of the micro-batches that are timed
+MIXED, MIXED_TOKENS = 4, 64  # so many jobs share one of so many tokens
+QUICK = 0.5  # seconds of a micro-batch above which it is not timed twice
+Timed = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a micro-batch, forwards and backwards: by its tokens between the `points` (tokens, seconds) that were
+    timed, and `further` for each job beyond the first."""
+
+    points: tuple[tuple[int, float], ...]
+    further: float = 0.0
+
+    def __post_init__(self) -> None:
+        tokens = [t for t, _ in self.points]
+        if not tokens or tokens != sorted(set(tokens)) or tokens[0] < 1:
+            raise ValueError(
+                f"a cost model is of points (tokens, seconds) by growing tokens, found {self.points!r:.80}"
+            )
+
+    @staticmethod
+    def measured(timed: Timed, most: int = TRIED[-1], jobs: int = MIXED) -> Cost:
+        """The model that `timed(tokens, jobs)`, the seconds of one micro-batch, tells: at sizes up to `most` tokens,
+        the better of two where they are quick, after one that warms up.  `jobs`: how many there are."""
+        tokens = [t for t in TRIED if t < most] or [most]
+        tokens += [most] if most > tokens[-1] else []
+
+        def best(tokens: int, jobs: int) -> float:
+            first = timed(tokens, jobs)
+            return first if first > QUICK else min(first, timed(tokens, jobs))
+
+        timed(tokens[0], 1)
+        found, so_far = [], 0.0
+        for t in tokens:
+            so_far = max(so_far, best(t, 1))  # more tokens take no less, whatever the clock says
+            found.append((t, so_far))
+        alone, mixed = Cost(tuple(found)), min(jobs, MIXED)
+        if mixed < 2:
+            return alone
+        size = max(min(MIXED_TOKENS, most), mixed)
+        return Cost(tuple(found), max(0.0, best(size, mixed) - alone.seconds(size)) / (mixed - 1))
+
+    def seconds(self, tokens: int, jobs: int = 1) -> float:
+        """Between the points and beyond them along straight lines."""
+        ends = self.points
+        if len(ends) == 1:
+            alone = ends[0][1] * max(1.0, tokens / ends[0][0])
+        else:
+            at = min(max(bisect.bisect_left([t for t, _ in ends], tokens), 1), len(ends) - 1)
+            (t0, s0), (t1, s1) = ends[at - 1], ends[at]
+            alone = max(s0 + (s1 - s0) * (tokens - t0) / (t1 - t0), 0.0)
+        return alone + self.further * (jobs - 1)
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"points": [list(point) for point in self.points], "further": self.further}
+
+    @staticmethod
+    def decode(data: Mapping[str, Any]) -> Cost:
+        """The inverse of `encode`."""
+        return Cost(tuple((int(t), float(s)) for t, s in data["points"]), float(data["further"]))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: of the frozen base, of a job's share beside it, of a token's activations.  `budget` None: no bound."""
+
+    base: int
+    per_token: float
+    budget: int | None = None
+
+    def fits(self, jobs: Sequence[int], longest: int) -> bool:
+        """Whether jobs of so many bytes can train at once, in micro-batches of `longest` tokens, a row's, at least."""
+        return self.budget is None or self.base + sum(jobs) + self.per_token * longest <= self.budget
+
+    def tokens(self, jobs: Sequence[int], most: int) -> int:
+        """How many tokens a micro-batch may have beside jobs of so many bytes, at most `most`."""
+        if self.budget is None or not self.per_token:
+            return most
+        return max(1, min(most, int((self.budget - self.base - sum(jobs)) / self.per_token)))
+
+
+def job_bytes(parameters: Sequence[Tensor], states: int = 2) -> int:
+    """What a job holds beside the base: of each number that trains itself, its gradient, and `states` of the optimiser
+    (two of AdamW)."""
+    return sum(p.numel() * p.element_size() * (2 + states) for p in parameters)
+
+
+@contextmanager
+def saved(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Within, the bytes that forwards keep for their backward, parameters apart: {"bytes": ...} after it.  What several
+    operations keep of one tensor counts once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen, found = dict[int, int](), {"bytes": 0}
+    held = list[Tensor]()  # so that no address is given out again meanwhile
+
+    def pack(t: Tensor) -> Tensor:
+        place = t.untyped_storage().data_ptr()
+        if place not in own:
+            seen[place] = t.untyped_storage().nbytes()
+            held.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield found
+    found["bytes"] = sum(seen.values())

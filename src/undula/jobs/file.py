@@ -1,0 +1,297 @@
+"""Many jobs in a file: what they share, and a table for each.
+
+    model = "bundled:smollm2"            any field of a run, for all jobs that do not say another
+    task = "causal-lm"
+    method = { is = "lora", r = 8 }
+
+    [[jobs]]
+    name = "french"                      its directory is OUT/french
+    data = "french.jsonl"
+
+    [[jobs]]
+    name = "german"
+    data = "german.jsonl"
+    lr = [3e-4, 1e-3]                    several values where a field has one: a job for each, german-lr0.0003 ...
+    seed = [0, 1]                        of several such fields a job for each combination
+    [jobs.method]
+    r = 16                               options of the shared choice, or with `is` another choice
+
+Values are those of a run's file, see `train.config`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..core.choice import Choice
+from ..core.given import hints
+from ..io import toml
+from ..io.toml import Faults, line_of
+from ..train.base import config_of, same_base
+from ..train.config import value_of
+from ..train.data.faults import Faults as RowFaults
+from ..train.data.load import load_data
+from ..train.fields import bare, default_of, told
+from ..train.recipe import Recipe
+from ..train.resume import claim
+from ..train.run import REPORT, RUN, Run
+
+SHARED = ("model", "dtype", "bits")  # of the one base
+NAME = re.compile(r"\w(?:[\w.+-]*\w)?")
+LONGEST = 100  # characters of a name, a directory's
+MOST = 1000  # jobs that a file may come to
+Place = toml.Path
+Table = Mapping[str, Any]
+
+
+@dataclass
+class _Reading:
+    """The lines of a file, and what is wrong there."""
+
+    where: dict[Place, int]
+    found: list[tuple[int | None, str]] = field(default_factory=list)
+
+    def fault(self, place: Place, text: str) -> None:
+        line = line_of(place, self.where)
+        if (line, text) not in self.found:  # what all jobs share is wrong once
+            self.found.append((line, text))
+
+    def attempt(self, place: Place, make: Callable[[], Any]) -> Any:
+        """make(), or None with its error noted."""
+        try:
+            return make()
+        except (LookupError, ValueError, TypeError, OSError, RuntimeError) as error:
+            self.fault(place, str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+            return None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A job of a file, and where its table stands."""
+
+    name: str
+    recipe: Recipe
+    place: Place
+
+
+def read(path: str | Path, out: str | Path, *, resume: bool = False) -> dict[str, Run]:
+    """{name: run} of a file of jobs, each in OUT/NAME, in the order of the file.
+
+    Everything is checked before: names, values, that there is one model, that data can be read by their task, that OUT
+    can be written and holds no such jobs (with `resume`: no others).  Raises Faults (a ValueError) with all that is
+    wrong and its lines, FileNotFoundError for a file that is not there.
+    """
+    path, out = Path(path), Path(out)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path} does not exist; TOML files there: {', '.join(there) or 'none'}")
+    text = toml.text_of(path)
+    data, reading = toml.parsed(text, str(path)), _Reading(toml.lines(text))
+    asked = list(_jobs(reading, data))
+    if not reading.found and not asked:
+        reading.fault((), "there is no job: write a table [[jobs]] with a name for each")
+    _check_names(reading, asked)
+    _check_one_base(reading, asked)
+    if not reading.found:
+        _check_opened(reading, asked)
+    runs = {job.name: Run.of(job.recipe, out / job.name) for job in asked}
+    for job in asked if not reading.found else ():
+        reading.attempt(job.place, lambda run=runs[job.name]: check_place(run, resume))  # type: ignore[misc]
+    if reading.found:
+        raise Faults(str(path), reading.found)
+    return runs
+
+
+def _jobs(reading: _Reading, data: Table) -> Iterator[Asked]:
+    shared = {key: value for key, value in data.items() if key != "jobs"}
+    tables = data.get("jobs", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        reading.fault(("jobs",), f"jobs are tables, [[jobs]] each, found {tables!r:.60}")
+        return
+    if not tables:  # what stands there is looked at all the same
+        _values(reading, shared, {}, ())
+    for i, table in enumerate(tables):
+        place = ("jobs", i)
+        name = table.get("name")
+        if not isinstance(name, str):
+            reading.fault(
+                (*place, "name"), "a job has a name, a text" + ("" if name is None else f", found {name!r:.60}")
+            )
+        own = {key: value for key, value in table.items() if key != "name"}
+        for label, values in _grid(reading, place, shared, own):
+            made = reading.attempt(place, lambda values=values: Recipe(**values))  # type: ignore[misc]
+            if made is not None and isinstance(name, str):
+                yield Asked(f"{name}{label}", made, place)
+
+
+def _grid(reading: _Reading, place: Place, shared: Table, own: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(end of the name, values) of each job that a table comes to; none where something is wrong."""
+    lists = {name: (value, where) for name, value, where in _said(shared, own, place) if _is_grid(name, value)}
+    for name, (several, where) in lists.items():
+        if not several or any(several.count(value) > 1 for value in several):
+            reading.fault(
+                where, f"{name} is one value, or a list of different ones, a job for each; found {several!r:.60}"
+            )
+            return
+    number = 1
+    for several, _ in lists.values():
+        number *= len(several)
+    if number > MOST:
+        reading.fault(place, f"these lists come to {number:,} jobs; a file has at most {MOST}")
+        return
+    names = list(lists)
+    for chosen in itertools.product(*(enumerate(several) for several, _ in lists.values())):
+        one = {name: value for name, (_, value) in zip(names, chosen, strict=True)}
+        label = "".join(f"-{_label(name, value, i)}" for name, (i, value) in zip(names, chosen, strict=True))
+        values = _values(reading, {**shared, **{n: v for n, v in one.items() if n not in own}},
+                         {**own, **{n: v for n, v in one.items() if n in own}}, place)  # fmt: skip
+        if values is not None:
+            yield label, values
+
+
+def _label(name: str, value: Any, number: int) -> str:
+    """A value in the name of a job."""
+    if isinstance(value, str):
+        return value
+    return f"{name}{value:g}" if isinstance(value, int | float) else f"{name}{number + 1}"
+
+
+def _said(shared: Table, own: Table, place: Place) -> Iterator[tuple[str, Any, Place]]:
+    """(field, value, where it stands) of what holds for a job, as the file says it."""
+    for name, value in {**shared, **own}.items():
+        yield name, value, (*place, name) if name in own else (name,)
+
+
+def _is_grid(name: str, value: Any) -> bool:
+    """Whether a list is of several values of a field, which itself is one number or one choice."""
+    hint = bare(hints(Recipe)[name]) if name in _fields() else None
+    return isinstance(value, list) and (hint in (int, float) or _is_choice(hint))
+
+
+def _is_choice(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Choice)
+
+
+def _fields() -> dict[str, Any]:
+    return {f.name: f for f in fields(Recipe)}
+
+
+def _values(reading: _Reading, shared: Table, own: Table, place: Place) -> dict[str, Any] | None:
+    """The values of a job; None where one is wrong or missing."""
+    made: dict[str, Any] = {}
+    before = len(reading.found)
+    for name, value, where in _said(shared, own, place):
+        if name == "out":
+            reading.fault(where, "a job has no `out`: its directory is OUT/NAME")
+            continue
+        meant = _over(shared.get(name), value) if name in own and _is_choice_field(name) else value
+        found = reading.attempt(where, lambda name=name, meant=meant: (value_of(Recipe, name, meant),))  # type: ignore[misc]
+        made |= {} if found is None else {name: found[0]}
+    missing = [f.name for f in told(Recipe) if default_of(f) is MISSING and f.name not in {**shared, **own}]
+    if missing:
+        reading.fault(place, f"{', '.join(missing)} is said neither here nor for all jobs, at the top of the file")
+    wrong = len(reading.found) > before or missing or len(made) < len({**shared, **own})
+    return None if wrong else made
+
+
+def _is_choice_field(name: str) -> bool:
+    return name in _fields() and _is_choice(bare(hints(Recipe)[name]))
+
+
+def _over(shared: Any, own: Any) -> Any:
+    """Options of a choice that a job names no other of, over those that all jobs share."""
+    if not isinstance(own, Mapping) or "is" in own or "name" in own or shared is None:
+        return own
+    return {**(shared if isinstance(shared, Mapping) else {"is": shared}), **own}
+
+
+def _check_names(reading: _Reading, asked: Sequence[Asked]) -> None:
+    first: dict[str, str] = {}
+    for job in asked:
+        if why := wrong_name(job.name):
+            reading.fault((*job.place, "name"), why)
+        elif job.name.casefold() in first:
+            other = first[job.name.casefold()]
+            told = (
+                f"two jobs are called {job.name!r}"
+                if other == job.name
+                else f"{other!r} and {job.name!r} differ in case alone"
+            )
+            reading.fault((*job.place, "name"), f"{told}: each has a directory of its own, OUT/NAME")
+        first.setdefault(job.name.casefold(), job.name)
+
+
+def wrong_name(name: str) -> str:
+    """Why a text is no name of a job; empty for one that is."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST:
+        return (
+            f"{name!r:.120} is no name of a job: letters, digits and - + . _ between them, {LONGEST} at most, since "
+            "its directory is called so"
+        )
+    return f"a job cannot be called {name!r}: OUT has a file of that name" if name == SUMMARY else ""
+
+
+SUMMARY = "jobs.json"  # in OUT
+
+
+def _check_one_base(reading: _Reading, asked: Sequence[Asked]) -> None:
+    for job in asked[1:]:
+        for name in SHARED:
+            ours, theirs = getattr(asked[0].recipe, name), getattr(job.recipe, name)
+            if not (same_base(ours, theirs) if name == "model" else ours == theirs):
+                reading.fault(
+                    (*job.place, name),
+                    f"{job.name}: {name} is {_word(theirs)}, and that of {asked[0].name} {_word(ours)}. Jobs of a file "
+                    "share one model: put others into another file",
+                )
+
+
+def _word(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _check_opened(reading: _Reading, asked: Sequence[Asked]) -> None:
+    """Looks for the model, and reads each data set as its task does."""
+    seen = set()
+    for job in asked:
+        recipe = job.recipe
+        if recipe.model not in seen:
+            reading.attempt(_place(reading, job, "model"), lambda source=recipe.model: config_of(source))  # type: ignore[misc]
+        key = repr((recipe.data, recipe.task, recipe.skip_faulty, recipe.encoding))
+        if key not in seen:
+            where = _place(reading, job, "data", "task")
+            reading.attempt(where, lambda recipe=recipe: _read(recipe))  # type: ignore[misc]
+        seen |= {recipe.model, key}
+
+
+def _read(recipe: Recipe) -> None:
+    faults = RowFaults(recipe.skip_faulty, recipe.encoding)
+    recipe.task.read(load_data(recipe.data, faults), "train", "validation", faults=faults)
+
+
+def _place(reading: _Reading, job: Asked, *names: str) -> Place:
+    """Where the first of these fields that a job says itself stands; else the first, at the top."""
+    return next(((*job.place, name) for name in names if (*job.place, name) in reading.where), names[:1])
+
+
+def check_place(run: Run, resume: bool) -> None:
+    """Refuses a directory as `undula train` does.  With `resume` one that holds another run than this, and none whose
+    run has ended or not begun.  Raises FileExistsError, PermissionError, ValueError."""
+    if not (resume and (run.out / RUN).is_file()):
+        claim(run, False)
+        return
+    before, now = Run.load(run.out).encode(), run.encode()
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        told = "; ".join(f"{name} was {before.get(name)!r:.60} and is {now.get(name)!r:.60}" for name in changed)
+        raise ValueError(f"{run.out} holds another run than this: {told}. A job goes on as it began")
+    if not (run.out / REPORT).is_file():
+        claim(run, True)
+    elif not os.access(run.out, os.W_OK):
+        raise PermissionError(f"nothing can be written to {run.out}: mend its permissions")

@@ -1,0 +1,166 @@
+"""A file of many jobs: what is shared, what is one job's, grids, and all faults at once with their lines."""
+
+import pytest
+
+import undula
+from tests.support import tiny
+from undula.io.toml import Faults
+from undula.jobs.file import read
+from undula.train import Classification, Run
+
+TOP = """
+model = "{base}"
+data = "{data}"
+task = "classification"
+method = {{ is = "lora", r = 4 }}
+max_steps = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("jobs")
+    return {"base": tiny.bert(tmp / "base"), "data": tiny.jsonl(tmp / "data.jsonl", tiny.reviews(24))}
+
+
+def written(tmp_path, text, place, top=TOP):
+    path = tmp_path / "jobs.toml"
+    path.write_text((top + text).format(**place), encoding="utf-8")
+    return path
+
+
+def faults(path, out, **more):
+    with pytest.raises(Faults) as told:
+        read(path, out, **more)
+    return told.value.found
+
+
+def test_a_job_has_what_all_share_and_its_own(tmp_path, place):
+    """Options of the shared method too, where a job names no other."""
+    text = """
+    lr = 1e-2
+    [[jobs]]
+    name = "small"
+    [jobs.method]
+    r = 2
+    [[jobs]]
+    name = "dora"
+    method = {{ is = "dora", inner = "lora" }}
+    lr = 1e-3
+    batch = 4
+    """
+    runs = read(written(tmp_path, text, place), tmp_path / "out")
+    common = {"model": place["base"], "data": place["data"], "task": Classification(), "max_steps": 2}
+    assert runs == {
+        "small": Run(**common, method=undula.LoRA(r=2), lr=1e-2, out=tmp_path / "out" / "small"),
+        "dora": Run(**common, method=undula.DoRA(undula.LoRA()), lr=1e-3, batch=4, out=tmp_path / "out" / "dora"),
+    }
+
+
+def test_lists_make_a_job_for_each_combination(tmp_path, place):
+    """Of numbers and of choices; a list where a field is one, such as `where`, is a value."""
+    text = """
+    seed = [0, 1]
+    [[jobs]]
+    name = "a"
+    lr = [1e-3, 0.01]
+    where = ["query", "value"]
+    [[jobs]]
+    name = "b"
+    seed = 5
+    method = ["lora", "loran"]
+    """
+    runs = read(written(tmp_path, text, place), tmp_path / "out")
+    grid = {(f"a-seed{s}-lr{lr:g}", s, lr) for s in (0, 1) for lr in (1e-3, 1e-2)}
+    assert {(n, r.seed, r.lr) for n, r in runs.items() if n[0] == "a"} == grid
+    assert all(run.where == ("query", "value") for name, run in runs.items() if name[0] == "a")
+    assert [type(runs[f"b-{name}"].method) for name in ("lora", "loran")] == [undula.LoRA, undula.LoRAN]
+    assert [run.seed for name, run in runs.items() if name[0] == "b"] == [5, 5]
+
+
+WRONG = """
+[[jobs]]
+name = "one"
+lrr = 1e-3
+[[jobs]]
+name = "in/side"
+lr = -1.0
+[[jobs]]
+name = "ONE"
+seed = [1, 1]
+[[jobs]]
+seed = "many"
+[[jobs]]
+name = "other"
+data = "nowhere.jsonl"
+method = "lorra"
+out = "elsewhere"
+"""
+LINES = [
+    (10, "'lrr'"), (13, "lr"), (16, "different ones"), (17, "has a name"), (18, "seed"), (22, "lorra"),
+    (23, "OUT/NAME"),
+]  # fmt: skip
+
+
+def test_all_faults_are_told_at_once_with_their_lines(tmp_path, place):
+    found = faults(written(tmp_path, WRONG, place), tmp_path / "out")
+    assert [line for line, _ in found] == [line for line, _ in LINES]
+    assert all(word in text for (_, text), (_, word) in zip(found, LINES, strict=True))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("a/b", "letters"), ("..", "letters"), ("a b", "letters"), ("", "letters"), ("A", "case"), ("a", "two jobs"),
+     ("jobs.json", "a file of that name"), ("x" * 200, "letters")],
+)  # fmt: skip
+def test_a_name_that_is_no_directory_of_its_own_is_refused(tmp_path, place, name, why):
+    text = f'[[jobs]]\nname = "a"\n[[jobs]]\nname = "{name}"\n'
+    ((line, told),) = faults(written(tmp_path, text, place), tmp_path / "out")
+    assert line == 10
+    assert why in told
+
+
+@pytest.mark.parametrize("own", ['model = "bundled:minilm"', 'dtype = "bfloat16"', "bits = 8"])
+def test_jobs_of_two_models_are_refused(tmp_path, place, own):
+    text = f'[[jobs]]\nname = "a"\n[[jobs]]\nname = "b"\n{own}\n'
+    ((line, told),) = faults(written(tmp_path, text, place), tmp_path / "out")
+    assert line == 11
+    assert "share one model" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ('[[jobs]]\nname = "a"\ndata = "nowhere.jsonl"', 9, "does not exist"),
+        ('[[jobs]]\nname = "a"\ntask = "preference"', 9, "chosen"),
+        ('[[jobs]]\nname = "a"\ntask = {{ is = "classification", text = "words" }}', 9, "words"),
+        ("", None, "no job"),
+        ("jobs = 3", 7, "tables"),
+    ],
+)
+def test_what_could_not_begin_is_told_before_anything_does(tmp_path, place, text, line, why):
+    found = faults(written(tmp_path, text, place), tmp_path / "out")
+    assert found[0][0] == line
+    assert why in found[0][1]
+
+
+def test_a_directory_that_holds_a_run_is_refused_and_resume_takes_the_same_one(tmp_path, place):
+    path, out = written(tmp_path, '[[jobs]]\nname = "a"\n[[jobs]]\nname = "b"\n', place), tmp_path / "out"
+    runs = read(path, out)
+    runs["a"].save({"accuracy": 0.5})
+    ((line, told),) = faults(path, out)
+    assert line == 7
+    assert "holds a run already" in told
+    assert read(path, out, resume=True) == runs
+    changed = written(tmp_path, '[[jobs]]\nname = "a"\nlr = 0.5\n', place)
+    ((_, told),) = faults(changed, out, resume=True)
+    assert "lr was 0.001 and is 0.5" in told
+
+
+def test_a_place_that_is_a_file_is_refused(tmp_path, place):
+    out = tmp_path / "out"
+    out.write_text("")
+    ((line, told),) = faults(written(tmp_path, '[[jobs]]\nname = "a"\n', place), out)
+    assert line == 7
+    assert "is a file" in told
