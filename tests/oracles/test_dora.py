@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import undula
 from undula.host.views import view
+from undula.methods import dora
 from undula.methods.activations import Identity
 
 LORA = undula.LoRA(r=2, alpha=2.0)
@@ -94,3 +95,16 @@ def test_rows_that_are_nearly_taken_away_are_as_exact_as_others(inner, kind, lef
         found.append([y, *torch.autograd.grad(y, list(f.values()), g)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a / b.detach().abs().max(), b / b.detach().abs().max())
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-5])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("inner", INNER[:2], ids=repr)
+def test_an_accelerator_forms_the_right_rows_without_a_look(inner, kind, left, monkeypatch):
+    """There no branch may be taken on numbers: the rows that cancel most are formed, here 4 or 2 of 8."""
+    monkeypatch.setattr(dora, "looks", lambda device: False)
+    monkeypatch.setattr(dora, "SURE", 2)
+    if left:
+        test_rows_that_are_nearly_taken_away_are_as_exact_as_others(inner, kind, left)
+    else:
+        test_a_row_that_the_update_takes_away_is_zero_live_and_merged(inner, kind, 0.7)

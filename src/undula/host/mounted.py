@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Factors, LowRank, Reweight
+from ..kernels.autocast import exact
 from . import masters, quantised
 from .sharded import PARALLEL, is_sharded
 from .weights import Mounted, Read, own
@@ -57,7 +58,7 @@ def _made(owner: nn.Module, leaf: str, laws: list[tuple[Read, tuple[Reweight, Fa
             f"{laws[0][0].parameter} is a {type(W).__name__} of {W.dtype} now: an adapter on a weight that is read "
             "needs it as plain numbers, without quantisation"
         )
-    with torch.autocast(W.device.type, enabled=False):
+    with exact(W.device):
         if laws[0][0].at is None:
             ((layer, (method, f)),) = laws
             W_OI = layer.weight
@@ -70,7 +71,8 @@ def _made(owner: nn.Module, leaf: str, laws: list[tuple[Read, tuple[Reweight, Fa
         places = [layer.at for layer, _ in laws]
         if places == list(range(len(W))):
             return new
-        return W.index_copy(0, torch.tensor(places, device=W.device), new)
+        every = dict(enumerate(W.unbind())) | dict(zip(places, new.unbind(), strict=True))
+        return torch.stack(list(every.values()))  # by places on the device each step would wait for their copy
 
 
 def _stack_of_pairs(W: Tensor, laws: list[tuple[Read, tuple[Reweight, Factors]]]) -> Tensor | None:

@@ -61,22 +61,32 @@ class Rows:
         rows: Mapping[str, list[int]],
         count: int,
         device: torch.device,
+        placed: dict[tuple[Any, ...], Tensor] | None = None,  # the places of rows: of one batch they serve all layers
     ):
         self.count = count
+        placed = {} if placed is None else placed
+
+        def place(names: tuple[str, ...], order: list[int]) -> Tensor:
+            if (device, *names) not in placed:  # each is copied to the device, which a step waits for
+                placed[device, *names] = torch.tensor(order, device=device)
+            return placed[device, *names]
+
         self.low: list[tuple[LowRank, Factors]] = []
         self.counts: list[int] = []
         self.other: list[tuple[Method, Factors, Tensor]] = []
         self.drops = any(method.drops for method, _ in laws.values())
         order: list[int] = []
+        low: list[str] = []
         for name, (method, f) in laws.items():
             if isinstance(method, LowRank):
                 self.low.append((method, f))
                 self.counts.append(len(rows[name]))
                 order += rows[name]
+                low.append(name)
             else:
-                self.other.append((method, f, torch.tensor(rows[name], device=device)))
+                self.other.append((method, f, place((name,), rows[name])))
         # None: the rows are sorted already and all of them low-rank, nothing need be moved
-        self.order = None if order == list(range(self.count)) else torch.tensor(order, device=device)
+        self.order = None if order == list(range(self.count)) else place(tuple(low), order)
         self._kept = Kept()
 
     def forward(self, x: Tensor, layer: LinearView, f: Factors) -> Tensor:
@@ -173,6 +183,7 @@ class Route:
         self.laws: dict[tuple[str, bool], Rows | None] = {}
         self.rows = rows_of(names, tokens)
         self._orders: dict[tuple[Any, ...], Tensor | None] = {}
+        self._placed: dict[tuple[Any, ...], Tensor] = {}
         self._here: dict[str, tuple[list[Share], list[Shelved]]] = {}  # what is at each site that was computed
         shares: dict[tuple[int, int], Share] = {}
         shelved: dict[int, Shelved] = {}
@@ -293,8 +304,11 @@ class Route:
             here = {n: self.used[n] for n in names if path in self.used[n].factors}
             laws = {n: _law(a, path, loose) for n, a in here.items()}
             with torch.inference_mode(False):
-                self.laws[path, loose] = Rows(laws, self.rows, self.count, layer.device) if laws else None
+                self.laws[path, loose] = self._rows_of(laws, layer.device) if laws else None
         return self.laws[path, loose]
+
+    def _rows_of(self, laws: Mapping[str, tuple[Method, Factors]], device: torch.device) -> Rows:
+        return Rows(laws, self.rows, self.count, device, self._placed)
 
 
 def _law(adapter: Adapter, path: str, product: bool) -> tuple[Method, Factors]:

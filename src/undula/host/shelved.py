@@ -60,6 +60,7 @@ class Plan:
     sizes: list[int]  # of the pieces that the T rows are cut into
     runs: list[tuple[int, Run, Spot]]  # (which piece, its rows, where its adapter lies)
     singles: list[Singles]
+    order: Tensor | None  # the rows of the runs in turn, where gradients are wanted
 
 
 class Shelved:
@@ -94,10 +95,10 @@ class Shelved:
         tables, bias = self.shelf.tables[path], layer.bias
         grad = torch.is_grad_enabled()
         plan = self._plans.get((path, times, grad)) or self._plan(path, times, grad, x_TI.device)
-        changes: list[tuple[Run, Tensor]] = []
+        changes: list[Tensor] = []
         with exact(x_TI.device):
             xs, ys = (x_TI.split(plan.sizes), y_TO.split(plan.sizes)) if plan.runs else ((), ())
-            for at, run, spot in plan.runs:
+            for at, _, spot in plan.runs:
                 x_NI, y_NO = xs[at], ys[at]
                 z_NR, B_RO = _down(x_NI, tables, spot), tables[spot.B].narrow(0, spot.b, spot.r)
                 if not grad and not spot.gain and B_RO.dtype == y_TO.dtype:
@@ -107,12 +108,12 @@ class Shelved:
                 if spot.gain:
                     c_NO = _gained(c_NO, tables[spot.B][spot.b + spot.r], y_NO, bias)
                 if grad:
-                    changes.append((run, c_NO))
+                    changes.append(c_NO)
                 else:
                     y_NO.add_(c_NO)
             for part in plan.singles:
                 _add_singles(part, tables, x_TI, y_TO, bias)
-        return _added(y_TO, changes) if changes else y_TO
+        return y_TO if plan.order is None else _added(y_TO, changes, plan.order)
 
     def _plan(self, path: str, times: int, grad: bool, device: torch.device) -> Plan:
         """The plan of a site, which is that of all sites at which the adapters lie at equal spots."""
@@ -139,7 +140,9 @@ def _planned(
         else:
             single.setdefault((spot.A, spot.B), []).extend((row, spot) for row in range(start, start + n))
     sizes.append(count * times - sum(sizes))
-    return Plan(sizes, runs, [_singles(part, kinds, count * times, device) for kinds, part in single.items()])
+    singles = [_singles(part, kinds, count * times, device) for kinds, part in single.items()]
+    order = [row for _, (start, n), _ in runs for row in range(start, start + n)]
+    return Plan(sizes, runs, singles, torch.tensor(order, device=device) if grad and runs else None)
 
 
 def _singles(part: list[tuple[int, Spot]], kinds: tuple[Kind, Kind], T: int, device: torch.device) -> Singles:
@@ -227,11 +230,9 @@ def _add_singles(part: Singles, tables: dict[Kind, Tensor], x_TI: Tensor, y_TO: 
         y_TO.index_copy_(0, part.rows_N, reference.added(y_TO[part.rows_N], c_NO))
 
 
-def _added(y_TO: Tensor, changes: list[tuple[Run, Tensor]]) -> Tensor:
-    """y with its rows changed, differentiably."""
-    rows = [row for (start, n), _ in changes for row in range(start, start + n)]
-    order = torch.tensor(rows, device=y_TO.device)
-    change = torch.cat([c for _, c in changes])
+def _added(y_TO: Tensor, changes: list[Tensor], order: Tensor) -> Tensor:
+    """y with the rows `order` changed, differentiably."""
+    change = torch.cat(changes)
     if change.dtype == y_TO.dtype:
         return y_TO.index_add(0, order, change)
     return y_TO.index_copy(0, order, reference.added(y_TO[order], change))

@@ -202,8 +202,8 @@ class EmbeddingView(LinearView):
         padding = self.module.padding_idx
         if padding is None:
             return new_OI
-        at = torch.tensor([padding % W_OI.shape[1]], device=W_OI.device)
-        return new_OI.index_copy(1, at, W_OI.index_select(1, at).to(new_OI.dtype))
+        at = padding % W_OI.shape[1]
+        return new_OI.slice_scatter(W_OI[:, at : at + 1].to(new_OI.dtype), 1, at, at + 1)
 
     def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
         if self.call is nn.Embedding.forward:

@@ -16,9 +16,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def casts(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of this device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def exact(device: torch.device) -> contextlib.AbstractContextManager:
     """Within, products are computed in their operands' types, whatever autocast says outside."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
+    if not casts(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -35,10 +40,7 @@ def exact_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: torch.Tensor) -> Any:
-        device = gradients[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return once(ctx, *gradients)
-        with torch.autocast(device, enabled=False):
+        with exact(gradients[0].device):
             return once(ctx, *gradients)
 
     return run

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from ..core.layer import Layer
 from . import reference
-from .autocast import exact_backward, hand_written
+from .autocast import casts, exact_backward, hand_written
 
 Bend = Callable[[Tensor], Tensor]
 
@@ -71,7 +71,7 @@ class _Lift(Function):
 def fusible(x: Tensor, layer: Layer, *factors: Tensor) -> bool:
     """Whether the fused products apply: a plain linear layer whose weight and bias are frozen, one dtype throughout, no
     autocast, and nothing at work that differentiates by itself (see `hand_written`)."""
-    if not layer.plain or torch.is_autocast_enabled(x.device.type) or not hand_written():
+    if not layer.plain or casts(x.device) or not hand_written():
         return False
     if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
         return False  # trained in full beside the factors

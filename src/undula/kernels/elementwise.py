@@ -24,14 +24,16 @@ from torch.autograd import Function
 from .autocast import exact, exact_backward, wide
 
 BLOCK = 1 << 20  # elements of W per block: 4 MiB in float32
+AWAY = 64  # times as many on an accelerator, whose products are slow where they are small: 256 MiB in float32
 LEAST_ROWS = 64  # thinner blocks make slow products
 
 _kept = threading.local()
 
 
-def blocks(O: int, I: int) -> Iterator[slice]:
-    """Even row ranges of at most about BLOCK elements."""
-    count = math.ceil(O / max(LEAST_ROWS, BLOCK // I))
+def blocks(O: int, I: int, device: torch.device | None = None) -> Iterator[slice]:
+    """Even row ranges of at most about BLOCK elements; on an accelerator of AWAY times as many."""
+    size = BLOCK if device is None or device.type == "cpu" else BLOCK * AWAY
+    count = math.ceil(O / max(LEAST_ROWS, size // I))
     rows = math.ceil(O / count)
     return (slice(i, min(i + rows, O)) for i in range(0, O, rows))
 
@@ -82,7 +84,7 @@ class _Bent(Function):
         O, I = B_OR.shape[0], A_RI.shape[1]
 
         def parts():
-            for rows in blocks(O, I):
+            for rows in blocks(O, I, A_RI.device):
                 X, spare = scratch(2, rows, A_RI)
                 yield rows, folded(W_OI, rows, f.bend(torch.mm(B_OR[rows], A_RI, out=X), c, spare), scale)
 
@@ -95,7 +97,7 @@ class _Bent(Function):
         c = dict(zip(ctx.names, constants, strict=True))
         dx = torch.empty_like(x_TI) if ctx.needs_input_grad[0] else None
         dA, dB_RO, dc = torch.zeros_like(A_RI), torch.empty_like(B_OR.t()), [torch.zeros_like(t) for t in constants]
-        for rows in blocks(B_OR.shape[0], A_RI.shape[1]):
+        for rows in blocks(B_OR.shape[0], A_RI.shape[1], A_RI.device):
             X, G, *spare = scratch(4, rows, A_RI)
             torch.mm(g_TO[:, rows].t(), x_TI, out=G)
             F, dX, parts = ctx.f.pull(torch.mm(B_OR[rows], A_RI, out=X), G, c, spare)

@@ -67,7 +67,8 @@ def silence_beta_warning() -> None:
 def changed(W_OI: Tensor, index_K: Tensor, values_K: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, W + S there), block by block; a block's numbers last until the next one."""
     O, I = W_OI.shape
-    parts = list(blocks(O, I))
+    # whose entries are in which block only a look at them tells, and a step on an accelerator would wait for it
+    parts = list(blocks(O, I)) if index_K.device.type == "cpu" else [slice(0, O)]
     bounds = [0, len(index_K)]
     if len(parts) > 1:
         edges = torch.tensor([rows.start * I for rows in parts] + [O * I], device=index_K.device)
