@@ -17,6 +17,7 @@ import torch
 import undula
 from undula.serve.engine import Limits
 from undula.serve.request import Broken, Busy, Cancelled, Chosen, Failed, Late, Part, Piece, Refused, Request, Sampling
+from undula.serve.server import texts
 from undula.serve.server.errors import ADDRESSES
 from undula.serve.server.keys import keys_of
 from undula.serve.server.opening import Plan, opened
@@ -176,6 +177,27 @@ def test_an_adapter_is_talked_to_as_it_was_trained_to_be(client, plain):
     reply = plain.post("/v1/chat/completions", json={"model": "terse", "messages": TALK})
     assert reply.status_code == 400
     assert "'very ' + TEXT + ' is'" in reply.json()["error"]["message"]
+
+
+def test_a_chat_with_an_adapter_that_is_exchanged_meanwhile_is_put_as_the_new_one_wants_it(house, client, monkeypatch):
+    """Between the template and the engine, where nobody else waits for either."""
+    served, place = house[0], house[0].places.roots[0]
+    served.shelf.register("swapped", place / "red")
+    talk, put = texts.talk, []
+
+    def slow(messages, tokenizer, manner):
+        put.append(manner)
+        ids = talk(messages, tokenizer, manner)
+        if len(put) == 1:
+            served.shelf.register("swapped", place / "polite", replace=True)
+        return ids
+
+    said = {"messages": TALK, "max_tokens": NEW, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    monkeypatch.setattr(texts, "talk", slow)
+    found = client.chat.completions.create(model="swapped", **said).choices[0].message.content
+    assert [manner.system for manner in put] == ["", "nice"]
+    assert found == client.chat.completions.create(model="polite", **said).choices[0].message.content
+    served.shelf.unregister("swapped")
 
 
 def test_lists_of_prompts_are_answered_in_their_order(client, plain):

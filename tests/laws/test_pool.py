@@ -629,6 +629,9 @@ def test_a_folder_registers_what_it_holds_and_says_what_not(model, pool, made, t
     again = register_folder(pool, root)
     assert (again.registered, again.kept) == (["late"], ["a", "inside"])
     assert "registered already" in again.left_out["b"]
+    (tmp_path / "second").mkdir()
+    shutil.copytree(made[1][0], tmp_path / "second" / "a")
+    assert f"served from {root} already: rename one" in register_folder(pool, tmp_path / "second").left_out["a"]
     shutil.rmtree(root / "a")
     last = register_folder(pool, root, replace=True)
     assert (last.registered, last.gone) == (["b"], ["a"])

@@ -12,7 +12,7 @@ from .jobs import Job, Limits, Stats
 from .owners import begin, check_free
 from .policy import Fcfs, Policy, Ticket
 from .replies import Reply
-from .request import Cancelled, Draining, Failed, Refused, Request
+from .request import Cancelled, Draining, Exchanged, Failed, Refused, Request
 from .sampling import Drawing, check, whole
 from .steps import longest
 from .words import Words
@@ -73,11 +73,13 @@ class Engine:
         """Takes a request, from any thread, and returns at once.
 
         Raises Refused for a prompt or settings that cannot be served, Unknown for an adapter that is not registered,
-        Busy where too many wait, Late where its deadline cannot be kept, Draining after `drain` or `stop`, Failed where
-        the engine's thread has died.
+        Exchanged for one that is another than the prompt was made for, Busy where too many wait, Late where its
+        deadline cannot be kept, Draining after `drain` or `stop`, Failed where the engine's thread has died.
         """
         self._check(request)
         version = self.pool.version(request.adapters) if request.adapters else None
+        if request.made_for is not None and version is not None and version.id != request.made_for:
+            raise Exchanged(f"{version.names} was exchanged for another while the prompt was written for it")
         tokens = len(request.prompt) + request.sampling.max_tokens
         with self._changed:
             if self._error is not None:

@@ -41,6 +41,9 @@ def register_folder(pool: Pool, folder: str | Path, *, pin: Collection[str] = ()
                 if name in pin:
                     pool.pin(name)
                 found.kept.append(name)
+            elif not replace and before.get(name, place) != place:
+                there = before[name].parent
+                found.left_out[name] = f"an adapter of that name is served from {there} already: rename one of the two"
             else:
                 pool.register(name, place, replace=replace, pin=name in pin)
                 found.registered.append(name)

@@ -52,6 +52,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     key: str = ""  # who asks, as the server's keys call them: what FairShare shares among
     deadline: float | None = None  # seconds from `arrived` in which its first token has to come, else it is refused
+    made_for: str | None = None  # id of the version that the prompt was written for, as a chat is; None: any
     id: str = field(default_factory=lambda: f"r{next(_numbers)}")
     arrived: float = field(default_factory=time.monotonic)
 
@@ -122,6 +123,12 @@ class Broken(Refused):
     """The adapter that was asked for cannot be loaded (a damaged file, one that does not fit the base)."""
 
     status, code = 424, "adapter_failed"
+
+
+class Exchanged(Refused):
+    """The adapter was exchanged for another since the prompt was written for it: write it anew."""
+
+    status, code = 503, "adapter_exchanged"
 
 
 class Failed(Refused):

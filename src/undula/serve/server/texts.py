@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from ..request import Part, Piece, Refused, Sampling
+from ..request import Exchanged, Part, Piece, Refused, Sampling
 from ..request import Request as Asked
 from . import schemas
 from .answers import Plain, Talk, Written, usage_of
@@ -25,6 +25,7 @@ from .served import Served
 from .streams import ALIVE, DONE, Events, event, merged, watched
 
 T = TypeVar("T")
+AGAIN = 5  # times that a chat is put in a template, where its adapter is exchanged for another meanwhile
 COMPLETED = 16  # tokens of a completion where nothing is said, as OpenAI's
 router = APIRouter()
 
@@ -48,6 +49,7 @@ async def completions(
     texts = [p if isinstance(p, str) else str(engine.tokenizer.decode(list(p))) for p in given] if body.echo else []
     before = [text for text in texts for _ in range(body.n)] or [""] * (len(given) * body.n)
     shape = Plain(body.model, served.words, body.logprobs is not None, before)  # type: ignore[arg-type]
+    served.keys.spend(key, len(given) * body.n)
     return await answer(request, key, body, parts, ids, how, shape)
 
 
@@ -66,12 +68,20 @@ async def chat(
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise Wrong("max_tokens and max_completion_tokens say two things: give one", "max_completion_tokens")
     _check_count(served, body, 1)
-    ids = await on_tokens(served, lambda: talk(body.messages, engine.tokenizer, manner_of(served.shelf, parts)))
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    how = sampling_of(served, body, most, served.bounds.tokens, logprobs, len(ids))
     shape = Talk(body.model, served.words, body.logprobs)  # type: ignore[arg-type]
-    return await answer(request, key, body, parts, [ids], [how], shape)
+    served.keys.spend(key, body.n)
+    for left in reversed(range(AGAIN)):
+        version = served.shelf.version(parts)  # first: what is exchanged after it is noticed
+        ids = await on_tokens(served, lambda: talk(body.messages, engine.tokenizer, manner_of(served.shelf, parts)))
+        how = sampling_of(served, body, most, served.bounds.tokens, logprobs, len(ids))
+        try:
+            return await answer(request, key, body, parts, [ids], [how], shape, None if version is None else version.id)
+        except Exchanged:
+            if not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 @router.post("/tokenize")
@@ -156,10 +166,11 @@ async def answer(
     prompts: Sequence[tuple[int, ...]],
     how: Sequence[Sampling],
     shape: Plain | Talk,
+    made_for: str | None = None,
 ) -> Response:
-    """Has n answers to each prompt written, and sends them whole or as they come.  Who goes away has them cancelled."""
+    """Has n answers to each prompt written, and sends them whole or as they come.  Who goes away has them cancelled.
+    Raises Exchanged where the adapter is no longer the version that the prompts were made for."""
     served: Served = request.app.state.served
-    served.keys.spend(key, len(prompts) * body.n)
     replies: list[Any] = []
 
     def gone() -> None:
@@ -169,7 +180,7 @@ async def answer(
     try:
         for prompt, sampling in zip(prompts, how, strict=True):
             for i in range(body.n):
-                asked = Asked(prompt, parts, _seeded(sampling, i), key.name, served.bounds.deadline)
+                asked = Asked(prompt, parts, _seeded(sampling, i), key.name, served.bounds.deadline, made_for)
                 replies.append(served.engine.submit(asked))
                 served.metrics.asked(parts)
         pieces = merged([served.metrics.heard(reply) for reply in replies], served.bounds.patience)
