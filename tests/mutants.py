@@ -83,7 +83,7 @@ WORDS = "tests/laws/test_words.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
-    ("serve/modules.py", "y[at : rows.start], mine(x[rows])", "y[at : rows.stop]", READER + "::test_a_pooler_that_the_base_lacks_is_each_adapters_own"),
+    ("host/modules.py", "y[at : rows.start], mine(x[rows])", "y[at : rows.stop]", READER + "::test_a_pooler_that_the_base_lacks_is_each_adapters_own"),
     ("serve/heads.py", "random += [n for n in missing if n in new]", "pass", READER + "::test_a_head_that_nobody_holds_is_refused"),
     ("serve/padded.py", "t[:, t.shape[1] - to :]", "t[:, :to]", READER + "::test_what_is_padded_on_the_left_is_cut_there"),
     ("train/several.py", "p.data = q.data", "pass", "tests/interop/test_use_several.py::test_they_share_the_base_and_say_what_each_says_alone"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.method import Factors, LowRank, Method
+from ..kernels import draws
 from ..kernels.grouped import grouped, stacked
 from .share import Form, Kept, Share, changed, flat
 from .shelf import Held
@@ -74,6 +75,7 @@ class Rows:
         self.low: list[tuple[LowRank, Factors]] = []
         self.counts: list[int] = []
         self.other: list[tuple[Method, Factors, Tensor]] = []
+        self.names = [name for low in (True, False) for name, (m, _) in laws.items() if isinstance(m, LowRank) == low]
         self.drops = any(method.drops for method, _ in laws.values())
         order: list[int] = []
         low: list[str] = []
@@ -112,11 +114,13 @@ class Rows:
             raise TypeError(f"{layer.call.__qualname__} does not give a row for each row: not within `rows`")
         order = torch.arange(self.count, device=x.device) if self.order is None else self.order
         low = [(m, f, rows) for (m, f), rows in zip(self.low, order.split(self.counts), strict=True)]
-        for method, own, index in low + self.other:
+        for name, (method, own, index) in zip(self.names, low + self.other, strict=True):
             more, named = layer.more or ((), {})
             args = (x[index], *(self._of_rows(t, index) for t in more))
             by_name = {k: self._of_rows(t, index) for k, t in named.items()}
-            y = y.index_copy(0, index, adapted(method, layer.with_more((), {}), own, args, by_name))
+            with draws.among(name):
+                mine = adapted(method, layer.with_more((), {}), own, args, by_name)
+            y = y.index_copy(0, index, mine)
         return y
 
     def _of_rows(self, given: Any, index: Tensor) -> Any:

@@ -9,6 +9,8 @@ Compiled, the mask is torch's own draw.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,7 +31,7 @@ from ..core.method import (
     on_rung,
 )
 from ..core.ranges import PartShare
-from ..kernels import reference
+from ..kernels import draws, reference
 
 LEVELS = 1 << 16  # that 16 random bits tell apart
 
@@ -39,10 +41,16 @@ def drop(x: Tensor, p: float) -> Tensor:
     level = round(p * LEVELS)
     if torch.compiler.is_compiling():  # which knows no `random_`, and would break its graph there
         return x * (torch.rand(x.shape, device=x.device) >= level / LEVELS) * (LEVELS / (LEVELS - level))
-    words = -(-x.numel() // 4)
-    noise = torch.empty(words, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    keep = noise.view(torch.int16)[: x.numel()].view(x.shape) >= level - LEVELS // 2
-    return x * keep * (LEVELS / (LEVELS - level))
+    if (found := draws.dropped(x, p)) is not None:
+        return found
+    return x * kept(x.shape, p, x.device) * (LEVELS / (LEVELS - level))
+
+
+def kept(shape: Sequence[int], p: float, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Which entries a dropout keeps."""
+    size = math.prod(shape)
+    noise = torch.empty(-(-size // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return noise.view(torch.int16)[:size].view(tuple(shape)) >= round(p * LEVELS) - LEVELS // 2
 
 
 class _Detour:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..host.host import attach
+from ..host.modules import Given, odd
 from ..train.base import config_of, lacking, model_folder, open_model, opening, quiet
 from ..train.foreign import CLASSES, Unmeasured, roles_of, whole_task
 from ..train.restored import described
@@ -29,7 +30,6 @@ from ..train.tasks.limits import positions, table_of, vocabulary
 from ..train.tasks.sentences import BEHIND, place_behind
 from ..train.tasks.similarity import LIMIT, Similarity
 from ..train.tasks.task import Processor, Task
-from .modules import Given, odd
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..host.host import select
 from ..host.mixing import rows
+from ..host.modules import Split, own_modules
 from . import padded
 from .heads import Body, Worn
-from .modules import Split, own_modules
 from .owners import begin
 from .request import Busy, Cancelled, Draining, Failed, Part
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..core.adapter import Adapter
 from ..host.host import selected
 from . import processes
 from .resume import EVALUATIONS
@@ -67,6 +68,10 @@ class Evaluations(TrainerCallback):
             first = 0 if allocator is None else allocator.counts_from(state.max_steps, selected(found["model"]))
             told.update(counts_from=first, step=None, value=None, since=0, ended=None)
 
+    def adapter(self, model: Any) -> Adapter:
+        """What is kept of the best point."""
+        return selected(model)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if due(self.run, state.global_step, state.max_steps, self.number):
             control.should_evaluate = True
@@ -84,7 +89,7 @@ class Evaluations(TrainerCallback):
         if better or (finite and value == told["value"]):
             told.update(step=step, value=value)
             if self.keep and processes.is_first():
-                selected(found["model"]).save(best_folder(self.run.out, step))
+                self.adapter(found["model"]).save(best_folder(self.run.out, step))
         if self.run.patience is not None and told["since"] >= self.run.patience and step < state.max_steps:
             told["ended"] = step
             control.should_training_stop = True

@@ -112,9 +112,24 @@ def train(
         ready = processes.first_then_all(lambda: prepare(run))
         if begins is not None:
             processes.by_first(lambda: begins(ready))
-        before = processes.by_first(lambda: _before(ready, resume))
+        before = processes.by_first(lambda: measured_before(ready, resume))
         ready, course = _fit(ready, resume, itertools.chain(services, callbacks))
-        after = processes.by_first(lambda: _after(ready))
+        return concluded(ready, before, course, memory, begun)
+
+
+def concluded(
+    ready: Prepared,
+    before: Mapping[str, float],
+    course: Mapping[str, Any],
+    memory: PeakMemory,
+    begun: float,
+    **more: Any,
+) -> dict[str, Any]:
+    """Saves and measures what was trained, and returns the report, which is written; `course` is its part on the
+    course.  Raises Diverged after that where a number is not finite."""
+    run = ready.run
+    after = processes.by_first(lambda: _after(ready))
+    memory.read()
     lost = course["losses"][-1:] + [[0, v] for v in after.values()]
     diverged = not after or not all(math.isfinite(loss) for _, loss in lost)
     report = {
@@ -131,6 +146,7 @@ def train(
         "versions": versions(),
         "run": ready.run.encode(),
         "out": str(run.out),
+        **more,
     }
     report |= processes.by_first(lambda: _shown(ready, report))
     report = processes.by_first(lambda: _written(ready, finite(report)))
@@ -224,23 +240,36 @@ def _ranks(adapter: Adapter) -> dict[str, int]:
 
 
 @needs("train")
-def prepare(run: Run) -> Prepared:
-    """Data, model and adapter of a run; the adapter is attached."""
+def prepare(
+    run: Run, opened: Callable[[Run], tuple[PreTrainedModel, Processor]] | None = None, name: str = "default"
+) -> Prepared:
+    """Data, model and adapter of a run; the adapter is attached.  `opened` gives model and processor, where they are in
+    memory already, of the run whose task is fitted."""
     if run.method is None and not run.full and not run.task.has_head:
         raise ValueError("without a method only a head trains, and this task has none: choose a method")
     with stage(f"reading {run.data}"):
         read = rows_of(run)
-    ready = assembled(dataclasses.replace(run, task=read.task), read.train, read.held)
+    run = dataclasses.replace(run, task=read.task)
+    ready = assembled(run, read.train, read.held, None if opened is None else opened(run), name)
     notes = (*read.notes, *ready.notes)
     for note in notes if processes.is_first() else ():
         LOG.warning(note)
     return dataclasses.replace(ready, notes=notes, figures=read.figures)
 
 
-def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
-    """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached."""
-    with stage(f"opening {run.model}"):
-        model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+def assembled(
+    run: Run,
+    train_rows: Dataset,
+    held_rows: Dataset,
+    opened: tuple[PreTrainedModel, Processor] | None = None,
+    name: str = "default",
+) -> Prepared:
+    """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached, under that name.  Where
+    the model and what makes its inputs are `opened` already, other adapters may be attached to it."""
+    if opened is None:
+        with stage(f"opening {run.model}"):
+            opened = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+    model, processor = opened
     if run.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} cannot compute activations again; leave it out, and take "
@@ -254,7 +283,7 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     _check_whole(run, model, full)
     batches = _probed(run, train_on)
     with stage("attaching the adapter"):
-        adapter = _attached(run, model, full, batches)
+        adapter = _attached(run, model, full, batches, name)
     if names := getattr(run.task, "names", ()):
         adapter.about = {**adapter.about, "classes": list(names)}  # type: ignore[misc]
     if run.b_ratio is not None and run.method is not None:
@@ -265,13 +294,14 @@ def assembled(run: Run, train_rows: Dataset, held_rows: Dataset) -> Prepared:
     )
 
 
-def _attached(run: Run, model: PreTrainedModel, full: Sequence[str], batches: Iterator[Any]) -> Adapter:
+def _attached(run: Run, model: PreTrainedModel, full: Sequence[str], batches: Iterator[Any], called: str) -> Adapter:
     if run.method is None:
-        return attach(model, _head_only(model, run, full))
+        return attach(model, _head_only(model, run, full), name=called)
     return attach(
         model,
         run.method,
         run.where,
+        name=called,
         exclude=run.exclude,
         overrides=run.overrides,
         full=full,
@@ -356,7 +386,7 @@ def _head_only(model: nn.Module, run: Run, full: Sequence[str]) -> Adapter:
     return Adapter({}, {}, {}, fresh(model, LoRA(r=1), run.where, {}, full).full)  # names resolved as `attach` does
 
 
-def _before(ready: Prepared, resume: bool) -> dict[str, float]:
+def measured_before(ready: Prepared, resume: bool) -> dict[str, float]:
     """The metric before training: from run.json where an earlier start measured it."""
     told = read_run(ready.run.out) if resume else {}
     digest = _digest(ready)
@@ -406,8 +436,8 @@ def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) ->
     if checkpoint is not None and (begun_at >= progress(checkpoint)[1] or evaluated(checkpoint).get("ended")):
         quality = None if aside is None else quality_of(ready.model, aside)  # trained, but not measured
         left = dataclasses.replace(ready, adapter=as_left(run, ready.model, checkpoint, quality))
-        course = _course(begun_at, progress(checkpoint)[1], begun_at, 0.0, progress(checkpoint)[2])
-        return _with_best(left, course, evaluated(checkpoint), progress(checkpoint)[2])
+        course = course_of(begun_at, progress(checkpoint)[1], begun_at, 0.0, progress(checkpoint)[2])
+        return with_best(left, course, evaluated(checkpoint), progress(checkpoint)[2])
     evaluations = Evaluations(run, len(ready.held))
     fitter = trainer(run, ready.model, ready.train, (*callbacks, evaluations, stop), aside)
     fitter.measure = lambda: run.task.watched(ready.model, ready.held, run.batch)
@@ -422,11 +452,11 @@ def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) ->
         raise Interrupted(
             f"stopped at step {state.global_step} of {state.max_steps}; go on with: {resume_command(out)}"
         )
-    course = _course(state.global_step, state.max_steps, begun_at, seconds, state.log_history)
-    return _with_best(ready, course, told, state.log_history)
+    course = course_of(state.global_step, state.max_steps, begun_at, seconds, state.log_history)
+    return with_best(ready, course, told, state.log_history)
 
 
-def _with_best(
+def with_best(
     ready: Prepared, course: dict[str, Any], told: Mapping[str, Any], log: list[Any]
 ) -> tuple[Prepared, dict[str, Any]]:
     """The run with the adapter of its best evaluation, where it keeps that, and its course with the evaluations."""
@@ -446,7 +476,7 @@ def _with_best(
     return dataclasses.replace(ready, adapter=attach(ready.model, saved)), course
 
 
-def _course(steps: int, asked: int, begun_at: int, seconds: float, log: list[Any]) -> dict[str, Any]:
+def course_of(steps: int, asked: int, begun_at: int, seconds: float, log: list[Any]) -> dict[str, Any]:
     return {
         "steps": steps,
         "steps_asked": asked,

@@ -1,0 +1,65 @@
+"""What runs must have in common to train together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..train import processes
+from ..train.base import called_elsewhere
+from ..train.run import Run
+from ..train.tasks.causal_lm import CausalLM
+from ..train.tasks.classification import Classification
+
+TASKS = (CausalLM, Classification)
+ALONE = "Train it by itself: undula train"
+
+
+def check(runs: Mapping[str, Run]) -> None:
+    """Raises ValueError with all that is wrong with the runs."""
+    found = [f"{name}: {why}" for name, faults in faults_of(runs).items() for why in faults]
+    if not runs:
+        found.append("no job is given")
+    if processes.started() > 1:
+        found.append("several jobs are trained by one process, and torchrun started several: start one")
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def faults_of(runs: Mapping[str, Run]) -> dict[str, list[str]]:
+    """{name: what is wrong}, of those runs that cannot train beside the others; what they share the first one says."""
+    first = next(iter(runs.items()), None)
+    places: dict[Path, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        own = [*_own(run), *(_shared(run, *first) if first else ())]
+        other = places.setdefault(run.out.resolve(), name)
+        if other != name:
+            own.append(f"it writes to {run.out}, and so does {other}: name another directory")
+        if own:
+            found[name] = own
+    return found
+
+
+def _own(run: Run) -> Iterator[str]:
+    if type(run.task) not in TASKS:
+        there = ", ".join(task.__name__ for task in TASKS)
+        yield f"{type(run.task).__name__} cannot be trained among other jobs, the tasks that can are: {there}. {ALONE}"
+    if run.allocator is not None:
+        yield f"{run.allocator!r} changes the layers while it trains, which jobs share. {ALONE}"
+
+
+AGREED: tuple[tuple[str, Callable[[Run], Any]], ...] = (
+    ("model", lambda run: str(Path(run.model).resolve()) if Path(run.model).exists() else called_elsewhere(run.model)),
+    ("dtype", lambda run: str(run.dtype).removeprefix("torch.")),
+    ("bits", lambda run: run.bits),
+    ("task", lambda run: type(run.task).__name__),
+    ("gradient_checkpointing", lambda run: run.gradient_checkpointing),
+)
+
+
+def _shared(run: Run, first: str, other: Run) -> Iterator[str]:
+    for what, told in AGREED:
+        if told(run) != told(other):
+            yield f"{what} is {told(run)}, and {told(other)} in {first}: jobs that train together share it"

@@ -1,0 +1,319 @@
+"""Many trainings at once on one base: rounds, in each of which every job takes one step.
+
+A round's rows of all jobs are packed into micro-batches by a planner.  A job's loss is that of training it alone, and
+the adapters share no parameter: so the gradient of the sum of all losses is each job's own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..train.fit import Diverged, Interrupted, measured_before
+from ..train.measure import PeakMemory
+from ..train.resume import claim
+from ..train.run import REPORT, RUN, Run, write_json
+from ..train.stop import Stop, stopping
+from . import checkpoint, ending
+from .bases import Base, Part, base_of
+from .checks import check
+from .course import Course, Row, Step
+from .job import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Job
+from .planner import Piece
+from .view import Silent, View
+
+Plan = Callable[[Sequence[Piece]], Sequence[Sequence[Piece]]]
+
+
+class Engine:
+    """Trains the runs, each into its own directory, which is an ordinary run's then.
+
+        engine = Engine({"a": Run(...), "b": Run(...)})
+        reports = engine.run()
+
+    The runs share model, dtype and bits; methods, ranks, data, rates, schedules, lengths and seeds are each one's own.
+    `planner` packs a round's rows into micro-batches; None: one micro-batch for all of them.  A job that fails or
+    diverges ends with a record of it, and no other one notices.  With `resume`, those that have begun go on from the
+    last round at which all were saved: to the bit as without the interruption.  Raises ValueError with all that is
+    wrong with the runs, before anything starts.
+    """
+
+    def __init__(
+        self, runs: Mapping[str, Run], *, planner: Plan | None = None, resume: bool = False, view: View | None = None
+    ):
+        check(runs)
+        self.jobs = {name: Job(name, run) for name, run in runs.items()}
+        self.planner, self.resume, self.view = planner, resume, view or Silent()
+        self.round = 0
+        self.base: Base = base_of(runs)
+        self._begun = time.perf_counter()
+        self._saved = 0  # the round of the last checkpoints
+        self._asked: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._opened = self._apart = False
+        self.memory = PeakMemory()
+
+    # What others may call at any time, also from another thread
+
+    def add(self, name: str, run: Run) -> None:
+        """One more job, from the next round on.  Raises ValueError for one that cannot train beside the others."""
+        if name in self.jobs:
+            raise ValueError(f"a job is called {name!r} already; there are: {', '.join(self.jobs)}")
+        check({**{n: job.run for n, job in self.jobs.items()}, name: run})
+        self.jobs[name] = job = Job(name, run)
+        self._ask(lambda: self._join(job))
+
+    def stop(self, name: str) -> None:
+        """Ends a job before the next round: what it has learned is its result.  Raises LookupError."""
+        if name not in self.jobs:
+            raise LookupError(f"no job is called {name!r}; there are: {', '.join(self.jobs)}")
+        self._ask(lambda: self._stopped(self.jobs[name]))
+
+    def _ask(self, what: Callable[[], None]) -> None:
+        with self._lock:
+            self._asked.append(what)
+
+    # Running
+
+    def run(self) -> dict[str, dict[str, Any] | None]:
+        """Trains until no job is left.  Returns their reports, None of one that failed (see `Job.error`).
+
+        Raises Interrupted after Ctrl-C or SIGTERM: every job is saved then, and `resume` goes on."""
+        stop = Stop()
+        with stopping(stop):
+            self.open()
+            while self.courses or self._asked:
+                self._answer()
+                self._round()
+                if stop.asked and self.courses:
+                    self._save()
+                    self.base.leave()
+                    raise Interrupted(f"stopped at round {self.round}, and {len(self.courses)} jobs are saved")
+        self.base.leave()
+        return {name: job.report for name, job in self.jobs.items()}
+
+    @property
+    def courses(self) -> list[Course]:
+        """The jobs that run, in their order."""
+        return [job.course for job in self.jobs.values() if job.course is not None]
+
+    def open(self) -> None:
+        """Opens the base and all jobs, and measures what has not been; `run` does it, where nobody has."""
+        if self._opened:
+            return
+        self._opened = True
+        self.memory.__enter__()
+        outs = {name: job.run.out for name, job in self.jobs.items() if not (job.run.out / REPORT).is_file()}
+        number = checkpoint.common(outs) if self.resume else None
+        self.round = number or 0
+        for job in list(self.jobs.values()):
+            self._start(job)
+        if self.courses and number is None:
+            self._save()
+
+    def _join(self, job: Job) -> None:
+        self._start(job)
+        if job.course is not None:
+            self._save()
+
+    def _start(self, job: Job) -> None:
+        """Begins a job, or goes on with it.  Of one that cannot it is kept why."""
+        run = job.run
+        if self.resume and (run.out / REPORT).is_file():
+            ending.remembered(job)
+            return
+        going_on = self.resume and (run.out / RUN).is_file()
+        try:
+            claim(run, going_on)
+            ready, adapter = self.base.prepared(run, job.name)
+            course = Course(job, ready, adapter)
+            course.alone = self.base.alone(adapter)
+            with self.base.selected(course):
+                course.before = measured_before(ready, going_on)
+            if going_on:
+                self._restore(course)
+        except Exception as error:
+            self._failed(job, error)
+            self.base.forget(job.name)
+            return
+        job.course, job.state = course, RUNNING
+        self.view.begun(job)
+        if course.ended is not None or job.step >= job.steps:
+            self._conclude(course)
+
+    def _restore(self, course: Course) -> None:
+        """From the common round; a job that was not at it goes on from its own last one."""
+        there = checkpoint.rounds(course.ready.run.out)
+        number = self.round if self.round in there else next((n for n in there if n <= self.round), None)
+        if number is not None:
+            checkpoint.restore(course, *checkpoint.read(course.ready.run.out, number))
+
+    def _answer(self) -> None:
+        """Does what others asked for since the last round."""
+        with self._lock:
+            asked, self._asked = self._asked, []
+        for each in asked:
+            each()
+
+    def _stopped(self, job: Job) -> None:
+        if job.course is not None:
+            job.course.ended = STOPPED
+            self._end([job.course])
+        elif job.state == WAITING:
+            job.state = STOPPED
+
+    # A round
+
+    def _round(self) -> None:
+        courses = self.courses
+        if not courses:
+            return
+        steps = {course.job.name: (course, course.next_step()) for course in courses}
+        left = {name: len(step.rows) for name, (_, step) in steps.items()}
+        for batch in self._planned(steps):
+            for course, mine, _ in self._computed(_parts(batch, steps)):
+                name = course.job.name
+                left[name] -= len(mine)
+                if not left[name] and course.ended is None:
+                    course.stepped(steps[name][1])
+                    self.view.stepped(course.job)
+        self.round += 1
+        self._after_round(courses)
+
+    def _planned(self, steps: Mapping[str, tuple[Course, Step]]) -> list[Sequence[Piece]]:
+        """The micro-batches of a round: those of jobs that cannot mix by themselves."""
+        every = {
+            name: [Piece(name, course.job.step, i, row.tokens) for i, row in enumerate(step.rows)]
+            for name, (course, step) in steps.items()
+        }
+        apart = [name for name, (course, _) in steps.items() if course.alone or self._apart]
+        groups = [[p for name, own in every.items() if name not in apart for p in own], *(every[n] for n in apart)]
+        plan = self.planner or (lambda pieces: [pieces])
+        return [batch for pieces in groups if pieces for batch in plan(pieces)]
+
+    def _computed(self, parts: Sequence[Part]) -> list[Part]:
+        """Computes a micro-batch, and gives each job its gradients.  Where anything goes wrong, each job's rows are
+        computed by themselves: only the one whose fault it is ends.  Returns the parts that are done."""
+        parts = [part for part in parts if part[0].ended is None]
+        if not parts:
+            return []
+        try:
+            found = self.base.gradients(parts)
+        except Exception as error:
+            if len(parts) > 1:
+                done = [part for each in parts for part in self._computed([each])]
+                if len(done) == len(parts) and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+                    self._apart = True
+                    self.view.said(f"jobs do not mix on this model, each has micro-batches of its own: {error}")
+                return done
+            return self._alone(parts, error)
+        sound = [all(t is None or bool(torch.isfinite(t).all()) for t in (loss, *grads)) for loss, grads in found]
+        if not all(sound) and len(parts) > 1:
+            return [part for each in parts for part in self._computed([each])]
+        for (course, _, _), (loss, grads), fine in zip(parts, found, sound, strict=True):
+            if fine:
+                course.take(loss, grads)
+            else:
+                course.diverge(float(loss))
+        return [part for part, fine in zip(parts, sound, strict=True) if fine]
+
+    def _alone(self, parts: Sequence[Part], error: Exception) -> list[Part]:
+        """A job whose rows cannot go through `rows` even by themselves trains with its adapter selected."""
+        course = parts[0][0]
+        if not course.alone and self.base.can_select:
+            course.alone = True
+            return self._computed(parts)
+        course.drop()
+        course.ended, course.job.error = FAILED, _told(error)
+        return []
+
+    def _after_round(self, courses: Sequence[Course]) -> None:
+        for course in courses:
+            if course.ended is None and course.control.should_evaluate:
+                try:
+                    with self.base.selected(course):
+                        course.evaluate()
+                except Exception as error:
+                    course.ended, course.job.error = FAILED, _told(error)
+            if course.ended is None and (course.job.step >= course.job.steps or course.control.should_training_stop):
+                course.ended = DONE
+        over = [course for course in courses if course.ended is not None]
+        every = min((course.save_every for course in courses), default=1)
+        if over:
+            self._end(over)
+        elif self.round - self._saved >= every:
+            self._save()
+
+    # Ends
+
+    def _end(self, over: Sequence[Course]) -> None:
+        """All are saved first: a kill meanwhile leaves each where it is."""
+        self._save()
+        for course in over:
+            self._conclude(course)
+
+    def _conclude(self, course: Course) -> None:
+        """Measures what was trained, and writes the report."""
+        job = course.job
+        try:
+            if course.ended == FAILED:
+                raise RuntimeError(job.error)
+            with self.base.selected(course):
+                job.report = ending.report(course, self._begun, self.memory, [n for n in self.jobs if n != job.name])
+            job.state = STOPPED if course.ended == STOPPED else DONE
+        except Diverged as error:
+            job.state, job.error, job.report = DIVERGED, str(error), ending.written(job)
+        except Exception as error:
+            self._failed(job, error, told=job.error)
+        job.course = None
+        self.base.forget(job.name)
+        if job.state != FAILED:
+            self.view.ended(job)
+
+    def _failed(self, job: Job, error: Exception, told: str | None = None) -> None:
+        job.state, job.error = FAILED, told or _told(error)
+        if job.run.out.is_dir():
+            write_json(job.run.out / ending.FAILURE, {"error": job.error, "step": job.step, "steps": job.steps})
+        self.view.ended(job)
+
+    def _save(self) -> None:
+        courses = self.courses
+        among = [course.job.name for course in courses]
+        for course in courses:
+            checkpoint.save(course, self.round, among)
+        for course in courses:
+            checkpoint.rotate(course)
+            course.evaluations.on_save(None, course.state, course.control)
+        self._saved = self.round
+
+    # Measuring
+
+    def timed(self, tokens: int, jobs: int) -> float:
+        """The seconds of one micro-batch of so many tokens of so many jobs, forwards and backwards; it changes
+        nothing."""
+        self.open()
+        courses = [course for course in self.courses if not course.alone][:jobs] or self.courses[:1]
+        each = max(1, tokens // max(1, len(courses)))
+        parts = [(course, self.base.sample(course, each), each) for course in courses]
+        self.base.gradients(parts)
+        begun = time.perf_counter()
+        self.base.gradients(parts)
+        return time.perf_counter() - begun
+
+
+def _parts(batch: Sequence[Piece], steps: Mapping[str, tuple[Course, Step]]) -> list[Part]:
+    """The rows of each job in a micro-batch, in the jobs' order."""
+    rows: dict[str, list[Row]] = {}
+    for name in steps:
+        mine = [steps[name][1].rows[piece.index] for piece in batch if piece.job == name]
+        if mine:
+            rows[name] = mine
+    return [(steps[name][0], mine, steps[name][1].items) for name, mine in rows.items()]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,30 @@
+"""A job as others see it: what is trained, where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..train.run import Run
+
+if TYPE_CHECKING:
+    from .course import Course
+
+WAITING, RUNNING, DONE, STOPPED, DIVERGED, FAILED = "waiting", "running", "done", "stopped", "diverged", "failed"
+
+
+@dataclass
+class Job:
+    """One training among others.  step of steps; loss: of its last step; tokens: that it has trained on, padding apart;
+    error: what ended it, where that was no end of its own."""
+
+    name: str
+    run: Run
+    state: str = WAITING
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens: int = 0
+    error: str | None = None
+    report: dict[str, Any] | None = None
+    course: Course | None = field(default=None, repr=False)  # while it runs
