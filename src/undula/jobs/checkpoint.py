@@ -92,10 +92,9 @@ def restore(course: Course, values: Mapping[str, Any], tensors: Mapping[str, Ten
         p.copy_(tensors[f"parameter.{i}"])
     state: dict[int, dict[str, Any]] = {int(i): dict(own) for i, own in values["numbers"].items()}
     for key, t in tensors.items():
-        kind, _, rest = key.partition(".")
+        kind, number, *name = key.split(".", 2)
         if kind == "state":
-            i, _, name = rest.partition(".")
-            state.setdefault(int(i), {})[name] = t
+            state.setdefault(int(number), {})[name[0]] = t
     whole = course.optimiser.state_dict() | {"state": state}
     for group, (lr, first) in zip(whole["param_groups"], values["rates"], strict=True):
         group["lr"], group["initial_lr"] = lr, first

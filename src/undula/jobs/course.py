@@ -74,7 +74,7 @@ class Course:
         run = ready.run
         rows = Numbered(ready.train.task, ready.train.rows, ready.train.processor, seen=ready.train.seen)
         fitter = trainer(run, ready.model, rows, ())
-        fitter.data_collator = list
+        fitter.data_collator = _numbers
         loader = fitter.get_train_dataloader()
         per_epoch = max(1, -(-len(loader) // run.accumulate))
         job.steps = run.max_steps or math.ceil(run.epochs * per_epoch)
@@ -179,12 +179,17 @@ def items_of(ready: Prepared, example: Example) -> int:
     return ready.run.task.items({"labels": labels[None]})
 
 
+def _numbers(batch: list[Any]) -> Any:
+    """A batch as it is."""
+    return batch
+
+
 def _order(loader: Any, accumulate: int) -> Iterator[list[int]]:
     """The numbers of the rows of each step, epoch after epoch, as `Trainer._run_epoch` takes them."""
     for epoch in itertools.count():
         for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+            if (tell := getattr(part, "set_epoch", None)) is not None:
+                tell(epoch)
         with same_draws():
             batches = list(loader)  # numbers alone
         for at in range(0, len(batches), accumulate):

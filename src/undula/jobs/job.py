@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..train.run import Run
-
-if TYPE_CHECKING:
-    from .course import Course
 
 WAITING, RUNNING, DONE, STOPPED, DIVERGED, FAILED = "waiting", "running", "done", "stopped", "diverged", "failed"
 
@@ -27,4 +24,4 @@ class Job:
     tokens: int = 0
     error: str | None = None
     report: dict[str, Any] | None = None
-    course: Course | None = field(default=None, repr=False)  # while it runs
+    course: Any = field(default=None, repr=False)  # its `course.Course`, while it runs

@@ -138,7 +138,7 @@ class Streamed(TorchFunctionMode):
         return func(*args, **named)
 
     def _plain(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        asked = {"p": 0.5, "training": True, "inplace": False}
+        asked: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
         names = ("input", "p", "training", "inplace") if func is F.dropout else ("input", "p", "train")
         asked |= dict(zip(names, args, strict=False)) | named
         x, p = asked["input"], asked["p"]
