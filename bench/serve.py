@@ -29,6 +29,7 @@ from record import record
 
 import undula
 from undula.bundled import model_path
+from undula.compress.int8 import int8
 from undula.serve.engine import Engine
 from undula.serve.jobs import Limits
 from undula.serve.pool import Pool
@@ -95,6 +96,12 @@ class Bench:
         self.vocabulary = self.model.config.vocab_size
         self.pool = Pool(self.model, args.memory)
         self.seen: dict[tuple[str | None, int, str], list[int]] = {}
+
+    def in_eight_bits(self) -> Bench:
+        """The same over a base of 8 bits, with nothing registered."""
+        other = Bench(self.args, self.folder)
+        int8(other.model)
+        return other
 
     def prompt(self, i: int, shape: str) -> tuple[int, ...]:
         draw = random.Random(f"{i} {shape}")
@@ -251,6 +258,28 @@ class Bench:
         return {f"p{p}": first[min(len(first) - 1, math.ceil(p / 100 * len(first)) - 1)] for p in (50, 95, 99)}
 
 
+def in_turns(benches: dict[str, Bench], ways: dict[str, Way], rounds: int) -> dict[str, dict[str, float]]:
+    """Of each bench and way tokens a second, and the ratio to the first bench's at that way."""
+    spent: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds + 1):
+        for kind, bench in benches.items():
+            with Engine(bench.model, None, bench.pool, limits=bench.limits()) as engine:
+                for name, way in ways.items():
+                    spent.setdefault((kind, name), []).append(bench.answer(engine, way))
+                    print(f"  {name + ', ' + kind:28} {spent[kind, name][-1]:8.2f} s", flush=True)
+    found: dict[str, dict[str, float]] = {}
+    for (kind, name), seconds in spent.items():
+        times = [a / b for a, b in zip(spent[next(iter(benches)), name][1:], seconds[1:], strict=True)]
+        bench, way = benches[kind], ways[name]
+        found[f"{name}, {kind}"] = {
+            "tokens a second": way.requests * bench.shapes[way.shape][1] / statistics.median(seconds[1:]),
+            "throughput / float's": statistics.median(times),
+            "low": min(times),
+            "high": max(times),
+        }
+    return found
+
+
 def registered(bench: Bench, paths: Sequence[Path]) -> dict[str, float]:
     """Registers these; seconds of the first of them and of the last."""
     spent = []
@@ -297,8 +326,15 @@ def measured(
     if args.peers:
         found["peers, tokens a second"] = bench.peers(ways[f"{n} adapters"], max(1, args.rounds // 2))
         keep(found)
+    pair = {"base": ways["base"], f"{few} adapters": ways[f"{few} adapters"]}
+    if args.int8:
+        narrow = bench.in_eight_bits()
+        registered(narrow, [folder / f"lora8-{i}" for i in range(few)])
+        found["8 bits"] = in_turns({"float32": bench, "8 bits": narrow}, pair, args.rounds)
+        narrow.pool.close()
+        del narrow
+        keep(found)
     eight = found["ways"][f"{few} adapters"]["throughput / base"]
-    small_ways = {"base": Way("", 0, n), f"{few} adapters": Way("lora8", few, n)}
     more = linked(folder, folder / "lora8-0", max(args.registered))
     found["registered"] = at = {}
     for total in args.registered:
@@ -309,7 +345,7 @@ def measured(
             "seconds to add one": adding["last"],
             "seconds to add all of them": adding["all"],
             "bytes of each that is registered": (resident() - grown) / max(1, total - have),
-            **{k: bench.rounds(small_ways, args.rounds)[f"{few} adapters"][k] for k in ("throughput / base",)},
+            **{k: bench.rounds(pair, args.rounds)[f"{few} adapters"][k] for k in ("throughput / base",)},
         }
         at[str(total)]["throughput / that of few"] = at[str(total)]["throughput / base"] / eight
         keep(found)
@@ -366,6 +402,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where the machine does other things too")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--int8", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     return parser.parse_args(words)
 

@@ -31,4 +31,5 @@ def test_the_benchmark_measures_every_way_and_finds_that_all_write_the_same(serv
     assert targets["tokens that differ from the adapter's alone, beyond near ties <= 0"] == 0
     assert all(way["tokens a second"] > 0 for way in found["ways"].values())
     assert sum(way["checked"]["tokens"] for way in found["ways"].values()) > 100
+    assert len(found["8 bits"]) == 4
     assert found["bytes of an adapter"]["loaded"] >= 20
