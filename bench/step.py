@@ -124,7 +124,7 @@ def variant(name: str, model: nn.Module, batch: torch.Tensor) -> tuple[Step, Ste
         undula.select(model, None)
         where = "*" if isinstance(model, Layer) else "all-linear"
         undula.attach(model, LoRA(r=8), where, name=name)
-        shapes = [undula.host.views.site(n, layer).shape for n, layer in undula.host.views.choose(model, where).items()]
+        shapes = [undula.host.views.site(n, layer).shape for n, layer in undula.host.where.choose(model, where).items()]
 
         def both() -> None:
             step(model, batch, leaf=isinstance(model, Layer))
@@ -154,8 +154,9 @@ def draw(shapes: list[tuple[int, int]], nola: Method) -> None:
 
 
 def toggle(model: nn.Module, on: bool) -> None:
-    """Weight gradients of every adapted matrix: computed, then dropped at once."""
-    for layer in undula.host.views.choose(model, "*" if isinstance(model, Layer) else "all-linear").values():
+    """Weight gradients of every adapted matrix: computed, then dropped at once.  Deselects."""
+    undula.select(model, None)  # adapted layers are not chosen again
+    for layer in undula.host.where.choose(model, "*" if isinstance(model, Layer) else "all-linear").values():
         weight = layer.module.weight
         weight.requires_grad_(on)
         if on and not weight._post_accumulate_grad_hooks:

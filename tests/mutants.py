@@ -37,6 +37,7 @@ READER = "tests/interop/test_encoder.py"
 ROUTES = "tests/laws/test_routes.py"
 VALUES = "tests/laws/test_values.py"
 GROUPS = LAWS + "::test_rows_of_low_rank_adapters"
+HOLES, WORK = "tests/laws/test_holes.py", "tests/laws/test_step_work.py"
 COLLAPSE, DIAGNOSE = "tests/oracles/test_collapse.py", "tests/oracles/test_diagnose.py"
 CHOICES = "tests/oracles/test_study_choices.py"
 STUDY = "tests/interop/test_study.py::test_runs_on_other_rows_are_not_mixed_in"
@@ -195,10 +196,17 @@ MUTANTS = [
     ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS + "::test_arithmetic -k RankStab"),
     ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(x)", METHODS),
     ("methods/dropout.py", "x * keep * (LEVELS / (LEVELS - level))", "x * keep", METHODS),
+    ("kernels/holes.py", ".view(-1).index_copy_(0, at, only)", "", HOLES),
+    ("kernels/holes.py", "at[0] += reach", "", HOLES),
+    ("kernels/holes.py", "torch.mm(gz_RT, emptied(x_TI, at))", "torch.mm(gz_RT, x_TI)", HOLES),
+    ("kernels/bottleneck.py", "all(t.dtype == torch.float32 for t in factors)", "False", WORK),
+    ("core/method.py", "layer.training and self.plain() is not None", "True", WORK),
+    ("kernels/bottleneck.py", "if ctx.needs_input_grad[0]:", "if True:", WORK),
+    ("train/trainer.py", "model.disable_input_require_grads()", "pass", "tests/interop/test_training_weights.py -k again_give"),
     ("methods/activations.py", "torch.addcmul(sin, u, cos.cos_(), value=self.w, out=cos)", "sin", METHODS),
     ("methods/activations.py", "torch.sigmoid(u) - 0.5", "torch.sigmoid(u)", METHODS),
     ("kernels/bottleneck.py", ".addmm_(gz_TR, A_RI)", "", FUSED + " -k RankStab"),
-    ("kernels/bottleneck.py", "dB = torch.mm(h_TR.t(), g_TO).t()", "dB = 2 * torch.mm(h_TR.t(), g_TO).t()", FUSED + " -k RankStab"),
+    ("kernels/bottleneck.py", "dB = up(torch.mm(h_TR.t(), g_TO).t(), ctx.factor)", "dB = 2 * up(torch.mm(h_TR.t(), g_TO).t(), ctx.factor)", FUSED + " -k RankStab"),
     ("kernels/elementwise.py", "dA.addmm_(B_OR[rows].t(), dX)", "dA.addmm_(B_OR[rows].t(), G)", "tests/laws/test_kernels.py"),
     ("kernels/elementwise.py", "beta=0 if rows.start == 0 else 1", "beta=0", "tests/laws/test_kernels.py"),
     ("kernels/elementwise.py", "alpha=scale, out=F)", "alpha=1, out=F)", GRADIENTS + " -k linear-LoRAN"),

@@ -169,14 +169,15 @@ METHODS = (
     ("kind", "method"), [(k, m) for k, m in zip(("bert", "llama") * 3, METHODS, strict=False)], ids=repr
 )
 def test_activations_that_are_computed_again_give_the_same_training(kind, method, usual, tmp_path):
-    """On a frozen base, whose first layers' inputs need no gradient, with dropout of the base and of the method."""
+    """On a frozen base, whose first layers' inputs need no gradient and have none, with dropout of the base and of the
+    method."""
     rows = [{"prompt": f"the {w}", "completion": f"{w} {w}"} for w in tiny.WORDS * 2]
     data = tiny.jsonl(tmp_path / "d.jsonl", rows)
     changes = {
         "bert": {"model": tiny.bert(tmp_path / "m"), "task": Classification()},
         "llama": {"model": tiny.llama(tmp_path / "m"), "data": data, "task": CausalLM(generate=0)},
     }[kind]  # fmt: skip
-    run, calls = dataclasses.replace(usual, method=method, max_steps=2, **changes), {}
+    run, calls, below = dataclasses.replace(usual, method=method, max_steps=2, **changes), {}, []
     for again in (False, True):
         ready = prepare(dataclasses.replace(run, gradient_checkpointing=again, out=tmp_path / str(again)))
         calls[again] = []
@@ -184,10 +185,14 @@ def test_activations_that_are_computed_again_give_the_same_training(kind, method
             m for n, m in ready.model.named_modules() if n.endswith(("1.output.LayerNorm", "1.input_layernorm"))
         )
         norm.register_forward_pre_hook(lambda *_, c=calls[again]: c.append(1))
+        lowest = next(m for n, m in ready.model.named_modules() if n.endswith(("layer.0", "layers.0")))
+        lowest.register_forward_pre_hook(lambda _, given, b=below: b.append(given[0].requires_grad))
         torch.manual_seed(1)
         trainer(ready.run, ready.model, ready.train, ()).train()
         ready.adapter.save(tmp_path / str(again))
     assert (len(calls[False]), len(calls[True])) == (2, 4)
+    assert below
+    assert not any(below)
     close(tmp_path / "False", tmp_path / "True")
 
 

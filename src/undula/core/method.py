@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import frozen, reference
-from ..kernels.bottleneck import bottleneck
+from ..kernels.bottleneck import bottleneck, rounded
 from .bend import Bend
 from .choice import Choice, plain
 from .layer import Layer, Outline
@@ -314,7 +314,9 @@ class LowRank(Additive):
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         B_OR, A_RI = self.pair(f)
-        return bottleneck(x, layer, A_RI, B_OR)
+        # what is computed with, and not trained, is as exact as ever
+        law = rounded if layer.training and self.plain() is not None else bottleneck
+        return law(x, layer, A_RI, B_OR)
 
 
 def check_within(what: str, t: Tensor, least: int, most: int) -> None:

@@ -2,9 +2,10 @@
 
     y = W x + (W' - W) D(x),   D(x)_i = 0 with probability p, else x_i / (1 - p);   D = identity outside training
 
-The frozen layer always sees x itself.  On a CPU `torch.dropout` costs more than LoRA's own products: the mask here is
-drawn 16 bits an input (p in steps of 1/65536), about twice as cheap.  It follows `torch.manual_seed`.
-Compiled, the mask is torch's own draw.
+The frozen layer always sees x itself.  Each layer draws its own mask, as published: layers that read the same x do not
+share one.  On a CPU `torch.dropout` costs more than LoRA's own products: at the usual rates what falls out is drawn
+instead of a mask, and one number kept (see `kernels.holes`); elsewhere the mask is drawn 16 bits an input (p in steps
+of 1/65536), about twice as cheap.  Both follow `torch.manual_seed`.  Compiled, the mask is torch's own draw.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ from ..core.method import (
 )
 from ..core.ranges import PartShare
 from ..kernels import draws, reference
+from ..kernels.bottleneck import fusible, fusible_rounded
+from ..kernels.holes import dropped, few, pair_of_dropped
 
 LEVELS = 1 << 16  # that 16 random bits tell apart
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Inverted dropout of x; the rate is p rounded to 1/65536 and the survivors are scaled by the rounded rate."""
+    """Inverted dropout of x; but for the few of `kernels.holes` the rate is p rounded to 1/65536 and the survivors are
+    scaled by the rounded rate."""
+    if few(x, p):
+        return dropped(x, p)
     level = round(p * LEVELS)
     if torch.compiler.is_compiling():  # which knows no `random_`, and would break its graph there
         return x * (torch.rand(x.shape, device=x.device) >= level / LEVELS) * (LEVELS / (LEVELS - level))
@@ -112,11 +118,15 @@ class Dropout(Wrapper):
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         if not layer.training or self.p == 0 or not x.is_floating_point():
             return self.inner.forward(x, layer, f)
-        dropped = drop(x, self.p)
+        if isinstance(self.inner, LowRank) and type(self.inner).forward is LowRank.forward and few(x, self.p):
+            B_OR, A_RI = self.inner.pair(f)
+            if fusible(x, layer, A_RI, B_OR) or (self.inner.plain() and fusible_rounded(x, layer, A_RI, B_OR)):
+                return pair_of_dropped(x, layer, A_RI, B_OR, self.p)
+        D = drop(x, self.p)
         if isinstance(self.inner, Reweight) and not isinstance(self.inner, Additive):
             W_OI = layer.weight
-            return reference.additive(dropped, _Detour(layer, x), self.inner.weight(W_OI, f) - W_OI)
-        return self.inner.forward(dropped, _Detour(layer, x), f)
+            return reference.additive(D, _Detour(layer, x), self.inner.weight(W_OI, f) - W_OI)
+        return self.inner.forward(D, _Detour(layer, x), f)
 
     def bend(self, f: Factors) -> Bend | None:
         return self.inner.bend(f)

@@ -235,7 +235,7 @@ def trainer(
         optimizer_cls_and_kwargs=(kind, {"lr": run.lr, **constants}),
         train_dataset=examples,
         data_collator=examples.task.gatherer(examples.processor, model),
-        callbacks=[*callbacks, Finite()],
+        callbacks=[*callbacks, Finite(), NothingBelow()],
     )
     made.remove_callback(PrinterCallback)
     if arguments.world_size > 1:
@@ -259,6 +259,15 @@ def checkpointing(on: bool = True) -> dict[str, Any]:
     it no gradient would come to an adapter in a layer whose inputs need none."""
     name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     return {f"{name}_checkpointing": on} | ({f"{name}_checkpointing_kwargs": {"use_reentrant": False}} if on else {})
+
+
+class NothingBelow(TrainerCallback):
+    """With gradient checkpointing transformers lets the embeddings' outputs want gradients, as re-entry needs, and so
+    everything below the lowest adapter runs backward for nothing.  There is no re-entry here, see `checkpointing`."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if getattr(model, "_require_grads_hooks", None):
+            model.disable_input_require_grads()
 
 
 def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
