@@ -195,7 +195,7 @@ MUTANTS = [
     ("methods/centred.py", "torch.cat([B, -B0], 1)", "torch.cat([B, B0], 1)", LAWS + "::test_starts_at_the_base -k Centred"),
     ("methods/sum.py", "torch.cat([w * B for w, (B, _) in pairs], 1)", "torch.cat([B for w, (B, _) in pairs], 1)", LAWS + "::test_arithmetic -k RankStab"),
     ("methods/dropout.py", "return self._layer(self._x)", "return self._layer(x)", METHODS),
-    ("methods/dropout.py", "x * keep * (LEVELS / (LEVELS - level))", "x * keep", METHODS),
+    ("methods/dropout.py", "x * kept(x.shape, p, x.device) * (LEVELS / (LEVELS - level))", "x * kept(x.shape, p, x.device)", METHODS),
     ("kernels/holes.py", ".view(-1).index_copy_(0, at, only)", "", HOLES),
     ("kernels/holes.py", "at[0] += reach", "", HOLES),
     ("kernels/holes.py", "torch.mm(gz_RT, emptied(x_TI, at))", "torch.mm(gz_RT, x_TI)", HOLES),
