@@ -1,6 +1,7 @@
 """Many jobs at once: each one's weights are those that it would have alone."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,11 +9,22 @@ import torch
 import undula
 from tests.support import tiny
 from undula import DoRA, Dropout, LoRA
+from undula.jobs import checkpoint, ending
 from undula.jobs.engine import Engine
 from undula.jobs.planner import together
-from undula.train import CausalLM, Run
+from undula.jobs.view import Silent
+from undula.optim.optimisers import SGD
+from undula.train import CausalLM, Run, Seq2Seq, page
 
 METHODS = [Dropout(LoRA(r=2), p=0.3), LoRA(r=2), DoRA(LoRA(r=3)), undula.LoRAN(r=2), undula.VeRA(r=4)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pages():
+    """Drawing takes most of the time of so small trainings."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(page, "write", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +37,8 @@ def llama(tmp_path_factory):
 
 def run_of(base, out, method=METHODS[1], **more):
     model, data = base
-    usual = {"lr": 1e-2, "max_steps": 3, "batch": 2, "eval_every": 0, "dtype": torch.float64, "warmup": 0.0}
+    usual = {"lr": 1e-2, "max_steps": 3, "batch": 2, "eval_every": 0, "dtype": torch.float64, "warmup": 0.0,
+             "eval_rows": 3}  # fmt: skip
     return Run(model=model, data=data, task=CausalLM(generate=0), method=method, out=out, **usual | more)
 
 
@@ -85,3 +98,107 @@ def test_alone_in_the_engine_a_job_has_the_weights_of_train(name, trained, tmp_p
     run, by_itself = trained[name]
     undula.train(dataclasses.replace(run, out=tmp_path))
     same(tmp_path, by_itself, rtol=1e-5, atol=1e-5)
+
+
+class Killed(BaseException):
+    """What nothing catches, as a kill."""
+
+
+class Watch(Silent):
+    """Does what it is told after a job's step."""
+
+    def __init__(self, **told):
+        self.told = told
+
+    def stepped(self, job):
+        if (what := self.told.get(f"at_{job.name}_{job.step}")) is not None:
+            what()
+
+
+def three(base, folder):
+    """Runs of three lengths, with dropout, evaluations and checkpoints at each step."""
+    more = {"save_every": 1, "eval_every": 2}
+    return {
+        "a": run_of(base, folder / "a", Dropout(LoRA(r=2), p=0.3), max_steps=5, **more),
+        "b": run_of(base, folder / "b", DoRA(LoRA(r=2)), max_steps=2, seed=1, **more),
+        "c": run_of(base, folder / "c", undula.LoRAN(r=2), max_steps=4, seed=2, batch=3, optimiser=SGD(), **more),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(llama, tmp_path_factory):
+    """{name: its run}, trained without an interruption."""
+    runs = three(llama, tmp_path_factory.mktemp("whole"))
+    Engine(runs, planner=planned).run()
+    return runs
+
+
+def killed(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize("when", ["in a round", "while all are saved", "while a job is measured"])
+def test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one(
+    when, whole, llama, tmp_path, monkeypatch
+):
+    cut = three(llama, tmp_path)
+    first = Engine(cut, planner=planned, view=Watch(**{"at_a_3": killed} if when == "in a round" else {}))
+    with monkeypatch.context() as m:
+        if when == "while all are saved":
+            save, calls = checkpoint.save, iter(range(100))
+            m.setattr(checkpoint, "save", lambda *args: killed() if next(calls) == 7 else save(*args))
+        if when == "while a job is measured":
+            m.setattr(ending, "report", killed)
+        with pytest.raises(Killed):
+            first.run()
+    jobs = Engine(cut, planner=planned, resume=True)
+    reports = jobs.run()
+    assert [job.error for job in jobs.jobs.values()] == [None] * 3
+    assert reports["a"]["resumed_from_step"] > 0
+    for name, run in whole.items():
+        same(run.out, cut[name].out, rtol=0, atol=0)
+        assert reports[name]["losses"] == json.loads((run.out / "report.json").read_text())["losses"]
+        assert reports[name]["evaluations"] == json.loads((run.out / "report.json").read_text())["evaluations"]
+
+
+def test_a_job_that_joins_late_and_those_that_end_early_change_no_other(llama, trained, tmp_path):
+    """One diverges, one cannot even begin, one is stopped, one has no better evaluation any more."""
+    runs = {
+        "1": dataclasses.replace(trained["1"][0], out=tmp_path / "1"),
+        "wild": run_of(llama, tmp_path / "wild", lr=1e38, max_steps=9),
+        "lost": run_of((llama[0], "nowhere.jsonl"), tmp_path / "lost"),
+        "stopped": run_of(llama, tmp_path / "stopped", max_steps=50),
+        "stale": run_of(llama, tmp_path / "stale", max_steps=50, eval_every=1, patience=1, lr=1e-12),
+    }
+    late = dataclasses.replace(trained["2"][0], out=tmp_path / "2")
+    engine = Engine(runs, view=Watch(at_1_1=lambda: engine.add("2", late), at_1_3=lambda: engine.stop("stopped")))
+    reports = engine.run()
+    assert {name: job.state for name, job in engine.jobs.items()} == {
+        "1": "done", "wild": "diverged", "lost": "failed", "stopped": "stopped", "stale": "done", "2": "done"
+    }  # fmt: skip
+    assert reports["wild"]["state"] == "diverged"
+    assert "diverged at step" in engine.jobs["wild"].error
+    assert "nowhere.jsonl" in engine.jobs["lost"].error
+    assert reports["lost"] is None
+    assert reports["stopped"]["steps"] < 9
+    assert reports["stale"]["ended_early"]
+    for name in ("1", "2"):
+        same(tmp_path / name, trained[name][1])
+
+
+def test_what_jobs_cannot_share_is_said_at_once_and_of_all(llama, tmp_path):
+    fine = run_of(llama, tmp_path / "a")
+    odd = dataclasses.replace(fine, dtype=torch.float32, task=Seq2Seq(), allocator=undula.ranks.L2SP())
+    with pytest.raises(ValueError, match=r"(?s)b: Seq2Seq cannot.*b: L2SP.*b: dtype is float32.*b: it writes to"):
+        Engine({"a": fine, "b": odd})
+    with pytest.raises(ValueError, match="no job"):
+        Engine({})
+
+
+def test_a_finished_job_is_an_ordinary_run_directory(trained):
+    run, _ = trained["3"]
+    report = json.loads((run.out / "report.json").read_text())
+    assert report["trained_among"] == ["0", "1", "2", "4"]
+    assert (report["state"], report["steps"]) == ("done", 2)
+    assert Run.load(run.out).encode() == run.encode()
+    assert undula.evaluate(run.out) == report["after"]

@@ -99,7 +99,7 @@ def restore(course: Course, values: Mapping[str, Any], tensors: Mapping[str, Ten
     for group, (lr, first) in zip(whole["param_groups"], values["rates"], strict=True):
         group["lr"], group["initial_lr"] = lr, first
     course.optimiser.load_state_dict(whole)
-    course.schedule.load_state_dict(dict(values["schedule"]))
+    course.schedule.load_state_dict(course.schedule.state_dict() | values["schedule"])
     job = course.job
     job.step, job.loss, job.tokens, job.error = (values[k] for k in ("step", "loss", "tokens", "error"))
     course.state.global_step = course.resumed_from = job.step

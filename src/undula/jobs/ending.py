@@ -24,7 +24,8 @@ def report(course: Course, begun: float, memory: PeakMemory, among: list[str]) -
     made = course_of(job.step, job.steps, course.resumed_from, course.seconds, log)
     ready, told = with_best(ready, made, course.told, log)
     (ready.run.out / FAILURE).unlink(missing_ok=True)
-    return concluded(ready, course.before, told, memory, begun, trained_among=among, tokens=job.tokens)
+    lost = course.ended == DIVERGED
+    return concluded(ready, course.before, told, memory, begun, lost, trained_among=among, tokens=job.tokens)
 
 
 def remembered(job: Job) -> None:

@@ -123,15 +123,16 @@ def concluded(
     course: Mapping[str, Any],
     memory: PeakMemory,
     begun: float,
+    lost: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """Saves and measures what was trained, and returns the report, which is written; `course` is its part on the
-    course.  Raises Diverged after that where a number is not finite."""
+    """Saves and measures what was trained, where it is not `lost`, and returns the report, which is written; `course`
+    is its part on the course.  Raises Diverged after that where a number is not finite."""
     run = ready.run
-    after = processes.by_first(lambda: _after(ready))
+    after = {} if lost else processes.by_first(lambda: _after(ready))
     memory.read()
-    lost = course["losses"][-1:] + [[0, v] for v in after.values()]
-    diverged = not after or not all(math.isfinite(loss) for _, loss in lost)
+    last = course["losses"][-1:] + [[0, v] for v in after.values()]
+    diverged = not after or not all(math.isfinite(loss) for _, loss in last)
     report = {
         "state": "diverged" if diverged else "stopped" if course["steps"] < course["steps_asked"] else "done",
         "warnings": [] if diverged else _doubts(ready, before, after, course["losses"]),
