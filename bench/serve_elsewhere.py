@@ -89,6 +89,7 @@ def vllms(folder: Path, plan: dict[str, Any]) -> Iterator[tuple[str, Round]]:
     llm = LLM(
         plan["base"], enable_lora=True, max_loras=many, max_lora_rank=max(8, plan["r"]), max_cpu_loras=many,
         dtype="float32", max_model_len=1024, enable_prefix_caching=False, enforce_eager=True,
+        gpu_memory_utilization=0.2,  # of all memory, for keys and values
     )  # fmt: skip
     number = {name: i + 1 for i, name in enumerate(plan["adapters"])}
     adapters = [LoRARequest(name, number[name], str(folder / name)) for name in plan["names"]]
@@ -130,7 +131,7 @@ def work(kind: str, folder: Path) -> None:
 def written(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Base, adapters and requests, for all of them."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import undula
     from undula.bundled import model_path
@@ -150,6 +151,7 @@ def written(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     if args.model is None:  # vllm reads a folder with a configuration and safetensors
         base = str(folder / "base")
         model.save_pretrained(base)
+        AutoTokenizer.from_pretrained(model_path("smollm2")).save_pretrained(base)
     plan = {"base": base, "r": args.rank, "new": args.new, "adapters": names, "prompts": prompts}
     plan["names"] = [names[i % len(names)] for i in range(args.requests)]
     (folder / "plan.json").write_text(json.dumps(plan))
