@@ -21,6 +21,7 @@ from . import (
     serving,
     shell,
     studies,
+    threads,
     training,
     writing,
 )
@@ -77,4 +78,4 @@ for name, (panel, verb) in VERBS.items():
         help=helping.paragraphs(verb.__doc__),
         short_help=helping.first_sentence(verb.__doc__),
         rich_help_panel=panel,
-    )(shell.speaking(verb))
+    )(shell.speaking(verb if panel == LOOK else threads.threaded(verb)))

@@ -122,7 +122,10 @@ def serve(
         ),
     ] = Order.fcfs,
     threads: Annotated[
-        int | None, typer.Option(help="Of the computation. (default: torch's own)", min=1, rich_help_panel=MUCH)
+        int | None,
+        typer.Option(
+            help="Of the computation. (default: the physical cores that it may use)", min=1, rich_help_panel=MUCH
+        ),
     ] = None,
     drain: Annotated[
         float, typer.Option(help="Seconds that running requests may take once it is to stop.", rich_help_panel=MUCH)

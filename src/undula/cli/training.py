@@ -131,7 +131,7 @@ def _given(ctx: typer.Context) -> dict[str, str]:
     return {n: names[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-FREE = ("resume", "to", "push", "report_to", "quiet", "verbose")  # what changes nothing of a run
+FREE = ("resume", "to", "push", "report_to", "quiet", "verbose", "threads")  # what changes nothing of a run
 
 
 def _check_alone(given: Mapping[str, str]) -> None:

@@ -70,7 +70,13 @@ def _of_a_run(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings in a run.json; others as they are."""
     if not isinstance(data.get("run"), Mapping):
         return data
-    return {**data["run"], **since(data.get("version"))}
+    return told_of_a_run(data)
+
+
+def told_of_a_run(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run.json, which says whether activations are computed again since that is not always asked
+    for: one that does not say so never did."""
+    return {"gradient_checkpointing": False, **data["run"], **since(data.get("version"))}
 
 
 def since(version: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ..observe.probe import Probe
 from ..optim.groups import factors_B
 from ..ranks.gates import in_use
 from . import page, processes
+from .activations import again
 from .base import called_elsewhere, lacking, model_folder, open_model
 from .card import of_run, put
 from .data.splitting import told_quality
@@ -290,9 +291,19 @@ def assembled(
     if run.b_ratio is not None and run.method is not None:
         factors_B(model)  # there are some: said before anything is measured
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
+    run, told = _checkpointing(run, model, train_on)
+    notes = (*notes, *told)
     return Prepared(
         run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked), *_spread(run, train_on))
     )
+
+
+def _checkpointing(run: Run, model: PreTrainedModel, rows: Examples) -> tuple[Run, list[str]]:
+    """The run with its choice made whether activations are computed again, and a note where need made it."""
+    if run.gradient_checkpointing is not None:
+        return run, []
+    on, told = again(model, rows, run.batch)
+    return dataclasses.replace(run, gradient_checkpointing=on), [] if told is None else [told]
 
 
 def _attached(run: Run, model: PreTrainedModel, full: Sequence[str], batches: Iterator[Any], called: str) -> Adapter:

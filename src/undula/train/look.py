@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..core.extras import needs
 from ..observe.listen import moved
 from . import processes
+from .activations import device_of, placed, unchanged
 from .data.splitting import told_quality
 from .fit import Prepared, prepare
 from .recipe import Recipe
 from .run import Run
 from .tasks.shown import Piece
 from .tasks.task import Examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EXAMPLES = 3
 WARM = 5.0  # seconds of a first step, which prepares things once, above which no second one is taken
@@ -125,29 +121,15 @@ def _lengths(part: Examples) -> Lengths | None:
     return Lengths(median(found), max(found), part.seen["cut"], part.seen["lost_ends"])
 
 
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the Trainer will put the model."""
-    there = next((p.device for p in model.parameters()), torch.device("cpu"))
-    kept = there.type != "cpu" or (processes.count() > 1 and processes.on_cpu()) or not torch.accelerator.is_available()
-    return there if kept else torch.accelerator.current_accelerator() or there
-
-
 def _seconds(ready: Prepared) -> float:
     """Of one batch forwards and backwards: rows that lie evenly in the training part, on the device that will train."""
-    run, model, device = ready.run, ready.model, device_of(ready.model)
-    home = next((p.device for p in model.parameters()), device)
+    run, model = ready.run, ready.model
     apart = max(1, len(ready.train) // run.batch)
     chosen = range(0, len(ready.train), apart)[: run.batch]
     batch = run.task.gatherer(ready.processor, model)([ready.train[i] for i in chosen])
-    with _unchanged(model):
-        if home != device:
-            model.to(device)  # type: ignore[arg-type]
-        try:
-            first = _step(ready, batch, device)
-            return first if first > WARM else min(first, _step(ready, batch, device))
-        finally:
-            if home != device:
-                model.to(home)  # type: ignore[arg-type]
+    with unchanged(model), placed(model) as device:
+        first = _step(ready, batch, device)
+        return first if first > WARM else min(first, _step(ready, batch, device))
 
 
 def _step(ready: Prepared, batch: Mapping[str, Any], device: torch.device) -> float:
@@ -156,32 +138,3 @@ def _step(ready: Prepared, batch: Mapping[str, Any], device: torch.device) -> fl
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - begun
-
-
-@contextlib.contextmanager
-def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """In training mode within; afterwards gradients, buffers, modes and random generators are what they were."""
-    import numpy
-
-    from .trainer import still_statistics
-
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    gradients = [(p, p.grad) for p in model.parameters()]
-    drawn = random.getstate(), numpy.random.get_state()
-    devices = [device_of(model)] if device_of(model).type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-        try:
-            still_statistics(model.train())
-            model.zero_grad()
-            yield
-        finally:
-            random.setstate(drawn[0])
-            numpy.random.set_state(drawn[1])
-            for p, gradient in gradients:
-                p.grad = gradient
-            with torch.no_grad():
-                for name, b in model.named_buffers():  # by name: a model that moves gets others
-                    b.copy_(buffers[name])
-            for module, mode in modes:
-                module.training = mode

@@ -101,8 +101,11 @@ class Settings(metaclass=Checked):
     warmup: PartShare = option(0.05, "Share of the steps.")
     weight_decay: NotNegative = option(0.0, "Of all that trains but biases and norms: all factors too.")
     max_grad_norm: NotNegative = option(1.0, "Clip gradients to this norm; 0: never.")
-    gradient_checkpointing: bool = option(
-        False, "Compute activations again in the backward pass: less memory, a third more time.", figures=False
+    gradient_checkpointing: bool | None = option(
+        None,
+        "Compute activations again in the backward pass: less memory, a third more time. (default: where those of a "
+        "batch would not fit the memory that is free)",
+        figures=False,
     )
     probe_batches: Count | None = option(None, "For a method that starts from data. (default: 8)", layers=True)
 

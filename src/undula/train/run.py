@@ -66,7 +66,7 @@ class Run(Recipe):
         out = Path(path)
         with files.door(str(out / RUN)):
             data = read_run(out)
-            return Run.decode(data["run"] | config.since(data["version"]), out)
+            return Run.decode(config.told_of_a_run(data), out)
 
 
 def read_run(out: Path) -> dict[str, Any]:

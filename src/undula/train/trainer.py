@@ -27,7 +27,7 @@ from .data.splitting import QUALITY_ROWS, told_quality
 from .evaluating import same_draws
 from .run import CHECKPOINTS, Run
 from .stop import Finite
-from .tasks.lending import evaluating
+from .tasks.lending import evaluating, still_statistics
 from .tasks.task import Examples
 from .tasks.weighing import weighed
 
@@ -45,6 +45,13 @@ class AdapterTrainer(Trainer):
     measure: Callable[[], dict[str, float]]  # of the model as it is
     weights: torch.Tensor | None = None  # of the classes
     own_loss: Callable[[Any, Any], torch.Tensor] | None = None  # see `Task.own_loss`
+    still: list[torch.nn.Module] | None = None  # see `kept_still`
+
+    def kept_still(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        """The layers that keep statistics, looked for once: a model has hundreds of others."""
+        if self.still is None:
+            self.still = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+        return self.still
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -69,7 +76,8 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        still_statistics(model)  # here, because the Trainer puts the whole model into training mode before every batch
+        # here, because the Trainer puts the whole model into training mode before every batch
+        still_statistics(self.kept_still(model))
         if self.own_loss is not None:
             loss = self.own_loss(model, inputs) * (1.0 if self.batches == 1 else self._share(inputs))
             return (loss, {}) if return_outputs else loss
@@ -134,17 +142,6 @@ def give_rate(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parame
         group["params"] = [p for p in group["params"] if id(p) not in own]
         if moved:
             optimizer.add_param_group({**group, "params": moved, "lr": lr})
-
-
-def still_statistics(model: torch.nn.Module) -> None:
-    """Puts the layers that keep running statistics (BatchNorm) into evaluation mode.
-
-    The statistics are neither parameters nor part of an adapter: where training moved them, the base would no longer
-    be the base, and the saved adapter would stand on another one than it was trained on.
-    """
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.eval()
 
 
 @torch.no_grad()
@@ -278,7 +275,7 @@ def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
     by_chance = any(isinstance(v, float) and v > 0 for k, v in vars(config).items() if k.endswith("layerdrop"))
     trained = [p for p in model.parameters() if p.requires_grad]
     batch = [examples[i] for i in range(min(trainer.args.per_device_train_batch_size, len(examples)))]
-    still_statistics(model.train())
+    still_statistics(model.train().modules())
     examples.task.loss()(model, moved(trainer.data_collator(batch), trainer.args.device)).backward()
     found = by_chance or any(p.grad is None for p in trained)
     model.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -62,3 +62,14 @@ def generating(model: PreTrainedModel, made: Callable[[Any], Any]) -> Iterator[N
 
     with evaluating(model), _lent(model, "generation", change):
         yield
+
+
+def still_statistics(modules: Iterable[nn.Module]) -> None:
+    """Puts those that keep running statistics (BatchNorm) into evaluation mode.
+
+    The statistics are neither parameters nor part of an adapter: where training moved them, the base would no longer
+    be the base, and the saved adapter would stand on another one than it was trained on.
+    """
+    for module in modules:
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()
