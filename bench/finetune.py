@@ -107,6 +107,7 @@ class Way:
         self.start: list[tuple[torch.Tensor, torch.Tensor]] = []
         if name in ("attach", "peft", "trl"):
             undula.detach(self.model)
+            _as_stored(self.model)
             self.model = _adapted(name, self.model, self.first, folder / "lora")
             _keep_statistics(self.model)
             self.rows = [self.ready.train[i] for i in range(len(self.ready.train))]  # made once, by no one's clock
@@ -193,6 +194,13 @@ def _adapted(name: str, model: Any, first: Path, folder: Path) -> Any:
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
+def _as_stored(model: torch.nn.Module) -> None:
+    """Weights in the layout that `from_pretrained` gives them."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous()
+
+
 def _keep_statistics(model: torch.nn.Module) -> None:
     """As `undula train` does: else the ways would train different functions."""
     for module in model.modules():
@@ -265,6 +273,8 @@ def timed(case: Case, names: list[str], args: argparse.Namespace, dtype: str) ->
     with tempfile.TemporaryDirectory() as folder:
         ways = {n: Way(n, case, dtype, Path(folder)) for n in names}
         found["work"] = work(next(iter(ways.values())))
+        gc.collect()
+        gc.freeze()  # each Trainer has all objects looked through when it begins: here those of every way
         for i in range(args.rounds + 1):
             found["rates"].append(rate(DTYPES[dtype], clock))
             for n in names if i % 2 else reversed(names):

@@ -50,6 +50,7 @@ HALVING = "tests/interop/test_study.py::test_rates_are_halved_by_one_seed_and_ma
 REPORT, STATISTICS = "tests/oracles/test_study_report.py", "tests/oracles/test_statistics.py"
 COMPARE = "tests/interop/test_compare.py::test_runs_of_one_arm_differ_in_nothing_but_the_seed"
 IMAGES = "tests/interop/test_images.py"
+ACTIVATIONS = "tests/interop/test_activations.py"
 GATED = "tests/oracles/test_gated.py"
 ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_ranks_gates.py"
 STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
@@ -260,7 +261,11 @@ MUTANTS = [
     ("train/processes.py", "if count() != started():", "if False:", PROCESSES),
     ("train/fit.py", "processes.by_first(lambda: claim(run, resume))", "claim(run, resume)", PROCESSES),
     ("train/trainer.py", "leaves_out(made, examples)", "False", PROCESSES),
-    ("train/trainer.py", "module.eval()", "pass", IMAGES + "::test_it_learns"),
+    ("train/tasks/lending.py", "            module.eval()", "            pass", IMAGES + "::test_it_learns"),
+    ("train/activations.py", "needed := of_largest_batch(model, examples, batch)) <= ROOM * left", "needed := 0) <= ROOM * left", ACTIVATIONS + " -k need_decides"),
+    ("train/activations.py", "kept[storage.data_ptr()] = storage.nbytes()", "kept[id(t)] = t.nbytes", ACTIVATIONS + " -k counted_by_storage"),
+    ("train/config.py", '{"gradient_checkpointing": False, **data["run"]', '{**data["run"]', ACTIVATIONS + " -k goes_on_so"),
+    ("cli/threads.py", "yield found[0] / found[1]", "pass", "tests/interop/test_threads.py -k quota"),
     ("train/data/images.py", "repr(image.size).encode() + image.tobytes()", "repr(image.size).encode()", IMAGES + "::test_every_form_of_data_gives_the_same_rows"),
     ("compress/least_squares.py", "u.movedim(layer.channel, -1)", "u", COLLAPSE),
     ("host/quantised.py", "layer.support_avx512bf16_for_cpu = False", "pass", "tests/interop/test_quantised.py::test_an_evaluation_takes_no_gradient_from_4_bit_layers"),
@@ -442,7 +447,7 @@ MUTANTS = [
     ("cli/helping.py", "        shown.secondary_opts = []\n", "        pass\n", "tests/interop/test_help.py::test_help_is_whole_in_80_columns"),
     ("train/restored.py", "    def __repr__(self) -> str:\n", "    def told(self) -> str:\n", "tests/interop/test_help.py::test_what_a_notebook_shows_of_an_opened_run_is_short"),
     ("cli/training.py", "[: 3 if typed[\"dry_run\"] else 4]", "", "tests/interop/test_help.py::test_a_look_needs_no_place"),
-    ("train/look.py", "                p.grad = gradient\n", "                pass\n", LOOK + "::test_a_look_changes_nothing"),
+    ("train/activations.py", "                p.grad = gradient\n", "                pass\n", LOOK + "::test_a_look_changes_nothing"),
     ("train/data/conversation.py", "return through[: at + len(asks)]", "return through[:at]", CHAT + " -k transformers"),
     ("train/tasks/format.py", "messages if said or not self.system", "messages if not self.system", CHAT + " -k system_prompt"),
     ("train/data/load.py", "if len(flat) > 1 or flat", "if len(flat) > 9 or False and flat", MEDIA + " -k without_classes"),

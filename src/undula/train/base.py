@@ -71,7 +71,16 @@ def open_model(
     keys = {str(key[0] if isinstance(key, tuple | list) else key) for key in told}
     model.__dict__[LACKING] = tuple(n for n, _ in model.named_parameters() if n in keys)
     task.agree(processor, model)
+    channels_last(model)
     return model, processor
+
+
+def channels_last(model: torch.nn.Module) -> None:
+    """Lays the weights of 2d convolutions on a CPU as its kernels read them: the same numbers, and no copies into that
+    order and back in each pass (a third of a step of EfficientNet-Lite0)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.device.type == "cpu":
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _with_info(made: Any) -> tuple[Any, list[Any]]:

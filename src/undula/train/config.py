@@ -74,8 +74,8 @@ def _of_a_run(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def told_of_a_run(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a run.json, which says whether activations are computed again since that is not always asked
-    for: one that does not say so never did."""
+    """The settings in a run.json.  One that does not say whether activations are computed again is older than the
+    choice by need: they were not."""
     return {"gradient_checkpointing": False, **data["run"], **since(data.get("version"))}
 
 

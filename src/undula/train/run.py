@@ -54,7 +54,8 @@ class Run(Recipe):
         self.out.mkdir(parents=True, exist_ok=True)
         given: dict[str, Any] = {} if digest is None else {"digest": dict(digest)}
         given |= {} if not written else {"written": written}  # what was generated before the training
-        write_json(self.out / RUN, {"version": VERSION, "run": self.encode(), "before": before, **given})
+        said = self.encode() | {"gradient_checkpointing": self.gradient_checkpointing}  # see `config.told_of_a_run`
+        write_json(self.out / RUN, {"version": VERSION, "run": said, "before": before, **given})
         files.write_text(self.out / CONFIG, config.written(self))
 
     @staticmethod
