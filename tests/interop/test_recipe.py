@@ -451,6 +451,7 @@ def test_the_command_line_says_all_of_it(usual, tmp_path):
         model=usual.model, data=usual.data, task=run.task, method=undula.LoRA(r=2), out=run.out, max_steps=4, batch=8,
         where=("query", "value"), exclude=("*.1.*",), overrides={"*.value": undula.AuroRA(r=3)},
         full=("pooler.dense.bias",), optimiser=SGD(momentum=0.5), schedule=Jagged(2), max_grad_norm=0.0,
+        gradient_checkpointing=False,  # what was chosen, by need
     )  # fmt: skip
     assert run == wanted
     assert run.task.max_length == 16

@@ -16,10 +16,10 @@ from ..host.mixing import rows
 from ..train.base import model_folder, open_model
 from ..train.fit import Prepared, prepare
 from ..train.run import Run
+from ..train.tasks.lending import still_statistics
 from ..train.tasks.limits import vocabulary
 from ..train.tasks.shown import IGNORED
 from ..train.tasks.task import Processor
-from ..train.trainer import still_statistics
 from .course import Course, Row
 from .streams import Streams, Stretch, generator_of
 
@@ -102,7 +102,7 @@ class Base(abc.ABC):
 
     def _train(self, parts: Sequence[Part]) -> None:
         if not self.held.training:
-            still_statistics(self.held.train())
+            still_statistics(self.held.train().modules())
 
     def _through(self, parts: Sequence[Part]) -> contextlib.AbstractContextManager[Any]:
         """Within, each row goes through its job's adapter."""

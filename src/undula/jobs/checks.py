@@ -55,7 +55,7 @@ AGREED: tuple[tuple[str, Callable[[Run], Any]], ...] = (
     ("dtype", lambda run: str(run.dtype).removeprefix("torch.")),
     ("bits", lambda run: run.bits),
     ("task", lambda run: type(run.task).__name__),
-    ("gradient_checkpointing", lambda run: run.gradient_checkpointing),
+    ("gradient_checkpointing", lambda run: bool(run.gradient_checkpointing)),
 )
 
 

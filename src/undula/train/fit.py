@@ -271,6 +271,8 @@ def assembled(
     if opened is None:
         with stage(f"opening {run.model}"):
             opened = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+    elif run.gradient_checkpointing is None:  # who holds the model knows what else it computes
+        run = dataclasses.replace(run, gradient_checkpointing=False)
     model, processor = opened
     if run.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
