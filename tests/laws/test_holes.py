@@ -1,5 +1,7 @@
 """Dropout whose holes are drawn, and whose mask is drawn again in the backward pass."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +105,14 @@ def test_nothing_to_drop_from():
     x = torch.randn(0, 12, requires_grad=True)
     m.forward(x, layer, f).sum().backward()
     assert x.grad.shape == (0, 12)
+
+
+def test_every_word_of_random_bits_makes_a_gap():
+    """A u that rounds to 0 has no logarithm: one in 2^26 words had none once, several in each step of a small model."""
+    bits = torch.tensor([0, -1, 5, -(2**31), 2**31 - 1, (1 << 24) - 1, 1 << 24], dtype=torch.int32)
+    for p in (1 / 65536, 0.05, 0.2):
+        u = [((b & 0xFFFFFF) + 1) / 2**24 for b in bits.tolist()]
+        wanted = [math.log(each) / math.log1p(-p) for each in u]
+        for found, exact in zip(kernel.gaps(bits, p).tolist(), wanted, strict=True):
+            assert found == pytest.approx(math.floor(exact), abs=1, rel=1e-6)
+            assert found >= 0

@@ -45,14 +45,19 @@ def holes(seed: int, count: int, p: float) -> Tensor:
     while reach < count:
         left = (count - reach) * p
         words = torch.empty(max(int(left + SPARE * math.sqrt(left)), 0) // 2 + 8, dtype=torch.int64)
-        u = words.random_(-(2**63), None, generator=generator).view(torch.int32).to(torch.float32)
-        u.add_(2.0**31 + 1).log_().sub_(32 * math.log(2)).mul_(1 / math.log1p(-p))  # of u in (0, 1] times 2^32
-        at = u.long().add_(1)
+        at = gaps(words.random_(-(2**63), None, generator=generator).view(torch.int32), p).add_(1)
         at[0] += reach
         parts.append(at.cumsum_(0))
         reach = int(at[-1])
     found = parts[0] if len(parts) == 1 else torch.cat(parts)
     return found[: int(torch.searchsorted(found, count))]
+
+
+def gaps(bits: Tensor, p: float) -> Tensor:
+    """floor(ln u / ln(1 - p)) of u = (k + 1) / 2^24 in (0, 1], k the low 24 bits of an int32: float32 has each k + 1,
+    so that no u is 0."""
+    u = bits.bitwise_and((1 << 24) - 1).to(torch.float32).add_(1)
+    return u.log_().sub_(24 * math.log(2)).mul_(1 / math.log1p(-p)).clamp_(min=0).long()
 
 
 def emptied(x: Tensor, at: Tensor, scale: float = 1.0) -> Tensor:
