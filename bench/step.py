@@ -2,16 +2,21 @@
 
     python bench/step.py --json bench/results/step.json            # everything, about half an hour
     python bench/step.py --case lm-4x128 --rounds 5 --only lora loran-qv
+    python bench/step.py --device cuda                             # on an accelerator, see bench/gpu.sh
 
 The floor is the frozen base: forward, and backward to its input, without weight gradients.  A step here is forward and
 backward of the mean loss (no optimiser).  Times are medians of ratios within one round, all variants one after another;
 peak memory is measured in a process of its own for each variant, above the loaded model.
+
+On another device than the CPU the base is one of the shape of Llama-3-8B, of `--layers` layers with random bfloat16
+weights that are made there; a clock waits for the device, and torch tells the peak of the memory that it took.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import resource
 import statistics
 import subprocess
@@ -20,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import shaped
 import torch
 from record import record
 from torch import nn
@@ -41,6 +47,8 @@ from undula.kernels import frozen, mixture
 from undula.study.sizes import at_rank
 
 CASES = {"lm-4x128": (4, 128), "lm-1x512": (1, 512), "layer-4096": (1, 512)}
+AWAY = {"llama-8b-4x512": (4, 512), "llama-8b-1x2048": (1, 2048)}  # on another device; --tiny: 2 x 16 tokens
+ON_DEVICE = ("floor", "floor+products", "peft-lora", "peft-dora", "lora", "lora-dropout", "loran", "aurora", "dora")
 QV = ["q_proj", "v_proj"]
 METHODS = {
     "lora": (LoRA(r=8), "all-linear"),
@@ -199,7 +207,16 @@ def timed(case: str, names: list[str], rounds: int, clock: Callable[[], float]) 
     """Seconds of every round, variants interleaved, after one warm-up round."""
     model, batch = base(case)
     model.train()
-    variants = {n: variant(n, model, batch) for n in names}
+    return rounds_of({n: variant(n, model, batch) for n in names}, case, model, rounds, clock)
+
+
+Variants = dict[str, tuple[Step, Step]]
+
+
+def rounds_of(
+    variants: Variants, case: str, model: nn.Module, rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    names = list(variants)
     seconds: dict[str, list[float]] = {n: [] for n in names}
     for i in range(rounds + 1):
         order = list(variants) if i % 2 else list(reversed(variants))
@@ -214,6 +231,27 @@ def timed(case: str, names: list[str], rounds: int, clock: Callable[[], float]) 
             toggle(model, False)
         print(f"  {case}: round {i} of {rounds}", file=sys.stderr, flush=True)
     return seconds
+
+
+def on_device(
+    case: str, names: list[str], rounds: int, where: shaped.Where
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """(seconds, MiB above what the model and all adapters take) of every variant on the device."""
+    batch, length = (2, 16) if where.tiny else AWAY[case]
+    model = shaped.llama(where)
+    tokens = torch.randint(5, model.config.vocab_size, (batch, length), device=where.device)
+    model.train()
+    variants = {n: variant(n, model, tokens) for n in names}
+    memory: dict[str, float] = {}
+    for n, (prepare, go) in variants.items() if where.away else ():
+        prepare()
+        model.zero_grad(set_to_none=True)
+        go()
+        model.zero_grad(set_to_none=True)
+        memory[n] = where.peak(go) / 2**20
+        model.zero_grad(set_to_none=True)
+        toggle(model, False)
+    return rounds_of(variants, case, model, rounds, where.clock), memory
 
 
 def peak(case: str, name: str) -> float:
@@ -284,10 +322,13 @@ def report(case: str, names: list[str], seconds: dict[str, list[float]], memory:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--only", nargs="*", choices=[*OUTSIDE, *METHODS], default=[*OUTSIDE, *METHODS])
+    parser.add_argument("--case", nargs="*", choices=[*CASES, *AWAY])
+    parser.add_argument("--only", nargs="*", choices=[*OUTSIDE, *METHODS])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", help="as torch names it: the base is then one of Llama-3-8B's shape")
+    parser.add_argument("--layers", type=int, default=4, help="of that base")
+    parser.add_argument("--tiny", action="store_true", help="of that base, to try the program: --device cpu --tiny")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-time", action="store_true", help="peak memory alone, which other work does not disturb")
@@ -299,8 +340,19 @@ def main() -> None:
         print(peak(*args.peak))
         return
     rows, targets = [], []
-    for case in args.case:
-        names = [n for n in args.only if not (case.startswith("layer") and n.endswith("-qv"))]
+    if args.device:
+        where = shaped.Where(torch.device(args.device), args.layers, args.tiny)
+        names = [n for n in args.only or ON_DEVICE if not n.startswith("peft") or importlib.util.find_spec("peft")]
+        for case in args.case or AWAY:
+            seconds, memory = on_device(case, names, args.rounds, where)
+            rows += report(case, names, seconds, memory)
+            targets += judged(case, seconds, memory)
+        figures = {"device": where.card(), "layers": args.layers, "tiny": args.tiny, "targets": targets, "rows": rows}
+        if args.json:
+            record(args.json, figures)
+        return
+    for case in args.case or CASES:
+        names = [n for n in args.only or [*OUTSIDE, *METHODS] if not (case.startswith("layer") and n.endswith("-qv"))]
         command = [sys.executable, __file__, "--threads", str(args.threads), "--peak", case]
         memory = {}
         if not args.no_memory:

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 import pytest
 import torch
 
-from .support import warm
+from .support import device, warm
 
 WARM = "UNDULA_TESTS_WARM"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -23,6 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    device.deselect(config, items)
     few, cases = config.getoption("--few"), {}
     if few is None:
         return
@@ -33,11 +34,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in kept]
 
 
+def pytest_report_collectionfinish(config):
+    return device.report()
+
+
 def pytest_configure(config):
     """Without pages of trainings, see `pages`.  Here, for nothing of undula is to be imported before the tests begin:
     mutants put other sources in its place."""
     from undula.train import page
 
+    device.choose()
     config.drawn, page.write = page.write, lambda *_: None
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         config.warm = tempfile.TemporaryDirectory()
@@ -106,8 +112,9 @@ class MadeUp:
         self.shape = shape
 
     def gradient(self, name):
-        return torch.randn(self.shape, generator=torch.Generator().manual_seed(len(name)))
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(len(name)), device="cpu")
 
     def moments(self, name):
-        x = torch.randn(3 * self.shape[1], self.shape[1], generator=torch.Generator().manual_seed(len(name)))
+        g = torch.Generator().manual_seed(len(name))
+        x = torch.randn(3 * self.shape[1], self.shape[1], generator=g, device="cpu")
         return x.T @ x, x.sum(0), len(x)

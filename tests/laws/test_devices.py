@@ -123,6 +123,20 @@ def test_an_allocator_looks_at_the_device_once_a_step(name):
     assert sorted(looks)[2] <= 1
 
 
+@pytest.mark.filterwarnings("ignore:.* has more numbers than the .* entries")
+@each(PLAIN + WRAPPED)
+def test_the_default_device_of_torch_is_the_users_own(m):
+    """Tensors go where the layers are (`torch.set_default_device`, `with torch.device(...)`)."""
+    model, x = net().eval(), torch.randn(4, 12)
+    with torch.device("meta"):
+        adapter = undula.attach(model, m, "*")
+        model(x).square().sum().backward()
+        undula.diagnose(model, [x])
+        if isinstance(m, undula.Reweight):
+            undula.merge(model)
+    assert {t.device.type for _, _, t in adapter.tensors()} == {"cpu"}
+
+
 WAITING = {
     "a number": lambda x: x.sum().item(),
     "a branch": lambda x: x if (x > 0).any() else -x,

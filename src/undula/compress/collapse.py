@@ -159,8 +159,8 @@ def _measured(
     """Errors at the sites, on the inputs that they see in the original, and of the outputs.  The outputs' change counts
     from the model with the parameters trained in full (a new head) but without the sites.  A model narrower than
     float32 is measured in float32: what an adapter changes would be lost in the rounding of the outputs."""
-    sums = {s: torch.zeros(2, dtype=torch.float64) for s in fits}  # |miss|^2, |u|^2
-    total, size, name = torch.zeros(2, dtype=torch.float64), 0.0, _name(model)
+    sums = {s: torch.zeros(2, dtype=torch.float64, device="cpu") for s in fits}  # |miss|^2, |u|^2
+    total, size, name = torch.zeros(2, dtype=torch.float64, device="cpu"), 0.0, _name(model)
 
     def hear(site: str, layer: Layer, x: Tensor, u: Tensor, mask: Tensor | None) -> None:
         sums[site] += _squares(kept(_change(fits[site], layer, x, u.dtype), mask), kept(u, mask))
@@ -198,7 +198,7 @@ def _check_rounding(dtype: torch.dtype, change: float, size: float) -> None:
 
 def _squares(new: Tensor, u: Tensor) -> Tensor:
     """(|new - u|^2, |u|^2), summed in float64 piece by piece: logits are large."""
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
     for n, v in zip(*(t.reshape(-1, t.shape[-1]).split(256) for t in (new, u)), strict=True):
         n, v = n.to(torch.float64), v.to(torch.float64)
         total += torch.stack([(n - v).square().sum(), v.square().sum()]).cpu()

@@ -90,7 +90,7 @@ def int8(model: nn.Module) -> int:
 
 
 def _packed(weight: Tensor, scale: Tensor) -> Any:
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    zeros = torch.zeros(len(scale), dtype=torch.int64, device="cpu")
     engine = torch.backends.quantized.engine
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deprecated.*")

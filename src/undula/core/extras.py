@@ -22,6 +22,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "preference": ("trl",),
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"),
     "ray": ("ray",),
+    "triton": ("triton",),
 }
 INCLUDED = {
     "train": ("hf", "cli", "plot"),

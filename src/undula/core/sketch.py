@@ -42,7 +42,7 @@ def norms(methods: Mapping[str, Method], factors: Mapping[str, Factors]) -> dict
             square = ((B_OR.mT @ B_OR) * (A_RI @ A_RI.mT)).sum()
         else:
             parts = [t.float().square().sum() for t in f.values() if t.requires_grad and t.is_floating_point()]
-            square = torch.stack(parts).sum() if parts else torch.zeros(())
+            square = torch.stack(parts).sum() if parts else torch.zeros((), device="cpu")
         found[site] = float(square.clamp_min(0).sqrt())
     return found
 

@@ -79,8 +79,8 @@ def _convolved(layer: LinearView, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _looked_up(layer: LinearView, x: Tensor) -> tuple[Tensor, Tensor]:
     table = layer.module
-    A = torch.randn(1, table.num_embeddings).to(table.weight)
-    scale = torch.as_tensor(getattr(table, "embed_scale", 1.0))
+    A = torch.randn(1, table.num_embeddings, device="cpu").to(table.weight)
+    scale = torch.as_tensor(getattr(table, "embed_scale", 1.0), device="cpu")
     return layer.project(x, A), F.embedding(x, A.T) * (scale.to(A) if scale.numel() == 1 else 1.0)
 
 

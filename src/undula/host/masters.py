@@ -31,7 +31,9 @@ class Cast:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """A model that is moved or changes its type (`.float()`) takes the casts along."""
         moved = super()._apply(fn, recurse)  # type: ignore[misc]
-        self.undula_types = {leaf: fn(torch.empty(0, dtype=t)).dtype for leaf, t in self.undula_types.items()}
+        self.undula_types = {
+            leaf: fn(torch.empty(0, dtype=t, device="cpu")).dtype for leaf, t in self.undula_types.items()
+        }
         return moved
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -132,7 +132,7 @@ class LinearView:
 
     def example(self) -> Tensor:
         """Some input of the module."""
-        return torch.randn(2, self.weight.shape[1], generator=_generator()).to(self.weight)
+        return torch.randn(2, self.weight.shape[1], generator=_generator(), device="cpu").to(self.weight)
 
     def through(self, x: Tensor, M_OI: Tensor, bias: Tensor | None = None) -> Tensor:
         """What the module's own forward makes of x with another matrix, and no bias or another."""
@@ -240,7 +240,7 @@ class ConvView(LinearView):
     def example(self) -> Tensor:
         conv = self.module
         sides = (d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-        return torch.randn(1, conv.in_channels, *sides, generator=_generator()).to(conv.weight)
+        return torch.randn(1, conv.in_channels, *sides, generator=_generator(), device="cpu").to(conv.weight)
 
     def oriented(self, W_OI: Tensor) -> Tensor:
         return W_OI.reshape(W_OI.shape[0], *self.module.weight.shape[1:])
@@ -332,7 +332,7 @@ def _looks_up_padding(layer: LinearView) -> bool:
     if not isinstance(layer, EmbeddingView) or layer.module.padding_idx is None:
         return True
     x = layer.example()
-    M_KI = torch.zeros(1, layer.module.weight.shape[0]).to(layer.module.weight)
+    M_KI = torch.zeros(1, layer.module.weight.shape[0], device="cpu").to(layer.module.weight)
     M_KI[0, 0] = 1
     try:
         return torch.equal(layer.through(x, M_KI)[:, 0] != 0, x == 0)
@@ -345,7 +345,7 @@ def _agrees(layer: LinearView) -> bool:
     eps = torch.finfo(W_OI.dtype).eps
     allowed = 32 * eps if W_OI.dtype in quantised.WIDE else 8 * eps
     bias = 0 if layer.bias is None else reference.channels(layer.bias, layer)
-    w, m = torch.randn(2, W_OI.shape[0], 1, generator=_generator()).to(W_OI)
+    w, m = torch.randn(2, W_OI.shape[0], 1, generator=_generator(), device="cpu").to(W_OI)
     flat_OI, more_OI = w.expand(W_OI.shape), m.expand(W_OI.shape)  # matrices of no size
     ones_KI = m.new_ones(1, 1).expand(W_OI.shape[0] + 1, W_OI.shape[1])  # a gain for each output does not fit K rows
     try:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.autograd import Function
 
+from . import compiled
 from .autocast import exact, exact_backward, wide
 
 BLOCK = 1 << 20  # elements of W per block: 4 MiB in float32
@@ -67,6 +68,8 @@ class Curve(Protocol):
         self, u: Tensor, g: Tensor, c: Mapping[str, Any], spare: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor]]: ...
 
+    def wave(self) -> tuple[float, float, float, float] | None: ...
+
 
 def bent(f: Curve, scale: float, B_OR: Tensor, A_RI: Tensor, constants: dict[str, Tensor]) -> Tensor:
     """s f(B A), the reference: the product and f in float32 at least, whatever autocast says."""
@@ -82,13 +85,8 @@ class _Bent(Function):
         ctx.save_for_backward(x_TI, A_RI, B_OR, W_OI, *constants)
         c = dict(zip(names, constants, strict=True))
         O, I = B_OR.shape[0], A_RI.shape[1]
-
-        def parts():
-            for rows in blocks(O, I, A_RI.device):
-                X, spare = scratch(2, rows, A_RI)
-                yield rows, folded(W_OI, rows, f.bend(torch.mm(B_OR[rows], A_RI, out=X), c, spare), scale)
-
-        return product(x_TI, parts(), O, bias)
+        parts = ((rows, _rows(W_OI, rows, A_RI, B_OR, f, c, scale)) for rows in blocks(O, I, A_RI.device))
+        return product(x_TI, parts, O, bias)
 
     @staticmethod
     @exact_backward
@@ -98,18 +96,44 @@ class _Bent(Function):
         dx = torch.empty_like(x_TI) if ctx.needs_input_grad[0] else None
         dA, dB_RO, dc = torch.zeros_like(A_RI), torch.empty_like(B_OR.t()), [torch.zeros_like(t) for t in constants]
         for rows in blocks(B_OR.shape[0], A_RI.shape[1], A_RI.device):
-            X, G, *spare = scratch(4, rows, A_RI)
-            torch.mm(g_TO[:, rows].t(), x_TI, out=G)
-            F, dX, parts = ctx.f.pull(torch.mm(B_OR[rows], A_RI, out=X), G, c, spare)
+            M, dX, parts = _pulled(W_OI, rows, A_RI, B_OR, g_TO, x_TI, ctx.f, c, ctx.scale)
             dB_RO[:, rows] = torch.mm(A_RI, dX.t())
             dA.addmm_(B_OR[rows].t(), dX)
             for total, part in zip(dc, parts, strict=True):
                 total.add_(part)
             if dx is not None:
-                dx.addmm_(g_TO[:, rows], folded(W_OI, rows, F, ctx.scale), beta=0 if rows.start == 0 else 1)
+                dx.addmm_(g_TO[:, rows], M, beta=0 if rows.start == 0 else 1)
         scaled = (ctx.scale * t for t in (dA, dB_RO.t(), *dc))  # s of G, applied where it is cheap
         dA, dB, *dc = scaled
         return dx, None, None, dA, dB, None, None, None, *dc
+
+
+def _wave(A_RI: Tensor, f: Curve, c: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """The numbers of f for the kernels in Triton; None where torch's are taken."""
+    return None if c or A_RI.dtype != torch.float32 or not compiled.chosen(A_RI.device) else f.wave()
+
+
+def _rows(W_OI, rows, A_RI, B_OR, f, c, scale) -> Tensor:
+    """Rows of W + s f(B A), or of s f(B A)."""
+    if (wave := _wave(A_RI, f, c)) is not None:
+        from .triton_elementwise import fold
+
+        return fold(None if W_OI is None else W_OI[rows], A_RI, B_OR[rows], wave, scale)
+    X, spare = scratch(2, rows, A_RI)
+    return folded(W_OI, rows, f.bend(torch.mm(B_OR[rows], A_RI, out=X), c, spare), scale)
+
+
+def _pulled(W_OI, rows, A_RI, B_OR, g_TO, x_TI, f, c, scale) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of some rows: (W + s f(B A) or s f(B A), G f'(B A), the gradients of f's constants), G = g' x."""
+    if (wave := _wave(A_RI, f, c)) is not None:
+        from .triton_elementwise import pull
+
+        G = torch.mm(g_TO[:, rows].t(), x_TI)
+        return pull(None if W_OI is None else W_OI[rows], A_RI, B_OR[rows], wave, scale, G), G, []
+    X, G, *spare = scratch(4, rows, A_RI)
+    torch.mm(g_TO[:, rows].t(), x_TI, out=G)
+    F, dX, parts = f.pull(torch.mm(B_OR[rows], A_RI, out=X), G, c, spare)
+    return folded(W_OI, rows, F, scale), dX, parts
 
 
 def product(x_TI: Tensor, parts: Iterable[tuple[slice, Tensor]], O: int, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import compiled
+
 Pair = tuple[Tensor, Tensor]  # (B (O, R), A (R, I))
 
 
@@ -31,5 +33,12 @@ def grouped(
         A_KRI, B_KRO = stacks
         z_KTR = torch.bmm(x_NTI.reshape(len(counts), -1, I), A_KRI.transpose(1, 2))
         return torch.bmm(z_KTR, B_KRO).view(N, T, B_KRO.shape[2])
+    if x_NTI.dtype != torch.float64 and compiled.chosen(x_NTI.device):
+        from .triton_segments import grouped as in_segments
+        from .triton_segments import where
+
+        segments = where(tuple(T * n for n in counts), tuple(A.shape[0] for _, A in pairs), x_NTI.device)
+        A_CI, B_CO = torch.cat([A for _, A in pairs]), torch.cat([B.t() for B, _ in pairs])
+        return in_segments(x_NTI.reshape(N * T, I), A_CI, B_CO, segments).view(N, T, B_CO.shape[1])
     parts = x_NTI.split(list(counts))
     return torch.cat([p @ A_RI.t() @ B_OR.t() for p, (B_OR, A_RI) in zip(parts, pairs, strict=True)])

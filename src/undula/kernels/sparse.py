@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..core.layer import Layer
-from . import reference
+from . import compiled, reference
 from .autocast import exact_backward, hand_written
 from .bottleneck import fusible
 from .elementwise import blocks, product, scratch
@@ -46,6 +46,10 @@ def multiplied(x_TI: Tensor, start_O: Tensor, column_K: Tensor, values_K: Tensor
 
 def sampled(g_TO: Tensor, x_TI: Tensor, index_K: Tensor) -> Tensor:
     """The entries of g' x at sorted flat indices (K)."""
+    if g_TO.dtype != torch.float64 and compiled.chosen(g_TO.device):
+        from . import triton_sparse
+
+        return triton_sparse.sampled(g_TO, x_TI, index_K)
     O, I = g_TO.shape[1], x_TI.shape[1]
     narrow = g_TO.dtype.itemsize < 4  # torch samples no products of bf16 or fp16
     if narrow or index_K.numel() * DENSE > O * I or g_TO.device.type not in ("cpu", "cuda"):

@@ -48,7 +48,8 @@ def randomised(M_OI: Tensor, r: int, oversample: int, iterations: int, seed: int
     if 4 * k >= min(M_OI.shape):
         return exact(M_OI, r)
     generator = torch.Generator().manual_seed(seed)
-    sketch_IK = torch.randn(M_OI.shape[1], k, generator=generator, dtype=M_OI.dtype).to(M_OI.device)
+    shape, kind = (M_OI.shape[1], k), M_OI.dtype  # drawn on the CPU: the same sketch on every device
+    sketch_IK = torch.randn(shape, generator=generator, dtype=kind, device="cpu").to(M_OI.device)
     Q_OK = torch.linalg.qr(M_OI @ sketch_IK).Q
     for _ in range(iterations):
         Q_OK = torch.linalg.qr(M_OI @ torch.linalg.qr(M_OI.T @ Q_OK).Q).Q

@@ -54,6 +54,10 @@ class Activation(Choice):
         du, *dc = torch.autograd.grad(value, [u, *trained.values()], g)
         return value.detach(), du, dc
 
+    def wave(self) -> tuple[float, float, float, float] | None:
+        """(p, q, v, w) where f(u) = p u + (q u + v) sin(w u); None of any other form."""
+        return None
+
     def constants(self) -> dict[str, float]:
         """The published numbers in the formula that can be trained."""
         return {name: getattr(self, name) for name in self.trainable}
@@ -65,7 +69,7 @@ class Activation(Choice):
     def slope_at_zero(self) -> float:
         """f'(0), as autograd sees it: what B = 0 learns through."""
         with torch.inference_mode(False), torch.enable_grad():  # whoever attaches or loads computes without, maybe
-            u = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            u = torch.zeros((), dtype=torch.float64, device="cpu", requires_grad=True)
             return float(torch.autograd.grad(self(u), u)[0])
 
 
@@ -85,6 +89,9 @@ class Sinter(Activation):
 
     def swing(self, reach: float, c: Constants) -> float | None:
         return abs(float(c["a"]) * float(c["w"])) * reach
+
+    def wave(self) -> tuple[float, float, float, float]:
+        return 1.0, self.a, 0.0, self.w
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         a, wave = c["a"], torch.sin(c["w"] * u)
@@ -112,6 +119,9 @@ class Sine(Activation):
     formula = "sin(w u)"
     trainable = ("w",)
     w: NotZero = 200.0
+
+    def wave(self) -> tuple[float, float, float, float]:
+        return 0.0, 0.0, 1.0, self.w
 
     def value(self, u: Tensor, c: Constants) -> Tensor:
         return torch.sin(c["w"] * u)
@@ -232,7 +242,7 @@ class GaussianBump(Activation):
 
 def gain_at_zero(activation: Activation) -> float:
     """|f'(0)|; raises ValueError where f(0) != 0 (a third party's activation), which would damage the base."""
-    at_zero = float(activation(torch.zeros((), dtype=torch.float64)))
+    at_zero = float(activation(torch.zeros((), dtype=torch.float64, device="cpu")))
     if not math.isclose(at_zero, 0.0, abs_tol=1e-12):
         raise ValueError(f"{activation!r} is {at_zero:g} at 0: B = 0 would shift every weight. Subtract its value at 0")
     return abs(activation.slope_at_zero())

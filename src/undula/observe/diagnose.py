@@ -167,7 +167,7 @@ class Seen:
 
     def __init__(self, bend: Bottleneck):
         self.bend, self.r = bend, 0
-        self.total = self.product = torch.zeros((), dtype=torch.float64)
+        self.total = self.product = torch.zeros((), dtype=torch.float64, device="cpu")
         self.count = self.outside = 0
 
     def add(self, z_TR: Tensor) -> None:

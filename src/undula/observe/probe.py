@@ -142,7 +142,7 @@ class BoundProbe:
 
             return add
 
-        anchor = torch.zeros((), requires_grad=True)
+        anchor = torch.zeros((), device="cpu", requires_grad=True)
         with recording(self.model, group, hear, anchor):
             for batch in batches(self.data, self._doing("gradients", group)):
                 loss = self.probe.loss(self.model, self._on_device(batch))

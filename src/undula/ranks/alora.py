@@ -85,7 +85,7 @@ class ALoRACourse(GateCourse):
     def scores(self) -> list[Tensor]:
         """The AB-LoRA score of every rank, in float64 on the CPU; of closed ones infinity."""
         own = [g.clone() for g in self.gates]
-        found = [torch.full((len(g),), math.inf, dtype=torch.float64) for g in own]
+        found = [torch.full((len(g),), math.inf, dtype=torch.float64, device="cpu") for g in own]
         for i, g in enumerate(self.gates):
             for k in own[i].nonzero().flatten().tolist():
                 g[k] = 0
@@ -103,7 +103,7 @@ class ALoRACourse(GateCourse):
         """Closes the `count` ranks of lowest score (of equal ones the first) and opens as many elsewhere."""
         alive = [(g != 0).cpu() for g in self.gates]
         count = min(self.count, sum(int(a.sum()) for a in alive) - 1)
-        worst = torch.zeros(sum(map(len, scores)), dtype=torch.bool)
+        worst = torch.zeros(sum(map(len, scores)), dtype=torch.bool, device="cpu")
         worst[torch.sort(torch.cat(scores), stable=True).indices[:count]] = True
         closing = worst.split([len(s) for s in scores])
         whole = [i for i, c in enumerate(closing) if not c.any() and alive[i].any()]

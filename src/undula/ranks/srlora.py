@@ -105,7 +105,7 @@ class _SRLoRA(Course):
             half = (S / method.scaling(method.r, method.alpha)).sqrt()  # type: ignore[attr-defined]
             self.directions[place.site] = ((U * half).contiguous(), (V * half).T.contiguous())
         for place in list(self.places()):
-            self._along(place, torch.arange(self.r), 0)
+            self._along(place, torch.arange(self.r, device="cpu"), 0)
 
     @torch.no_grad()
     def _along(self, place: Place, slots: Tensor, first: int) -> None:

@@ -56,12 +56,12 @@ class Struct(Mask):
         if site.device.type == "meta":
             return torch.empty(k, dtype=torch.int64, device="meta")
         if k == O * I:
-            return torch.arange(k)
-        j = torch.arange(min(O, I))
+            return torch.arange(k, device="cpu")
+        j = torch.arange(min(O, I), device="cpu")
         diagonal = j * I + (j + self.shift) % I
         count = min(O, -(-max(0, k - len(diagonal)) // max(1, I - 1)))  # a row brings at least I - 1 new entries
-        chosen = (torch.arange(count) * O // max(1, count) + self.shift) % O
-        full = (chosen[:, None] * I + torch.arange(I)).flatten()
+        chosen = (torch.arange(count, device="cpu") * O // max(1, count) + self.shift) % O
+        full = (chosen[:, None] * I + torch.arange(I, device="cpu")).flatten()
         return torch.cat([diagonal, full[~torch.isin(full, diagonal)]])[:k].sort().values
 
 
