@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from tests.support import tiny
 from undula import DoRA, Dropout, LoRA
 from undula.jobs import checkpoint, ending
 from undula.jobs.engine import Engine
-from undula.jobs.planner import together
+from undula.jobs.planner import padded, together
 from undula.jobs.view import Silent
 from undula.optim.optimisers import SGD
-from undula.train import CausalLM, Run, Seq2Seq, page
+from undula.train import CausalLM, Classification, Run, Seq2Seq, page
 
 METHODS = [Dropout(LoRA(r=2), p=0.3), LoRA(r=2), DoRA(LoRA(r=3)), undula.LoRAN(r=2), undula.VeRA(r=4)]
 
@@ -38,8 +39,8 @@ def llama(tmp_path_factory):
 def run_of(base, out, method=METHODS[1], **more):
     model, data = base
     usual = {"lr": 1e-2, "max_steps": 3, "batch": 2, "eval_every": 0, "dtype": torch.float64, "warmup": 0.0,
-             "eval_rows": 3}  # fmt: skip
-    return Run(model=model, data=data, task=CausalLM(generate=0), method=method, out=out, **usual | more)
+             "eval_rows": 3, "task": CausalLM(generate=0)}  # fmt: skip
+    return Run(model=model, data=data, method=method, out=out, **usual | more)
 
 
 def several(base, folder):
@@ -186,6 +187,19 @@ def test_a_job_that_joins_late_and_those_that_end_early_change_no_other(llama, t
         same(tmp_path / name, trained[name][1])
 
 
+def test_rows_that_a_model_would_not_keep_apart_are_padded_with_the_same_result(trained, tmp_path, monkeypatch):
+    def refused(*_):
+        raise ValueError("they would see each other")
+
+    monkeypatch.setattr("undula.jobs.causal.check_apart", refused)
+    runs = {name: dataclasses.replace(trained[name][0], out=tmp_path / name) for name in ("0", "2", "4")}
+    engine = Engine(runs)
+    engine.run()
+    assert engine.base.size is padded
+    for name, run in runs.items():
+        same(run.out, trained[name][1])
+
+
 def test_what_jobs_cannot_share_is_said_at_once_and_of_all(llama, tmp_path):
     fine = run_of(llama, tmp_path / "a")
     odd = dataclasses.replace(fine, dtype=torch.float32, task=Seq2Seq(), allocator=undula.ranks.L2SP())
@@ -202,3 +216,49 @@ def test_a_finished_job_is_an_ordinary_run_directory(trained):
     assert (report["state"], report["steps"]) == ("done", 2)
     assert Run.load(run.out).encode() == run.encode()
     assert undula.evaluate(run.out) == report["after"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A base, and rows of two and of three classes."""
+    folder = tmp_path_factory.mktemp("encoders")
+    rows = tiny.reviews(24)
+    more = [{**row, "label": f"{row['label']}{i % 2}" if i % 3 else "odd"} for i, row in enumerate(rows)]
+    return tiny.bert(folder / "bert"), [
+        tiny.jsonl(folder / f"{n}.jsonl", r) for n, r in (("two", rows), ("more", more))
+    ]
+
+
+def classifiers(bert, folder):
+    model, (two, more) = bert
+    task = Classification()
+    return {
+        "a": run_of((model, two), folder / "a", Dropout(LoRA(r=2), p=0.3), task=task, seed=3, accumulate=2),
+        "b": run_of((model, more), folder / "b", undula.AuroRA(r=2), task=task, batch=5, head_lr=1e-1),
+        "c": run_of((model, two), folder / "c", DoRA(LoRA(r=2)), task=Classification(class_weights="balanced")),
+        "d": run_of((model, two), folder / "d", None, task=task, max_steps=2),
+        "e": run_of((model, more), folder / "e", task=task, full=("bert.pooler.dense",), exclude=("*pooler*",)),
+    }
+
+
+def test_each_classifier_has_the_head_that_it_has_alone_over_the_shared_body(bert, tmp_path):
+    """With the base's own dropout, whose numbers are each job's own."""
+    runs = classifiers(bert, tmp_path / "many")
+    engine = Engine(runs, planner=lambda pieces: together(pieces, 80, padded))
+    reports = engine.run()
+    assert {name: job.error for name, job in engine.jobs.items()} == dict.fromkeys(runs)
+    for name, run in runs.items():
+        same(run.out, alone(run, tmp_path / "alone" / name))
+        assert undula.evaluate(run.out) == reports[name]["after"]
+    assert len(weights(runs["b"].out)["", "classifier.bias"]) > 2
+
+
+def test_without_dropout_a_classifier_is_that_of_train(bert, tmp_path):
+    model = shutil.copytree(bert[0], tmp_path / "still")
+    config = json.loads((model / "config.json").read_text())
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config | none))
+    for name, run in classifiers((str(model), bert[1]), tmp_path / "jobs").items():
+        if name in "bce":
+            undula.train(dataclasses.replace(run, out=tmp_path / name))
+            same(tmp_path / name, alone(run, run.out), rtol=1e-5, atol=1e-5)

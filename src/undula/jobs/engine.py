@@ -19,9 +19,11 @@ from ..train.resume import claim
 from ..train.run import REPORT, RUN, Run, write_json
 from ..train.stop import Stop, stopping
 from . import checkpoint, ending
-from .bases import Base, Part, base_of
+from .base import Base, Part
+from .causal import Causal
 from .checks import check
 from .course import Course, Row, Step
+from .encoders import Encoders
 from .job import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Job
 from .planner import Piece
 from .view import Silent, View
@@ -49,7 +51,8 @@ class Engine:
         self.jobs = {name: Job(name, run) for name, run in runs.items()}
         self.planner, self.resume, self.view = planner, resume, view or Silent()
         self.round = 0
-        self.base: Base = base_of(runs)
+        first = next(iter(runs.values()))
+        self.base: Base = Encoders() if first.task.has_head else Causal()
         self._begun = time.perf_counter()
         self._saved = 0  # the round of the last checkpoints
         self._asked: list[Callable[[], None]] = []
@@ -130,7 +133,8 @@ class Engine:
         try:
             claim(run, going_on)
             ready, adapter = self.base.prepared(run, job.name)
-            course = Course(job, ready, adapter)
+            with self.base.placed(job.name):
+                course = Course(job, ready, adapter)
             course.alone = self.base.alone(adapter)
             with self.base.selected(course):
                 course.before = measured_before(ready, going_on)

@@ -1,0 +1,219 @@
+"""Classifications: the body of a model runs once for the rows of all jobs, each job's head on its own rows.
+
+A head is the model of the job's task without its body: in the body's place stands what the shared one gave for these
+rows.  So whatever a model does behind its body is done by its own code, with classes of its own for each job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, Live
+from ..host.host import attach, detach, select
+from ..host.modules import Given, Split, odd, own_modules
+from ..host.state import exchange, stand_in
+from ..kernels import draws
+from ..observe.listen import moved
+from ..train.fit import Prepared, prepare
+from ..train.run import Run
+from ..train.tasks.limits import vocabulary
+from ..train.tasks.weighing import weighed
+from .base import Base, Part
+from .course import Course, Row
+from .planner import padded
+from .streams import Streams, Stretch, generator_of
+
+LENGTH = 64  # tokens of a row that stands for others
+
+
+@dataclass(frozen=True)
+class Worn:
+    """What a job has of its own: the model of its task, whose body is the shared one, and modules of the body with
+    parameters that train in full, by their paths there.  sites: whether it adapts any layer."""
+
+    whole: nn.Module
+    sites: bool
+    inside: Mapping[str, nn.Parameter] = field(default_factory=dict)  # by their names in the whole model
+    inner: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+class Encoders(Base):
+    """A body, and a head for each job."""
+
+    can_select = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = padded
+        self.held = nn.Module()
+        self.prefix = ""
+        self.worn: dict[str, Worn] = {}
+
+    @property
+    def body(self) -> nn.Module:
+        return self.held.get_submodule(self.prefix)
+
+    def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
+        self.leave()
+        ready = prepare(replace(run, gradient_checkpointing=bool(run.gradient_checkpointing)))
+        whole, prefix = ready.model, ready.model.base_model_prefix
+        if not isinstance(whole._modules.get(prefix), nn.Module):
+            raise ValueError(f"{type(whole).__name__} has no body ({prefix!r}) that jobs could share")
+        made = detach(whole).copy()
+        whole.requires_grad_(False)
+        outside = [site for site in made.factors if not site.startswith(f"{prefix}.")]
+        if outside:
+            raise ValueError(
+                f"{', '.join(outside[:3])}: layers beside the body that jobs share, where a head of its own trains in "
+                f"full; leave them out: exclude={tuple(outside)!r}"
+            )
+        if not self.prefix:
+            self.prefix = prefix
+            self.held.add_module(prefix, whole.get_submodule(prefix))
+            self._open(whole, run)
+        whole._modules[prefix] = self.body
+        full = {n: nn.Parameter(t.detach().clone()) for n, t in made.full.items()}
+        inside = {n: p for n, p in full.items() if n.startswith(f"{prefix}.")}
+        for n, p in full.items():
+            if n not in inside:
+                stand_in(whole, n, p)
+        live = Live.of(Adapter({}, {}, {}))
+        if made.factors:
+            given = attach(self.held, replace(made, full={}), name=name)
+            assert isinstance(given, Live)
+            live = given
+        self.worn[name] = Worn(whole, bool(made.factors), inside, self._inner(inside, live))
+        whole_adapter = Adapter(
+            live.methods, live.factors, live.shapes, full, made.kernels, made.about, made.apart, made.weight
+        )
+        return ready, Live.of(whole_adapter)
+
+    def _inner(self, inside: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[str, nn.Module]:
+        """Modules of the body with parameters of a job's own.  Raises ValueError for what not each row of a batch can
+        have for itself."""
+        made: dict[str, nn.Module] = {}
+        strange = odd(self.body) if inside else set()  # type: ignore[arg-type]
+        for name, p in inside.items():
+            path, _, leaf = name.removeprefix(f"{self.prefix}.").rpartition(".")
+            if path in strange or f"{self.prefix}.{path}" in adapter.factors:
+                why = "does not see the rows of a batch" if path in strange else "has factors too"
+                raise ValueError(
+                    f"{name} would train in full, and {path} {why}: jobs that share the body cannot have it for some "
+                    "rows alone. Train this job by itself: undula train"
+                )
+            if path not in made:
+                made[path] = copy.deepcopy(self.body.get_submodule(path)).requires_grad_(False)
+            if made[path]._parameters[leaf].dtype != p.dtype:  # type: ignore[union-attr]
+                raise ValueError(
+                    f"{name} trains in full, in {p.dtype}: give the jobs that dtype, or train it by itself"
+                )
+            exchange(made[path], leaf, p)
+        return made
+
+    @contextlib.contextmanager
+    def placed(self, name: str) -> Iterator[None]:
+        worn = self.worn[name]
+        before = {n: exchange(worn.whole, n, p) for n, p in worn.inside.items()}
+        try:
+            yield
+        finally:
+            for n, p in before.items():
+                exchange(worn.whole, n, p)
+
+    @contextlib.contextmanager
+    def selected(self, course: Course) -> Iterator[None]:
+        self.leave()
+        name = course.job.name
+        select(self.held, name if self.worn[name].sites else None)
+        try:
+            with self.placed(name):
+                yield
+        finally:
+            select(self.held, None)
+
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        self.worn.pop(name, None)
+
+    def sample(self, course: Course, tokens: int) -> list[Row]:
+        like, made = course.ready.train[0], []
+        size = vocabulary(self.body) or 2
+        for n, at in enumerate(range(0, tokens, LENGTH)):
+            length = min(LENGTH, tokens - at)
+            ids = torch.randint(size, (length,), generator=generator_of(n, 0, torch.device("cpu"))).tolist()
+            of_tokens = {k: [1] * length for k, v in like.items() if isinstance(v, list) and len(v) > 1}
+            example = {**like, **of_tokens, "input_ids": ids, "labels": like["labels"]}
+            if "token_type_ids" in example:
+                example["token_type_ids"] = [0] * length
+            made.append(Row(example, -1 - n, length, 1))
+        return made
+
+    def names(self, parts: Sequence[Part]) -> list[str | None]:
+        return [course.job.name if self.worn[course.job.name].sites else None for course, _, _ in parts]
+
+    def routes(self, parts: Sequence[Part]) -> tuple[list[str | None], list[int] | None]:
+        named = zip(self.names(parts), parts, strict=True)
+        return [name for name, (_, mine, _) in named for _ in mine], None
+
+    def stretches(self, parts: Sequence[Part]) -> Streams:
+        device, width = _device(self.body), max(row.tokens for _, mine, _ in parts for row in mine)
+        left = parts[0][0].ready.train.processor.padding_side == "left"
+        return Streams([
+            Stretch(course.job.name, width - row.tokens if left else 0, row.tokens,
+                    generator_of(course.ready.run.seed, row.number, device))
+            for course, mine, _ in parts for row in mine
+        ], width)  # fmt: skip
+
+    def losses(self, parts: Sequence[Part], streams: Streams) -> list[Tensor]:
+        every = [row.example for _, mine, _ in parts for row in mine]
+        texts = [{k: v for k, v in example.items() if k != "labels"} for example in every]
+        pad = parts[0][0].ready.train.processor.pad
+        batch = moved(dict(pad(texts, return_tensors="pt")), _device(self.body))
+        ends, inner = [0], dict[str, Split]()
+        for course, mine, _ in parts:
+            ends.append(ends[-1] + len(mine))
+            for path, module in self.worn[course.job.name].inner.items():
+                inner.setdefault(path, []).append((slice(*ends[-2:]), module.train()))
+        with own_modules(self.body, inner):
+            out = self.body(**batch)
+        rows = [slice(*pair) for pair in itertools.pairwise(ends)]
+        return [self._loss(part, own, batch, out) for part, own in zip(parts, rows, strict=True)]
+
+    def _loss(self, part: Part, rows: slice, batch: Mapping[str, Tensor], out: Any) -> Tensor:
+        """Of one job, whose rows these are."""
+        course, mine, items = part
+        whole = self.worn[course.job.name].whole
+        labels = torch.tensor([row.example["labels"] for row in mine], device=_device(self.body))
+        given = Given()
+        given.output = _cut(out, rows, len(batch["input_ids"]))
+        whole._modules[self.prefix] = given
+        try:
+            with draws.among(course.job.name):
+                found = whole(**{k: v[rows] for k, v in batch.items()}, labels=labels)
+        finally:
+            whole._modules[self.prefix] = self.body
+        loss: Tensor = found.loss if course.weights is None else weighed(found.logits, labels, course.weights)
+        return loss * (len(mine) / items)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _cut(out: Any, rows: slice, count: int) -> Any:
+    """The part of a body's output that is of some rows."""
+
+    def part(t: Any) -> Any:
+        return t[rows] if isinstance(t, Tensor) and t.shape[:1] == (count,) else t
+
+    if isinstance(out, Mapping):
+        return type(out)(**{k: part(v) for k, v in out.items()})
+    return tuple(part(t) for t in out) if isinstance(out, tuple) else part(out)
