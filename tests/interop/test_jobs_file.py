@@ -126,7 +126,7 @@ def test_jobs_of_two_models_are_refused(tmp_path, place, own):
     text = f'[[jobs]]\nname = "a"\n[[jobs]]\nname = "b"\n{own}\n'
     ((line, told),) = faults(written(tmp_path, text, place), tmp_path / "out")
     assert line == 11
-    assert "share one model" in told
+    assert "share it" in told
 
 
 @pytest.mark.parametrize(

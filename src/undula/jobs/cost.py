@@ -94,12 +94,6 @@ class Memory:
         return max(1, min(most, int((self.budget - self.base - sum(jobs)) / self.per_token)))
 
 
-def job_bytes(parameters: Sequence[Tensor], states: int = 2) -> int:
-    """What a job holds beside the base: of each number that trains itself, its gradient, and `states` of the optimiser
-    (two of AdamW)."""
-    return sum(p.numel() * p.element_size() * (2 + states) for p in parameters)
-
-
 @contextmanager
 def saved(model: nn.Module) -> Iterator[dict[str, int]]:
     """Within, the bytes that forwards keep for their backward, parameters apart: {"bytes": ...} after it.  What several

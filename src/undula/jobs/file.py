@@ -33,7 +33,7 @@ from ..core.choice import Choice
 from ..core.given import hints
 from ..io import toml
 from ..io.toml import Faults, line_of
-from ..train.base import config_of, same_base
+from ..train.base import config_of
 from ..train.config import value_of
 from ..train.data.faults import Faults as RowFaults
 from ..train.data.load import load_data
@@ -41,13 +41,14 @@ from ..train.fields import bare, default_of, told
 from ..train.recipe import Recipe
 from ..train.resume import claim
 from ..train.run import REPORT, RUN, Run
+from .checks import faults_of
 
-SHARED = ("model", "dtype", "bits")  # of the one base
 NAME = re.compile(r"\w(?:[\w.+-]*\w)?")
 LONGEST = 100  # characters of a name, a directory's
 MOST = 1000  # jobs that a file may come to
 Place = toml.Path
 Table = Mapping[str, Any]
+Unfit = Callable[[Mapping[str, Run]], Mapping[str, Sequence[str]]]  # {name: what is wrong with it beside the others}
 
 
 @dataclass
@@ -80,12 +81,13 @@ class Asked:
     place: Place
 
 
-def read(path: str | Path, out: str | Path, *, resume: bool = False) -> dict[str, Run]:
+def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfit = faults_of) -> dict[str, Run]:
     """{name: run} of a file of jobs, each in OUT/NAME, in the order of the file.
 
-    Everything is checked before: names, values, that there is one model, that data can be read by their task, that OUT
-    can be written and holds no such jobs (with `resume`: no others).  Raises Faults (a ValueError) with all that is
-    wrong and its lines, FileNotFoundError for a file that is not there.
+    Everything is checked before: names, values, that jobs can train together (by `unfit`, which says what is wrong with
+    which), that data can be read by their task, that OUT can be written and holds no such jobs (with `resume`: no
+    others).  Raises Faults (a ValueError) with all that is wrong and its lines, FileNotFoundError for a file that is
+    not there.
     """
     path, out = Path(path), Path(out)
     if not path.is_file():
@@ -97,10 +99,10 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False) -> dict[str
     if not reading.found and not asked:
         reading.fault((), "there is no job: write a table [[jobs]] with a name for each")
     _check_names(reading, asked)
-    _check_one_base(reading, asked)
-    if not reading.found:
-        _check_opened(reading, asked)
     runs = {job.name: Run.of(job.recipe, out / job.name) for job in asked}
+    if not reading.found:
+        _check_unfit(reading, asked, runs, unfit)
+        _check_opened(reading, asked)
     for job in asked if not reading.found else ():
         reading.attempt(job.place, lambda run=runs[job.name]: check_place(run, resume))  # type: ignore[misc]
     if reading.found:
@@ -240,20 +242,12 @@ def wrong_name(name: str) -> str:
 SUMMARY = "jobs.json"  # in OUT
 
 
-def _check_one_base(reading: _Reading, asked: Sequence[Asked]) -> None:
-    for job in asked[1:]:
-        for name in SHARED:
-            ours, theirs = getattr(asked[0].recipe, name), getattr(job.recipe, name)
-            if not (same_base(ours, theirs) if name == "model" else ours == theirs):
-                reading.fault(
-                    (*job.place, name),
-                    f"{job.name}: {name} is {_word(theirs)}, and that of {asked[0].name} {_word(ours)}. Jobs of a file "
-                    "share one model: put others into another file",
-                )
-
-
-def _word(value: Any) -> str:
-    return str(value).removeprefix("torch.")
+def _check_unfit(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, Run], unfit: Unfit) -> None:
+    """What cannot train beside the others, at the setting that its words begin with, where the job says that."""
+    places = {job.name: job.place for job in asked}
+    for name, reasons in unfit(runs).items():
+        for why in reasons:
+            reading.fault((*places[name], why.partition(" ")[0]), f"{name}: {why}")
 
 
 def _check_opened(reading: _Reading, asked: Sequence[Asked]) -> None:
