@@ -20,6 +20,7 @@ from .host.merging import merge, unmerge
 from .host.mixing import rows
 from .host.switching import Switch
 from .integrations import allocating, enable_peft, peft_config
+from .jobs import train_many
 from .methods import activations, methods
 from .methods.adalora import AdaLoRA
 from .methods.aurora import AuroRA, AuroRAStatic
@@ -119,6 +120,7 @@ __all__ = [
     "starts",
     "study",
     "train",
+    "train_many",
     "unmerge",
 ]
 __version__ = VERSION

@@ -16,6 +16,7 @@ from . import (
     gguf,
     helping,
     lists,
+    many,
     predicting,
     pushing,
     serving,
@@ -53,6 +54,7 @@ def main(
 LOOK, TRAIN, USE, WRITE = "Look", "Train and compare", "Use", "Merge, export, convert"
 VERBS: dict[str, tuple[str, Callable[..., None]]] = {
     "train": (TRAIN, training.train),
+    "train-many": (TRAIN, many.train_many),
     "eval": (TRAIN, training.evaluate),
     "compare": (TRAIN, compare.compare),
     "study": (TRAIN, studies.study),

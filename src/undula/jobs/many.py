@@ -1,4 +1,4 @@
-"""train_many(jobs, out=...): many trainings on one base in memory, from start to report."""
+"""The verb `train_many`: from jobs to their reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..train.measure import PeakMemory, versions
 from ..train.recipe import Recipe
 from ..train.run import REPORT, RUN, Run, write_json
 from .checks import check, faults_of
-from .cost import Cost, Memory, saved
+from .cost import USUAL, Cost, Memory, saved
 from .engine import Engine
 from .file import SUMMARY, Unfit, check_place, read, wrong_name
 from .job import DONE, FAILED, RUNNING, STOPPED, WAITING, Job
@@ -28,11 +28,12 @@ from .view import Silent, View
 
 VERSION = 1
 KNEE = 512  # tokens of a micro-batch above which more gain nothing: what one job's batches need is the bound then
+LONG = 30  # steps: in shorter trainings what is measured would cost more than it gains
 BESIDE = 1.5  # activations and what a backward computes beside them, of what a forward keeps
 SAMPLES = 64, 128  # tokens of the forwards whose activations are counted
 
 
-def train_many(
+def many(
     jobs: str | Path | Mapping[str, Recipe],
     out: str | Path,
     *,
@@ -40,20 +41,7 @@ def train_many(
     budget: int | None = None,
     view: View | None = None,
 ) -> dict[str, Job]:
-    """Trains many adapters on one base at once, each into OUT/NAME, which `undula.train` could have written.
-
-        undula.train_many("jobs.toml", out="runs")
-        undula.train_many({"a": Recipe(...), "b": Recipe(...)}, out="runs")
-
-    jobs: a file (see `undula.jobs.file`) or recipes by name, of one model; methods, ranks, data, rates, schedules,
-    lengths and seeds are each one's own.  A job's weights are those of training it alone.  One that fails ends, and no
-    other notices.  budget: bytes for the base, the jobs and their activations; jobs that do not fit wait.  With
-    `resume`, those that have begun go on from where all were saved, finished ones are left as they are.
-
-    Returns {name: job}: its state ("done", "stopped", "diverged", "failed"), `report` and `error`; OUT/jobs.json says
-    the same.  Raises Interrupted after Ctrl-C, when all are saved; `io.toml.Faults` or ValueError with all that is
-    wrong, before anything starts.
-    """
+    """See `undula.train_many`."""
     runs, out = runs_of(jobs, out, resume, faults_of), Path(out)
     check(runs)
     return Many(runs, out, resume, budget, view or Silent()).run()
@@ -98,7 +86,6 @@ class Many:
             self.engine = Engine(first, planner=self.planned, resume=self.resume, view=self)
             try:
                 self.engine.open()
-                self._admit()
                 self._write()
                 self.engine.run()
             finally:
@@ -119,17 +106,19 @@ class Many:
     # Memory
 
     def _admit(self) -> None:
-        """Lets jobs begin that there is room for; one at least trains."""
+        """Lets jobs begin that there is room for; one at least trains, and tells what activations take."""
         if not self.waiting:
             return
         if self.memory is None:
             self.memory = self._measured()
         running = [name for name, job in self.engine.jobs.items() if job.state in (RUNNING, WAITING)]
-        model = self.engine.base.held
-        held = [job_bytes(model, self.runs[name]) for name in running]
+        if self.memory is None and running:
+            return
+        model = getattr(self.engine.base, "held", None)
+        held = [0 if model is None else job_bytes(model, self.runs[name]) for name in running]
         while self.waiting:
-            more = job_bytes(model, self.runs[self.waiting[0]])
-            if self.memory is not None and held and not self.memory.fits([*held, more], SAMPLES[0]):
+            more = 0 if model is None else job_bytes(model, self.runs[self.waiting[0]])
+            if held and not (self.memory is not None and self.memory.fits([*held, more], SAMPLES[0])):
                 break
             name = self.waiting.pop(0)
             self.engine.add(name, self.runs[name])
@@ -155,7 +144,8 @@ class Many:
     # Planning
 
     def planned(self, pieces: Sequence[Piece]) -> list[Batch]:
-        """The micro-batches of a round.  What they cost is measured at the first that has several jobs."""
+        """The micro-batches of a round.  What they cost is measured at the first that has several jobs, where some are
+        long."""
         size = getattr(self.engine.base, "size", flat)
         if self.most is None:
             batches = [
@@ -166,8 +156,9 @@ class Many:
         if len(jobs) == 1:
             return apart(pieces, self.most, size)
         if self.cost is None:
-            all_tokens = sum(p.tokens for p in pieces)
-            self.cost = Cost.measured(self.engine.timed, max(1, min(all_tokens, self.most)), len(jobs))
+            long = max(job.steps for job in self.engine.jobs.values()) >= LONG
+            tokens = max(1, min(sum(p.tokens for p in pieces), self.most))
+            self.cost = Cost.measured(self.engine.timed, tokens, len(jobs)) if long else USUAL
             self._write()
         return Planner(self.cost, self.most, size)(pieces)
 
@@ -175,14 +166,14 @@ class Many:
 
     def begun(self, job: Job) -> None:
         self.view.begun(job)
+        self._admit()
 
     def stepped(self, job: Job) -> None:
         self.view.stepped(job)
 
     def ended(self, job: Job) -> None:
         self.view.ended(job)
-        if self.waiting:
-            self._admit()
+        self._admit()
         self._write()
 
     def said(self, text: str) -> None:
