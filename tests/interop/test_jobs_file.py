@@ -133,7 +133,7 @@ def test_jobs_of_two_models_are_refused(tmp_path, place, own):
     ("text", "line", "why"),
     [
         ('[[jobs]]\nname = "a"\ndata = "nowhere.jsonl"', 9, "does not exist"),
-        ('[[jobs]]\nname = "a"\ntask = "preference"', 9, "chosen"),
+        ('[[jobs]]\nname = "a"\ntask = "preference"', 9, "cannot be trained among"),
         ('[[jobs]]\nname = "a"\ntask = {{ is = "classification", text = "words" }}', 9, "words"),
         ("", None, "no job"),
         ("jobs = 3", 7, "tables"),

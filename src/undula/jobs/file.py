@@ -243,11 +243,14 @@ SUMMARY = "jobs.json"  # in OUT
 
 
 def _check_unfit(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, Run], unfit: Unfit) -> None:
-    """What cannot train beside the others, at the setting that its words begin with, where the job says that."""
+    """What cannot train beside the others, at the setting (or its value) that its words begin with, where the job says
+    that."""
     places = {job.name: job.place for job in asked}
     for name, reasons in unfit(runs).items():
         for why in reasons:
-            reading.fault((*places[name], why.partition(" ")[0]), f"{name}: {why}")
+            values = {type(getattr(runs[name], f)).__name__: f for f in ("task", "allocator")}
+            first = re.split(r"\W", why, maxsplit=1)[0]
+            reading.fault((*places[name], values.get(first, first)), f"{name}: {why}")
 
 
 def _check_opened(reading: _Reading, asked: Sequence[Asked]) -> None:
