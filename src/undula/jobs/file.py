@@ -284,6 +284,8 @@ def check_place(run: Run, resume: bool) -> None:
         claim(run, False)
         return
     before, now = Run.load(run.out).encode(), run.encode()
+    if run.gradient_checkpointing is None:  # by need: then what the run was begun with says what that was
+        before.pop("gradient_checkpointing", None)
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         told = "; ".join(f"{name} was {before.get(name)!r:.60} and is {now.get(name)!r:.60}" for name in changed)

@@ -268,11 +268,10 @@ def assembled(
 ) -> Prepared:
     """Model and adapter of a run whose task is fitted, on these rows; the adapter is attached, under that name.  Where
     the model and what makes its inputs are `opened` already, other adapters may be attached to it."""
+    alone = opened is None
     if opened is None:
         with stage(f"opening {run.model}"):
             opened = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
-    elif run.gradient_checkpointing is None:  # who holds the model knows what else it computes
-        run = dataclasses.replace(run, gradient_checkpointing=False)
     model, processor = opened
     if run.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
@@ -293,8 +292,9 @@ def assembled(
     if run.b_ratio is not None and run.method is not None:
         factors_B(model)  # there are some: said before anything is measured
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
-    run, told = _checkpointing(run, model, train_on)
-    notes = (*notes, *told)
+    if alone:  # else who holds the model knows what it computes beside
+        run, told = _checkpointing(run, model, train_on)
+        notes = (*notes, *told)
     return Prepared(
         run, model, processor, adapter, train_on, held, (*notes, *_idle(run, model, looked), *_spread(run, train_on))
     )
