@@ -81,7 +81,8 @@ def told_of_a_run(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def since(version: Any) -> dict[str, Any]:
     """What a run of an older version did, in settings of this one."""
-    return ({"by_chance": True} if version == 1 else {}) | ({"eval_every": 0.0} if version in (1, 2) else {})
+    plain = {"plain": True} if version in (1, 2, 3) else {}
+    return ({"by_chance": True} if version == 1 else {}) | ({"eval_every": 0.0} if version in (1, 2) else {}) | plain
 
 
 def complete(path: str | Path, kind: type, aside: tuple[str, ...] = ()) -> Any:

@@ -107,6 +107,9 @@ class Settings(metaclass=Checked):
         "batch would not fit the memory that is free)",
         figures=False,
     )
+    plain: bool = option(
+        False, "Take each step as it stands: rows padded, logits of every token. For comparison.", figures=False
+    )
     probe_batches: Count | None = option(None, "For a method that starts from data. (default: 8)", layers=True)
 
     @staticmethod

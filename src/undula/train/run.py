@@ -20,7 +20,8 @@ from .recipe import OUTPUT, Recipe, checked_path, facts, recipe_of
 
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
 CONFIG = "run.toml"
-VERSION = 3  # 2: nothing was measured while it trained
+VERSION = 4  # 3: every step was `plain`
+# 2: nothing was measured while it trained
 # 1: a validation part was made by chance alone, without regard to classes and equal inputs
 
 

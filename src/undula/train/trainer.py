@@ -28,6 +28,7 @@ from .evaluating import same_draws
 from .run import CHECKPOINTS, Run
 from .stop import Finite
 from .tasks.lending import evaluating, still_statistics
+from .tasks.step import Step
 from .tasks.task import Examples
 from .tasks.weighing import weighed
 
@@ -45,6 +46,7 @@ class AdapterTrainer(Trainer):
     measure: Callable[[], dict[str, float]]  # of the model as it is
     weights: torch.Tensor | None = None  # of the classes
     own_loss: Callable[[Any, Any], torch.Tensor] | None = None  # see `Task.own_loss`
+    step: Step = Step()  # how a step is taken
     still: list[torch.nn.Module] | None = None  # see `kept_still`
 
     def kept_still(self, model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -81,6 +83,9 @@ class AdapterTrainer(Trainer):
         if self.own_loss is not None:
             loss = self.own_loss(model, inputs) * (1.0 if self.batches == 1 else self._share(inputs))
             return (loss, {}) if return_outputs else loss
+        if self.step.head is not None:
+            loss = self._of_labels(self.step.head.losses(model, inputs), inputs, num_items_in_batch)
+            return (loss, {}) if return_outputs else loss
         found: Any = super().compute_loss(model, inputs, return_outputs or self.weights is not None, num_items_in_batch)
         if self.weights is not None:
             loss = weighed(found[1]["logits"], inputs["labels"], self.weights)
@@ -90,6 +95,14 @@ class AdapterTrainer(Trainer):
         if self.model_accepts_loss_kwargs or self.batches == 1:
             return found
         return (found[0] * self._share(inputs), *found[1:]) if return_outputs else found * self._share(inputs)
+
+    def _of_labels(self, losses: torch.Tensor, inputs: Any, items: Any) -> torch.Tensor:
+        """What the Trainer makes of a language model's loss: the sum of this batch's over the labels of all batches of
+        the update, on all processes, which take the mean of theirs."""
+        if items is None:
+            return losses.sum() / max(self.items_of(inputs), 1)
+        several = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return losses.sum() * several / items
 
     def _share(self, inputs: Any) -> float:
         """Of a mean over this batch, which may be shorter than others."""
@@ -235,8 +248,6 @@ def trainer(
         callbacks=[*callbacks, Finite(), NothingBelow()],
     )
     made.remove_callback(PrinterCallback)
-    if arguments.world_size > 1:
-        made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)
     if run.task.has_head or run.task.mean_loss:
         # The loss is a batch's mean: many a head is given the number of all items and ignores it, and the Trainer would
         # multiply by processes, and not divide by batches.
@@ -248,7 +259,20 @@ def trainer(
     made.rates = run.rates()
     made.allocated = run.allocator is not None
     made.own_rates = tuple(own_rates(run, model))
+    if not run.plain:
+        _take(made, run.task.step(examples, model))
+    if arguments.world_size > 1:
+        made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)
     return made
+
+
+def _take(trainer: AdapterTrainer, step: Step) -> None:
+    """Has it take its steps so."""
+    trainer.step = step
+    if step.gather is not None:
+        trainer.data_collator = step.gather
+    if step.head is not None:  # whatever the model's own forward takes: the loss is of all labels of an update
+        trainer.model_accepts_loss_kwargs = trainer._loss_shifts_labels = True
 
 
 def checkpointing(on: bool = True) -> dict[str, Any]:
@@ -276,7 +300,8 @@ def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
     trained = [p for p in model.parameters() if p.requires_grad]
     batch = [examples[i] for i in range(min(trainer.args.per_device_train_batch_size, len(examples)))]
     still_statistics(model.train().modules())
-    examples.task.loss()(model, moved(trainer.data_collator(batch), trainer.args.device)).backward()
+    loss = examples.task.loss() if trainer.step == Step() else trainer.compute_loss
+    loss(model, moved(trainer.data_collator(batch), trainer.args.device)).backward()
     found = by_chance or any(p.grad is None for p in trained)
     model.zero_grad()
     return processes.agreed([found], trainer.args.device)[0]

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 
 from ...core.ranges import Count, Natural
+from ...observe.listen import moved
 from ..data.columns import named_columns, texts
 from ..data.conversation import Message, conversations, questions, rendered, tokens
 from ..data.faults import Faults
+from ..stages import advanced
 from .format import (
     Chat,
     Format,
@@ -26,18 +28,20 @@ from .format import (
     unknown_marks,
 )
 from .generation import Sampling, room_after, write
+from .labelled import ALL, Head, seen
+from .lending import evaluating
 from .limits import END, NOTHING, UNLIMITED, Cuts
 from .outputs import head_of
-from .packing import Packer, check_apart, flattens
+from .packing import Packer, check_apart, flattens, probed
 from .rouge import agreement, compared
 from .shown import IGNORED
+from .step import Step
 from .task import (
     WINDOW,
     Example,
     Examples,
     Task,
     Traced,
-    outputs,
 )
 
 if TYPE_CHECKING:
@@ -316,6 +320,14 @@ class CausalLM(Task):
     def _packer(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Packer:
         return Packer(tokenizer.pad_token_id, flattens(model))
 
+    def step(self, examples: Examples, model: PreTrainedModel) -> Step:
+        return Step(head=self._head(examples, model))
+
+    def _head(self, examples: Examples, model: PreTrainedModel) -> Head | None:
+        """How the model's head is asked for what is learned alone; None where it is for all tokens or none."""
+        short = probed([examples[i] for i in range(min(3, len(examples)))])
+        return seen(model, moved(self.collator(examples.processor)(short), model.device))
+
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
@@ -323,15 +335,17 @@ class CausalLM(Task):
         loss = self.choose(model, examples, batch)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **self.written(model, examples, batch)}
 
+    @torch.no_grad()
     def choose(self, model: PreTrainedModel, examples: Examples, batch: int) -> float:
         """The loss alone: nothing is generated.  Raises ValueError for rows that have none."""
         total, count = 0.0, 0
-        for _, inputs, logits in outputs(model, examples, batch):
-            labels = inputs["labels"][:, 1:]
-            kept = labels != IGNORED
-            own = logits[:, :-1][kept].float()
-            total += float(torch.nn.functional.cross_entropy(own, labels[kept], reduction="sum"))
-            count += int(kept.sum())
+        with evaluating(model):
+            head, collate = self._head(examples, model) or Head(ALL), self.collator(examples.processor)
+            for numbers, made in self.batches(examples, batch):
+                inputs = moved(collate(made), model.device)
+                if items := self.items(inputs):
+                    total, count = total + float(head.losses(model, inputs).sum()), count + items
+                advanced(len(numbers))
         if not count:
             raise ValueError(f"no token of these {len(examples)} rows is learned, so there is no loss to measure")
         return total / count

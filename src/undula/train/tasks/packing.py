@@ -67,6 +67,17 @@ def flattens(model: PreTrainedModel) -> bool:
     return "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
+def probed(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The beginnings of examples, of different lengths, by which it is seen what a model takes: of each every other
+    token is learned, whatever is of the whole."""
+    found = []
+    for at, each in enumerate(examples):
+        ids = list(each["input_ids"])[: max(2, PROBED - 5 * at)]
+        learned = [token if i % 2 else IGNORED for i, token in enumerate(ids)]
+        found.append({**{k: list(v)[: len(ids)] for k, v in each.items()}, "input_ids": ids, "labels": learned})
+    return found
+
+
 @torch.no_grad()
 def check_apart(model: PreTrainedModel, pad: int, examples: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError for a model that does not keep packed rows apart: seen by the logits of a few short rows,

@@ -21,6 +21,7 @@ from .lending import evaluating
 from .limits import END
 from .reference import alone
 from .shown import Piece, text_of
+from .step import Step
 from .task import Example, Examples, Task, Traced
 
 if TYPE_CHECKING:
@@ -143,6 +144,9 @@ class Preference(CausalLM):
         made = self.example(row, processor)
         prompt, chosen, rejected = (text_of(made[f"{name}_ids"], processor) for name in ("prompt", *self.targets))
         return [(prompt, False), (chosen, True), (" rather than ", False), (rejected, True)]
+
+    def step(self, examples: Examples, model: PreTrainedModel) -> Step:
+        return Step()  # TRL's own
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         """TRL's: {input_ids, attention_mask, completion_mask} of 2 N rows, first the chosen, then the rejected."""

@@ -25,6 +25,7 @@ from ..stages import advanced
 from .lending import evaluating
 from .limits import Cuts, fits, padding
 from .shown import Piece, pieces
+from .step import Step
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -178,6 +179,10 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     ) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         """Puts examples into a batch to train on: as `collator`, or another batch with the same loss."""
         return self.collator(processor)
+
+    def step(self, examples: Examples, model: PreTrainedModel) -> Step:
+        """How a step is taken without what it does in vain, its loss and its gradients the same but for rounding."""
+        return Step()
 
     def batches(self, examples: Examples, size: int) -> Iterator[tuple[list[int], list[Example]]]:
         """(numbers of the rows, the rows as examples) until all have come; rows of like length come together."""
