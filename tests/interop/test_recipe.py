@@ -180,7 +180,7 @@ def test_runs_that_older_versions_wrote_are_what_they_were(name, tmp_path):
     told = json.loads((OLD / f"{name}.json").read_text())["run"]
     again = Run.load(tmp_path).encode()
     older = {"by_chance": True, "probe_batches": None} if name == "version1" else {}
-    assert again == told | older | {"eval_every": 0.0, "gradient_checkpointing": False}
+    assert again == told | older | {"eval_every": 0.0, "gradient_checkpointing": False, "plain": True}
 
 
 def test_a_run_of_relora_that_says_no_schedule_was_trained_by_the_linear_one(tmp_path):

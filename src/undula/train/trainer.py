@@ -25,9 +25,11 @@ from ..ranks.surgery import adopt
 from . import processes
 from .data.splitting import QUALITY_ROWS, told_quality
 from .evaluating import same_draws
+from .rows import LOG
 from .run import CHECKPOINTS, Run
 from .stop import Finite
 from .tasks.lending import evaluating, still_statistics
+from .tasks.segments import segments
 from .tasks.step import Step
 from .tasks.task import Examples
 from .tasks.weighing import weighed
@@ -69,6 +71,10 @@ class AdapterTrainer(Trainer):
             items = items.clamp(min=1)
         return samples, items
 
+    def train(self, *args: Any, **named: Any) -> Any:
+        with self.step.around(self.model):
+            return super().train(*args, **named)
+
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         made = super().create_optimizer(*args)
         for parameters, lr in self.own_rates:
@@ -80,6 +86,11 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         # here, because the Trainer puts the whole model into training mode before every batch
         still_statistics(self.kept_still(model))
+        given = {name: value for name, value in inputs.items() if name != "segments"}
+        with segments(inputs.get("segments")):
+            return self._loss(model, given, return_outputs, num_items_in_batch)
+
+    def _loss(self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
         if self.own_loss is not None:
             loss = self.own_loss(model, inputs) * (1.0 if self.batches == 1 else self._share(inputs))
             return (loss, {}) if return_outputs else loss
@@ -269,6 +280,8 @@ def trainer(
 def _take(trainer: AdapterTrainer, step: Step) -> None:
     """Has it take its steps so."""
     trainer.step = step
+    if step.note is not None and processes.is_first():
+        LOG.warning(step.note)
     if step.gather is not None:
         trainer.data_collator = step.gather
     if step.head is not None:  # whatever the model's own forward takes: the loss is of all labels of an update
@@ -301,7 +314,8 @@ def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
     batch = [examples[i] for i in range(min(trainer.args.per_device_train_batch_size, len(examples)))]
     still_statistics(model.train().modules())
     loss = examples.task.loss() if trainer.step == Step() else trainer.compute_loss
-    loss(model, moved(trainer.data_collator(batch), trainer.args.device)).backward()
+    with trainer.step.around(model):
+        loss(model, moved(trainer.data_collator(batch), trainer.args.device)).backward()
     found = by_chance or any(p.grad is None for p in trained)
     model.zero_grad()
     return processes.agreed([found], trainer.args.device)[0]

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -32,10 +32,11 @@ from .labelled import ALL, Head, seen
 from .lending import evaluating
 from .limits import END, NOTHING, UNLIMITED, Cuts
 from .outputs import head_of
-from .packing import Packer, check_apart, flattens, probed
+from .packing import Flat, Packer, check_apart, flattens, next_tokens, probed
 from .rouge import agreement, compared
+from .segments import kept_apart
 from .shown import IGNORED
-from .step import Step
+from .step import Step, packed
 from .task import (
     WINDOW,
     Example,
@@ -321,7 +322,12 @@ class CausalLM(Task):
         return Packer(tokenizer.pad_token_id, flattens(model))
 
     def step(self, examples: Examples, model: PreTrainedModel) -> Step:
-        return Step(head=self._head(examples, model))
+        head, tokenizer = self._head(examples, model), examples.processor
+        if flattens(model):  # it tells rows apart by itself
+            return Step(head=head)
+        rows = probed([examples[i] for i in range(min(3, len(examples)))])
+        flat = Flat(next_tokens, more={"use_cache": False})
+        return replace(packed(model, [flat], self.collator(tokenizer), kept_apart, [*rows, rows[0]]), head=head)
 
     def _head(self, examples: Examples, model: PreTrainedModel) -> Head | None:
         """How the model's head is asked for what is learned alone; None where it is for all tokens or none."""

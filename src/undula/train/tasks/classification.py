@@ -13,6 +13,8 @@ from ..data.columns import numbers, texts
 from ..data.faults import Faults
 from .heads import Classes, HeadTask
 from .outputs import head_of, own_names, with_head
+from .packing import Flat, beginnings, cut
+from .step import Step, apart_with_firsts, packed
 from .task import Example, Examples, Task, Traced
 from .weighing import Weights
 
@@ -88,6 +90,12 @@ class TextTask(HeadTask):
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(tokenizer)
+
+    def step(self, examples: Examples, model: PreTrainedModel) -> Step:
+        padded = self.collator(examples.processor)
+        flats = [Flat(lambda rows: padded(rows)["labels"], begin) for begin in beginnings(model)]
+        rows = cut([examples[i] for i in range(min(3, len(examples)))])
+        return packed(model, flats, padded, apart_with_firsts, [*rows, rows[0]])
 
 
 @Task.register

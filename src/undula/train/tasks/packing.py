@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,45 @@ class Packer:
         return {**{name: torch.tensor(rows) for name, rows in made.items()}, "use_cache": False}
 
 
+Labels = Callable[[list[Any]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Puts examples behind each other into one row without any padding, the longest first.
+
+    {input_ids, whatever else there is of each token, position_ids (1, T), labels, segments: the lengths}, and what
+    `more` says: a row for a model whose attention asks for segments, see `segments`.
+    begin: the first position of a row; labels: makes the labels of the examples, in that order.
+    """
+
+    labels: Labels
+    begin: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Raises ValueError for examples that hold something else than tokens."""
+        rows = sorted(examples, key=lambda each: -len(each["input_ids"]))
+        lengths = tuple(len(each["input_ids"]) for each in rows)
+        names = [name for name in rows[0] if name not in ("labels", "attention_mask")]
+        for name in names:
+            if [len(each[name]) for each in rows] != list(lengths):
+                raise ValueError(f"{name} is not of each token, so rows cannot stand behind each other")
+        made = {name: torch.tensor([[v for each in rows for v in each[name]]]) for name in names}
+        made["position_ids"] = torch.cat([torch.arange(self.begin, self.begin + n) for n in lengths])[None]
+        return {**made, "labels": self.labels(list(rows)), "segments": lengths, **self.more}
+
+
+def next_tokens(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Labels of a language model's rows (1, T): nothing before a row's first token is its own."""
+    return torch.tensor([[label for each in rows for label in (IGNORED, *each["labels"][1:])]])
+
+
+def of_tokens(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Labels of each token (1, T)."""
+    return torch.tensor([[label for each in rows for label in each["labels"]]])
+
+
 def fitted(lengths: Sequence[int], width: int) -> list[list[int]]:
     """The numbers of the lengths, in groups of at most `width` in sum: first fit, the longest first."""
     bins: list[list[int]] = []
@@ -67,15 +106,27 @@ def flattens(model: PreTrainedModel) -> bool:
     return "flash" in str(getattr(model.config, "_attn_implementation", ""))
 
 
-def probed(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The beginnings of examples, of different lengths, by which it is seen what a model takes: of each every other
-    token is learned, whatever is of the whole."""
+def cut(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The beginnings of examples, of different lengths, by which it is seen what a model takes."""
     found = []
     for at, each in enumerate(examples):
-        ids = list(each["input_ids"])[: max(2, PROBED - 5 * at)]
-        learned = [token if i % 2 else IGNORED for i, token in enumerate(ids)]
-        found.append({**{k: list(v)[: len(ids)] for k, v in each.items()}, "input_ids": ids, "labels": learned})
+        whole, most = len(each["input_ids"]), max(2, PROBED - 5 * at)
+        found.append({k: v if k == "labels" or len(v) != whole else list(v)[:most] for k, v in each.items()})
     return found
+
+
+def probed(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Those with every other token learned, whatever is of the whole."""
+    rows = cut(examples)
+    return [
+        {**row, "labels": [token if i % 2 else IGNORED for i, token in enumerate(row["input_ids"])]} for row in rows
+    ]
+
+
+def beginnings(model: PreTrainedModel) -> tuple[int, ...]:
+    """What the first position of a row may be for this model: RoBERTa and its kin begin behind that of padding."""
+    pad = model.config.pad_token_id
+    return (0,) if pad is None else (0, pad + 1)
 
 
 @torch.no_grad()

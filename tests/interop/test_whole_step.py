@@ -1,0 +1,107 @@
+"""A training whose steps do nothing in vain is the training that it is by itself, `plain`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import undula
+from tests.support import tiny
+from undula.train import CausalLM, Classification, MultiLabel, Regression, Run, TokenClassification, prepare
+from undula.train.tasks.step import Step
+from undula.train.trainer import trainer
+
+
+def still(path):
+    """A model's folder, without dropout: its draws would be of other shapes."""
+    config = Path(path) / "config.json"
+    told = json.loads(config.read_text()) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(told))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    bloom = folder / "bloom"
+    config = transformers.BloomConfig(vocab_size=len(tiny.tokenizer(bloom)), hidden_size=16, n_layer=2, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(bloom)
+    return {
+        "llama": tiny.llama(folder / "llama"),
+        "bert": still(tiny.bert(folder / "bert")),
+        "roberta": still(tiny.roberta(folder / "roberta")),
+        "bloom": str(bloom),
+    }
+
+
+def text(i):
+    return " ".join(tiny.WORDS[(i + j) % len(tiny.WORDS)] for j in range(1 + i % 7))
+
+
+def tags(i):
+    words = text(i).split()
+    return {"tokens": words, "tags": ["O" if word in tiny.GOOD else "B-X" for word in words]}
+
+
+WEIGHED = Classification(class_weights={"a": 3.0})
+TASKS = {
+    "pairs": (CausalLM(generate=0), "llama", lambda i: {"prompt": text(i), "completion": text(3 * i + 1)}),
+    "texts": (CausalLM(generate=0), "llama", lambda i: {"text": f"{text(i)} {text(2 * i)}"}),
+    "padded": (CausalLM(generate=0), "bloom", lambda i: {"prompt": text(i), "completion": text(3 * i + 1)}),
+    "classes": (WEIGHED, "bert", lambda i: {"text": text(i), "label": "ab"[i % 3 > 0]}),
+    "two texts": (
+        Classification(),
+        "roberta",
+        lambda i: {"premise": text(i), "hypothesis": text(2 * i), "label": "ab"[i % 2]},
+    ),
+    "numbers": (Regression(), "roberta", lambda i: {"text": text(i), "label": float(i % 5)}),
+    "sets": (MultiLabel(), "bert", lambda i: {"text": text(i), "labels": ["a", "b", "c"][i % 2 : 1 + i % 3]}),
+    "tags": (TokenClassification(), "bert", tags),
+}
+
+
+def run_of(name, models, folder, **changes):
+    task, model, row = TASKS[name]
+    data = tiny.jsonl(folder / "d.jsonl", [row(i) for i in range(30)])
+    usual = {"batch": 4, "max_steps": 3, "lr": 1e-2, "eval_every": 0.0}
+    return Run(models[model], data, task, undula.LoRA(r=2), folder / "out", **usual | changes)
+
+
+def trained(run):
+    """The losses of its steps, what was trained, and its trainer."""
+    ready = prepare(run)
+    made = trainer(ready.run, ready.model, ready.train, ())
+    transformers.set_seed(run.seed)
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    return losses, {f"{site}.{name}": t.detach() for site, name, t in ready.adapter.tensors()}, made
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [*((name, 1) for name in TASKS), ("pairs", 3), ("classes", 3)])
+def test_a_training_is_that_of_plain_steps(name, accumulate, models, tmp_path, caplog):
+    """Rows are padded only where they would see each other, and that is told."""
+    run = run_of(name, models, tmp_path, accumulate=accumulate)
+    wanted, theirs, plain = trained(dataclasses.replace(run, plain=True, out=tmp_path / "plain"))
+    assert plain.step == Step()
+    losses, ours, made = trained(run)
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    for site, t in theirs.items():
+        torch.testing.assert_close(ours[site], t, rtol=1e-2, atol=1e-3)
+    examples = [made.train_dataset[i] for i in range(4)]
+    whole = sum(len(each["input_ids"]) for each in examples)
+    assert (made.data_collator(examples)["input_ids"].shape == (1, whole)) == (name != "padded")
+    assert (made.step.head is not None) == isinstance(run.task, CausalLM)
+    assert ("rows are padded to the longest of their batch: BloomForCausalLM" in caplog.text) == (name == "padded")
+
+
+def test_a_run_that_an_older_version_began_goes_on_as_it_was(models, tmp_path):
+    """Its steps were plain, and what comes is to be what it would have been."""
+    run = run_of("pairs", models, tmp_path)
+    run.save(None)
+    told = json.loads((run.out / "run.json").read_text())
+    assert not Run.load(run.out).plain
+    (run.out / "run.json").write_text(json.dumps(told | {"version": 3}))
+    assert Run.load(run.out).plain
