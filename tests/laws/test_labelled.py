@@ -9,7 +9,7 @@ import transformers
 import undula
 from tests.support.models import shake
 from undula.kernels import cross_entropy
-from undula.train.tasks.labelled import BY_COLUMN, EXACTLY, labelled, seen
+from undula.train.tasks.labelled import BY_COLUMN, EXACTLY, labelled, seen, told
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "initializer_range": 0.3, "head_dim": 8}
@@ -76,6 +76,8 @@ def test_losses_and_gradients_are_those_of_all_logits(name, trained, monkeypatch
     assert (found.bare is not None) == (name in BARE and trained == "body")
     assert found.keeping is EXACTLY
     assert_same(model, found, batch())
+    one = {k: v[:1] for k, v in batch().items()}
+    torch.testing.assert_close(found.losses(model, told(one)), whole(model, one))
 
 
 def test_a_head_that_is_adapted_later_is_computed_by_its_own_code():

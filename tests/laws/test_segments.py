@@ -128,7 +128,7 @@ def test_a_head_over_first_tokens_learns_as_from_padded_rows(name):
     def padding(examples):
         return together(examples, pad)
 
-    flats = [Flat(lambda rows: padding(rows)["labels"], begin) for begin in (0, pad + 1)]
+    flats = [Flat(lambda rows: {"labels": padding(rows)["labels"]}, begin) for begin in (0, pad + 1)]
     step = packed(model, flats, padding, apart_with_firsts, given[:3])
     assert step.note is None, step.note
     assert step.gather.begin == (2 if name == "roberta" else 0)

@@ -283,7 +283,7 @@ def _take(trainer: AdapterTrainer, step: Step) -> None:
     if step.note is not None and processes.is_first():
         LOG.warning(step.note)
     if step.gather is not None:
-        trainer.data_collator = step.gather
+        trainer.data_collator = step.gather  # type: ignore[assignment]
     if step.head is not None:  # whatever the model's own forward takes: the loss is of all labels of an update
         trainer.model_accepts_loss_kwargs = trainer._loss_shifts_labels = True
 

@@ -28,7 +28,7 @@ from .format import (
     unknown_marks,
 )
 from .generation import Sampling, room_after, write
-from .labelled import ALL, Head, seen
+from .labelled import ALL, Head, seen, told
 from .lending import evaluating
 from .limits import END, NOTHING, UNLIMITED, Cuts
 from .outputs import head_of
@@ -326,7 +326,8 @@ class CausalLM(Task):
         if flattens(model):  # it tells rows apart by itself
             return Step(head=head)
         rows = probed([examples[i] for i in range(min(3, len(examples)))])
-        flat = Flat(next_tokens, more={"use_cache": False})
+        labels = next_tokens if head is None else lambda rows: told(next_tokens(rows))
+        flat = Flat(labels, more={"use_cache": False})
         return replace(packed(model, [flat], self.collator(tokenizer), kept_apart, [*rows, rows[0]]), head=head)
 
     def _head(self, examples: Examples, model: PreTrainedModel) -> Head | None:

@@ -93,7 +93,7 @@ class TextTask(HeadTask):
 
     def step(self, examples: Examples, model: PreTrainedModel) -> Step:
         padded = self.collator(examples.processor)
-        flats = [Flat(lambda rows: padded(rows)["labels"], begin) for begin in beginnings(model)]
+        flats = [Flat(lambda rows: {"labels": padded(rows)["labels"]}, begin) for begin in beginnings(model)]
         rows = cut([examples[i] for i in range(min(3, len(examples)))])
         return packed(model, flats, padded, apart_with_firsts, [*rows, rows[0]])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,13 @@ def labelled(labels: Tensor) -> tuple[Tensor, Tensor]:
     return there, targets
 
 
+def told(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of one row, with which of its positions count and their labels, found before it goes to a device: a step
+    need not wait there to know how many they are."""
+    there, targets = labelled(batch["labels"])
+    return {**batch, "kept": there[0].nonzero()[:, 0], "targets": targets}
+
+
 @dataclass(frozen=True)
 class Keeping:
     """How a model is told which positions (B, S) to keep, and where in its answer those are."""
@@ -51,6 +58,7 @@ EXACTLY = Keeping(lambda there: there, lambda found, there: found.reshape(-1, fo
 BY_COLUMN = Keeping(  # those that any row needs, of all rows
     lambda there: there.any(0).nonzero()[:, 0], lambda found, there: found[there[:, there.any(0)]]
 )
+OF_ONE_ROW = Keeping(lambda kept: kept, lambda found, kept: found[0])  # by their numbers (K,)
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,13 @@ class Head:
     bare: nn.Linear | None = None
 
     def losses(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """-log p of each label that counts (K,), row by row; of none at all one 0.  `model` may be wrapped."""
-        there, targets = labelled(inputs["labels"])
+        """-log p of each label that counts (K,), row by row; of none at all one 0.  `model` may be wrapped; `inputs`
+        are a batch, or one row of which it is `told`."""
+        if "kept" in inputs and self.keeping is not ALL:
+            return replace(self, keeping=OF_ONE_ROW)._of(model, inputs, inputs["kept"], inputs["targets"])
+        return self._of(model, inputs, *labelled(inputs["labels"]))
+
+    def _of(self, model: Any, inputs: Mapping[str, Any], there: Tensor, targets: Tensor) -> Tensor:
         if self.bare is None or not _plain(self.bare) or torch.is_autocast_enabled(there.device.type):
             return cross_entropy.losses(self.logits(model, inputs, there), targets)
         with _passed(self.bare):
@@ -72,7 +85,7 @@ class Head:
 
     def logits(self, model: Any, inputs: Mapping[str, Any], there: Tensor) -> Tensor:
         """(K, V) of these positions."""
-        given = {name: value for name, value in inputs.items() if name != "labels"}
+        given = {name: value for name, value in inputs.items() if name not in ("labels", "kept", "targets")}
         if (asked := self.keeping.said(there)) is not None:
             given["logits_to_keep"] = asked
         return self.keeping.read(model(**given).logits, there)
@@ -114,7 +127,11 @@ def seen(model: PreTrainedModel, batch: Mapping[str, Any]) -> Head | None:
         for keeping in (EXACTLY, BY_COLUMN):
             with contextlib.suppress(*NOT_TAKEN):
                 found, bare = _asked(model, batch, there, keeping)
-                if found.shape == wanted.shape and _alike(found, wanted):
+                if not _same(found, wanted):
+                    continue
+                one = told({name: value[:1] for name, value in batch.items()})
+                of_one = Head(OF_ONE_ROW).logits(model, one, one["kept"])
+                if _same(of_one, wanted[: len(of_one)]):
                     return Head(keeping, bare)
     return None
 
@@ -134,6 +151,10 @@ def _asked(
     finally:
         heard.remove()
     return found, head if len(made) == 1 and made[0] is answer[0] else None
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and _alike(found, wanted)
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:

@@ -47,7 +47,7 @@ class Packer:
         return {**{name: torch.tensor(rows) for name, rows in made.items()}, "use_cache": False}
 
 
-Labels = Callable[[list[Any]], torch.Tensor]
+Labels = Callable[[list[Any]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Flat:
 
     {input_ids, whatever else there is of each token, position_ids (1, T), labels, segments: the lengths}, and what
     `more` says: a row for a model whose attention asks for segments, see `segments`.
-    begin: the first position of a row; labels: makes the labels of the examples, in that order.
+    begin: the first position of a row; labels: makes {labels, ...} of the examples, in that order.
     """
 
     labels: Labels
@@ -73,17 +73,17 @@ class Flat:
                 raise ValueError(f"{name} is not of each token, so rows cannot stand behind each other")
         made = {name: torch.tensor([[v for each in rows for v in each[name]]]) for name in names}
         made["position_ids"] = torch.cat([torch.arange(self.begin, self.begin + n) for n in lengths])[None]
-        return {**made, "labels": self.labels(list(rows)), "segments": lengths, **self.more}
+        return {**made, **self.labels(list(rows)), "segments": lengths, **self.more}
 
 
-def next_tokens(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+def next_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Labels of a language model's rows (1, T): nothing before a row's first token is its own."""
-    return torch.tensor([[label for each in rows for label in (IGNORED, *each["labels"][1:])]])
+    return {"labels": torch.tensor([[label for each in rows for label in (IGNORED, *each["labels"][1:])]])}
 
 
-def of_tokens(rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+def of_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Labels of each token (1, T)."""
-    return torch.tensor([[label for each in rows for label in each["labels"]]])
+    return {"labels": torch.tensor([[label for each in rows for label in each["labels"]]])}
 
 
 def fitted(lengths: Sequence[int], width: int) -> list[list[int]]:

@@ -81,7 +81,7 @@ def _mixed(model: PreTrainedModel, gather: Flat, padded: Gather, around: Around,
 
 def _answers(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
     """(rows or tokens, outputs)."""
-    return model(**{k: v for k, v in batch.items() if k != "labels"}).logits.flatten(0, -2)
+    return model(**{k: v for k, v in batch.items() if k not in ("labels", "kept", "targets")}).logits.flatten(0, -2)
 
 
 @contextlib.contextmanager
