@@ -67,7 +67,7 @@ def test_what_a_run_leaves_in_toml_is_the_same_run(changes, tmp_path):
 def test_runs_of_older_versions_are_taken_as_they_were(tmp_path):
     data = {"version": 1, "run": USUAL.encode(), "before": None}
     (tmp_path / "run.json").write_text(json.dumps(data))
-    older = {"by_chance": True, "eval_every": 0, "gradient_checkpointing": False}
+    older = {"by_chance": True, "eval_every": 0, "gradient_checkpointing": False, "plain": True}
     assert Recipe.load(tmp_path / "run.json") == dataclasses.replace(USUAL, **older)
     assert Run.load(tmp_path) == Run.of(Recipe.load(tmp_path / "run.json"), tmp_path)
 
