@@ -11,6 +11,7 @@ import transformers
 import undula
 from tests.support import tiny
 from undula.train import CausalLM, Classification, MultiLabel, Regression, Run, TokenClassification, prepare
+from undula.train.tasks import made
 from undula.train.tasks.step import Step
 from undula.train.trainer import trainer
 
@@ -73,11 +74,11 @@ def run_of(name, models, folder, **changes):
 def trained(run):
     """The losses of its steps, what was trained, and its trainer."""
     ready = prepare(run)
-    made = trainer(ready.run, ready.model, ready.train, ())
+    fitter = trainer(ready.run, ready.model, ready.train, ())
     transformers.set_seed(run.seed)
-    made.train()
-    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-    return losses, {f"{site}.{name}": t.detach() for site, name, t in ready.adapter.tensors()}, made
+    fitter.train()
+    losses = [entry["loss"] for entry in fitter.state.log_history if "loss" in entry]
+    return losses, {f"{site}.{name}": t.detach() for site, name, t in ready.adapter.tensors()}, fitter
 
 
 @pytest.mark.parametrize(("name", "accumulate"), [*((name, 1) for name in TASKS), ("pairs", 3), ("classes", 3)])
@@ -86,14 +87,14 @@ def test_a_training_is_that_of_plain_steps(name, accumulate, models, tmp_path, c
     run = run_of(name, models, tmp_path, accumulate=accumulate)
     wanted, theirs, plain = trained(dataclasses.replace(run, plain=True, out=tmp_path / "plain"))
     assert plain.step == Step()
-    losses, ours, made = trained(run)
+    losses, ours, fast = trained(run)
     assert losses == pytest.approx(wanted, rel=1e-4)
     for site, t in theirs.items():
         torch.testing.assert_close(ours[site], t, rtol=1e-2, atol=1e-3)
-    examples = [made.train_dataset[i] for i in range(4)]
+    examples = [fast.train_dataset[i] for i in range(4)]
     whole = sum(len(each["input_ids"]) for each in examples)
-    assert (made.data_collator(examples)["input_ids"].shape == (1, whole)) == (name != "padded")
-    assert (made.step.head is not None) == isinstance(run.task, CausalLM)
+    assert (fast.data_collator(examples)["input_ids"].shape == (1, whole)) == (name != "padded")
+    assert (fast.step.head is not None) == isinstance(run.task, CausalLM)
     assert ("rows are padded to the longest of their batch: BloomForCausalLM" in caplog.text) == (name == "padded")
 
 
@@ -105,3 +106,33 @@ def test_a_run_that_an_older_version_began_goes_on_as_it_was(models, tmp_path):
     assert not Run.load(run.out).plain
     (run.out / "run.json").write_text(json.dumps(told | {"version": 3}))
     assert Run.load(run.out).plain
+
+
+@pytest.mark.parametrize("name", ["pairs", "classes", "numbers", "sets", "tags"])
+def test_a_row_is_tokenised_once(name, models, tmp_path, monkeypatch):
+    """What is had again is the caller's to change, and no more is kept than there is room for."""
+    ready = prepare(run_of(name, models, tmp_path))
+    first = [ready.train[i] for i in range(3)]
+    wanted = [ready.run.task.example(ready.train.rows[i], ready.processor) for i in range(3)]
+    assert first == wanted
+    monkeypatch.setattr(type(ready.run.task), "traced", None)
+    first[0]["input_ids"].clear()
+    assert [ready.train[i] for i in range(3)] == wanted
+
+
+def test_examples_are_kept_while_there_is_room(monkeypatch):
+    monkeypatch.setattr(made, "NUMBERS", 7)
+    kept = made.Made()
+    for i, ids in enumerate(([1, 2], [3, 4, 5], [6], ["a"], [2**40])):
+        kept.keep(i, {"input_ids": ids, "labels": 0.5})
+    assert [kept.get(i) for i in range(5)] == [
+        {"input_ids": [1, 2], "labels": 0.5},
+        {"input_ids": [3, 4, 5], "labels": 0.5},
+        None,
+        None,
+        None,
+    ]
+    whole = made.Made()
+    whole.keep(0, {"pixel_values": torch.zeros(3), "labels": 1})
+    whole.keep(1, {"input_ids": [2**40]})
+    assert whole.kept == {}

@@ -156,6 +156,8 @@ class Read(Protocol):
 
     def __len__(self) -> int: ...
 
+    def traced(self, i: int) -> Any: ...
+
 
 def fits(examples: Read, model: PreTrainedModel, name: str) -> list[str]:
     """Looks at every row as the model will get it.  Returns sentences on what is cut.
@@ -167,7 +169,7 @@ def fits(examples: Read, model: PreTrainedModel, name: str) -> list[str]:
     unknown = Unknown.to(examples.processor)
     lengths, largest, over, cut, ends = array("Q"), -1, 0, 0, 0
     for i in range(len(examples)):
-        example, lost = examples.task.traced(examples.rows[i], examples.processor)
+        example, lost = examples.traced(i)
         ids = example["input_ids"]
         lengths.append(len(ids))
         largest = max(largest, max(ids, default=-1))

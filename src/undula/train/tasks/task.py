@@ -24,6 +24,7 @@ from ..data.source import named, sound, source_of
 from ..stages import advanced
 from .lending import evaluating
 from .limits import Cuts, fits, padding
+from .made import Made
 from .shown import Piece, pieces
 from .step import Step
 
@@ -289,19 +290,27 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as a torch data set: each becomes an example when it is asked for.  `seen`: what a look at all of them found
-    (see `limits.fits`)."""
+    """Rows as a torch data set: each becomes an example when it is asked for, and is kept where it is tokens (see
+    `made`).  `seen`: what a look at all of them found (see `limits.fits`)."""
 
     task: Task
     rows: Dataset
     processor: Processor
     seen: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+    made: Made = field(default_factory=Made, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Example:
-        return self.task.example(self.rows[i], self.processor)
+        kept = self.made.get(i)
+        return self.traced(i)[0] if kept is None else kept
+
+    def traced(self, i: int) -> Traced:
+        """Row i as an example, and what of it is lost; see `Task.traced`."""
+        example, lost = self.task.traced(self.rows[i], self.processor)
+        self.made.keep(i, example)
+        return example, lost
 
 
 @dataclass(frozen=True)
