@@ -66,6 +66,7 @@ COURSES = "tests/oracles/test_courses.py"
 PROCEDURES = "tests/oracles/test_procedures.py"
 PADDING = "tests/oracles/test_padding.py"
 PACKING = "tests/laws/test_packing.py"
+LABELLED, SEGMENTS = "tests/laws/test_labelled.py", "tests/laws/test_segments.py"
 PREFERENCE, LOOK = "tests/interop/test_data_preference.py", "tests/interop/test_data_look.py"
 CHAT, MEDIA = "tests/interop/test_data_chat.py", "tests/interop/test_data_media.py"
 ENCODINGS = "tests/interop/test_data_encodings.py"
@@ -439,6 +440,14 @@ MUTANTS = [
     ("study/report/curves.py", "left + columns * (WIDTH + GAP)", "left + columns * WIDTH", REPORT + "::test_no_text_leaves_its_drawing_and_none_lies_on_another"),
     ("observe/drawing.py", "if high - low > 1e-9 * size else", "if high > low else", REPORT + "::test_rounding_alone_does_not_look_like_a_difference"),
     ("observe/drawing.py", "matplotlib.rcdefaults()", "pass", REPORT + "::test_settings_of_the_user_change_no_drawing"),
+    ("kernels/cross_entropy.py", "found.masked_fill_((targets < 0)[:, None], 0.0)", "found", LABELLED + " -k kernels"),
+    ("train/tasks/labelled.py", "if not _alike(cross_entropy.losses(wanted, targets).mean(), whole.loss):", "if False:", LABELLED + " -k alone"),
+    ("train/tasks/labelled.py", "made[0] is answer[0]", "True", LABELLED + " -k all_logits"),
+    ("train/tasks/segments.py", "(self.causal if by_itself else self.full)", "True", SEGMENTS + " -k window"),
+    ("train/tasks/firsts.py", "lengths[:-1]", "lengths[1:]", SEGMENTS + " -k first_tokens"),
+    ("train/tasks/packing.py", 'for label in (IGNORED, *each["labels"][1:])', 'for label in each["labels"]', SEGMENTS + " -k rows"),
+    ("train/config.py", "if version in (1, 2, 3) else {}", "if version == 1 else {}", "tests/interop/test_whole_step.py -k older"),
+    ("train/trainer.py", "return losses.sum() * several / items", "return losses.mean()", "tests/interop/test_whole_step.py -k pairs"),
     ("train/tasks/packing.py", 'in made.items()}, "use_cache": False}', "in made.items()}}", PACKING + " -k cache"),
     ("train/tasks/packing.py", '(IGNORED, *example["labels"][1:])', 'example["labels"]', PACKING + " -k first_token"),
     ("train/tasks/reference.py", "        select(model, None)\n", "", PREFERENCE + "::test_the_reference_is_the_base"),
