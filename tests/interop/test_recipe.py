@@ -19,6 +19,7 @@ from tests.support import tiny
 from tests.support.courses import COURSES
 from undula import ranks
 from undula.cli.main import app
+from undula.kernels import units
 from undula.optim.optimisers import SGD, Adafactor, AdamW
 from undula.optim.schedules import Constant, Cosine, Linear
 from undula.ranks.memory import moments
@@ -410,6 +411,28 @@ WRONG = (
 def test_what_no_file_could_hold_is_refused_when_a_run_is_made(changes, told, usual):
     with pytest.raises((TypeError, ValueError, LookupError), match=told):
         dataclasses.replace(usual, **changes)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("has", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_a_type_that_fits_the_machine_is_chosen_once(device, has, chosen, usual, tmp_path, monkeypatch):
+    """What is written is what was chosen: where the run goes on there may be other units.  Of a GPU its own count."""
+    gpu = device == "cuda"
+    for name in units.CPU:
+        monkeypatch.setattr(torch.cpu, name, lambda: has != gpu, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has)
+    run = dataclasses.replace(usual, dtype="auto", out=tmp_path / "run")
+    assert run.dtype == getattr(torch, chosen)
+    run.save(None)
+    study = STUDY.replace('dtype = "bfloat16"', 'dtype = "auto"')
+    assert parse(study, check=False).models[0].dtype == chosen
+    for name in units.CPU:
+        monkeypatch.delattr(torch.cpu, name)  # of a version of torch that does not tell
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dataclasses.replace(usual, dtype="auto").dtype == torch.float32
+    assert Run.load(run.out) == run
+    assert Recipe.load(run.out / "run.toml").dtype == run.dtype
 
 
 def test_what_does_nothing_is_said(usual):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.choice import Choice
 from ..core.ranges import Finite, NotZero
+from ..kernels import in_c
 
 Constants = Mapping[str, "float | Tensor"]
 
@@ -100,11 +101,15 @@ class Sinter(Activation):
     def bend(self, u: Tensor, c: Constants, spare: Tensor) -> Tensor:
         if c:  # constants that train
             return self(u, c)
+        if in_c.applies(u):
+            return in_c.bend("sinter", u, self.w, self.a)
         return u.addcmul_(u, torch.mul(u, self.w, out=spare).sin_(), value=self.a)
 
     def pull(self, u: Tensor, g: Tensor, c: Constants, spare: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         if c:
             return super().pull(u, g, c, spare)
+        if in_c.applies(u) and in_c.applies(g):
+            return *in_c.pull("sinter", u, g, self.w, self.a), []
         cos, sin = spare
         torch.sin(torch.mul(u, self.w, out=cos), out=sin)
         slope = torch.addcmul(sin, u, cos.cos_(), value=self.w, out=cos)  # f' = 1 + a slope
@@ -127,11 +132,15 @@ class Sine(Activation):
         return torch.sin(c["w"] * u)
 
     def bend(self, u: Tensor, c: Constants, spare: Tensor) -> Tensor:
+        if not c and in_c.applies(u):
+            return in_c.bend("sine", u, self.w)
         return self(u, c) if c else u.mul_(self.w).sin_()
 
     def pull(self, u: Tensor, g: Tensor, c: Constants, spare: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         if c:
             return super().pull(u, g, c, spare)
+        if in_c.applies(u) and in_c.applies(g):
+            return *in_c.pull("sine", u, g, self.w), []
         slope = torch.cos(u.mul_(self.w), out=spare[0]).mul_(self.w)
         return u.sin_(), g.mul_(slope), []
 

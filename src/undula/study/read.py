@@ -166,8 +166,11 @@ def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None)
 def _base(reader: Reader, i: int, t: dict[str, Any], replace: Mapping[str, str]) -> Base | None:
     if len(reader.within(("models", i), Base, t)) < len(t):
         return None
-    if "dtype" in t and reader.attempt(("models", i, "dtype"), lambda: dtype_called(t["dtype"])) is None:
-        return None
+    if "dtype" in t:
+        found = reader.attempt(("models", i, "dtype"), lambda: dtype_called(t["dtype"]))
+        if found is None:
+            return None
+        t = {**t, "dtype": str(found).removeprefix("torch.")}  # "auto" is what it is here
     return Base(**{**t, "source": replace.get(t["source"], t["source"])})
 
 

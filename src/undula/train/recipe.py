@@ -28,6 +28,7 @@ from ..core.ranges import (
     Range,
     Seed32,
 )
+from ..kernels import units
 from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
 from ..ranks import Procedure
@@ -38,6 +39,7 @@ from .tasks.task import Task
 
 Every = Annotated[float, Range(least=0, most=1e9)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+AUTO = "auto"
 # What JSON holds whatever it is.  Fields that came later are there only where they are not at their default, so that
 # what was written without them, files and the keys of studies' runs, is what it was.
 FIRST = frozenset({
@@ -182,7 +184,11 @@ class Recipe(Settings):
         None, "Save the adapter of the best evaluation. (default: where there are any)", panel=EVALUATION
     )
     patience: Count | None = option(None, "Stop after so many evaluations without a better one.", panel=EVALUATION)
-    dtype: torch.dtype = option(torch.float32, "Type of the frozen model; what trains is float32.", panel=DATA)
+    dtype: torch.dtype = option(
+        torch.float32,
+        "Type of the frozen model; what trains is float32. auto: bfloat16 where there are units for it.",
+        panel=DATA,
+    )
     bits: Bits | None = option(None, "4 or 8: quantise the frozen model (bitsandbytes).", panel=DATA)
     skip_faulty: PartShare | None = option(
         None, "Leave out rows with faults: this share of a file at most, as in 0.1.", panel=DATA
@@ -286,7 +292,11 @@ def checked_path(name: str, value: Any) -> str | os.PathLike[str]:
 
 
 def dtype_called(name: str) -> torch.dtype:
-    """The floating type of that name.  Raises LookupError that lists the known ones."""
+    """The floating type of that name; of "auto" bfloat16 where this machine has units for it, else float32: what was
+    chosen is what is written, so that a run goes on elsewhere in its own type.  Raises LookupError that lists the known
+    ones."""
+    if name == AUTO:
+        return torch.bfloat16 if units.has_bfloat16() else torch.float32
     if name not in DTYPES:
-        raise LookupError(f"no dtype is called {name!r}; there are: {', '.join(DTYPES)}")
+        raise LookupError(f"no dtype is called {name!r}; there are: {', '.join(DTYPES)}, and {AUTO}")
     return DTYPES[name]
