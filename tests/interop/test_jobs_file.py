@@ -6,6 +6,8 @@ import undula
 from tests.support import tiny
 from undula.io.toml import Faults
 from undula.jobs.file import read
+from undula.jobs.job import Job
+from undula.jobs.many import summary
 from undula.train import Classification, Run
 
 TOP = """
@@ -149,6 +151,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_resume_takes_the_same_one(t
     path, out = written(tmp_path, '[[jobs]]\nname = "a"\n[[jobs]]\nname = "b"\n', place), tmp_path / "out"
     runs = read(path, out)
     runs["a"].save({"accuracy": 0.5})
+    summary(out, {name: Job(name, run) for name, run in runs.items()}, 0.0, {})
     ((line, told),) = faults(path, out)
     assert line == 7
     assert "holds a run already" in told

@@ -22,6 +22,7 @@ Values are those of a run's file, see `train.config`.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +32,13 @@ from typing import Any
 
 from ..core.choice import Choice
 from ..core.given import hints
-from ..io import toml
+from ..io import files, toml
 from ..io.toml import Faults, line_of
 from ..train.base import config_of
 from ..train.config import value_of
 from ..train.data.faults import Faults as RowFaults
 from ..train.data.load import load_data
+from ..train.doubts import finite
 from ..train.fields import bare, default_of, told
 from ..train.recipe import Recipe
 from ..train.resume import claim
@@ -278,19 +280,31 @@ def _place(reading: _Reading, job: Asked, *names: str) -> Place:
 
 
 def check_place(run: Run, resume: bool) -> None:
-    """Refuses a directory as `undula train` does.  With `resume` one that holds another run than this, and none whose
-    run has ended or not begun.  Raises FileExistsError, PermissionError, ValueError."""
+    """Refuses a directory as `undula train` does.  With `resume` one where another job than this began, but none where
+    it has ended or not begun.  Raises FileExistsError, PermissionError, ValueError."""
     if not (resume and (run.out / RUN).is_file()):
         claim(run, False)
         return
-    before, now = Run.load(run.out).encode(), run.encode()
-    if run.gradient_checkpointing is None:  # by need: then what the run was begun with says what that was
-        before.pop("gradient_checkpointing", None)
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    before, now = _asked(run.out), as_asked(run)
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else ()
     if changed:
         told = "; ".join(f"{name} was {before.get(name)!r:.60} and is {now.get(name)!r:.60}" for name in changed)
-        raise ValueError(f"{run.out} holds another run than this: {told}. A job goes on as it began")
+        raise ValueError(f"{run.out} holds another job than this: {told}. A job goes on as it began")
     if not (run.out / REPORT).is_file():
         claim(run, True)
     elif not os.access(run.out, os.W_OK):
         raise PermissionError(f"nothing can be written to {run.out}: mend its permissions")
+
+
+def as_asked(run: Run) -> dict[str, Any]:
+    """A job as it was asked for, before its data told classes and its model what it needs."""
+    found: dict[str, Any] = json.loads(json.dumps(finite(run.encode())))  # lists for tuples
+    return found
+
+
+def _asked(out: Path) -> dict[str, Any]:
+    """What the summary says that the job in `out` was asked for; nothing where there is no such word."""
+    path = out.parent / SUMMARY
+    told = files.parsed(path.read_bytes(), str(path)) if path.is_file() else {}
+    found = told.get("jobs", {}).get(out.name, {}).get("run")
+    return dict(found) if isinstance(found, Mapping) else {}

@@ -21,7 +21,7 @@ from ..train.run import REPORT, RUN, Run, write_json
 from .checks import check, faults_of
 from .cost import USUAL, Cost, Memory, saved
 from .engine import Engine
-from .file import SUMMARY, Unfit, check_place, read, wrong_name
+from .file import SUMMARY, Unfit, as_asked, check_place, read, wrong_name
 from .job import DONE, FAILED, RUNNING, STOPPED, WAITING, Job
 from .planner import Batch, Piece, Planner, apart, flat
 from .view import Silent, View
@@ -255,6 +255,7 @@ def row(job: Job) -> dict[str, Any]:
     return {
         "state": job.state, "step": job.step, "steps": job.steps, "loss": job.loss, "tokens": job.tokens,
         "metric": metric, "before": figures.get("before"), "after": figures.get("after"), "error": job.error,
+        "run": as_asked(job.run),
     }  # fmt: skip
 
 
