@@ -102,7 +102,7 @@ def test_jobs_wait_for_memory_and_lose_nothing_by_it(place, alone, tmp_path, bud
     """One at least trains, whatever the budget."""
     seen = Beside()
     jobs = undula.train_many(place / "jobs.toml", tmp_path, budget=budget, view=seen)
-    assert [job.state for job in jobs.values()] == ["done", "done"]
+    assert [(job.state, job.error) for job in jobs.values()] == [("done", None)] * 2
     assert seen.most == beside
     assert_as_alone(tmp_path, alone)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -73,7 +74,7 @@ class Course:
         self.job, self.ready, self.adapter = job, ready, adapter
         run = ready.run
         rows = Numbered(ready.train.task, ready.train.rows, ready.train.processor, seen=ready.train.seen)
-        fitter = trainer(run, ready.model, rows, ())
+        fitter = trainer(dataclasses.replace(run, plain=True), ready.model, rows, ())
         fitter.data_collator = _numbers
         loader = fitter.get_train_dataloader()
         per_epoch = max(1, -(-len(loader) // run.accumulate))
