@@ -447,7 +447,7 @@ MUTANTS = [
     ("train/tasks/labelled.py", "if not _alike(cross_entropy.losses(wanted, targets).mean(), whole.loss):", "if False:", LABELLED + " -k alone"),
     ("train/tasks/labelled.py", "made[0] is answer[0]", "True", LABELLED + " -k all_logits"),
     ("train/tasks/segments.py", "(self.causal if by_itself else self.full)", "True", SEGMENTS + " -k window"),
-    ("train/tasks/firsts.py", "lengths[:-1]", "lengths[1:]", SEGMENTS + " -k first_tokens"),
+    ("train/tasks/firsts.py", "segment[0] for", "segment[-1] for", SEGMENTS + " -k first_tokens"),
     ("train/tasks/packing.py", 'for label in (IGNORED, *each["labels"][1:])', 'for label in each["labels"]', SEGMENTS + " -k rows"),
     ("train/config.py", "if version in (1, 2, 3) else {}", "if version == 1 else {}", "tests/interop/test_whole_step.py -k older"),
     ("train/trainer.py", "return losses.sum() * several / items", "return losses.mean()", "tests/interop/test_whole_step.py -k pairs"),

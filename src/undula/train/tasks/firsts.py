@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +17,7 @@ def firsts(states: Tensor) -> Tensor:
     lengths = LENGTHS.get()
     if lengths is None:
         return states
-    at = torch.tensor([0, *itertools.accumulate(lengths[:-1])], device=states.device)
-    return states[0].index_select(0, at)[:, None]
+    return torch.stack([segment[0] for segment in states[0].split(lengths)])[:, None]
 
 
 @contextlib.contextmanager
