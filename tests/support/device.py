@@ -20,6 +20,7 @@ CPU_ONLY = {  # a module or a test of one, and why
     "laws/test_disk.py": "is about files",
     "laws/test_files.py": "is about files",
     "laws/test_fuzz.py": "is about files",
+    "laws/test_frozen.py::test_tables_with_room_for_a_budget_are_not_copied_to_grow": "such room is free on a CPU alone",
     "laws/test_int8.py": "int8 products are for CPUs",
     "laws/test_narrow.py": "is about the types of CPUs",
     "laws/test_packing.py": "is about collators, which are on the CPU",
