@@ -186,6 +186,7 @@ MUTANTS = [
     ("methods/dora.py", "largest=False, sorted=False", "largest=True, sorted=False", DORA),
     ("host/route.py", "if (device, *names) not in placed:", "if True:", "tests/laws/test_devices.py" + " -k mixed"),
     ("kernels/sparse.py", 'if index_K.device.type == "cpu" else [slice(0, O)]', "", "tests/laws/test_devices.py" + " -k blocks"),
+    ("kernels/holes.py", 'dtype=torch.int64, device="cpu").random_()', "dtype=torch.int64).random_()", "tests/laws/test_devices.py -k users_own"),
     ("methods/dora.py", "LOST = 16", "LOST = 0", DORA),
     ("methods/dora.py", "return y if cancelled is None else", "return y if True else", DORA),
     ("methods/dora.py", "2 * (W_OI @ A_RI.T)", "W_OI @ A_RI.T", METHODS),

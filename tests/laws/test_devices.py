@@ -60,6 +60,11 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(m):
     check(m, net(), torch.randn(4, 12))
 
 
+@each([LoRA(r=2), Dropout(LoRA(r=2)), LoRAN(r=2), undula.AuroRA(), DoRA(LoRA(r=2)), undula.SHiRA(r=1)])
+def test_a_step_over_a_narrow_base_does_not_wait_either(m):
+    check(m, net().bfloat16(), torch.randn(4, 12).bfloat16())
+
+
 @each(BLOCKS)
 def test_a_step_in_several_blocks_does_not_wait_either(m, monkeypatch):
     """Of larger weights than there is room for at once."""
@@ -123,15 +128,15 @@ def test_an_allocator_looks_at_the_device_once_a_step(name):
     assert sorted(looks)[2] <= 1
 
 
-@pytest.mark.filterwarnings("ignore:.* has more numbers than the .* entries")
+@pytest.mark.filterwarnings("ignore:.* has more numbers than the .* entries", "ignore:rounding takes")
 @each(PLAIN + WRAPPED)
 def test_the_default_device_of_torch_is_the_users_own(m):
     """Tensors go where the layers are (`torch.set_default_device`, `with torch.device(...)`)."""
-    model, x = net().eval(), torch.randn(4, 12)
+    model, x = net().train(), torch.randn(4, 12)
     with torch.device("meta"):
         adapter = undula.attach(model, m, "*")
         model(x).square().sum().backward()
-        undula.diagnose(model, [x])
+        undula.diagnose(model.eval(), [x])
         if isinstance(m, undula.Reweight):
             undula.merge(model)
     assert {t.device.type for _, _, t in adapter.tensors()} == {"cpu"}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..ranks.memory import finite
 from ..train.fit import Diverged, Interrupted, measured_before
 from ..train.measure import PeakMemory
 from ..train.resume import claim
@@ -215,7 +216,7 @@ class Engine:
                     self.view.said(f"jobs do not mix on this model, each has micro-batches of its own: {error}")
                 return done
             return self._alone(parts, error)
-        sound = [all(t is None or bool(torch.isfinite(t).all()) for t in (loss, *grads)) for loss, grads in found]
+        sound = [finite(t.detach() for t in (loss, *grads) if t is not None) for loss, grads in found]
         if not all(sound) and len(parts) > 1:
             return [part for each in parts for part in self._computed([each])]
         for (course, _, _), (loss, grads), fine in zip(parts, found, sound, strict=True):

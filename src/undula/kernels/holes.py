@@ -36,7 +36,7 @@ def few(x: Tensor, p: float) -> bool:
 
 def drawn() -> int:
     """A seed, from torch's own generator."""
-    return int(torch.empty((), dtype=torch.int64).random_())
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 def holes(seed: int, count: int, p: float) -> Tensor:
@@ -44,7 +44,8 @@ def holes(seed: int, count: int, p: float) -> Tensor:
     generator, reach, parts = torch.Generator().manual_seed(seed), -1, []
     while reach < count:
         left = (count - reach) * p
-        words = torch.empty(max(int(left + SPARE * math.sqrt(left)), 0) // 2 + 8, dtype=torch.int64)
+        size = max(int(left + SPARE * math.sqrt(left)), 0) // 2 + 8
+        words = torch.empty(size, dtype=torch.int64, device="cpu")
         at = gaps(words.random_(-(2**63), None, generator=generator).view(torch.int32), p).add_(1)
         at[0] += reach
         parts.append(at.cumsum_(0))

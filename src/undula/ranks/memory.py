@@ -9,6 +9,7 @@ state, it is saved and loaded with that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -114,10 +115,14 @@ def _step(state: dict[str, Any], group: dict[str, Any], k: Tensor) -> Tensor:
 @torch.no_grad()
 def finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Whether every gradient that the optimiser would follow is finite."""
-    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return finite(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+
+@torch.no_grad()
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers in all of them are; a device is looked at once for each type that they have there."""
     by_place: dict[Any, list[Tensor]] = {}
-    for g in found:
-        by_place.setdefault((g.device, g.dtype), []).append(g)
-    return all(
-        bool(torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()) for gradients in by_place.values()
-    )
+    for t in tensors:
+        if t.numel():
+            by_place.setdefault((t.device, t.dtype), []).append(t)
+    return all(bool(torch.stack(torch._foreach_norm(those, torch.inf)).isfinite().all()) for those in by_place.values())
