@@ -11,6 +11,7 @@ import undula
 from tests.support import tiny
 from undula import DoRA, Dropout, LoRA
 from undula.jobs import checkpoint, ending
+from undula.jobs.causal import Causal
 from undula.jobs.engine import Engine
 from undula.jobs.planner import padded, together
 from undula.jobs.view import Silent
@@ -262,3 +263,17 @@ def test_without_dropout_a_classifier_is_that_of_train(bert, tmp_path):
         if name in "bce":
             undula.train(dataclasses.replace(run, out=tmp_path / name))
             same(tmp_path / name, alone(run, run.out), rtol=1e-5, atol=1e-5)
+
+
+def test_activations_computed_again_ask_for_no_gradient_below_the_jobs(llama, tmp_path):
+    """Transformers would have the embeddings' outputs want one, and all layers below the adapters run backward."""
+    base = Causal()
+    ready, _ = base.prepared(run_of(llama, tmp_path / "out", gradient_checkpointing=True), "out")
+    ready.model.train()
+    seen = []
+    ready.model.model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].requires_grad))
+    ready.model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert ready.model.is_gradient_checkpointing
+    assert seen
+    assert not any(seen)
+    assert all(t.grad is not None for t in ready.adapter.parameters())

@@ -16,6 +16,7 @@ from ..host.mixing import rows
 from ..train.fit import Prepared
 from ..train.run import Run
 from ..train.tasks.lending import still_statistics
+from ..train.trainer import nothing_below
 from .course import Course, Row
 from .planner import Size
 from .streams import Streams
@@ -46,6 +47,7 @@ class Base(abc.ABC):
         """Prepares the model that all share."""
         if run.gradient_checkpointing:  # without re-entry: with it no gradient comes to what inputs that need none feed
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            nothing_below(model)
 
     @abc.abstractmethod
     def losses(self, parts: Sequence[Part], streams: Streams) -> list[Tensor]:

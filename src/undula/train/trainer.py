@@ -295,13 +295,18 @@ def checkpointing(on: bool = True) -> dict[str, Any]:
     return {f"{name}_checkpointing": on} | ({f"{name}_checkpointing_kwargs": {"use_reentrant": False}} if on else {})
 
 
-class NothingBelow(TrainerCallback):
+def nothing_below(model: Any) -> None:
     """With gradient checkpointing transformers lets the embeddings' outputs want gradients, as re-entry needs, and so
     everything below the lowest adapter runs backward for nothing.  There is no re-entry here, see `checkpointing`."""
+    if getattr(model, "_require_grads_hooks", None):
+        model.disable_input_require_grads()
+
+
+class NothingBelow(TrainerCallback):
+    """`nothing_below`, when the Trainer has prepared the model."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if getattr(model, "_require_grads_hooks", None):
-            model.disable_input_require_grads()
+        nothing_below(model)
 
 
 def leaves_out(trainer: AdapterTrainer, examples: Examples) -> bool:
