@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from torch import nn
 from ..observe.listen import moved
 from . import processes
 from .tasks.lending import still_statistics
+from .tasks.segments import segments
+from .tasks.step import Step
 from .tasks.task import Examples
 
 if TYPE_CHECKING:
@@ -75,6 +78,30 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
                 module.training = mode
 
 
+@dataclass(frozen=True)
+class AsTrained:
+    """What makes a batch of examples, a model's loss of one up to a factor, and what the model is put into."""
+
+    gather: Callable[[list[Any]], Any]
+    loss: Callable[[Any, Any], torch.Tensor]
+    around: Callable[[Any], contextlib.AbstractContextManager[None]]
+
+
+def step_of(model: PreTrainedModel, examples: Examples, plain: bool) -> AsTrained:
+    """As the Trainer of such a run takes its steps."""
+    task = examples.task
+    step = Step() if plain else task.step(examples, model)
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        given = {name: value for name, value in batch.items() if name != "segments"}
+        with segments(batch.get("segments")):
+            if step.head is None or task.own_loss:
+                return task.loss()(model, given)
+            return step.head.losses(model, given).sum()
+
+    return AsTrained(step.gather or task.gatherer(examples.processor, model), loss, step.around)
+
+
 def saved_bytes(model: nn.Module, batch: Any, loss: Any) -> int:
     """What autograd keeps of a batch for its backward pass, beside what the model holds anyway: each storage once."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -92,7 +119,7 @@ def saved_bytes(model: nn.Module, batch: Any, loss: Any) -> int:
     return sum(kept.values())
 
 
-def of_largest_batch(model: PreTrainedModel, examples: Examples, batch: int) -> int:
+def of_largest_batch(model: PreTrainedModel, examples: Examples, batch: int, plain: bool = False) -> int:
     """Bytes that the largest batch would keep, by one row of middling length: so many for each of its tokens, for as
     many as `batch` rows of the longest have (of rows without tokens: for each row)."""
     lengths = examples.seen.get("lengths") or ()
@@ -100,9 +127,10 @@ def of_largest_batch(model: PreTrainedModel, examples: Examples, batch: int) -> 
     middling = order[len(order) // 2] if order else 0
     rows = min(batch, len(examples))
     times = rows * max(lengths) / max(1, lengths[middling]) if order else rows
-    with unchanged(model), placed(model) as device:
-        one = examples.task.gatherer(examples.processor, model)([examples[middling]])
-        return int(times * saved_bytes(model, moved(one, device), examples.task.loss()))
+    step = step_of(model, examples, plain)
+    with unchanged(model), placed(model) as device, step.around(model):
+        one = step.gather([examples[middling]])
+        return int(times * saved_bytes(model, moved(one, device), step.loss))
 
 
 def free(device: torch.device) -> int | None:
@@ -134,11 +162,11 @@ def _left_of_groups() -> Iterator[int | None]:
             yield max(0, most - int((GROUPS / used).read_text()) + int(stat.get(cache, 0)))
 
 
-def again(model: PreTrainedModel, examples: Examples, batch: int) -> tuple[bool, str | None]:
+def again(model: PreTrainedModel, examples: Examples, batch: int, plain: bool = False) -> tuple[bool, str | None]:
     """(whether activations are to be computed again in the backward pass, a sentence where they are): only where what
     the largest batch keeps would not fit the memory that is free, and the model can."""
     left = free(device_of(model)) if getattr(model, "supports_gradient_checkpointing", False) else None
-    if left is None or (needed := of_largest_batch(model, examples, batch)) <= ROOM * left:
+    if left is None or (needed := of_largest_batch(model, examples, batch, plain)) <= ROOM * left:
         return False, None
     return True, (
         f"a batch of {batch} rows would keep about {needed / 2**30:.2g} GiB until its backward pass, and "

@@ -304,7 +304,7 @@ def _checkpointing(run: Run, model: PreTrainedModel, rows: Examples) -> tuple[Ru
     """The run with its choice made whether activations are computed again, and a note where need made it."""
     if run.gradient_checkpointing is not None:
         return run, []
-    on, told = again(model, rows, run.batch)
+    on, told = again(model, rows, run.batch, run.plain)
     return dataclasses.replace(run, gradient_checkpointing=on), [] if told is None else [told]
 
 

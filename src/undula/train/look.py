@@ -8,20 +8,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.extras import needs
 from ..observe.listen import moved
 from . import processes
-from .activations import device_of, placed, unchanged
+from .activations import AsTrained, device_of, placed, step_of, unchanged
 from .data.splitting import told_quality
 from .fit import Prepared, prepare
 from .recipe import Recipe
 from .run import Run
 from .tasks.shown import Piece
 from .tasks.task import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EXAMPLES = 3
 WARM = 5.0  # seconds of a first step, which prepares things once, above which no second one is taken
@@ -126,15 +129,16 @@ def _seconds(ready: Prepared) -> float:
     run, model = ready.run, ready.model
     apart = max(1, len(ready.train) // run.batch)
     chosen = range(0, len(ready.train), apart)[: run.batch]
-    batch = run.task.gatherer(ready.processor, model)([ready.train[i] for i in chosen])
-    with unchanged(model), placed(model) as device:
-        first = _step(ready, batch, device)
-        return first if first > WARM else min(first, _step(ready, batch, device))
+    step = step_of(model, ready.train, run.plain)
+    batch = step.gather([ready.train[i] for i in chosen])
+    with unchanged(model), placed(model) as device, step.around(model):
+        first = _step(model, step, batch, device)
+        return first if first > WARM else min(first, _step(model, step, batch, device))
 
 
-def _step(ready: Prepared, batch: Mapping[str, Any], device: torch.device) -> float:
+def _step(model: PreTrainedModel, step: AsTrained, batch: Mapping[str, Any], device: torch.device) -> float:
     begun = time.perf_counter()
-    ready.run.task.loss()(ready.model, moved(batch, device)).backward()
+    step.loss(model, moved(batch, device)).backward()
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - begun
