@@ -38,6 +38,7 @@ import torch
 from record import record
 
 import undula
+from undula.kernels.units import has_bfloat16
 from undula.train import fit
 from undula.train.recipe import Recipe
 from undula.train.tasks.causal_lm import CausalLM
@@ -260,12 +261,6 @@ def rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
     return best
 
 
-def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 in units of its own (AMX, AVX512-BF16)."""
-    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
-
-
 def timed(case: Case, names: list[str], args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Seconds, losses and rates of every round, ways in turn, after a round for warmth."""
     clock = CLOCKS[args.clock]
@@ -362,7 +357,7 @@ def judged(name: str, dtype: str, made: dict[str, Any]) -> Iterator[dict[str, An
     """The aims that this case can tell of.  `met` is None where this machine has no units for it."""
     ways = {row["way"]: row for row in made["ways"]}
     ours, peft = ways.get("undula", {}), ways.get("peft", {})
-    units, language = has_bf16_units(), CASES[name].language
+    units, language = has_bfloat16(), CASES[name].language
     none = dtype == "bfloat16" and not units
 
     def aim(what: str, figure: float, bound: float, above: bool, applies: bool = True) -> dict[str, Any]:
@@ -442,7 +437,7 @@ def main() -> None:
         figures = {
             "threads": args.threads,
             "clock": args.clock,
-            "bf16_units": has_bf16_units(),
+            "bf16_units": has_bfloat16(),
             "targets_met": all(a["met"] is not False for a in aims),
             "targets": aims,
             "cases": made,
