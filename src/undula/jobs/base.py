@@ -97,7 +97,7 @@ class Base(abc.ABC):
         streams = self.stretches(parts)
         drawing = contextlib.nullcontext() if names <= self._quiet else streams.drawing()
         parameters = [course.parameters for course, _, _ in parts]
-        with self._through(parts), torch.enable_grad():
+        with self.around(parts), self._through(parts), torch.enable_grad():
             with drawing:
                 losses = self.losses(parts, streams)
             every = [p for own in parameters for p in own]
@@ -106,6 +106,10 @@ class Base(abc.ABC):
             self._quiet |= names
         left = iter(found)
         return [(loss.detach(), [next(left) for _ in own]) for loss, own in zip(losses, parameters, strict=True)]
+
+    def around(self, parts: Sequence[Part]) -> contextlib.AbstractContextManager[Any]:
+        """What a forward and its backward of such a batch stand in."""
+        return contextlib.nullcontext()
 
     def _train(self, parts: Sequence[Part]) -> None:
         """Puts the model into training mode."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.adapter import Live
+from ..observe.listen import moved
 from ..train.base import model_folder, open_model
 from ..train.fit import Prepared, prepare
 from ..train.rows import LOG
 from ..train.run import Run
+from ..train.tasks.labelled import ALL, Head
+from ..train.tasks.lending import evaluating
 from ..train.tasks.limits import vocabulary
-from ..train.tasks.packing import check_apart
+from ..train.tasks.packing import flattens, next_tokens
+from ..train.tasks.segments import segments
 from ..train.tasks.shown import IGNORED
+from ..train.tasks.step import Step
 from ..train.tasks.task import Example, Processor
 from .base import Base, Part
 from .course import Course, Row
@@ -36,7 +41,7 @@ class Causal(Base):
 
     def __init__(self) -> None:
         super().__init__()
-        self.size = flat
+        self.size, self.step = flat, Step()
         self.model: PreTrainedModel | None = None
 
     def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
@@ -50,13 +55,22 @@ class Causal(Base):
         return ready, adapter
 
     def _see(self, ready: Prepared) -> None:
-        """Whether rows can stand behind each other; they are padded where they would see each other then."""
-        try:
-            rows = [ready.train[i] for i in range(min(3, len(ready.train)))]
-            check_apart(ready.model, ready.processor.pad_token_id, rows)
-        except ValueError as error:
+        """Looks at how the model takes steps: whether rows can stand behind each other, and how its head is asked for
+        what is learned.  Raises ValueError where its loss is none of its labels alone."""
+        self.step = ready.run.task.step(ready.train, ready.model)
+        if self.step.gather is None and not flattens(ready.model):
             self.size = padded
-            LOG.warning(f"rows of jobs are padded: {error}")
+            LOG.warning(self.step.note or "rows of jobs are padded")
+        if self.step.head is None:
+            rows = [ready.train[i] for i in range(min(3, len(ready.train)))]
+            batch = moved(dict(ready.run.task.collator(ready.processor)(rows)), ready.model.device)
+            with evaluating(ready.model), torch.no_grad():
+                own, theirs = Head(ALL).losses(ready.model, batch).mean(), ready.model(**batch).loss
+            if not torch.allclose(own, theirs.to(own), rtol=1e-2):
+                raise ValueError(
+                    f"{type(ready.model).__name__} trains by more than its labels (a loss of {float(theirs):.4g}, of "
+                    f"which they make {float(own):.4g}): jobs would not get what each gets alone. Train it by itself"
+                )
 
     def _opened(self, run: Run) -> tuple[PreTrainedModel, Processor]:
         if self.model is None:
@@ -97,48 +111,50 @@ class Causal(Base):
                 at += row.tokens
         return Streams(found, width)
 
+    @contextlib.contextmanager
+    def around(self, parts: Sequence[Part]) -> Iterator[None]:
+        """Where rows stand behind each other each is attended to by itself."""
+        lengths = [row.tokens for _, mine, _ in parts for row in mine]
+        with self.step.around(self.model), segments(None if self.step.gather is None else lengths):
+            yield
+
     def losses(self, parts: Sequence[Part], streams: Streams) -> list[Tensor]:
+        assert self.model is not None
         every = [row.example for _, mine, _ in parts for row in mine]
-        # the label of a token is what comes after it in its own row
-        labels = [[*e["labels"][1:], IGNORED] for e in every]
-        logits, targets = self._padded(every, labels) if self.size is padded else self._flat(parts, every, labels)
-        wide = logits if logits.dtype.itemsize > 4 else logits.float()
-        each = nn.functional.cross_entropy(wide, targets, reduction="none")
+        inputs = moved(self._padded(every) if self.size is padded else _flat(every), self.model.device)
+        head = self.step.head or Head(ALL)
+        each = (Head(ALL) if self._whole_head(parts) else head).losses(self.model, {**inputs, "use_cache": False})
         counts = [sum(row.items for row in mine) for _, mine, _ in parts]
+        if not sum(counts):  # no label counts: there is one loss, of 0
+            return [each.sum() for _ in parts]
         return [own.sum() / items for own, (_, _, items) in zip(each.split(counts), parts, strict=True)]
 
-    def _flat(
-        self, parts: Sequence[Part], every: Sequence[Example], labels: Sequence[list[int]]
-    ) -> tuple[Tensor, Tensor]:
-        """(logits, labels) of all tokens whose label counts, in their order; rows stand behind each other."""
+    def _padded(self, every: Sequence[Example]) -> dict[str, Tensor]:
+        """Rows that are filled up to the longest on the right."""
         assert self.model is not None
-        device = self.model.device
-        ids = torch.tensor([[token for e in every for token in e["input_ids"]]], device=device)
-        positions = torch.tensor([[at for e in every for at in range(len(e["input_ids"]))]], device=device)
-        flat = [label for own in labels for label in own]
-        counted = torch.tensor([at for at, label in enumerate(flat) if label != IGNORED], device=device).long()
-        targets = torch.tensor([label for label in flat if label != IGNORED], device=device).long()
-        keep = {} if self._whole_head(parts) else {"logits_to_keep": counted}
-        logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **keep).logits[0]
-        return (logits if keep else logits[counted]), targets
+        width, pad = max(len(e["input_ids"]) for e in every), self.model.config.pad_token_id or 0
 
-    def _padded(self, every: Sequence[Example], labels: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """As `_flat`, of rows that are filled up to the longest on the right."""
-        assert self.model is not None
-        device, width = self.model.device, max(len(own) for own in labels)
-        pad = self.model.config.pad_token_id or 0
-        ids = [[*e["input_ids"], *[pad] * (width - len(e["input_ids"]))] for e in every]
-        seen = [[1] * len(own) + [0] * (width - len(own)) for own in labels]
-        given = {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(seen, device=device)}
-        logits = self.model(**given, use_cache=False).logits
-        told = torch.tensor([[*own, *[IGNORED] * (width - len(own))] for own in labels], device=device)
-        return logits[told != IGNORED], told[told != IGNORED]
+        def filled(values: Sequence[int], with_what: int) -> list[int]:
+            return [*values, *[with_what] * (width - len(values))]
+
+        return {
+            "input_ids": torch.tensor([filled(e["input_ids"], pad) for e in every]),
+            "attention_mask": torch.tensor([filled([1] * len(e["input_ids"]), 0) for e in every]),
+            "labels": torch.tensor([filled(e["labels"], IGNORED) for e in every]),
+        }
 
     def _whole_head(self, parts: Sequence[Part]) -> bool:
-        """Whether the head has to see all tokens: where an adapter stands on it, or it cannot be asked for some."""
+        """Whether the head has to see all tokens, since an adapter stands on it."""
         assert self.model is not None
-        if "logits_to_keep" not in inspect.signature(type(self.model).forward).parameters:
-            return True
         head = self.model.get_output_embeddings()
         path = next((n for n, m in self.model.named_modules() if m is head), None)
         return path is None or any(path in course.adapter.factors for course, _, _ in parts)
+
+
+def _flat(every: Sequence[Example]) -> dict[str, Tensor]:
+    """Rows behind each other in one, in their order."""
+    return {
+        "input_ids": torch.tensor([[token for e in every for token in e["input_ids"]]]),
+        "position_ids": torch.tensor([[at for e in every for at in range(len(e["input_ids"]))]]),
+        **next_tokens(every),
+    }

@@ -49,6 +49,7 @@ class Streams:
         self.every, self.width = list(stretches), width
         self.here = self.every
         self.drawn = False  # whether anything was
+        self._next = 0  # of the rows whose attention comes one by one
 
     @contextlib.contextmanager
     def among(self, name: str) -> Iterator[None]:
@@ -77,6 +78,8 @@ class Streams:
         wide = total if self.width is None else self.width
         if x.ndim == 4 and x.shape[2:] == (wide, wide):
             return self._pairs(x, p)
+        if x.ndim == 4 and self.width is None and x.shape[2] == x.shape[3]:
+            return self._some(x, p)
         if self.width is None and (x.shape[:1] == (total,) or x.shape[:2] == (1, total)):
             rest = x.shape[1:] if x.shape[0] == total else x.shape[2:]
             parts = [kept((s.length, *rest), p, x.device, s.generator) for s in self.here]
@@ -100,6 +103,15 @@ class Streams:
             n, own = (0 if self.width is None else i), slice(s.at, s.at + s.length)
             found[n, :, own, own] = kept((x.shape[1], s.length, s.length), p, x.device, s.generator)
         return found
+
+    def _some(self, x: Tensor, p: float) -> Tensor:
+        """Of probabilities (n, heads, L, L) of the next n rows of the flat batch, which all have L tokens: an attention
+        that takes rows by their lengths goes through all of them in turn."""
+        mine = self.here[self._next : self._next + len(x)]
+        if len(mine) != len(x) or any(s.length != x.shape[2] for s in mine):
+            raise TypeError(f"dropout of probabilities {tuple(x.shape)}: it is not told which rows' these are")
+        self._next = (self._next + len(x)) % len(self.here)
+        return torch.stack([kept(x.shape[1:], p, x.device, s.generator) for s in mine])
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
