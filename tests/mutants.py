@@ -83,9 +83,13 @@ WEIGHTS = "tests/laws/test_weights.py"
 BY_REQUEST, ENGINE = "tests/laws/test_attention_by_request.py", "tests/laws/test_engine.py"
 FAULTS, SAMPLING = "tests/laws/test_engine_faults.py", "tests/laws/test_sampling.py"
 WORDS = "tests/laws/test_words.py"
+JOBS = "tests/laws/test_jobs.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
+    ("jobs/course.py", "torch.empty_like(p).copy_(g) if p.grad is None", "g if p.grad is None", JOBS + "::test_alone_in_the_engine_a_job_has_the_weights_of_train"),
+    ("jobs/checkpoint.py", "course.skip(job.step)", "pass", JOBS + "::test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one"),
+    ("jobs/streams.py", "self.here = [s for s in self.every if s.name == name]", "pass", JOBS + "::test_among_others_each_job_has_the_weights_that_it_has_alone"),
     ("host/modules.py", "y[at : rows.start], mine(x[rows])", "y[at : rows.stop]", READER + "::test_a_pooler_that_the_base_lacks_is_each_adapters_own"),
     ("serve/heads.py", "random += [n for n in missing if n in new]", "pass", READER + "::test_a_head_that_nobody_holds_is_refused"),
     ("serve/padded.py", "t[:, t.shape[1] - to :]", "t[:, :to]", READER + "::test_what_is_padded_on_the_left_is_cut_there"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from undula.jobs.engine import Engine
 from undula.jobs.planner import padded, together
 from undula.jobs.view import Silent
 from undula.optim.optimisers import SGD
-from undula.train import CausalLM, Classification, Run, Seq2Seq, page
+from undula.train import CausalLM, Classification, Interrupted, Run, Seq2Seq, page
 from undula.train.tasks.step import Step
 
 METHODS = [Dropout(LoRA(r=2), p=0.3), LoRA(r=2), DoRA(LoRA(r=3)), undula.LoRAN(r=2), undula.VeRA(r=4)]
@@ -140,19 +141,20 @@ def killed(*_):
     raise Killed
 
 
-@pytest.mark.parametrize("when", ["in a round", "while all are saved", "while a job is measured"])
+@pytest.mark.parametrize("when", ["while all are saved", "while a job is measured", "on Ctrl-C"])
 def test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one(
     when, whole, llama, tmp_path, monkeypatch
 ):
     cut = three(llama, tmp_path)
-    first = Engine(cut, planner=planned, view=Watch(**{"at_a_3": killed} if when == "in a round" else {}))
+    told = {"at_a_3": lambda: signal.raise_signal(signal.SIGINT)} if when == "on Ctrl-C" else {}
+    first = Engine(cut, planner=planned, view=Watch(**told))
     with monkeypatch.context() as m:
         if when == "while all are saved":
             save, calls = checkpoint.save, iter(range(100))
             m.setattr(checkpoint, "save", lambda *args: killed() if next(calls) == 7 else save(*args))
         if when == "while a job is measured":
             m.setattr(ending, "report", killed)
-        with pytest.raises(Killed):
+        with pytest.raises(Interrupted if when == "on Ctrl-C" else Killed):
             first.run()
     jobs = Engine(cut, planner=planned, resume=True)
     reports = jobs.run()
@@ -197,6 +199,19 @@ def test_rows_that_a_model_would_not_keep_apart_are_padded_with_the_same_result(
     assert engine.base.size is padded
     for name, run in runs.items():
         same(run.out, trained[name][1])
+
+
+def test_the_dropout_of_attention_is_each_jobs_own(llama, tmp_path):
+    """Where each row is attended to by itself, in turn."""
+    model = shutil.copytree(llama[0], tmp_path / "drops")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    base = (str(model), llama[1])
+    runs = {name: run_of(base, tmp_path / name, seed=i, max_steps=2, batch=3) for i, name in enumerate("ab")}
+    Engine(runs, planner=planned).run()
+    same(runs["b"].out, alone(runs["b"], tmp_path / "alone"))
+    still = alone(dataclasses.replace(runs["b"], model=llama[0]), tmp_path / "still")
+    assert any(not torch.allclose(t, weights(still)[key]) for key, t in weights(runs["b"].out).items())
 
 
 def test_what_jobs_cannot_share_is_said_at_once_and_of_all(llama, tmp_path):
@@ -258,7 +273,7 @@ def test_without_dropout_a_classifier_is_that_of_train(bert, tmp_path):
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (model / "config.json").write_text(json.dumps(config | none))
     for name, run in classifiers((str(model), bert[1]), tmp_path / "jobs").items():
-        if name in "bce":
+        if name in "be":
             undula.train(dataclasses.replace(run, out=tmp_path / name))
             same(tmp_path / name, alone(run, run.out), rtol=1e-5, atol=1e-5)
 
