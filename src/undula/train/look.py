@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,6 +120,8 @@ def _lengths(part: Examples) -> Lengths | None:
     found = part.seen.get("lengths")
     if not found:
         return None
+    from statistics import median  # with it come decimal and fractions, which `import undula` need not load
+
     return Lengths(median(found), max(found), part.seen["cut"], part.seen["lost_ends"])
 
 
