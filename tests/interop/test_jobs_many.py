@@ -134,8 +134,6 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(place, alone, tmp_path
     [
         (["--plain", "--budget", "1GB"], "would do nothing"),
         (["--budget", "much"], "a number of bytes"),
-        (["--executor", "dask"], "there are: local, ray"),
-        (["--workers", "2"], "goes with --executor ray"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(place, tmp_path, options, why):

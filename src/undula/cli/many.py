@@ -41,18 +41,15 @@ def train_many(
     plain: Annotated[
         bool, typer.Option("--plain", help="One job after the other, each by `undula train`: to compare with.")
     ] = False,
-    executor: Annotated[str, typer.Option(help="local, or ray: jobs spread over Ray's workers.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="With --executor ray: how many. (default: 2)", min=1)] = None,
     to: shell.Json = None,
 ) -> None:
     """Train many adapters on one base at once, each as if alone.  Ctrl-C saves all jobs and says how to go on."""
     bytes_ = None if budget is None else size_of(budget)
-    _check_together(plain, budget, executor, workers)
+    _check_together(plain, budget)
     try:
-        found = _run(path, out, resume, bytes_, plain, executor, workers or 2)
+        found = _run(path, out, resume, bytes_, plain)
     except Interrupted:
         more = " --plain" if plain else f" --budget {shlex.quote(budget)}" if budget else ""
-        more += f" --executor ray --workers {workers or 2}" if executor == "ray" else ""
         raise Interrupted(
             f"stopped, with all jobs saved; go on with: undula train-many {shlex.quote(str(path))} "
             f"--out {shlex.quote(str(out))} --resume{more}"
@@ -71,32 +68,20 @@ def train_many(
 
 
 @needs("train")
-def _run(
-    path: Path, out: Path, resume: bool, budget: int | None, plain: bool, executor: str, workers: int
-) -> Mapping[str, Job]:
+def _run(path: Path, out: Path, resume: bool, budget: int | None, plain: bool) -> Mapping[str, Job]:
     from ..jobs.many import many, one_by_one
     from ..train.base import quiet
 
     with quiet(), Watching() as view:
         if plain:
             return one_by_one(path, out, resume=resume, view=view)
-        if executor == "ray":
-            from ..jobs.spread import train_spread
-
-            return train_spread(path, out, workers=workers, resume=resume, budget=budget, view=view)
         return many(path, out, resume=resume, budget=budget, view=view)
 
 
-def _check_together(plain: bool, budget: str | None, executor: str, workers: int | None) -> None:
-    """Refuses options that would do nothing beside the others.  Raises ValueError, LookupError."""
-    if executor not in ("local", "ray"):
-        raise LookupError(f"no executor is called {executor!r}; there are: local, ray")
+def _check_together(plain: bool, budget: str | None) -> None:
+    """Refuses options that would do nothing beside the others.  Raises ValueError."""
     if plain and budget is not None:
         raise ValueError("--budget would do nothing beside --plain: one job at a time is in memory")
-    if plain and executor == "ray":
-        raise ValueError("--plain trains one job after the other here, --executor ray many elsewhere: leave one out")
-    if workers is not None and executor != "ray":
-        raise ValueError("--workers would do nothing here: it goes with --executor ray")
 
 
 def size_of(text: str) -> int:
