@@ -136,12 +136,27 @@ def test_a_model_whose_loss_is_not_made_so_is_left_alone(kind):
     assert seen(kind(MODELS["llama"]()), batch()) is None
 
 
-def test_experts_that_are_to_be_evenly_used_are_left_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", [0.5, 1e-3, 1e-6])
+def test_experts_that_are_to_be_evenly_used_are_left_alone(weight, dtype):
+    """However little that weighs: 1e-3 is what transformers takes."""
     config = transformers.MixtralConfig(**WIDE, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True,
-                                        router_aux_loss_coef=0.5)  # fmt: skip
-    assert seen(transformers.AutoModelForCausalLM.from_config(config), batch()) is None
+                                        router_aux_loss_coef=weight)  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    assert seen(model, batch()) is None
     config.output_router_logits = False
-    assert seen(transformers.AutoModelForCausalLM.from_config(config), batch()) is not None
+    assert seen(model, batch()) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slight_part_of_a_loss_is_not_lost(dtype):
+    class Slight(transformers.LlamaForCausalLM):
+        def forward(self, *given, **named):
+            found = super().forward(*given, **named)
+            found.loss = None if found.loss is None else found.loss * 1.0005
+            return found
+
+    assert seen(Slight(MODELS["llama"]()).to(dtype), batch()) is None
 
 
 def test_of_rows_without_a_label_that_counts_the_loss_and_the_gradients_are_zero():

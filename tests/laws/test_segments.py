@@ -217,6 +217,54 @@ def test_models_in_which_rows_would_see_each_other_are_padded_and_it_is_told(con
     assert "rows are padded to the longest of their batch" in step.note
 
 
+def heads(config, **changes):
+    torch.manual_seed(0)
+    config.num_labels = 3
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    pad = config.pad_token_id
+    flats = [Flat(lambda rows: {"labels": together(rows, pad)["labels"]}, begin) for begin in (0, pad + 1)]
+    given = [{k: v for k, v in row.items() if k != "token_type_ids"} for row in rows()]
+    return model, lambda: packed(model, flats, lambda rows: together(rows, pad), apart_with_firsts, given[:3])
+
+
+SMOOTH = {**SMALL, "initializer_range": 0.02}
+
+
+def test_positions_are_those_that_the_model_counts_in_half_precision_too():
+    """Two places more or less change the answers of a head that has not learned by less than bfloat16's rounding."""
+    model, step = heads(transformers.RobertaConfig(**SMOOTH | {"pad_token_id": 1}, **STILL, max_position_embeddings=40))
+    with torch.no_grad():
+        model.base_model.embeddings.position_embeddings.weight.mul_(0.01)
+    model.bfloat16()
+    assert step().gather.begin == 2
+
+
+def test_a_slight_influence_of_other_rows_shows_in_half_precision_too():
+    config = transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=24, dropout=0)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
+    step = packed(model, [Flat(next_tokens, more={"use_cache": False})], padded, kept_apart, examples((7, 3, 5)))
+    assert step.gather is None
+
+
+def test_a_head_that_says_of_all_rows_the_same_does_not_hide_that_they_see_each_other():
+    """MobileBERT's embeddings are of a token and its neighbours."""
+    model, step = heads(transformers.MobileBertConfig(**SMOOTH, **STILL, embedding_size=8, intra_bottleneck_size=16))
+    torch.nn.init.zeros_(model.classifier.weight)
+    assert "see each other" in step().note
+
+
+def test_a_token_of_padding_within_a_row_has_the_position_that_the_model_gives_it():
+    model, step = heads(transformers.RobertaConfig(**SMALL | {"pad_token_id": 1}, **STILL, max_position_embeddings=40))
+    given = [{**row, "input_ids": row["input_ids"]} for row in rows()]
+    ids = torch.tensor([given[0]["input_ids"]])
+    ids[0, 2] = 1
+    gather = step().gather
+    batch = gather([{"input_ids": ids[0].tolist(), "labels": 0}])
+    wanted = type(model.base_model.embeddings).create_position_ids_from_input_ids(ids, 1, 0)
+    assert batch["position_ids"].tolist() == wanted.tolist()
+
+
 def test_outside_of_a_training_the_model_is_what_it_was():
     model, _ = causal("llama, grouped heads")
     with kept_apart(model):

@@ -72,8 +72,16 @@ class Flat:
             if [len(each[name]) for each in rows] != list(lengths):
                 raise ValueError(f"{name} is not of each token, so rows cannot stand behind each other")
         made = {name: torch.tensor([[v for each in rows for v in each[name]]]) for name in names}
-        made["position_ids"] = torch.cat([torch.arange(self.begin, self.begin + n) for n in lengths])[None]
+        made["position_ids"] = torch.cat([self._positions(ids) for ids in made["input_ids"][0].split(lengths)])[None]
         return {**made, **self.labels(list(rows)), "segments": lengths, **self.more}
+
+    def _positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of a row's tokens.  Models that begin behind the position of padding give that to its token within a row too,
+        and do not count it."""
+        if not self.begin:
+            return torch.arange(len(ids))
+        counted = ids != self.begin - 1
+        return counted.cumsum(0) * counted + self.begin - 1
 
 
 def next_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
