@@ -156,6 +156,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_resume_takes_the_same_one(t
     assert line == 7
     assert "holds a run already" in told
     assert read(path, out, resume=True) == runs
+    summary(out, {"b": Job("b", runs["b"])}, 0.0, {})  # what another file's jobs leave of these
     changed = written(tmp_path, '[[jobs]]\nname = "a"\nlr = 0.5\n', place)
     ((_, told),) = faults(changed, out, resume=True)
     assert "lr was 0.001 and is 0.5" in told

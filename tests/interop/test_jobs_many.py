@@ -13,6 +13,7 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.cli.many import size_of
+from undula.io.whole import alone_in
 from undula.jobs.cost import USUAL, Cost
 from undula.jobs.many import one_by_one
 from undula.jobs.view import Silent
@@ -144,3 +145,12 @@ def test_options_that_mean_nothing_are_refused(place, tmp_path, options, why):
 
 def test_sizes_are_read_as_people_write_them():
     assert [size_of(text) for text in ("4GB", "500 MiB", "2e9", "1k")] == [4 * 10**9, 500 * 2**20, 2 * 10**9, 1000]
+
+
+def test_one_directory_has_one_process_at_a_time(place, tmp_path):
+    """Two would mix their checkpoints."""
+    with alone_in(tmp_path):
+        for verb in (undula.train_many, one_by_one):
+            with pytest.raises(BlockingIOError, match="another process is at work in"):
+                verb(place / "jobs.toml", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,10 @@ import torch
 
 import undula
 from tests.support import tiny
-from undula import DoRA, Dropout, LoRA
+from undula import DoRA, Dropout, LoRA, Sum
 from undula.jobs import checkpoint, ending
 from undula.jobs.causal import Causal
+from undula.jobs.course import Course
 from undula.jobs.engine import Engine
 from undula.jobs.planner import padded, together
 from undula.jobs.view import Silent
@@ -290,3 +291,69 @@ def test_activations_computed_again_ask_for_no_gradient_below_the_jobs(llama, tm
     assert seen
     assert not any(seen)
     assert all(t.grad is not None for t in ready.adapter.parameters())
+
+
+def test_where_the_first_job_cannot_begin_the_next_one_tells_how_the_model_takes_steps(llama, tmp_path, monkeypatch):
+    """Else rows would stand behind each other whether the model keeps them apart or not, and a model that trains by
+    more than its labels would be refused once alone."""
+    lost = run_of(llama, tmp_path / "lost", where="nowhere")
+    engine = Engine({"lost": lost, "fine": run_of(llama, tmp_path / "fine", max_steps=1)})
+    engine.run()
+    assert [job.state for job in engine.jobs.values()] == ["failed", "done"]
+    assert engine.base.step.gather is not None
+
+    def refused(*_):
+        raise ValueError("trains by more than its labels")
+
+    monkeypatch.setattr(Causal, "_see", refused)
+    engine = Engine({name: run_of(llama, tmp_path / name, max_steps=1) for name in "ab"})
+    engine.run()
+    assert [job.state for job in engine.jobs.values()] == ["failed"] * 2
+
+
+def test_whatever_fails_of_a_job_ends_it_alone(trained, llama, tmp_path, monkeypatch):
+    """A row, a step of the optimiser, an evaluation."""
+    wrong = ("next_step", "stepped", "evaluate")
+    runs = {name: run_of(llama, tmp_path / name, eval_every=0.5) for name in wrong}
+    runs["1"] = dataclasses.replace(trained["1"][0], out=tmp_path / "1")
+
+    def failing(what, usual):
+        def call(course, *given):
+            if course.job.name == what:
+                raise RuntimeError(f"no {what}")
+            return usual(course, *given)
+
+        return call
+
+    for what in wrong:
+        monkeypatch.setattr(Course, what, failing(what, getattr(Course, what)))
+    engine = Engine(runs)
+    engine.run()
+    assert {name: job.error for name, job in engine.jobs.items()} == {
+        **{what: f"RuntimeError: no {what}" for what in wrong}, "1": None
+    }  # fmt: skip
+    same(tmp_path / "1", trained["1"][1])
+
+
+def test_a_job_may_be_added_before_the_others_begin_and_none_when_all_have_ended(llama, tmp_path):
+    runs = {name: run_of(llama, tmp_path / name, max_steps=1) for name in "123"}
+    engine = Engine({"1": runs["1"]})
+    engine.add("2", runs["2"])
+    engine.run()
+    assert [job.state for job in engine.jobs.values()] == ["done"] * 2
+    with pytest.raises(RuntimeError, match="'3' was not begun"):
+        engine.add("3", runs["3"])
+
+
+@pytest.mark.parametrize("where", ["adapter", "within a sum", "model"])
+def test_dropout_that_would_be_computed_again_is_refused_before_anything_begins(where, llama, tmp_path):
+    model, data = llama
+    if where == "model":
+        model = shutil.copytree(model, tmp_path / "drops")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    drops = Dropout(LoRA(r=2), p=0.3)
+    method = {"adapter": drops, "within a sum": Sum((LoRA(r=2), drops), (1.0, 1.0)), "model": LoRA(r=2)}[where]
+    run = run_of((str(model), data), tmp_path / "a", method, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match=r"a: gradient_checkpointing computes dropout again.*(Dropout\(|=0.5 in)"):
+        Engine({"a": run})

@@ -45,6 +45,21 @@ def whole(path: Path) -> Iterator[Path]:
         _unlock(lock)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other process is in the folder, which is made; a kill lets go of it.  Raises BlockingIOError where
+    another is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (lock := _lock(folder)) is None:
+        raise BlockingIOError(
+            f"another process is at work in {folder}: wait until it has ended, or name another directory"
+        )
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
 def refuse_full(place: Path, called: Path) -> None:
     """Raises FileExistsError where `place` is a file or a folder that holds something."""
     if place.is_dir():

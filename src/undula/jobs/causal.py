@@ -43,13 +43,14 @@ class Causal(Base):
         super().__init__()
         self.size, self.step = flat, Step()
         self.model: PreTrainedModel | None = None
+        self.seen = False  # how the model takes steps
 
     def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
         self.leave()
-        first = self.model is None
         ready = prepare(run, self._opened, name)
-        if first:
+        if not self.seen:  # whichever job is the first that can begin
             self._see(ready)
+            self.seen = True
         adapter = ready.adapter
         assert isinstance(adapter, Live)
         return ready, adapter

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..core.choice import Choice
+from ..methods.dropout import Dropout
 from ..train import processes
-from ..train.base import called_elsewhere
+from ..train.base import called_elsewhere, config_of
 from ..train.run import Run
 from ..train.tasks.causal_lm import CausalLM
 from ..train.tasks.classification import Classification
 
 TASKS = (CausalLM, Classification)
+HEADS = ("classifier", "cls_", "pooler", "qa_", "seq_classif", "summary")  # beginnings of dropouts behind the layers
 ALONE = "Train it by itself: undula train"
 
 
@@ -48,6 +52,32 @@ def _own(run: Run) -> Iterator[str]:
         yield f"{type(run.task).__name__} cannot be trained among other jobs, the tasks that can are: {there}. {ALONE}"
     if run.allocator is not None:
         yield f"{run.allocator!r} changes the layers while it trains, which jobs share. {ALONE}"
+    if run.gradient_checkpointing and (drops := [*_drops(run)]):
+        yield (
+            f"gradient_checkpointing computes dropout again, which among jobs would draw other numbers, and there is "
+            f"dropout: {', '.join(drops)}. Leave out the one or the other. {ALONE}"
+        )
+
+
+def _drops(run: Run) -> Iterator[str]:
+    """What of a run's layers is dropped by chance: by its methods, and by the model itself."""
+    chosen = [run.method, *run.overrides.values()]
+    yield from dict.fromkeys(repr(choice) for choice in chosen if choice is not None and _dropping(choice))
+    try:
+        config = config_of(run.model)
+    except (LookupError, ValueError, OSError):  # which is told where the model is opened
+        return
+    for name, value in sorted(config.to_dict().items()):
+        if "drop" in name and not name.startswith(HEADS) and isinstance(value, float) and value > 0:
+            yield f"{name}={value:g} in {run.model}"
+
+
+def _dropping(choice: Choice) -> bool:
+    own = [getattr(choice, f.name) for f in fields(choice)]  # type: ignore[arg-type]
+    within = [each for value in own for each in (value if isinstance(value, tuple) else (value,))]
+    return (isinstance(choice, Dropout) and choice.p > 0) or any(
+        _dropping(each) for each in within if isinstance(each, Choice)
+    )
 
 
 AGREED: tuple[tuple[str, Callable[[Run], Any]], ...] = (

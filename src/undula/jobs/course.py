@@ -19,7 +19,7 @@ from ..train.evaluating import Evaluations, same_draws
 from ..train.resume import EVALUATIONS
 from ..train.tasks.task import Example, Examples
 from ..train.trainer import trainer
-from .job import DIVERGED, Job
+from .job import DIVERGED, FAILED, Job, told_of
 
 if TYPE_CHECKING:
     from ..train.fit import Prepared
@@ -131,6 +131,11 @@ class Course:
         """Forgets the step under way."""
         self._found = []
         self.optimiser.zero_grad()
+
+    def fail(self, error: Exception) -> None:
+        """What went wrong ends the job, and no other."""
+        self.drop()
+        self.ended, self.job.error = FAILED, told_of(error)
 
     def diverge(self, loss: float) -> None:
         """The loss or its gradient is not finite: the job ends with the weights that it had before this step."""

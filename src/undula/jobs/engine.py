@@ -6,10 +6,11 @@ the adapters share no parameter: so the gradient of the sum of all losses is eac
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,10 +26,11 @@ from .causal import Causal
 from .checks import check
 from .course import Course, Row, Step
 from .encoders import Encoders
-from .job import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Job
+from .job import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, told_of
 from .planner import Piece
 from .view import Silent, View
 
+T = TypeVar("T")
 Plan = Callable[[Sequence[Piece]], Sequence[Sequence[Piece]]]
 
 
@@ -58,18 +60,24 @@ class Engine:
         self._saved = 0  # the round of the last checkpoints
         self._asked: list[Callable[[], None]] = []
         self._lock = threading.Lock()
+        self._over = False  # whether nobody will answer any more
         self._opened = self._apart = False
         self.memory = PeakMemory()
 
     # What others may call at any time, also from another thread
 
     def add(self, name: str, run: Run) -> None:
-        """One more job, from the next round on.  Raises ValueError for one that cannot train beside the others."""
-        if name in self.jobs:
-            raise ValueError(f"a job is called {name!r} already; there are: {', '.join(self.jobs)}")
-        check({**{n: job.run for n, job in self.jobs.items()}, name: run})
-        self.jobs[name] = job = Job(name, run)
-        self._ask(lambda: self._join(job))
+        """One more job, from the next round on.  Raises ValueError for one that cannot train beside the others,
+        RuntimeError when all have ended."""
+        with self._lock:
+            if self._over:
+                raise RuntimeError(f"the jobs have ended, and {name!r} was not begun: give it to another call")
+            if name in self.jobs:
+                raise ValueError(f"a job is called {name!r} already; there are: {', '.join(self.jobs)}")
+            check({**{n: job.run for n, job in self.jobs.items()}, name: run})
+            job = Job(name, run)
+            self.jobs = {**self.jobs, name: job}  # another dict: this one may be walked through meanwhile
+            self._asked.append(lambda: self._join(job))
 
     def stop(self, name: str) -> None:
         """Ends a job before the next round: what it has learned is its result.  Raises LookupError."""
@@ -90,7 +98,7 @@ class Engine:
         stop = Stop()
         with stopping(stop):
             self.open()
-            while self.courses or self._asked:
+            while self._goes_on():
                 self._answer()
                 self._round()
                 if stop.asked and self.courses:
@@ -99,6 +107,11 @@ class Engine:
                     raise Interrupted(f"stopped at round {self.round}, and {len(self.courses)} jobs are saved")
         self.base.leave()
         return {name: job.report for name, job in self.jobs.items()}
+
+    def _goes_on(self) -> bool:
+        with self._lock:
+            self._over = not (self.courses or self._asked)
+            return not self._over
 
     @property
     def courses(self) -> list[Course]:
@@ -120,6 +133,8 @@ class Engine:
             self._save()
 
     def _join(self, job: Job) -> None:
+        if job.state != WAITING:  # it was added before the others began, with which it did
+            return
         self._start(job)
         if job.course is not None:
             self._save()
@@ -177,17 +192,27 @@ class Engine:
         courses = self.courses
         if not courses:
             return
-        steps = {course.job.name: (course, course.next_step()) for course in courses}
+        steps = {c.job.name: (c, step) for c in courses if (step := self._tried(c, c.next_step)) is not None}
         left = {name: len(step.rows) for name, (_, step) in steps.items()}
         for batch in self._planned(steps):
             for course, mine, _ in self._computed(_parts(batch, steps)):
                 name = course.job.name
                 left[name] -= len(mine)
-                if not left[name] and course.ended is None:
-                    course.stepped(steps[name][1])
+                if left[name] or course.ended is not None:
+                    continue
+                self._tried(course, functools.partial(course.stepped, steps[name][1]))
+                if course.ended is None:
                     self.view.stepped(course.job)
         self.round += 1
         self._after_round(courses)
+
+    def _tried(self, course: Course, what: Callable[[], T]) -> T | None:
+        """what(), or None where it ends its job."""
+        try:
+            return what()
+        except Exception as error:
+            course.fail(error)
+            return None
 
     def _planned(self, steps: Mapping[str, tuple[Course, Step]]) -> list[Sequence[Piece]]:
         """The micro-batches of a round: those of jobs that cannot mix by themselves."""
@@ -232,18 +257,14 @@ class Engine:
         if not course.alone and self.base.can_select:
             course.alone = True
             return self._computed(parts)
-        course.drop()
-        course.ended, course.job.error = FAILED, _told(error)
+        course.fail(error)
         return []
 
     def _after_round(self, courses: Sequence[Course]) -> None:
         for course in courses:
             if course.ended is None and course.control.should_evaluate:
-                try:
-                    with self.base.selected(course):
-                        course.evaluate()
-                except Exception as error:
-                    course.ended, course.job.error = FAILED, _told(error)
+                with self.base.selected(course):
+                    self._tried(course, course.evaluate)
             if course.ended is None and (course.job.step >= course.job.steps or course.control.should_training_stop):
                 course.ended = DONE
         over = [course for course in courses if course.ended is not None]
@@ -280,7 +301,7 @@ class Engine:
             self.view.ended(job)
 
     def _failed(self, job: Job, error: Exception, told: str | None = None) -> None:
-        job.state, job.error = FAILED, told or _told(error)
+        job.state, job.error = FAILED, told or told_of(error)
         if job.run.out.is_dir():
             write_json(job.run.out / ending.FAILURE, {"error": job.error, "step": job.step, "steps": job.steps})
         self.view.ended(job)
@@ -318,7 +339,3 @@ def _parts(batch: Sequence[Piece], steps: Mapping[str, tuple[Course, Step]]) -> 
         if mine:
             rows[name] = mine
     return [(steps[name][0], mine, steps[name][1].items) for name, mine in rows.items()]
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -25,3 +25,8 @@ class Job:
     error: str | None = None
     report: dict[str, Any] | None = None
     course: Any = field(default=None, repr=False)  # its `course.Course`, while it runs
+
+
+def told_of(error: Exception) -> str:
+    """What a job says of what ended it."""
+    return f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ from torch import nn
 from ..host.build import assigned, chosen_parameters, outlined
 from ..host.where import choose
 from ..io import files
+from ..io.whole import alone_in
 from ..train.doubts import finite
 from ..train.fit import Interrupted, train
 from ..train.measure import PeakMemory, versions
@@ -44,7 +45,8 @@ def many(
     """See `undula.train_many`."""
     runs, out = runs_of(jobs, out, resume, faults_of), Path(out)
     check(runs)
-    return Many(runs, out, resume, budget, view or Silent()).run()
+    with alone_in(out):
+        return Many(runs, out, resume, budget, view or Silent()).run()
 
 
 def runs_of(jobs: str | Path | Mapping[str, Recipe], out: str | Path, resume: bool, unfit: Unfit) -> dict[str, Run]:
@@ -210,9 +212,14 @@ def one_by_one(
 ) -> dict[str, Job]:
     """What `train_many` does, one job after the other, each by `undula.train` with a base of its own: to compare with,
     and for jobs that cannot share a step.  Raises and returns what `train_many` does."""
+    runs, out = runs_of(jobs, out, resume, lambda _: {}), Path(out)
+    with alone_in(out):
+        return _one_by_one(runs, out, resume, view or Silent())
+
+
+def _one_by_one(runs: Mapping[str, Run], out: Path, resume: bool, view: View) -> dict[str, Job]:
     from .following import Following
 
-    runs, out, view = runs_of(jobs, out, resume, lambda _: {}), Path(out), view or Silent()
     made, began = {name: Job(name, run) for name, run in runs.items()}, time.perf_counter()
     for job in made.values():
         if resume and (job.run.out / REPORT).is_file():
@@ -242,7 +249,9 @@ def _remember(job: Job) -> None:
 
 def summary(out: Path, jobs: Mapping[str, Job], seconds: float, more: Mapping[str, Any]) -> None:
     """Writes OUT/jobs.json."""
-    told = {name: row(job) for name, job in jobs.items()}
+    before = _told(out).get("jobs", {})  # jobs of another file too, whose words a later resume will want
+    told = {name: kept for name, kept in before.items() if name not in jobs and (out / name / RUN).is_file()}
+    told |= {name: row(job) for name, job in jobs.items()}
     data = {"version": VERSION, "jobs": told, "seconds": round(seconds, 3), **more, "versions": versions()}
     write_json(out / SUMMARY, finite(data))
 
