@@ -56,7 +56,7 @@ def variants() -> dict[str, Step]:
         for layer, (i, o) in zip(layers, SHAPES, strict=True):
             layer.weight.requires_grad_(products)
             layer(inputs[i]).backward(pulls[o])
-            layer.weight.grad = None
+            inputs[i].grad = layer.weight.grad = None  # as below: a gradient that is there would be added to
             layer.weight.requires_grad_(False)
 
     def adapted(method: Method) -> Step:

@@ -6,25 +6,26 @@
 
 All ways train the same rows in the same number of steps from the same adapter (PEFT loads the one that ours begins
 with), by the same rate, schedule, clipping and optimiser.  What is timed is the whole call that trains: reading rows,
-collating, steps, logging, a checkpoint in the end; peers get their rows tokenised, `undula train` makes its own.  Ways
-take turns in one process; a round begins at the first adapter again and draws its own order of rows, the first is for
-warmth.  Memory: the largest resident set while it trains, of a process that does nothing else.
+collating, steps, logging, a checkpoint in the end.  All rows were tokenised before: the peers' by this program, our
+own by the look at them that every run begins with.  Ways take turns in one process; a round begins at the first adapter
+again and draws its own order of rows, the first is for warmth.  Peers are as their users get them: batches in the order
+drawn, each padded to its longest row.  Memory: the largest resident set while it trains, of a process that does nothing
+else.
 
 The limit is arithmetic alone: every frozen matrix forward and to its input's gradient (4 operations for a parameter and
-a real token), the vocabulary's matrix on rows whose label counts, at the rate of one 1024 x 1024 x 1024 product in the
-same round and type.  Attention, norms, factors and the optimiser are not in it.
+a real token; 2 in the first layer, whose input wants no gradient), the vocabulary's matrix on rows whose label counts,
+at the rate of one 1024 x 1024 x 1024 product in the same round and type.  Attention, norms, factors, poolers, heads
+that train and the optimiser are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import json
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import resident
 import torch
 from record import record
 
@@ -225,29 +227,37 @@ def work(way: Way) -> Work:
     """Counted from the rows as the model gets them, and the layers that read them."""
     case, model = way.case, way.ready.model
     rows = [way.ready.train[i] for i in range(len(way.ready.train))]
+    body = model.base_model
     if "pixel_values" in rows[0]:
-        return Work(len(rows), len(rows), len(rows), 2.0 * len(rows) * _operations(model, rows[0]["pixel_values"]))
+        image = torch.as_tensor(rows[0]["pixel_values"])[None].to(model.dtype)
+        return Work(len(rows), len(rows), len(rows), len(rows) * operations(body, pixel_values=image))
     lengths = [len(row["input_ids"]) for row in rows]
     padded = sum(max(lengths[i : i + case.batch]) * case.batch for i in range(0, len(rows), case.batch))
-    body = model.base_model
-    each = sum(
-        m.weight.numel() for n, m in body.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in n
-    )
+    each = operations(body, input_ids=torch.tensor([rows[0]["input_ids"]])) / lengths[0]
     if not case.language:
-        return Work(sum(lengths), len(rows), padded, 4.0 * each * sum(lengths))
+        return Work(sum(lengths), len(rows), padded, each * sum(lengths))
     labels = sum(sum(label != IGNORED for label in row["labels"][1:]) for row in rows)
     head = model.get_output_embeddings().weight.numel()
-    return Work(sum(lengths), labels, padded, 4.0 * (each * sum(lengths) + head * labels))
+    return Work(sum(lengths), labels, padded, each * sum(lengths) + 4.0 * head * labels)
 
 
-@torch.no_grad()
-def _operations(model: Any, image: Any) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
+def operations(body: Any, **given: torch.Tensor) -> float:
+    """Of an adapted model's frozen matrices, for one row: forward, and as many to an input that wants a gradient."""
+    found = [0.0]
 
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model(pixel_values=torch.as_tensor(image)[None].to(model.dtype))
-    return float(counter.get_total_flops())
+    def count(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if not module.weight.requires_grad:  # PEFT's factors are layers too
+            found[0] += 2.0 * output.numel() * module.weight[0].numel() * (1 + inputs[0].requires_grad)
+
+    kinds = torch.nn.Linear, torch.nn.Conv2d
+    layers = [m for n, m in body.named_modules() if isinstance(m, kinds) and "pooler" not in n]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        body(**given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0]
 
 
 def rate(dtype: torch.dtype, clock: Callable[[], float]) -> float:
@@ -288,15 +298,9 @@ def peak(case: Case, name: str, dtype: str) -> tuple[float, float]:
     """(MiB of the whole process at most while it trains, MiB above what the model takes), in this process."""
     with tempfile.TemporaryDirectory() as folder:
         way = Way(name, case, dtype, Path(folder))
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what preparing took and freed goes back, or it would hide what training takes
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        Path("/proc/self/clear_refs").write_text("5")
+        before = resident.begin()
         way.train(time.perf_counter)
-        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    most = int(line.split()[1]) * 1024
+        most = resident.most()
     return most / 2**20, (most - before) / 2**20
 
 

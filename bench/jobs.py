@@ -1,13 +1,14 @@
 """What many jobs on one base cost, whole steps: together in one engine against one after the other.
 
-    python bench/jobs.py --json bench/results/jobs.json     # SmolLM2 and MiniLM, N = 2 to 16: half an hour of two cores
+    python bench/jobs.py --json bench/results/jobs.json     # SmolLM2 and MiniLM, N = 2 to 16: half an hour
     python bench/jobs.py --quick --clock cpu                # SmolLM2, N = 8, two sizes: about three minutes
 
 Every job takes the same steps in three ways that take turns: `together`, by the planner and the costs that it measured
 here; `engine apart`, the same engine with a micro-batch for each job; `one by one`, the Trainer as `undula train` has
 it, a job alone, its time for N of them.  A size is the tokens of a job's step; rows are cut to it.  Ratios are of the
-medians, with the smallest and largest of the rounds.  Memory: the largest resident set of a process that trains N jobs,
-or one, and does nothing else.
+medians, with the smallest and largest of the rounds.  One by one has the fast step that `undula train` takes, and none
+of its starts: to read the base N times is not in its time.  Memory: the largest resident set, while it trains, of a
+process that trains N jobs or one in the engine, and does nothing else.  One thread unless --threads says more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import resident
 import torch
 from record import record
 from transformers import TrainerCallback
@@ -136,21 +137,26 @@ def compared(kind: str, count: int, tokens: int, rounds: int, steps: int, clock:
 
 
 def held(kind: str, count: int, tokens: int) -> None:
-    """A process of its own: prints its largest resident set after a few steps."""
+    """A process of its own: prints its largest resident set within a few steps, and how much of it is above what base
+    and jobs took before them."""
     with tempfile.TemporaryDirectory() as name:
         engine = Engine(
             runs_of(kind, count, tokens, Path(name)), planner=lambda p: apart(p, MOST) if count == 1 else [p]
         )
         engine.open()
+        before = resident.begin()  # reading the base may have taken more than training does
         for _ in range(3):
             engine._round()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        print(json.dumps([resident.most(), resident.most() - before]))
 
 
 def memory(kind: str, tokens: int) -> dict[str, Any]:
     asked = [[sys.executable, __file__, "--held", kind, str(n), str(tokens)] for n in (1, 8)]
     one, many = (json.loads(subprocess.run(a, capture_output=True, text=True, check=True).stdout) for a in asked)
-    return {"model": kind, "tokens": tokens, "one": one, "eight": many, "ratio": many / one}
+    return {
+        "model": kind, "tokens": tokens, "one": one[0], "eight": many[0], "ratio": many[0] / one[0],
+        "one_above_base": one[1], "eight_above_base": many[1],
+    }  # fmt: skip
 
 
 def targets(found: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> dict[str, bool]:
@@ -206,7 +212,9 @@ def main() -> None:
     for text, yes in met.items():
         print(f"{'met' if yes else 'MISSED'}: {text}")
     if asked.json:
-        record(asked.json, {"clock": asked.clock, "found": found, "memory": kept, "targets": met})
+        record(
+            asked.json, {"threads": asked.threads, "clock": asked.clock, "found": found, "memory": kept, "targets": met}
+        )
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_resume_takes_the_same_one(t
     summary(out, {name: Job(name, run) for name, run in runs.items()}, 0.0, {})
     ((line, told),) = faults(path, out)
     assert line == 7
-    assert "holds a run already" in told
+    assert "holds a run already: go on with the jobs there (--resume), or name another --out" in told
     assert read(path, out, resume=True) == runs
     summary(out, {"b": Job("b", runs["b"])}, 0.0, {})  # what another file's jobs leave of these
     changed = written(tmp_path, '[[jobs]]\nname = "a"\nlr = 0.5\n', place)

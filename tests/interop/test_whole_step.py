@@ -136,3 +136,25 @@ def test_examples_are_kept_while_there_is_room(monkeypatch):
     whole.keep(0, {"pixel_values": torch.zeros(3), "labels": 1})
     whole.keep(1, {"input_ids": [2**40]})
     assert whole.kept == {}
+
+
+def test_the_benchmarks_limit_counts_frozen_matrices_by_hand(monkeypatch):
+    """2 operations a parameter and token forward, 2 to its input's gradient, which the first layer's input does not
+    want; factors are not counted, neither ours nor PEFT's, which are layers."""
+    import peft
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    import finetune
+
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=11,
+    )  # fmt: skip
+    model, row = transformers.LlamaForCausalLM(config), torch.arange(5)[None]
+    first = 8 * 8 + 2 * 8 * 4  # q, k, v
+    by_hand = 5 * (4 * 2 * (first + 8 * 8 + 3 * 8 * 16) - 2 * first)
+    undula.attach(model, undula.LoRA(r=2))
+    assert finetune.operations(model.base_model, input_ids=row) == by_hand
+    undula.detach(model)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert finetune.operations(model.base_model, input_ids=row) == by_hand

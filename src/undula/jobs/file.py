@@ -283,7 +283,14 @@ def check_place(run: Run, resume: bool) -> None:
     """Refuses a directory as `undula train` does.  With `resume` one where another job than this began, but none where
     it has ended or not begun.  Raises FileExistsError, PermissionError, ValueError."""
     if not (resume and (run.out / RUN).is_file()):
-        claim(run, False)
+        try:
+            claim(run, False)
+        except FileExistsError:
+            if (run.out / RUN).is_file():  # one such directory is no job's that `undula train` may go on with
+                raise FileExistsError(
+                    f"{run.out} holds a run already: go on with the jobs there (--resume), or name another --out"
+                ) from None
+            raise
         return
     before, now = _asked(run.out), as_asked(run)
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else ()

@@ -35,6 +35,12 @@ NONE = "none"
 OPTIONS = {
     "set": 'options of the method stand in its table: [method], is = "lora", r = 8',
     "allocate": 'options of the allocator stand in its table: [allocator], is = "adalora", target = 4',
+    **dict.fromkeys(
+        ("column", "columns"),
+        'columns are options of the task: task = { is = "classification", text = "review", label = "stars" }',
+    ),
+    **dict.fromkeys(("task_set", "task-set"), 'options of the task stand in its table: [task], is = "classification"'),
+    "override": 'it is called overrides: [overrides], "*.query" = { is = "lora", r = 4 }',
 }
 
 
@@ -101,7 +107,7 @@ def value_of(kind: type, name: str, value: Any) -> Any:
     if name not in fields:
         close = difflib.get_close_matches(name, fields, 1)
         advice = OPTIONS.get(name) or given.HINTS.get(name) or (f"did you mean {close[0]}?" if close else "")
-        raise LookupError(f"a run has no {name!r}{advice and '; ' + advice}; it has: {', '.join(fields)}")
+        raise LookupError(f"a run has no {name!r}; {advice or 'it has: ' + ', '.join(fields)}")
     hint = hints(kind)[name]
     found = as_json(value, hint, default_of(fields[name]), name)
     if name not in ("out", "dtype"):
