@@ -457,6 +457,7 @@ MUTANTS = [
     ("train/tasks/labelled.py", 'if getattr(whole, "aux_loss", None) is not None:', "if False:", LABELLED + " -k evenly"),
     ("train/tasks/step.py", "if (off := _off(placed, counted)) > EQUAL:", "if False:", SEGMENTS + " -k half_precision"),
     ("train/tasks/step.py", "for t in (found.logits, *states)]", "for t in (found.logits,)]", SEGMENTS + " -k hide"),
+    ("train/tasks/packing.py", 'key=lambda each: -len(each["input_ids"]))[:3]', 'key=lambda each: 0)[:3]', SEGMENTS + " -k long_rows"),
     ("train/tasks/packing.py", "counted = ids != self.begin - 1", "counted = ids >= 0", SEGMENTS + " -k within_a_row"),
     ("train/tasks/labelled.py", "made[0] is answer[0]", "True", LABELLED + " -k all_logits"),
     ("train/tasks/segments.py", "(self.causal if by_itself else self.full)", "True", SEGMENTS + " -k window"),

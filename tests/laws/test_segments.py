@@ -8,7 +8,7 @@ import undula
 from tests.laws.test_packing import WIDE, examples, padded
 from tests.support.models import shake
 from undula.train.tasks.labelled import ALL, Head
-from undula.train.tasks.packing import Flat, next_tokens, of_tokens
+from undula.train.tasks.packing import Flat, longest, next_tokens, of_tokens, probed
 from undula.train.tasks.segments import kept_apart, segments
 from undula.train.tasks.step import apart_with_firsts, packed
 
@@ -252,6 +252,12 @@ def test_a_head_that_says_of_all_rows_the_same_does_not_hide_that_they_see_each_
     model, step = heads(transformers.MobileBertConfig(**SMOOTH, **STILL, embedding_size=8, intra_bottleneck_size=16))
     torch.nn.init.zeros_(model.classifier.weight)
     assert "see each other" in step().note
+
+
+def test_what_a_model_takes_is_seen_by_long_rows():
+    """Of a row of one token the first is the mean of all."""
+    given = [{"input_ids": [5] * n, "labels": [5] * n} for n in (1, 2, 1, 9, 1, 7, 30)]
+    assert [len(each["input_ids"]) for each in probed(longest(given))] == [24, 9, 7]
 
 
 def test_a_token_of_padding_within_a_row_has_the_position_that_the_model_gives_it():

@@ -32,7 +32,7 @@ from .labelled import ALL, Head, seen, told
 from .lending import evaluating
 from .limits import END, NOTHING, UNLIMITED, Cuts
 from .outputs import head_of
-from .packing import Flat, Packer, check_apart, flattens, next_tokens, probed
+from .packing import Flat, Packer, check_apart, flattens, longest, next_tokens, probed
 from .rouge import agreement, compared
 from .segments import kept_apart
 from .shown import IGNORED
@@ -325,14 +325,14 @@ class CausalLM(Task):
         head, tokenizer = self._head(examples, model), examples.processor
         if flattens(model):  # it tells rows apart by itself
             return Step(head=head)
-        rows = probed([examples[i] for i in range(min(3, len(examples)))])
+        rows = probed(longest(examples))
         labels = next_tokens if head is None else lambda rows: told(next_tokens(rows))
         flat = Flat(labels, more={"use_cache": False})
         return replace(packed(model, [flat], self.collator(tokenizer), kept_apart, [*rows, rows[0]]), head=head)
 
     def _head(self, examples: Examples, model: PreTrainedModel) -> Head | None:
         """How the model's head is asked for what is learned alone; None where it is for all tokens or none."""
-        short = probed([examples[i] for i in range(min(3, len(examples)))])
+        short = probed(longest(examples))
         return seen(model, moved(self.collator(examples.processor)(short), model.device))
 
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:

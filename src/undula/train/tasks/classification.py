@@ -13,7 +13,7 @@ from ..data.columns import numbers, texts
 from ..data.faults import Faults
 from .heads import Classes, HeadTask
 from .outputs import head_of, own_names, with_head
-from .packing import Flat, beginnings, cut
+from .packing import Flat, beginnings, cut, longest
 from .step import Step, apart_with_firsts, packed
 from .task import Example, Examples, Task, Traced
 from .weighing import Weights
@@ -94,7 +94,7 @@ class TextTask(HeadTask):
     def step(self, examples: Examples, model: PreTrainedModel) -> Step:
         padded = self.collator(examples.processor)
         flats = [Flat(lambda rows: {"labels": padded(rows)["labels"]}, begin) for begin in beginnings(model)]
-        rows = cut([examples[i] for i in range(min(3, len(examples)))])
+        rows = cut(longest(examples))
         return packed(model, flats, padded, apart_with_firsts, [*rows, rows[0]])
 
 

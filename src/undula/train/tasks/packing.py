@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBED = 24  # tokens of each of the rows by which it is seen whether a model keeps them apart
+LOOKED_AT = 32  # rows, of which the longest are taken
 CLOSE, HALF_CLOSE = 1e-3, 5e-2  # of the logits' size, in whole and in half precision
 
 
@@ -112,6 +113,12 @@ def fitted(lengths: Sequence[int], width: int) -> list[list[int]]:
 def flattens(model: PreTrainedModel) -> bool:
     """Whether the model's attention tells rows apart in a batch of one row alone, as flash attention does."""
     return "flash" in str(getattr(model.config, "_attn_implementation", ""))
+
+
+def longest(examples: Any) -> list[Any]:
+    """Those by which it is seen what a model takes: of rows of a token or two the first is all that there is to see."""
+    found = [examples[i] for i in range(min(LOOKED_AT, len(examples)))]
+    return sorted(found, key=lambda each: -len(each["input_ids"]))[:3]
 
 
 def cut(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

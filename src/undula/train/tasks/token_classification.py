@@ -16,7 +16,7 @@ from .causal_lm import IGNORED
 from .classification import LENGTH
 from .heads import named_outputs
 from .outputs import head_of, own_names, with_head
-from .packing import Flat, beginnings, of_tokens, probed
+from .packing import Flat, beginnings, longest, of_tokens, probed
 from .segments import kept_apart
 from .shown import Piece, pieces
 from .step import Step, packed
@@ -144,7 +144,7 @@ class TokenClassification(TaggedRows):
 
     def step(self, examples: Examples, model: PreTrainedModel) -> Step:
         flats = [Flat(of_tokens, begin) for begin in beginnings(model)]
-        rows = probed([examples[i] for i in range(min(3, len(examples)))])
+        rows = probed(longest(examples))
         return packed(model, flats, self.collator(examples.processor), kept_apart, [*rows, rows[0]])
 
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
