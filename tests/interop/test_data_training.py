@@ -480,7 +480,7 @@ LONG = [{"text": f"good {'film ' * n}", "label": "ab"[n % 2]} for n in range(40)
 
 
 @pytest.mark.parametrize("name", ["BERT", "RoBERTa"])
-def test_texts_beyond_the_positions_are_cut_and_told_or_refused(name, tmp_path):
+def test_texts_beyond_the_positions_are_cut_and_told_or_refused(name, tmp_path, caplog):
     """By default cut; where max_length asks for more than there is: refused before training, with both numbers."""
     kind, config, sizes, limit = TABLES[name]
     tokenizer = tiny.tokenizer(tmp_path / "m")
@@ -490,6 +490,8 @@ def test_texts_beyond_the_positions_are_cut_and_told_or_refused(name, tmp_path):
     report = undula.train(run_of(tmp_path / "m", data, tmp_path / "o"))
     (note,) = (n for n in report["data"]["notes"] if "train rows: the text is cut" in n)
     assert f"{limit} are kept" in note
+    undula.load(tmp_path / "o").examples()
+    assert "given rows: the text is cut" in caplog.text
     with pytest.raises(
         ValueError, match=f"the longest has 4[0-9] tokens, the model has {limit} positions.*max_length=64"
     ):

@@ -215,7 +215,7 @@ class Restored:
             split_of(every, name)  # refuses one that is not there
             part = self.run.task.splits(every, name, faults=faults)[name]
         examples = Examples(self.run.task, sample(part, rows or self.run.eval_rows, self.run.seed), self.processor)
-        for note in (*faults.told(), *self.run.task.fits(examples, self.model, "these")):
+        for note in (*faults.told(), *self.run.task.fits(examples, self.model, "given")):
             LOG.warning(note)
         return examples
 
