@@ -99,7 +99,7 @@ method = "lorra"
 out = "elsewhere"
 """
 LINES = [
-    (10, "'lrr'"), (13, "lr"), (16, "different ones"), (17, "has a name"), (18, "seed"), (22, "lorra"),
+    (10, "'lrr'"), (12, "letters"), (13, "lr"), (16, "different ones"), (17, "has a name"), (18, "seed"), (22, "lorra"),
     (23, "OUT/NAME"),
 ]  # fmt: skip
 
@@ -114,7 +114,8 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path, place):
 @pytest.mark.parametrize(
     ("name", "why"),
     [("a/b", "letters"), ("..", "letters"), ("a b", "letters"), ("", "letters"), ("A", "case"), ("a", "two jobs"),
-     ("jobs.json", "a file of that name"), ("x" * 200, "letters")],
+     ("jobs.json", "a file of that name"), ("Jobs.JSON", "a file of that name"), ("x" * 200, "letters"),
+     ("漢" * 90, "letters")],
 )  # fmt: skip
 def test_a_name_that_is_no_directory_of_its_own_is_refused(tmp_path, place, name, why):
     text = f'[[jobs]]\nname = "a"\n[[jobs]]\nname = "{name}"\n'

@@ -160,6 +160,7 @@ def test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one(
     jobs = Engine(cut, planner=planned, resume=True)
     reports = jobs.run()
     assert [job.error for job in jobs.jobs.values()] == [None] * 3
+    assert not list(tmp_path.rglob("*.part"))
     assert reports["a"]["resumed_from_step"] > 0
     for name, run in whole.items():
         same(run.out, cut[name].out, rtol=0, atol=0)
@@ -168,10 +169,11 @@ def test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one(
 
 
 def test_a_job_that_joins_late_and_those_that_end_early_change_no_other(llama, trained, tmp_path):
-    """One diverges, one cannot even begin, one is stopped, one has no better evaluation any more."""
+    """One diverges, one in its last step, one cannot even begin, one is stopped, one has no better evaluation."""
     runs = {
         "1": dataclasses.replace(trained["1"][0], out=tmp_path / "1"),
         "wild": run_of(llama, tmp_path / "wild", lr=1e38, max_steps=9),
+        "last": run_of(llama, tmp_path / "last", lr=1e38, max_steps=1),
         "lost": run_of((llama[0], "nowhere.jsonl"), tmp_path / "lost"),
         "stopped": run_of(llama, tmp_path / "stopped", max_steps=50),
         "stale": run_of(llama, tmp_path / "stale", max_steps=50, eval_every=1, patience=1, lr=1e-12),
@@ -180,7 +182,8 @@ def test_a_job_that_joins_late_and_those_that_end_early_change_no_other(llama, t
     engine = Engine(runs, view=Watch(at_1_1=lambda: engine.add("2", late), at_1_3=lambda: engine.stop("stopped")))
     reports = engine.run()
     assert {name: job.state for name, job in engine.jobs.items()} == {
-        "1": "done", "wild": "diverged", "lost": "failed", "stopped": "stopped", "stale": "done", "2": "done"
+        "1": "done", "wild": "diverged", "last": "diverged", "lost": "failed", "stopped": "stopped", "stale": "done",
+        "2": "done"
     }  # fmt: skip
     assert reports["wild"]["state"] == "diverged"
     assert "diverged at step" in engine.jobs["wild"].error

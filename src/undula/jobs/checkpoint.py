@@ -49,7 +49,9 @@ def save(course: Course, round: int, among: list[str]) -> None:
 
 
 def rotate(course: Course) -> None:
-    """Deletes all but the newest checkpoints."""
+    """Deletes all but the newest checkpoints, and what a kill left of one."""
+    for left in (course.ready.run.out / CHECKPOINTS).glob("round-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
     for number in rounds(course.ready.run.out)[KEPT:]:
         shutil.rmtree(_folder(course.ready.run.out, number), ignore_errors=True)
 

@@ -21,6 +21,7 @@ Values are those of a run's file, see `train.config`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -128,7 +129,10 @@ def _jobs(reading: _Reading, data: Table) -> Iterator[Asked]:
                 (*place, "name"), "a job has a name, a text" + ("" if name is None else f", found {name!r:.60}")
             )
         own = {key: value for key, value in table.items() if key != "name"}
-        for label, values in _grid(reading, place, shared, own):
+        jobs = list(_grid(reading, place, shared, own))
+        if not jobs and isinstance(name, str) and (why := wrong_name(name)):  # beside what else is wrong
+            reading.fault((*place, "name"), why)
+        for label, values in jobs:
             made = reading.attempt(place, lambda values=values: Recipe(**values))  # type: ignore[misc]
             if made is not None and isinstance(name, str):
                 yield Asked(f"{name}{label}", made, place)
@@ -233,12 +237,12 @@ def _check_names(reading: _Reading, asked: Sequence[Asked]) -> None:
 
 def wrong_name(name: str) -> str:
     """Why a text is no name of a job; empty for one that is."""
-    if not NAME.fullmatch(name) or len(name) > LONGEST:
+    if not NAME.fullmatch(name) or len(name) > LONGEST or len(name.encode()) > 2 * LONGEST:  # of 255 bytes mostly
         return (
             f"{name!r:.120} is no name of a job: letters, digits and - + . _ between them, {LONGEST} at most, since "
             "its directory is called so"
         )
-    return f"a job cannot be called {name!r}: OUT has a file of that name" if name == SUMMARY else ""
+    return f"a job cannot be called {name!r}: OUT has a file of that name" if name.casefold() == SUMMARY else ""
 
 
 SUMMARY = "jobs.json"  # in OUT
@@ -312,6 +316,14 @@ def as_asked(run: Run) -> dict[str, Any]:
 def _asked(out: Path) -> dict[str, Any]:
     """What the summary says that the job in `out` was asked for; nothing where there is no such word."""
     path = out.parent / SUMMARY
-    told = files.parsed(path.read_bytes(), str(path)) if path.is_file() else {}
-    found = told.get("jobs", {}).get(out.name, {}).get("run")
+    if not path.is_file():
+        return {}
+    stamp = path.stat()
+    found = _summary(path, stamp.st_mtime_ns, stamp.st_size).get(out.name, {}).get("run")
     return dict(found) if isinstance(found, Mapping) else {}
+
+
+@functools.lru_cache(maxsize=1)
+def _summary(path: Path, *_: int) -> dict[str, Any]:
+    """The jobs of a summary, which is read once for all of them."""
+    return dict(files.parsed(path.read_bytes(), str(path)).get("jobs", {}))

@@ -158,7 +158,8 @@ def _figures(about: Mapping[str, Any]) -> Iterator[str]:
         yield "|---|---|---|"
         for name, value in after.items():
             earlier = before.get(name)
-            yield f"| {word(name)} | {'' if earlier is None else f'{earlier:.4g}'} | {value:.4g} |"
+            was, now = ("" if v is None else f"{v:.4g}" for v in (earlier, value))
+            yield f"| {word(name)} | {was} | {now or 'not finite'} |"
         yield ""
 
 
