@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+import transformers
 
 import undula
 from tests.support import tiny
@@ -312,6 +313,19 @@ def test_where_the_first_job_cannot_begin_the_next_one_tells_how_the_model_takes
     engine = Engine({name: run_of(llama, tmp_path / name, max_steps=1) for name in "ab"})
     engine.run()
     assert [job.state for job in engine.jobs.values()] == ["failed"] * 2
+
+
+def test_a_model_whose_experts_are_to_be_evenly_used_is_refused(llama, tmp_path):
+    """By transformers' own weight of that, 1e-3."""
+    folder = tmp_path / "moe"
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "num_local_experts": 3}  # fmt: skip
+    config = transformers.MixtralConfig(vocab_size=len(tiny.tokenizer(folder)), output_router_logits=True, **sizes)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    engine = Engine({"a": run_of((str(folder), llama[1]), tmp_path / "a", max_steps=1, dtype=torch.float32)})
+    engine.run()
+    assert engine.jobs["a"].state == "failed"
+    assert "trains by more than its labels" in engine.jobs["a"].error
 
 
 def test_whatever_fails_of_a_job_ends_it_alone(trained, llama, tmp_path, monkeypatch):

@@ -116,17 +116,12 @@ def seen(model: PreTrainedModel, batch: Mapping[str, Any]) -> Head | None:
 
     Seen by comparing both on a batch, a small one, in evaluation mode.
     """
-    there, targets = labelled(batch["labels"])
+    there, _ = labelled(batch["labels"])
     with evaluating(model):
         try:
             whole = model(**batch)
             wanted = whole.logits[there]
-            if getattr(whole, "aux_loss", None) is not None:
-                return None
-            own = cross_entropy.losses(
-                wanted, targets
-            ).mean()  # of the same logits, so that rounding is the sum's alone
-            if not (own - whole.loss).abs() <= LOSS * own.abs():
+            if not of_labels_alone(whole, batch["labels"]):
                 return None
         except NOT_TAKEN:
             return None
@@ -140,6 +135,13 @@ def seen(model: PreTrainedModel, batch: Mapping[str, Any]) -> Head | None:
                 if _same(of_one, wanted[: len(of_one)]):
                     return Head(keeping, bare)
     return None
+
+
+def of_labels_alone(found: Any, labels: Tensor) -> bool:
+    """Whether the loss that a model returned with its logits is the mean over the labels, and nothing else."""
+    there, targets = labelled(labels)
+    own = cross_entropy.losses(found.logits[there], targets).mean()  # of the same logits: only the sum is rounded
+    return getattr(found, "aux_loss", None) is None and bool((own - found.loss).abs() <= LOSS * own.abs())
 
 
 def _asked(
