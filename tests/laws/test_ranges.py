@@ -3,6 +3,7 @@
 import collections.abc
 import dataclasses
 import importlib
+import importlib.util
 import json
 import math
 import pkgutil
@@ -27,9 +28,9 @@ TRIED = {int: WHOLE, float: (-1e300, -1.0, 0.0, 1e300, math.nan, math.inf, -math
 
 def checked_classes():
     """Every class whose fields are checked: choices, runs, studies and their parts."""
-    found = {}
+    found, left = {}, () if importlib.util.find_spec("triton") else ("undula.kernels.triton_",)
     for module in pkgutil.walk_packages(undula.__path__, "undula."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith("__main__") and not module.name.startswith(left):
             names = vars(importlib.import_module(module.name)).values()
             found |= {c: None for c in names if isinstance(c, Checked) and c.__module__.startswith("undula.")}
     return [c for c in found if dataclasses.is_dataclass(c)]
