@@ -459,6 +459,7 @@ def test_the_probe_is_asked_by_those_alone_who_need_it(usual, monkeypatch, tmp_p
     """No row is made an example for a LoRA before the training; `probe_batches` of 4 rows for LoRA-GA."""
     asked = []
     own = Examples.__getitem__
+    usual = dataclasses.replace(usual, gradient_checkpointing=False)  # whether it is needed is told by rows too
     monkeypatch.setattr(Examples, "__getitem__", lambda self, i: asked.append(i) or own(self, i))
     for method in (undula.LoRA(r=2), undula.SHiRA(r=1)):
         prepare(dataclasses.replace(usual, method=method))

@@ -61,7 +61,7 @@ def test_runs_of_one_arm_differ_in_nothing_but_the_seed():
     """Every field of a run tells arms apart, but those that all have in common and those that change no figure."""
     common, beside = (
         {"model", "data", "task"},
-        {"method", "seed", "out", "eval_rows", "save_every", "gradient_checkpointing"},
+        {"method", "seed", "out", "eval_rows", "save_every", "gradient_checkpointing", "plain"},
     )
     assert {f.name for f in dataclasses.fields(Run)} == {*SETTINGS, *common, *beside}
 
