@@ -397,7 +397,7 @@ MUTANTS = [
     ("ranks/memory.py", "if BEGAN in state and p.grad is not None:", "if BEGAN in state:", COURSES + "::test_where_the_optimiser_made_no_step_there_is_nothing_to_correct"),
     ("ranks/memory.py", "state.get(\"max_exp_avg_sq\", state[\"exp_avg_sq\"])", "state[\"exp_avg_sq\"]", COURSES + "::test_entries_that_begin_again_step_as_a_new_optimiser_would"),
     ("host/masters.py", "return dtype if dtype == torch.float64 else torch.float32", "return torch.float32", MASTERS),
-    ("host/masters.py", "self.undula_types = {leaf: fn(torch.empty(0, dtype=t)).dtype for leaf, t in self.undula_types.items()}", "pass", MASTERS),
+    ("host/masters.py", "leaf: fn(torch.empty(0, dtype=t, device=\"cpu\")).dtype for leaf, t in self.undula_types.items()", "leaf: t for leaf, t in self.undula_types.items()", MASTERS),
     ("observe/padding.py", "return mask.T.reshape(-1) if positions == mask.T.shape else None", "return mask.reshape(-1) if positions == mask.T.shape else None", PADDING),
     ("observe/padding.py", "target = labels != IGNORED", "target = labels >= IGNORED", PADDING),
     ("optim/groups.py", "parts[-1].rpartition(\"_\")[2] == \"B\" and any(mark in parts for mark in MARKS)", "parts[-1] == \"B\" and any(mark in parts for mark in MARKS)", RULES + "::test_groups_for_loraplus"),
