@@ -373,7 +373,7 @@ def judged(found: dict[str, Any], n: int) -> tuple[dict[str, float], dict[str, b
         targets[f"throughput of {n} adapters / PEFT's mixed batch >= 4"] = (
             ways[f"{n} adapters"]["tokens a second"] / theirs
         )
-    wrong = sum(way["checked"]["different"] for way in ways.values() if "checked" in way)
+    wrong = sum(way["checked"].get("different", 0) for way in ways.values() if "checked" in way)
     targets["tokens that differ from the adapter's alone, beyond near ties <= 0"] = float(wrong)
 
     def met(name: str, value: float) -> bool:
