@@ -43,13 +43,15 @@ from record import record
 import undula
 from undula.kernels.units import has_bfloat16
 from undula.train import fit
+from undula.train.checkpoints import restore
+from undula.train.prepared import prepare
+from undula.train.quality import quality_of
 from undula.train.recipe import Recipe
 from undula.train.tasks.causal_lm import CausalLM
 from undula.train.tasks.classification import Classification
 from undula.train.tasks.image_classification import ImageClassification
 from undula.train.tasks.shown import IGNORED
 from undula.train.tasks.task import Task
-from undula.train.trainer import quality_of, restore
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,7 +105,7 @@ class Way:
     def __init__(self, name: str, case: Case, dtype: str, folder: Path):
         self.name, self.case, self.folder, self.rounds = name, case, folder / name, 0
         run = case.run(self.folder, dtype, plain=name != "undula")
-        self.ready = fit.prepare(run)
+        self.ready = prepare(run)
         self.first = folder / "first"
         if not self.first.is_dir():  # the same adapter for all
             self.ready.adapter.save(self.first, base=run.model, task=run.task.peft)

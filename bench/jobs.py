@@ -36,7 +36,7 @@ from undula.jobs.cost import Cost
 from undula.jobs.engine import Engine
 from undula.jobs.planner import Planner, apart
 from undula.train import CausalLM, Classification, Run
-from undula.train.fit import prepare
+from undula.train.prepared import prepare
 from undula.train.trainer import trainer
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

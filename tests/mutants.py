@@ -316,7 +316,7 @@ MUTANTS = [
     ("train/fields.py", "return value if hint in (int, float, torch.dtype) else", "return float(value) if hint is float and value is not None else value if hint in (int, float, torch.dtype) else", RECIPE + "::test_runs_of_studies_are_found_again_under_their_keys"),
     ("study/spec.py", "found[\"schedule\"] = None", "pass", RECIPE + "::test_relora_keeps_its_own_schedule_where_a_study_has_one_for_all"),
     ("study/sources.py", "choose(model, where, exclude)", "choose(model, where)", RECIPE + "::test_a_budget_counts_the_layers_that_an_arm_adapts"),
-    ("train/fit.py", "        exclude=run.exclude,\n", "", RECIPE + "::test_excluded_layers_stay_as_they_are"),
+    ("train/prepared.py", "        exclude=run.exclude,\n", "", RECIPE + "::test_excluded_layers_stay_as_they_are"),
     ("train/trainer.py", "run.lr * run.b_ratio", "run.lr", RECIPE + "::test_loraplus_is_a_setting"),
     ("optim/optimisers.py", "\"scale_parameter\": False", "\"scale_parameter\": True", RECIPE + "::test_adafactors_step_is_the_papers"),
     ("train/trainer.py", "{\"lr\": run.lr, **constants}", "{\"lr\": run.lr}", RECIPE + "::test_every_optimiser_trains_and_resumes_to_the_bit"),
@@ -484,7 +484,7 @@ MUTANTS = [
     ('train/evaluating.py', 'told["since"] = 0 if better else', 'told["since"] = 0 if finite else', 'tests/interop/test_training_evaluations.py::test_it_ends_where_none_is_better_any_more'),
     ("train/tasks/speech_recognition.py", '[length if own or "attention_mask" not in example else 0]', "[0]", "tests/interop/test_speech.py::test_answers_of_unequal_sounds_do_not_depend_on_the_batch"),
     ("train/tasks/lending.py", "if count > 1:", "if False:", "tests/interop/test_lending.py"),
-    ("train/fit.py", "    write_json(run.out / REPORT, report)\n    return report", "    return report", "tests/interop/test_training_report.py::test_a_run_is_finished_when_all_is_written"),
+    ("train/concluding.py", "    write_json(run.out / REPORT, report)\n    return report", "    return report", "tests/interop/test_training_report.py::test_a_run_is_finished_when_all_is_written"),
     ("train/tasks/weighing.py", "return (each * weight.to(each)[labels]).mean()", "return (each * weight.to(each)[labels]).sum() / weight[labels].sum()", "tests/interop/test_training_weights.py::test_accumulated_batches_are_one_batch"),
     ("train/details.py", "losses.argsort(descending=True, stable=True)", "losses.argsort(stable=True)", "tests/interop/test_training_report.py::test_figures_of_classes_are_those_of_scikit_learn"),
 ]  # fmt: skip

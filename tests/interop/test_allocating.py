@@ -42,7 +42,7 @@ from undula.train import (
     evaluate,
 )
 from undula.train import trainer as training
-from undula.train.fit import prepare
+from undula.train.prepared import prepare
 
 from ..support.courses import COURSES
 

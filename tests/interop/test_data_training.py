@@ -44,7 +44,8 @@ from undula.train import (
 from undula.train.base import open_model
 from undula.train.data.conversation import tokens
 from undula.train.data.load import read_file, with_validation
-from undula.train.fit import claim, prepare
+from undula.train.prepared import prepare
+from undula.train.resume import claim
 from undula.train.rows import rows_of
 from undula.train.tasks.limits import Cuts, positions, table_of
 from undula.train.tasks.outputs import order_of, with_head

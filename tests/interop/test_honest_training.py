@@ -239,7 +239,7 @@ def test_a_training_that_is_stopped_at_once_says_what_is_kept(when, usual, monke
     from typer.testing import CliRunner
 
     from undula.cli.main import app
-    from undula.train import fit, trainer
+    from undula.train import prepared, trainer
 
     seen = []
 
@@ -248,7 +248,7 @@ def test_a_training_that_is_stopped_at_once_says_what_is_kept(when, usual, monke
         if when != "training" or len(seen) == 4:
             raise KeyboardInterrupt
 
-    place = {"opening": (fit, "open_model"), "measuring": (Classification, "score")}
+    place = {"opening": (prepared, "open_model"), "measuring": (Classification, "score")}
     monkeypatch.setattr(*place.get(when, (trainer, "still_statistics")), stop)
     words = ["--task", "classification", "--where", "query", "--max-steps", 6, "--batch", 4, "--save-every", 2]
     command = ["train", "--model", usual.model, "--data", usual.data, "--out", usual.out, *words]
@@ -477,7 +477,7 @@ def test_scores_are_of_gradients_before_clipping(tmp_path):
 
 
 def test_the_rows_of_the_quality_are_neither_trained_on_nor_measured(usual, monkeypatch):
-    from undula.train import fit, trainer
+    from undula.train import prepared, trainer
 
     seen = {}
     made = trainer.quality_of
@@ -494,6 +494,6 @@ def test_the_rows_of_the_quality_are_neither_trained_on_nor_measured(usual, monk
     method, how = COURSES["ALoRA"]
     run = dataclasses.replace(usual, method=method, allocator=how, max_steps=12, where=("query", "value"))
     report = undula.train(run, callbacks=(Rows(),))
-    held = fit.prepare(dataclasses.replace(run, out=run.out)).held.rows["text"][:]
+    held = prepared.prepare(dataclasses.replace(run, out=run.out)).held.rows["text"][:]
     assert len(seen["aside"]) + len(seen["train"]) + len(held) == 40
     assert report["train_rows"] == len(seen["train"])

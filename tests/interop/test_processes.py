@@ -10,7 +10,7 @@ import transformers
 import undula
 from tests.support import tiny
 from undula.train import CausalLM, Classification, Run, processes
-from undula.train.fit import prepare
+from undula.train.prepared import prepare
 from undula.train.trainer import trainer
 
 from ..support.processes import together
@@ -20,7 +20,7 @@ import dataclasses, gc, json, os, pathlib, shutil, signal, sys
 import torch, transformers, undula
 from typer.testing import CliRunner
 from undula.cli import app
-from undula.train import CausalLM, Classification, Interrupted, Run, fit
+from undula.train import CausalLM, Classification, Interrupted, Run, prepared
 
 folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
 usual = Run(model=str(folder / "llama"), data=str(folder / "pairs.jsonl"), task=CausalLM(generate=0),
@@ -72,7 +72,7 @@ if rank == 0:
     shutil.copytree(folder / "cut", folder / "left")
 torch.distributed.barrier()
 told["resumed"] = undula.train(cut, resume=True)["resumed_from_step"]
-opened = fit.open_model
+opened = prepared.open_model
 
 
 def with_a_spare(*given):
@@ -81,11 +81,11 @@ def with_a_spare(*given):
     return model, processor
 
 
-fit.open_model = with_a_spare
+prepared.open_model = with_a_spare
 early = dataclasses.replace(usual, out=folder / "early", train_rows=61)
 told["early"] = undula.train(early, callbacks=[At(1, stop)])
 told["looks with a spare"] = told["looks for unused"]
-fit.open_model = opened
+prepared.open_model = opened
 
 line = f"train --model {folder}/llama --data {folder}/pairs.jsonl --task causal-lm --task-set generate=0 --max-steps 1"
 shown = CliRunner().invoke(app, [*line.split(), "--out", str(folder / "typed")])

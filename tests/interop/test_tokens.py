@@ -270,7 +270,7 @@ def test_types_that_a_part_does_not_have_are_told():
 
 def test_a_batch_without_a_tag_that_counts_changes_nothing(tmp_path):
     """The mean of no losses is 0/0: a training that met such a batch was told to have diverged."""
-    from undula.train.fit import prepare
+    from undula.train.prepared import prepare
     from undula.train.trainer import trainer
 
     data = tiny.jsonl(tmp_path / "d.jsonl", [{"tokens": ["good", str(i)], "tags": ["B-X", "O"]} for i in range(20)])

@@ -28,8 +28,8 @@ from undula.train import (
     restored,
 )
 from undula.train.base import open_model
+from undula.train.concluding import Diverged
 from undula.train.data.load import load_data, with_validation
-from undula.train.fit import Diverged
 from undula.train.resume import last_checkpoint
 
 LORA = undula.LoRA(r=2)

@@ -19,12 +19,12 @@ from undula.train import (
     ImageClassification,
     Regression,
     Run,
-    fit,
+    concluding,
     page,
 )
+from undula.train.concluding import Diverged
 from undula.train.curves import smooth
 from undula.train.details import diagnosis, of_classes
-from undula.train.fit import Diverged
 
 pytestmark = pytest.mark.usefixtures("pages")
 ODD = '<b>"odd" & so</b>'
@@ -230,9 +230,9 @@ def test_a_run_is_finished_when_all_is_written(at, usual, tmp_path, monkeypatch)
         calls.append(given)
         return kill() if len(calls) == 2 else save(*given)
 
-    save = fit._save
+    save = concluding._save
     with monkeypatch.context() as cut:
-        where, name = (fit.page, "write") if at == "page.write" else (fit, at)
+        where, name = (concluding.page, "write") if at == "page.write" else (concluding, at)
         cut.setattr(where, name, second if at == "_save" else kill)
         with pytest.raises(Killed):
             undula.train(run)

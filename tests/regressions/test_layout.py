@@ -95,7 +95,8 @@ print(*sorted({m.partition(".")[0] for m in loaded} - set(sys.stdlib_module_name
 
 def test_importing_undula_loads_torch_and_the_core_alone():
     """Of what stands around it the declarations of a training alone: of studies and other libraries only the verb that
-    loads them when it is called."""
+    loads them when it is called.  (The number is there to notice a package that comes in by mistake; files that are
+    split for their readers cost about a millisecond each.)"""
     done = subprocess.run(
         [sys.executable, "-c", CODE, *AROUND],
         capture_output=True,
@@ -105,5 +106,5 @@ def test_importing_undula_loads_torch_and_the_core_alone():
     )
     around, number, others = done.stdout.splitlines()
     assert around == ""
-    assert int(number) <= 240
+    assert int(number) <= 250
     assert others == ""

@@ -25,7 +25,7 @@ from . import look as looks
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from ..train.fit import Prepared
+    from ..train.prepared import Prepared
 
 USUAL = {"method": "lora"}  # what stands where nothing is typed for a field that has no default
 EARLY = ("model", "data", "task", "column", "task_set", "lr", "out", "config", "dry_run", "resume")  # in the help

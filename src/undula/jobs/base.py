@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.adapter import Live
 from ..host.host import adapters, detach, select
 from ..host.mixing import rows
-from ..train.fit import Prepared
+from ..train.prepared import Prepared
 from ..train.run import Run
 from ..train.tasks.lending import still_statistics
 from ..train.trainer import nothing_below

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.adapter import Live
 from ..observe.listen import moved
 from ..train.base import model_folder, open_model
-from ..train.fit import Prepared, prepare
+from ..train.prepared import Prepared, prepare
 from ..train.rows import LOG
 from ..train.run import Run
 from ..train.tasks.labelled import ALL, Head, of_labels_alone

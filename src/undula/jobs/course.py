@@ -22,7 +22,7 @@ from ..train.trainer import trainer
 from .job import DIVERGED, FAILED, Job, told_of
 
 if TYPE_CHECKING:
-    from ..train.fit import Prepared
+    from ..train.prepared import Prepared
 
 SAVES = 0.1  # of a job's steps between checkpoints, where its run does not say
 

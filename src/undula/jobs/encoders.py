@@ -22,7 +22,7 @@ from ..host.modules import Given, Split, odd, own_modules
 from ..host.state import exchange, stand_in
 from ..kernels import draws
 from ..observe.listen import moved
-from ..train.fit import Prepared, prepare
+from ..train.prepared import Prepared, prepare
 from ..train.run import Run
 from ..train.tasks.limits import vocabulary
 from ..train.tasks.weighing import weighed

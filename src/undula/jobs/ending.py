@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ..io import files
-from ..train.fit import concluded, course_of, with_best
+from ..train.concluding import concluded, course_of, with_best
 from ..train.measure import PeakMemory
 from ..train.run import REPORT
 from .course import Course

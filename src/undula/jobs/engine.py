@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..ranks.memory import finite
-from ..train.fit import Diverged, Interrupted, measured_before
+from ..train.concluding import Diverged
+from ..train.fit import Interrupted, measured_before
 from ..train.measure import PeakMemory
 from ..train.resume import claim
 from ..train.run import REPORT, RUN, Run, write_json

@@ -14,7 +14,7 @@ from ..host.host import attach, detach, select
 from ..host.merging import merge, unmerge
 from ..host.state import host_of
 from ..observe import listen, padding
-from ..train.fit import Prepared
+from ..train.prepared import Prepared
 from ..train.tasks.task import Examples
 
 CALIBRATION = 8  # batches of training rows that a collapse is fitted on

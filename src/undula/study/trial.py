@@ -20,8 +20,8 @@ import torch
 
 from ..ranks.gates import in_use
 from ..train.base import config_of, quiet
-from ..train.fit import Prepared, assembled
 from ..train.measure import PeakMemory, versions
+from ..train.prepared import Prepared, assembled
 from ..train.recipe import Recipe, recipe_of
 from ..train.rows import in_own_order
 from ..train.run import Run

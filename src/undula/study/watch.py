@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..core.adapter import Adapter
 from ..host.host import attach, detach
-from ..train.fit import Prepared
+from ..train.prepared import Prepared
 from .spent import Spent
 
 Curve = Sequence[tuple[int, float]]

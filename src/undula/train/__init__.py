@@ -1,8 +1,9 @@
 """Training on `transformers.Trainer`: `undula.train(undula.Run(...))` does it, the rest is imported from here."""
 
-from .fit import Interrupted, Prepared, prepare, train
+from .fit import Interrupted, train
 from .load import load
 from .look import Look, look
+from .prepared import Prepared, prepare
 from .recipe import Recipe
 from .restored import Restored, dense, evaluate, restored
 from .run import Run

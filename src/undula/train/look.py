@@ -16,7 +16,7 @@ from ..observe.listen import moved
 from . import processes
 from .activations import AsTrained, device_of, placed, step_of, unchanged
 from .data.splitting import told_quality
-from .fit import Prepared, prepare
+from .prepared import Prepared, prepare
 from .recipe import Recipe
 from .run import Run
 from .tasks.shown import Piece

@@ -5,8 +5,6 @@ Imported only when a training begins: it pulls in transformers.
 
 from __future__ import annotations
 
-import dataclasses
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,19 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..core.adapter import Adapter
-from ..host.host import attach, detach, selected
-from ..integrations.callback import STATE, Allocating
-from ..io import files
+from ..host.host import selected
+from ..integrations.callback import Allocating
 from ..observe.listen import moved
 from ..optim.groups import factors_B
 from ..optim.schedules import Linear, Schedule
-from ..ranks.surgery import adopt
 from . import processes
-from .data.splitting import QUALITY_ROWS, told_quality
+from .checkpoints import restore
 from .evaluating import same_draws
+from .quality import quality_of
 from .rows import LOG
 from .run import CHECKPOINTS, Run
 from .stop import Finite
-from .tasks.lending import evaluating, still_statistics
+from .tasks.lending import still_statistics
 from .tasks.segments import segments
 from .tasks.step import Step
 from .tasks.task import Examples
@@ -168,47 +165,6 @@ def give_rate(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parame
             optimizer.add_param_group({**group, "params": moved, "lr": lr})
 
 
-@torch.no_grad()
-def restore(live: Adapter, saved: Adapter) -> None:
-    """Copies the numbers of `saved` into `live`, whose tensors stay the objects that the optimiser knows.
-
-    Raises ValueError when the two are adapters of different methods, sites or parameters.
-    """
-    if live.methods != saved.methods or set(live.full) != set(saved.full):
-        raise ValueError(
-            f"the checkpoint holds {saved.method!r} at {len(saved.methods)} sites and {len(saved.full)} full "
-            f"parameters; the run has {live.method!r} at {len(live.methods)} sites and {len(live.full)}"
-        )
-    for site, name, t in live.tensors():
-        t.copy_(saved.factors[site][name])
-    for name, t in live.full.items():
-        t.copy_(saved.full[name])
-
-
-def set_aside(examples: Examples, seed: int) -> tuple[Examples, Examples]:
-    """(rows to train on, rows that tell an allocator the quality), which are training rows, since nothing that a result
-    is measured on may have a say in it."""
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)
-    count = told_quality(len(order))
-    rows = [sorted(order[count:]), sorted(order[:count])]
-    train, aside = (dataclasses.replace(examples, rows=examples.rows.select(part)) for part in rows)
-    return train, aside
-
-
-def quality_of(model: Any, held: Examples) -> Callable[[], float]:
-    """A function that gives the negative loss of the model as it is, on the first held-out examples."""
-    collate = held.task.collator(held.processor)
-    batch = collate([held[i] for i in range(min(QUALITY_ROWS, len(held)))])
-
-    @torch.no_grad()
-    def quality() -> float:
-        with evaluating(model):
-            return -float(held.task.loss()(model, moved(batch, model.device)))
-
-    return quality
-
-
 def trainer(
     run: Run, model: Any, examples: Examples, callbacks: tuple[TrainerCallback, ...], held: Examples | None = None
 ) -> AdapterTrainer:
@@ -333,21 +289,3 @@ def own_rates(run: Run, model: Any) -> Iterator[tuple[list[torch.nn.Parameter], 
         yield [p for name, p in model.named_parameters() if name in names], run.head_lr
     if run.b_ratio is not None and run.method is not None:
         yield list(factors_B(model).values()), run.lr * run.b_ratio
-
-
-@torch.no_grad()
-def as_left(run: Run, model: Any, checkpoint: Path, quality: Callable[[], float] | None) -> Adapter:
-    """Puts the adapter of a checkpoint at the end of a training on the model."""
-    saved = Adapter.load(checkpoint)
-    if run.allocator is None:
-        restore(selected(model), saved)
-        return selected(model)
-    values, tensors = files.read_state(checkpoint, STATE)
-    if values.get("finished"):
-        detach(model)
-        return attach(model, saved)
-    adopt(model, saved)
-    course = run.allocator.start(model, torch.optim.AdamW(selected(model).parameters()), values["step"], quality)
-    course.restore(tensors, values)
-    course.finish()
-    return selected(model)

@@ -13,8 +13,9 @@ from ..data.columns import alike, classes, in_order, known
 from ..data.faults import Faults
 from ..data.splitting import counts
 from . import weighing
+from .answering import outputs, windows
 from .shown import Piece, pieces
-from .task import Examples, Processor, Task, outputs, windows
+from .task import Examples, Processor, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset

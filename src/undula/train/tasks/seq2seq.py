@@ -14,6 +14,7 @@ import torch
 from ...core.ranges import Count, Natural
 from ..data.columns import texts
 from ..data.faults import Faults
+from .answering import outputs
 from .causal_lm import IGNORED, LENGTH, WRITTEN
 from .decoders import greedy, settle_start, with_decoder_inputs
 from .limits import Cuts, padding, vocabulary
@@ -26,7 +27,6 @@ from .task import (
     Processor,
     Task,
     Traced,
-    outputs,
 )
 
 if TYPE_CHECKING:

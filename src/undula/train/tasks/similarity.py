@@ -13,6 +13,7 @@ from ...core.extras import needs
 from ...core.ranges import Count, Positive
 from ..data.columns import numbers, texts
 from ..data.faults import Faults
+from .answering import windows
 from .classification import LENGTH, Regression, correlations
 from .lending import evaluating
 from .limits import fits as looked_at
@@ -25,7 +26,6 @@ from .task import (
     Processor,
     Task,
     Traced,
-    windows,
 )
 
 if TYPE_CHECKING:

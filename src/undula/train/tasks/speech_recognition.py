@@ -16,6 +16,7 @@ from ..base import lacking
 from ..data.audio import opened, seconds, sounds
 from ..data.columns import texts
 from ..data.faults import Faults
+from .answering import outputs, windows
 from .causal_lm import IGNORED
 from .decoders import START, greedy, settle_start, with_decoder_inputs
 from .limits import END, HEARD, Cuts, Unknown, padding
@@ -28,8 +29,6 @@ from .task import (
     Processor,
     Task,
     Traced,
-    outputs,
-    windows,
 )
 from .transcripts import Normaliser, error_rates
 

@@ -6,8 +6,6 @@ One more task is one more class: registered, a frozen dataclass, its fields the 
 from __future__ import annotations
 
 import abc
-import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +19,7 @@ from ..data.columns import named_columns
 from ..data.faults import Faults
 from ..data.load import split_of
 from ..data.source import named, sound, source_of
-from ..stages import advanced
-from .lending import evaluating
-from .limits import Cuts, fits, padding
+from .limits import fits, padding
 from .made import Made
 from .shown import Piece, pieces
 from .step import Step
@@ -311,44 +307,3 @@ class Examples:
         example, lost = self.task.traced(self.rows[i], self.processor)
         self.made.keep(i, example)
         return example, lost
-
-
-@dataclass(frozen=True)
-class Asked(Examples):
-    """Rows to answer as examples; what is cut of them is counted."""
-
-    cuts: Cuts
-
-    def __getitem__(self, i: int) -> Example:
-        example, lost = self.task.traced(self.rows[i], self.processor)
-        for what, (had, kept) in lost.items():
-            self.cuts.add(what, had, kept)
-        return example
-
-
-def windows(
-    task: Task, rows: Iterable[Mapping[str, Any]], processor: Processor, batch: int, **fixed: Any
-) -> Iterator[Asked]:
-    """Rows to answer, so many at once as `WINDOW` batches take, each with the values `fixed` beside its own; says in
-    the end what was cut of them."""
-    cuts, left, count = Cuts(), iter(rows), 0
-    while window := [{**row, **fixed} for row in itertools.islice(left, WINDOW * batch)]:
-        count += len(window)
-        yield Asked(task, window, processor, cuts)
-    for note in cuts.told(count, "given"):
-        logging.getLogger("undula.train").warning(note)
-
-
-@torch.no_grad()
-def outputs(
-    model: PreTrainedModel, examples: Examples, batch: int, labels: bool = False
-) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor], torch.Tensor]]:
-    """(numbers of the rows, inputs, logits) of every batch in evaluation mode, in the order of `Task.batches`.
-    `labels`: the model is given those too, from which it makes what its decoder sees."""
-    collate = examples.task.collator(examples.processor)
-    with evaluating(model):
-        for numbers, made in examples.task.batches(examples, batch):
-            inputs = {k: v.to(model.device) for k, v in collate(made).items()}
-            given = {k: v for k, v in inputs.items() if labels or k != "labels"}
-            yield numbers, inputs, model(**given).logits
-            advanced(len(numbers))

@@ -12,6 +12,7 @@ import torch
 from ...core.ranges import Count
 from ..data.tagged_rows import TaggedRows
 from ..data.tags import OUTSIDE, agreement
+from .answering import outputs, windows
 from .causal_lm import IGNORED
 from .classification import LENGTH
 from .heads import named_outputs
@@ -26,8 +27,6 @@ from .task import (
     Processor,
     Task,
     Traced,
-    outputs,
-    windows,
 )
 
 if TYPE_CHECKING:
