@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -124,6 +125,17 @@ class Adapter:
         full = {k: once(t) for k, t in self.full.items()}
         others = {f.name: getattr(self, f.name) for f in fields(self)}
         return Adapter(**{**others, "factors": factors, "full": full})
+
+    def site(self, name: str) -> Adapter:
+        """The part of one layer, without parameters in full.  Raises LookupError."""
+        if name not in self.methods:
+            close = ", ".join(difflib.get_close_matches(name, self.methods, 3) or list(self.methods)[:3])
+            raise LookupError(f"the adapter has nothing at {name!r}; it adapts {len(self.methods)} layers: {close} ...")
+        there: Mapping[str, Any] = {
+            part: {k: v for k, v in getattr(self, part).items() if k == name}
+            for part in ("methods", "factors", "shapes", "kernels", "apart")
+        }
+        return replace(self, full={}, **there)
 
     @torch.no_grad()
     def delta(self, site: str) -> Tensor:

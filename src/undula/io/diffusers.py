@@ -71,6 +71,14 @@ def load_diffusers(path: str | Path, component: str | None = None) -> Adapter:
 
 def component_of(file: Path, component: str | None, tensors: Mapping[str, Tensor], text: str | None) -> Adapter:
     """The adapter of one part of a pipeline, of a file's tensors and the configuration in its metadata."""
+    config, own = as_lora(file, component, tensors, text)
+    return read_lora(config, own, str(file))
+
+
+def as_lora(
+    file: Path, component: str | None, tensors: Mapping[str, Tensor], text: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(LoraConfig, tensors by their names below the part) of one part of a pipeline."""
     parts = sorted({key.partition(".")[0] for key in tensors})
     foreign = [key for key in tensors if LEAF.fullmatch(key) is None]
     if foreign:
@@ -86,7 +94,7 @@ def component_of(file: Path, component: str | None, tensors: Mapping[str, Tensor
     if chosen not in parts:
         raise LookupError(f"{file} has no component {chosen!r}; it has: {', '.join(parts)}")
     own = {key.removeprefix(f"{chosen}."): t for key, t in tensors.items() if key.startswith(f"{chosen}.")}
-    return read_lora(_config(file, chosen, own, text), own, str(file))
+    return _config(file, chosen, own, text), own
 
 
 def _config(file: Path, component: str, tensors: Mapping[str, Tensor], text: str | None) -> dict[str, Any]:

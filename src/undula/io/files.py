@@ -16,7 +16,7 @@ import math
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,8 +27,8 @@ from . import tensorfile
 from .draft import Draft, atomic, clean, write_text
 from .strict import door, parsed
 
-__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "headed", "parsed", "read",
-           "read_state", "write", "write_state", "write_text"]  # fmt: skip
+__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "headed", "of_one_save",
+           "parsed", "place", "read", "read_state", "write", "write_state", "write_text"]  # fmt: skip
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
@@ -53,7 +53,20 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         check_name(name, "site") if name else None
     held = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     check_finite(held, f"the adapter (nothing is written to {path})")
-    text = _marked(config, held)
+    contents = (part for key in sorted(held) for part in (key.encode(), tensorfile.memory(held[key])))
+    place(path, config, contents, lambda file, metadata: tensorfile.write(file, held, metadata), readme)
+
+
+def place(
+    path: Path,
+    config: Mapping[str, Any],
+    contents: Iterable[bytes | memoryview],
+    write_tensors: Callable[[BinaryIO, Mapping[str, str]], object],
+    readme: str | None = None,
+) -> None:
+    """`write` of tensors that `write_tensors(file, metadata)` brings into an open file; `contents` is what tells this
+    save from others."""
+    text = _marked(config, contents)
     path.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, TENSORS):
         if (path / name).is_dir():
@@ -62,7 +75,7 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             )
         clean(path / name)
     with Draft(path / TENSORS) as tensors_file, Draft(path / CONFIG) as config_file:
-        tensorfile.write(tensors_file.file, held, {"format": "pt", EMBEDDED: text})
+        write_tensors(tensors_file.file, {"format": "pt", EMBEDDED: text})
         config_file.file.write(text.encode("utf-8"))
         tensors_file.flush()
         config_file.flush()
@@ -72,12 +85,11 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         _write_readme(path / "README.md", readme)
 
 
-def _marked(config: Mapping[str, Any], held: Mapping[str, Tensor]) -> str:
+def _marked(config: Mapping[str, Any], contents: Iterable[bytes | memoryview]) -> str:
     """The configuration as it is written, with the mark of this save: a digest of all that it writes."""
     digest = hashlib.sha256(json.dumps(config).encode())
-    for key in sorted(held):
-        digest.update(key.encode())
-        digest.update(tensorfile.memory(held[key]))
+    for part in contents:
+        digest.update(part)
     try:
         return (
             json.dumps({**config, MARKED: f"{LAYOUT}{MARK}{digest.hexdigest()[:16]}"}, indent=2, allow_nan=False) + "\n"
@@ -108,7 +120,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors) of an adapter directory, of one save.  Raises FileNotFoundError, or ValueError for what is
     malformed."""
     with contextlib.ExitStack() as stack:
-        config, file, found = _of_one_save(path, stack)
+        config, file, found = of_one_save(path, stack)
         tensors = tensorfile.read(file, found, str(path / TENSORS))
     check_finite(tensors, str(path / TENSORS))
     return config, tensors
@@ -118,11 +130,11 @@ def headed(path: Path, entries: Entries = tensorfile.entries) -> tuple[dict[str,
     """(config, what the tensors' header tells) of an adapter directory, of one save: no numbers are read.  Raises as
     `read` does."""
     with contextlib.ExitStack() as stack:
-        config, _, found = _of_one_save(path, stack, entries)
+        config, _, found = of_one_save(path, stack, entries)
     return config, found
 
 
-def _of_one_save(
+def of_one_save(
     path: Path, stack: contextlib.ExitStack, entries: Entries = tensorfile.entries
 ) -> tuple[dict[str, Any], BinaryIO, dict[str, tensorfile.Entry]]:
     """(config, the tensors' file, what its header tells); the file stays open as long as `stack`."""

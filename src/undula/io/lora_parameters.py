@@ -38,17 +38,14 @@ def split(
     PEFT stores them."""
     levels: dict[str, list[str]] = {}  # of each module, the innermost first
     for site in sorted(found, key=lambda site: -site.count(INNER)):
-        module = site
-        while module.endswith(INNER):
-            module = module.removesuffix(INNER)
-        levels.setdefault(module, []).append(site)
-    lost = [name for name in names if not any(_is_of(module, name) for module in levels)]
+        levels.setdefault(module_of(site), []).append(site)
+    lost = [name for name in names if not any(is_of(module, name) for module in levels)]
     if lost:
         raise ValueError(f"{path}: target_parameters name {', '.join(lost[:3])}; it holds no factors for that")
     made: dict[str, Mapping[str, Tensor]] = {}
     parameters: dict[str, str] = {}
     for module, sites in levels.items():
-        leaves = {name.rpartition(".")[2] for name in names if _is_of(module, name)}
+        leaves = {name.rpartition(".")[2] for name in names if is_of(module, name)}
         if not leaves:
             made |= {site: found[site] for site in sites}
             continue
@@ -66,7 +63,14 @@ def split(
     return made, parameters
 
 
-def _is_of(module: str, name: str) -> bool:
+def module_of(site: str) -> str:
+    """The module whose factors PEFT names so: several parameters of it are wrapped around each other."""
+    while site.endswith(INNER):
+        site = site.removesuffix(INNER)
+    return site
+
+
+def is_of(module: str, name: str) -> bool:
     """Whether a name means a parameter of this module, as PEFT matches it."""
     full = f"{module}.{name.rpartition('.')[2]}"
     return full == name or full.endswith(f".{name}")

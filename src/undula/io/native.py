@@ -6,9 +6,10 @@ full: what PEFT writes when it hosts a method (`undula.peft_config`), so both re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -41,6 +42,9 @@ WRITTEN = {"peft_type", files.MARKED, "inference_mode", "target_modules", "modul
 WRITTEN |= {"method", "overrides", "exclude_modules", "layers_to_transform", "layers_pattern"}
 
 
+T = TypeVar("T")
+
+
 def save(adapter: Adapter, path: str | Path, base: str | None = None, task: str | None = None) -> None:
     """Writes the adapter as a directory that PEFT and undula read.  Tensors that sites share are stored once.
 
@@ -48,9 +52,16 @@ def save(adapter: Adapter, path: str | Path, base: str | None = None, task: str 
     where they are not given `adapter.about` says them.  Over another adapter: see `undula.io.files.write`.  Raises
     ValueError for what `load` would refuse (a name that no file can hold), OSError where nothing can be written.
     """
+    files.write(Path(path), *checked(adapter, base, task, str(path)), README)
+
+
+def checked(
+    adapter: Adapter, base: str | None, task: str | None, path: str, checksum: Callable[[Tensor], str] = frozen.checksum
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`laid_out`, and that `load` would take it.  Raises ValueError."""
     adapter.check_usable()
-    data, tensors = laid_out(adapter, base, task)
-    check_sizes(data["undula"]["methods"], str(path))
+    data, tensors = laid_out(adapter, base, task, checksum)
+    check_sizes(data["undula"]["methods"], path)
     named: list[tuple[str, tuple[str | None, str]]] = [(key_of(s, n), (s, n)) for s, n, _ in adapter.tensors()]
     named += [(files.PREFIX + n, (None, files.check_name(n, "parameter"))) for n in adapter.full]
     for key, meant in named:
@@ -58,15 +69,18 @@ def save(adapter: Adapter, path: str | Path, base: str | None = None, task: str 
             raise ValueError(
                 f"{meant[0] or ''} {meant[1]!r}: in a file this name would be read as {split(key)}: rename"
             )
-    files.write(Path(path), data, tensors, README)
+    return data, tensors
 
 
-def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, tensors) of an adapter as they are on disk.  Methods are listed once, sites point to them by number."""
+def laid_out(
+    adapter: Adapter, base: str | None, task: str | None, checksum: Callable[[Tensor], str] = frozen.checksum
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors) of an adapter as they are on disk.  Methods are listed once, sites point to them by number.
+    `checksum` tells those of its tensors, which may be outlines of what is elsewhere."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
-    checksums = _rebuildable(adapter)
+    checksums = _rebuildable(adapter, checksum)
     for site, name, t in adapter.tensors():
         key = key_of(site, name)
         if key in checksums:
@@ -103,22 +117,33 @@ def laid_out(adapter: Adapter, base: str | None, task: str | None) -> tuple[dict
     return config, tensors | {files.PREFIX + name: t for name, t in adapter.full.items()}
 
 
-def _rebuildable(adapter: Adapter) -> dict[str, str]:
+def _rebuildable(adapter: Adapter, checksum: Callable[[Tensor], str] = frozen.checksum) -> dict[str, str]:
     """{key: checksum} of the factors that need not be stored: made anew from their seeds, they are what they are."""
     stored = {id(t): t.numel() for _, _, t in adapter.tensors() if t.requires_grad}
     if not in_proportion(adapter.methods, adapter.shapes, sum(stored.values())):
         return {}
-    once: dict[int, tuple[Tensor, str]] = {}  # holds the tensors too, so that no id is used twice
-
-    def checksum(t: Tensor) -> str:
-        return once.setdefault(id(t), (t, frozen.checksum(t)))[1]
-
-    again = {(site, name): checksum(t) for site, name, t in rebuilt(adapter.methods, adapter.shapes)}
+    anew, own = Once(frozen.checksum), Once(checksum)
+    again = {(site, name): anew(t) for site, name, t in rebuilt(adapter.methods, adapter.shapes)}
     return {
         key_of(site, name): again[site, name]
         for site, name, t in adapter.tensors()
-        if (site, name) in again and again[site, name] == checksum(t)
+        if (site, name) in again and again[site, name] == own(t)
     }
+
+
+class Once(Generic[T]):
+    """`make(t)`, computed at the first call with t.  It holds no tensor: of one that is gone nothing is left, and
+    another with its address is another."""
+
+    def __init__(self, make: Callable[[Tensor], T]):
+        self.make = make
+        self.made: dict[int, tuple[weakref.ref[Tensor], T]] = {}
+
+    def __call__(self, t: Tensor) -> T:
+        found = self.made.get(id(t))
+        if found is None or found[0]() is not t:
+            found = self.made[id(t)] = weakref.ref(t), self.make(t)
+        return found[1]
 
 
 def load(path: str | Path) -> Adapter:

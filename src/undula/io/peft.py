@@ -188,17 +188,23 @@ def _sorted(tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, dict[st
     found: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
     for key, t in tensors.items():
-        name = files.check_name(key.removeprefix(files.PREFIX), "tensor")
-        match = LEAF.fullmatch(name)
-        # PEFT stores the own weight of an embedding that it adapts: it may have grown with the vocabulary
-        leaf = name.replace(".base_layer.", ".") if match is None else match["leaf"]
-        place = full if match is None else found.setdefault(match["site"], {})
+        site, leaf = placed(key)
+        place = full if site is None else found.setdefault(site, {})
         if not t.is_floating_point():
-            raise ValueError(f"{path}: {name!r:.100} holds {t.dtype}, no floating-point numbers")
+            raise ValueError(f"{path}: {key!r:.100} holds {t.dtype}, no floating-point numbers")
         if leaf in place:
-            raise ValueError(f"{path} holds {name!r:.100} twice")
-        place[leaf] = t.requires_grad_() if match is None else t
+            raise ValueError(f"{path} holds {key!r:.100} twice")
+        place[leaf] = t.requires_grad_() if site is None else t
     return found, full
+
+
+def placed(key: str) -> tuple[str | None, str]:
+    """(the module, the factor) that a tensor's key means; (None, parameter) of one in full."""
+    name = files.check_name(key.removeprefix(files.PREFIX), "tensor")
+    match = LEAF.fullmatch(name)
+    if match is None:  # PEFT stores the own weight of an embedding that it adapts: it may have grown
+        return None, name.replace(".base_layer.", ".")
+    return match["site"], match["leaf"]
 
 
 def _method(

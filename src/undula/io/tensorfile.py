@@ -50,9 +50,21 @@ class Entry:
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes tensors to an open file.  Raises ValueError for a type that no reader would know, and OSError."""
+    for key in write_header(file, tensors, metadata):
+        file.write(memory(tensors[key].detach().cpu().contiguous()))
+
+
+def check_types(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a type that no reader would know."""
     odd = [f"{k} is {t.dtype}" for k, t in tensors.items() if t.dtype not in NAMES]
     if odd:
         raise ValueError(f"{odd[0]}; the types that a file can hold are {', '.join(TYPES)}")
+
+
+def write_header(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[str]:
+    """Writes what stands before the bytes of these tensors, of which only shapes and types count; returns the order of
+    the bytes.  Raises ValueError for a type that no reader would know."""
+    check_types(tensors)
     ordered = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
@@ -65,8 +77,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
-    for key in ordered:
-        file.write(memory(tensors[key].detach().cpu().contiguous()))
+    return ordered
 
 
 def memory(t: Tensor) -> bytes | memoryview:
