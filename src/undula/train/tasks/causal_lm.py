@@ -7,28 +7,26 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from ...core.ranges import Count, Natural
 from ...observe.listen import moved
-from ..data.columns import named_columns, texts
-from ..data.conversation import Message, conversations, questions, rendered, tokens
-from ..data.faults import Faults
+from ..data.conversation import Message, rendered, tokens
 from ..stages import advanced
 from .format import (
     Chat,
     Format,
     Plain,
     begin_ids,
-    check_talks,
     end_ids,
     ids_of,
     unknown_marks,
 )
 from .generation import Sampling, room_after, write
 from .labelled import ALL, Head, seen, told
+from .language_rows import LanguageRows
 from .lending import evaluating
 from .limits import END, NOTHING, UNLIMITED, Cuts
 from .outputs import head_of
@@ -46,7 +44,6 @@ from .task import (
 )
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LENGTH = 2048  # tokens of a row where neither the task nor the model says less
@@ -55,7 +52,7 @@ WRITTEN = 256  # tokens that a prompt is continued by at most, where nothing tel
 
 @Task.register
 @dataclass(frozen=True)
-class CausalLM(Task):
+class CausalLM(LanguageRows):
     """Next tokens.  Rows are one of
 
     - pairs of a prompt and its completion; a `context` (Dolly's, Alpaca's `input`) follows the prompt;
@@ -74,20 +71,6 @@ class CausalLM(Task):
     What is cut is told.  A completion that is cut has no end token: it does not end there.
     """
 
-    roles: ClassVar = {
-        "prompt": ("prompt", "instruction", "text"),
-        "completion": ("completion", "summary", "response", "output"),
-        "context": ("context", "input"),
-        "messages": ("messages", "conversations"),
-        "text": ("text",),
-    }
-    forms: ClassVar[Mapping[str, tuple[str, ...]]] = {  # their roles; the first that fits
-        "conversations": ("messages",),
-        "pairs": ("prompt", "completion"),
-        "texts": ("text",),
-    }
-    optional = ("context",)
-    targets: ClassVar[tuple[str, ...]] = ("completion",)
     peft = "CAUSAL_LM"
     pipeline = "text-generation"
     headline = "loss"
@@ -107,10 +90,6 @@ class CausalLM(Task):
     form: str | None = None
     packing: bool = False
 
-    def __post_init__(self) -> None:
-        if self.form is not None and self.form not in self.forms:
-            raise LookupError(f"rows have no form {self.form!r}; there are: {shown_forms(self)}")
-
     @classmethod
     def of_model(cls, config: PretrainedConfig) -> Self | None:
         return cls() if head_of(config, "ForCausalLM") or head_of(config, "LMHeadModel") else None
@@ -119,76 +98,6 @@ class CausalLM(Task):
         """As JSON values; what came later only where it is said."""
         newer = ("context", "messages", "text", "form", "packing")
         return {k: v for k, v in super().encode().items() if k not in newer or v not in (None, False)}
-
-    def columns(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
-        """{role: column} of one of the forms: the one that is named, else the first that the columns allow."""
-        named = [form for form in self.forms.values() if any(getattr(self, role) is not None for role in form)]
-        met = [f for f in self.forms.values() if all(any(c in there for c in self.roles[role]) for role in f)]
-        asked = [] if self.form is None else [self.forms[self.form]]
-        form: tuple[str, ...] = (*asked, *named, *met, ())[0]
-        found = faults if faults is not None else Faults()
-        if len({*named, *asked}) > 1:
-            found.missing(
-                f"{' and '.join('+'.join(f) for f in dict.fromkeys((*asked, *named)))} are different forms of rows",
-                "Name columns of one",
-            )
-        if not form:
-            found.missing(
-                f"the data have no columns for a language model; their columns are: {named_columns(there)}",
-                f"Rows have one of these forms: {shown_forms(self)}. Name the columns: --column prompt=... --column "
-                "completion=..., --column messages=... or --column text=..., in Python CausalLM(prompt=..., "
-                "completion=...)",
-            )
-        roles = (*form, "context") if form == ("prompt", "completion") else form
-        made = {role: column for role in roles if (column := self._column(role, there, found)) is not None}
-        if made.get("context") in (made.get("prompt"), made.get("completion")):
-            made.pop("context", None)
-        if faults is None:
-            found.check()
-        return made
-
-    def reads(self, there: Sequence[str]) -> str:
-        found = self.columns(there)
-        name = next(name for name, roles in self.forms.items() if roles[0] in found)
-        return f"{name}: {super().reads(there)}"
-
-    def check(self, split: Dataset, faults: Faults) -> None:
-        for role, column in self.columns(split.column_names, faults).items():
-            if role == "messages":
-                conversations(split, column, faults)
-            else:
-                texts(split, column, faults, blank=role == "context")
-
-    def rows(self, split: Dataset) -> Dataset:
-        from datasets import Dataset
-
-        columns, faults = self.columns(split.column_names), Faults()
-        if "messages" in columns:
-            check_talks(self.format)
-            made: dict[str, Any] = {"messages": conversations(split, columns["messages"], faults)}
-        else:
-            made = {r: texts(split, column, faults, blank=r == "context") for r, column in columns.items()}
-        faults.check()
-        return Dataset.from_dict(_joined(made))
-
-    def inputs(self, there: Sequence[str], faults: Faults | None = None) -> dict[str, str]:
-        """{role: column} of a form without its completion: the one that is named, else the first that there is."""
-        forms = [tuple(role for role in form if role not in self.targets) for form in self.forms.values()]
-        named = [form for form in forms if any(getattr(self, role) is not None for role in form)]
-        met = [form for form in forms if all(any(c in there for c in self.roles[role]) for role in form)]
-        form = (*named, *met, ("prompt",))[0]
-        made = self._columns((*form, "context") if form == ("prompt",) else form, there, faults)
-        if made.get("context") == made.get("prompt"):
-            made.pop("context", None)
-        return made
-
-    def asked(self, split: Dataset, faults: Faults) -> Dataset:
-        from datasets import Dataset
-
-        columns = self.inputs(split.column_names, faults)
-        if "messages" in columns:
-            return Dataset.from_dict({"messages": questions(split, columns["messages"], faults)})
-        return Dataset.from_dict(_joined({r: texts(split, c, faults, r == "context") for r, c in columns.items()}))
 
     def asked_ids(
         self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, new: int, cuts: Cuts | None = None
@@ -392,15 +301,6 @@ class CausalLM(Task):
         return [made.text.strip() for made in write(model, ids, tokenizer, batch, Sampling(most))]
 
 
-def _joined(made: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """A context follows its prompt."""
-    columns = dict(made)
-    if "context" in columns:
-        asked = zip(columns["prompt"], columns.pop("context"), strict=True)
-        columns["prompt"] = [f"{prompt}\n\n{context}" if context.strip() else prompt for prompt, context in asked]
-    return columns
-
-
 def room(tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens a row may have where the task does not say: `padding` writes what the model takes."""
     return max(2, min(LENGTH, tokenizer.model_max_length))
@@ -409,9 +309,3 @@ def room(tokenizer: PreTrainedTokenizerBase) -> int:
 def _example(ids: list[int], learned: list[bool]) -> Example:
     labels = [token if own else IGNORED for token, own in zip(ids, learned, strict=True)]
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-
-def shown_forms(task: CausalLM | type[CausalLM]) -> str:
-    """The forms that rows may have, with the names of their columns."""
-    named = {name: " and ".join("/".join(task.roles[role]) for role in roles) for name, roles in task.forms.items()}
-    return "; ".join(f"{name} ({columns})" for name, columns in named.items())
