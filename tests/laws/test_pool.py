@@ -662,7 +662,7 @@ def test_adapters_of_one_form_are_looked_at_once_and_asking_does_not_look_at_all
 
         items = __iter__ = values
 
-    pool._sources = Counted(pool._sources)
+    pool._catalog.sources = Counted(pool._catalog.sources)
     version = pool.version([Part("n7")])
     name = ready(pool, version)
     pool.release(version)

@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,34 +16,16 @@ from torch import nn
 
 from ..host.frame import Frame
 from ..host.ready import Ready, put, take
-from ..io.outline import head
-from ..io.tensorfile import Layouts
+from .catalog import Catalog, Described, total
 from .form import Forms, Heads
 from .loader import Loader, read, told
-from .request import Broken, Part, Refused, Unknown
+from .request import Broken, Part
 from .room import Held, Room, State
 from .version import Source, Version, check_name, stamp
 
 AGAIN = 5.0  # seconds after which what could not be loaded is tried again
-LARGEST = 1e6  # a scale: sums of them, and products with weights, stay finite in float32
 PAUSE = 0.02  # seconds between two looks for room while nothing has changed
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Described:
-    """One registered adapter, as a person wants to see it."""
-
-    name: str
-    id: str
-    digest: str | None
-    method: str
-    rank: int | None
-    bytes: int
-    state: str  # registered, waiting, loading, loaded, in use, failed
-    pinned: bool
-    hits: int  # requests that found it in memory
-    misses: int  # requests that it was read for
 
 
 @dataclass(frozen=True)
@@ -97,14 +78,10 @@ class Pool:
             raise ValueError(f"a budget is a whole number of bytes, found {budget!r}")
         self.model, self.dtype = model, dtype
         frame = Frame(model)
-        self._forms = Forms(frame, bases, dtype, heads)
-        self._layouts = Layouts()
+        self._catalog = Catalog(Forms(frame, bases, dtype, heads), budget)
         self._clock = clock
         self._room = Room(budget, patience, lapse)
         self._lock = threading.RLock()
-        self._sources: dict[str, Source] = {}
-        self._pinned: set[Source] = set()
-        self._sums: weakref.WeakValueDictionary[tuple, Version] = weakref.WeakValueDictionary()
         self._loader = Loader(lambda version: read(version, frame, dtype, heads), self._loaded)
         self._listeners: list[Callable[[], None]] = []
         self._looks = {True: -math.inf, False: -math.inf}  # for room: when, by whether what is attached might leave
@@ -125,23 +102,13 @@ class Pool:
         """
         check_name(name)
         if not replace:
-            self._check_free(name)
-        path = Path(path).absolute()
-        before = stamp(path)
-        form = self._forms.of(head(path, self._layouts))
-        if stamp(path) != before:
-            raise ValueError(f"{path} was written to while it was read: register {name!r} again")
-        source = Source(name, path, before, form, pinned=pin)
+            self._catalog.check_free(name)
+        source = self._catalog.read(name, Path(path).absolute(), pin)
         with self._lock:
             if not replace:
-                self._check_free(name)
-            old = self._sources.get(name)
-            self._check_fits(form.bytes, repr(name), {old} if pin else set())
-            if old is not None:
-                self._forget(old)
-            self._sources[name] = source
-            if pin:
-                self._pinned.add(source)
+                self._catalog.check_free(name)
+            if self._catalog.put(source):
+                self._look_again()
         if pin:
             self.prefetch(source.version)
         return source.version
@@ -149,18 +116,14 @@ class Pool:
     def unregister(self, name: str) -> None:
         """Makes a name unknown.  Requests that hold its version finish on it.  Raises Unknown."""
         with self._lock:
-            self._forget(self._source(name))
-            del self._sources[name]
+            self._catalog.remove(name)
+            self._look_again()
 
     def pin(self, name: str, on: bool = True) -> None:
         """Has an adapter loaded and kept in memory, or lets it go again.  Raises Unknown, and ValueError where the
         pinned ones do not fit together."""
         with self._lock:
-            source = self._source(name)
-            if on:
-                self._check_fits(source.form.bytes, repr(name), {source})
-            source.pinned = on
-            (self._pinned.add if on else self._pinned.discard)(source)
+            source = self._catalog.pin(name, on)
         if on:
             self.prefetch(source.version)
 
@@ -168,24 +131,12 @@ class Pool:
         """What these parts mean now; None for the base alone (no parts, or all of them with the scale 0).
 
         A name that stands twice counts with the sum of its scales.  Raises Unknown; Refused for scales that are no
-        finite numbers up to `LARGEST`, for a weighted sum of what has no update dW, and for what can never fit into
+        finite numbers up to `catalog.LARGEST`, for a weighted sum of what has no update dW, and for what can never fit into
         the budget.
         """
-        scales: dict[str, float] = {}
-        for part in parts:
-            scales[part.name] = scales.get(part.name, 0.0) + _number(part)
+        scales = total(parts)
         with self._lock:
-            found = {name: self._source(name) for name in sorted(scales)}
-            terms = tuple((scales[name], source) for name, source in found.items() if scales[name])
-            if not terms:
-                return None
-            plain = len(terms) == 1 and terms[0][0] == 1.0
-            version = terms[0][1].version if plain else self._sum(terms)
-            try:
-                self._check_fits(version.bytes, version.names, {source for _, source in terms} if plain else set())
-            except ValueError as error:
-                raise Refused(str(error)) from None
-        return version
+            return self._catalog.version(scales)
 
     def prefetch(self, version: Version) -> None:
         """Has the version read beside the computation, as soon as there is room that nothing in use takes.  Does
@@ -212,17 +163,17 @@ class Pool:
     def names(self) -> list[str]:
         """All that is registered."""
         with self._lock:
-            return sorted(self._sources)
+            return sorted(self._catalog.sources)
 
     def paths(self) -> dict[str, Path]:
         """Where each was registered from."""
         with self._lock:
-            return {name: source.path for name, source in self._sources.items()}
+            return {name: source.path for name, source in self._catalog.sources.items()}
 
     def unchanged(self, name: str) -> bool:
         """Whether the files are those that were registered, as far as their sizes and times tell.  Raises Unknown."""
         with self._lock:
-            source = self._source(name)
+            source = self._catalog.source(name)
         return stamp(source.path) == source.stamp
 
     def there(self, version: Version) -> bool:
@@ -233,13 +184,13 @@ class Pool:
     def describe(self) -> list[Described]:
         """All that is registered, by name."""
         with self._lock:
-            return [self._described(source) for _, source in sorted(self._sources.items())]
+            return [self._described(source) for _, source in sorted(self._catalog.sources.items())]
 
     def stats(self) -> PoolStats:
         with self._lock:
             held = list(self._room.held.values())
             return PoolStats(
-                registered=len(self._sources),
+                registered=len(self._catalog.sources),
                 budget=self._room.budget,
                 bytes=self._room.bytes,
                 loaded=sum(h.state in (State.LOADED, State.ATTACHED) for h in held),
@@ -294,46 +245,6 @@ class Pool:
             return self._room.held[version.id].kept
 
     # Within
-
-    def _source(self, name: str) -> Source:
-        if name not in self._sources:
-            raise Unknown(f"no adapter called {name!r:.80} is registered")
-        return self._sources[name]
-
-    def _check_free(self, name: str) -> None:
-        if name in self._sources:
-            raise FileExistsError(
-                f"an adapter called {name!r} is registered already (replace=True: another takes its place)"
-            )
-
-    def _check_fits(self, size: int, names: str, among: set[Source | None]) -> None:
-        """Raises ValueError for what would never fit beside the pinned ones that are not `among` it."""
-        others = sum(source.form.bytes for source in self._pinned if source not in among)
-        if size > self._room.budget - others:
-            beside = f", of which pinned adapters take {others:,}" if others else ""
-            budget = f"the pool's budget is {self._room.budget:,}{beside}"
-            raise ValueError(f"{names} takes {size:,} bytes; {budget} (--memory)")
-
-    def _forget(self, source: Source) -> None:
-        """No name means it any more."""
-        source.current = False
-        self._pinned.discard(source)
-        self._look_again()
-
-    def _sum(self, terms: tuple[tuple[float, Source], ...]) -> Version:
-        for _, source in terms:
-            what = source.form.lacking or (f"it holds {source.form.full[0]} in full" if source.form.full else None)
-            if what is not None:
-                raise Refused(
-                    f"{source.name!r} is served alone and with the scale 1, not scaled and not beside others: {what}"
-                )
-        key = tuple((source.number, weight) for weight, source in terms)
-        version = self._sums.get(key)
-        if version is None:
-            parts = tuple(Part(source.name, weight) for weight, source in terms)
-            version = Version(parts, terms)
-            self._sums[key] = version
-        return version
 
     def _wanted(self, version: Version) -> Held:
         held, now = self._room.held.get(version.id), self._clock()
@@ -399,7 +310,7 @@ class Pool:
         if version.plain:
             version.terms[0][1].form.bytes = held.bytes  # others of its form will ask for so much
         try:
-            self._check_fits(held.bytes, version.names, {source for _, source in version.terms})
+            self._catalog.check_fits(held.bytes, version.names, {source for _, source in version.terms})
         except ValueError as error:
             return error
         if self._room.bytes > self._room.budget:
@@ -429,10 +340,3 @@ class Pool:
             source.name, source.version.id, source.digest, form.method, form.rank, form.bytes,
             "loaded" if state == "attached" else state, source.pinned, source.hits, source.misses,
         )  # fmt: skip
-
-
-def _number(part: Part) -> float:
-    scale = part.scale
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST:
-        raise Refused(f"a scale is a finite number up to {LARGEST:g}; that of {part.name!r:.80} is {scale!r:.40}")
-    return float(scale)
