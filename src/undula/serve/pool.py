@@ -131,8 +131,8 @@ class Pool:
         """What these parts mean now; None for the base alone (no parts, or all of them with the scale 0).
 
         A name that stands twice counts with the sum of its scales.  Raises Unknown; Refused for scales that are no
-        finite numbers up to `catalog.LARGEST`, for a weighted sum of what has no update dW, and for what can never fit into
-        the budget.
+        finite numbers up to `catalog.LARGEST`, for a weighted sum of what has no update dW, and for what can never fit
+        into the budget.
         """
         scales = total(parts)
         with self._lock:
