@@ -4,7 +4,7 @@ An adapter is a value; a method is a law W -> W'.
 """
 
 from . import combine, io, ranks, starts
-from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse
+from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse, squeeze
 from .core import VERSION
 from .core.adapter import Adapter
 from .core.method import (
@@ -117,6 +117,7 @@ __all__ = [
     "rows",
     "select",
     "selected",
+    "squeeze",
     "starts",
     "study",
     "train",

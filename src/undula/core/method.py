@@ -283,6 +283,11 @@ class Additive(Reweight):
     def delta(self, f: Factors) -> Tensor:
         """The update dW (O, I)."""
 
+    def rows(self, f: Factors, some: slice) -> Tensor:
+        """Those rows of dW, for what goes through a large one block by block: a method whose rows can be computed
+        alone says how."""
+        return self.delta(f)[some]
+
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         return W_OI + self.delta(f)
 
@@ -311,6 +316,10 @@ class LowRank(Additive):
     def delta(self, f: Factors) -> Tensor:
         B_OR, A_RI = self.pair(f)
         return B_OR @ A_RI
+
+    def rows(self, f: Factors, some: slice) -> Tensor:
+        B_OR, A_RI = self.pair(f)
+        return B_OR[some] @ A_RI
 
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         B_OR, A_RI = self.pair(f)

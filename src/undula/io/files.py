@@ -85,15 +85,23 @@ def place(
         _write_readme(path / "README.md", readme)
 
 
+def size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], readme: str) -> int:
+    """How many bytes `write` writes into a new directory; of the tensors only shapes and types count."""
+    text = _text(config, 16 * "0")
+    return len(text.encode()) + tensorfile.size(tensors, {"format": "pt", EMBEDDED: text}) + len(readme.encode())
+
+
 def _marked(config: Mapping[str, Any], contents: Iterable[bytes | memoryview]) -> str:
     """The configuration as it is written, with the mark of this save: a digest of all that it writes."""
     digest = hashlib.sha256(json.dumps(config).encode())
     for part in contents:
         digest.update(part)
+    return _text(config, digest.hexdigest())
+
+
+def _text(config: Mapping[str, Any], digest: str) -> str:
     try:
-        return (
-            json.dumps({**config, MARKED: f"{LAYOUT}{MARK}{digest.hexdigest()[:16]}"}, indent=2, allow_nan=False) + "\n"
-        )
+        return json.dumps({**config, MARKED: f"{LAYOUT}{MARK}{digest[:16]}"}, indent=2, allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"a field of this adapter is NaN or infinite, which no file may say: {error}") from None
 

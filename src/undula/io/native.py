@@ -72,6 +72,12 @@ def checked(
     return data, tensors
 
 
+def bytes_of(adapter: Adapter) -> int:
+    """How many bytes `save` writes of it into a new directory: numbers, names, configuration, README.  Its tensors may
+    be on the meta device, but for those that a seed makes."""
+    return files.size(*laid_out(adapter, None, None), README)
+
+
 def laid_out(
     adapter: Adapter, base: str | None, task: str | None, checksum: Callable[[Tensor], str] = frozen.checksum
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:

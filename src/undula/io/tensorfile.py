@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -78,6 +79,13 @@ def write_header(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappin
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
     return ordered
+
+
+def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """How many bytes `write` writes; only shapes and types count."""
+    head = io.BytesIO()
+    write_header(head, tensors, metadata)
+    return len(head.getvalue()) + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def memory(t: Tensor) -> bytes | memoryview:

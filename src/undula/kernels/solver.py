@@ -19,6 +19,10 @@ class Solver(Choice):
     @abc.abstractmethod
     def __call__(self, M_OI: Tensor, r: int) -> svd.Triple: ...
 
+    def leading(self, M: svd.Blocks, r: int) -> svd.Triple:
+        """The same of a matrix that is computed block by block; here it is formed."""
+        return self(M.whole(), r)
+
 
 @Solver.register
 @dataclass(frozen=True)
@@ -43,3 +47,6 @@ class Randomised(Solver):
 
     def __call__(self, M_OI: Tensor, r: int) -> svd.Triple:
         return svd.randomised(M_OI, r, self.oversample, self.iterations, self.seed)
+
+    def leading(self, M: svd.Blocks, r: int) -> svd.Triple:
+        return M.leading(r, self.oversample, self.iterations, self.seed)

@@ -6,6 +6,9 @@ miss by sqrt(sum of the remaining s_i^2).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -44,17 +47,73 @@ def randomised(M_OI: Tensor, r: int, oversample: int, iterations: int, seed: int
     1.0003 where s_i falls as i^-0.3.  Where a sketch would save nothing (4 k >= min(O, I)) this is `exact`.  The global
     random state is neither used nor changed.
     """
-    k = r + max(r, oversample)
-    if 4 * k >= min(M_OI.shape):
+    if sketches_all(M_OI.shape, r, oversample):
         return exact(M_OI, r)
+    return _sketched(lambda X: M_OI @ X, lambda Y: M_OI.T @ Y, M_OI, r, oversample, iterations, seed)
+
+
+def sketches_all(shape: tuple[int, ...], r: int, oversample: int) -> bool:
+    """Whether a sketch for r triples would save nothing."""
+    return 4 * (r + max(r, oversample)) >= min(shape)
+
+
+Product = Callable[[Tensor], Tensor]
+
+
+def _sketched(
+    times: Product, back: Product, like: Tensor | Blocks, r: int, oversample: int, iterations: int, seed: int
+) -> Triple:
+    """Algorithm 4.4, of a matrix by its products M X and M' Y."""
     generator = torch.Generator().manual_seed(seed)
-    shape, kind = (M_OI.shape[1], k), M_OI.dtype  # drawn on the CPU: the same sketch on every device
-    sketch_IK = torch.randn(shape, generator=generator, dtype=kind, device="cpu").to(M_OI.device)
-    Q_OK = torch.linalg.qr(M_OI @ sketch_IK).Q
+    shape = (like.shape[1], r + max(r, oversample))  # drawn on the CPU: the same sketch on every device
+    sketch_IK = torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+    Q_OK = torch.linalg.qr(times(sketch_IK)).Q
     for _ in range(iterations):
-        Q_OK = torch.linalg.qr(M_OI @ torch.linalg.qr(M_OI.T @ Q_OK).Q).Q
-    U, s, Vh = torch.linalg.svd(Q_OK.T @ M_OI, full_matrices=False)
+        Q_OK = torch.linalg.qr(times(torch.linalg.qr(back(Q_OK)).Q)).Q
+    U, s, Vh = torch.linalg.svd(back(Q_OK).T, full_matrices=False)
     return Q_OK @ U[:, :r], s[:r], Vh[:r].T
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix (O, I) that is computed `step` rows at a time and never held as a whole; in float64."""
+
+    shape: tuple[int, int]
+    rows: Callable[[slice], Tensor]
+    step: int
+    device: torch.device
+    dtype: torch.dtype = torch.float64
+
+    def each(self) -> Iterator[tuple[slice, Tensor]]:
+        """(which rows, their numbers)."""
+        for first in range(0, self.shape[0], self.step):
+            some = slice(first, min(first + self.step, self.shape[0]))
+            yield some, self.rows(some).to(self.dtype)
+
+    def whole(self) -> Tensor:
+        """M itself."""
+        return torch.cat([M for _, M in self.each()])
+
+    def times(self, X_IK: Tensor) -> Tensor:
+        """M X (O, K)."""
+        return torch.cat([M @ X_IK for _, M in self.each()])
+
+    def back(self, Y_OK: Tensor) -> Tensor:
+        """M' Y (I, K)."""
+        total = Y_OK.new_zeros(self.shape[1], Y_OK.shape[1])
+        for some, M in self.each():
+            total.addmm_(M.T, Y_OK[some])
+        return total
+
+    def square(self) -> float:
+        """||M||^2."""
+        return float(sum(M.square().sum() for _, M in self.each()))
+
+    def leading(self, r: int, oversample: int, iterations: int, seed: int) -> Triple:
+        """As `randomised`: where a sketch would save nothing, the matrix is formed."""
+        if sketches_all(self.shape, r, oversample):
+            return exact(self.whole(), r)
+        return _sketched(self.times, self.back, self, r, oversample, iterations, seed)
 
 
 def balanced(B_OR: Tensor, A_RI: Tensor) -> tuple[Tensor, Tensor]:

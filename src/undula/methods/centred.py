@@ -105,3 +105,9 @@ class _AdditiveCentred(Centred, Additive):
             return self.inner.delta(f)  # type: ignore[attr-defined]
         now, start = (self.inner.delta(g) for g in self.both(f))  # type: ignore[attr-defined]
         return now - start
+
+    def rows(self, f: Factors, some: slice) -> Tensor:
+        if self.at_base():
+            return self.inner.rows(f, some)  # type: ignore[attr-defined]
+        now, start = (self.inner.rows(g, some) for g in self.both(f))  # type: ignore[attr-defined]
+        return now - start

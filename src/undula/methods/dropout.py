@@ -170,6 +170,9 @@ class _AdditiveDropout(Dropout, Additive):
     def delta(self, f: Factors) -> Tensor:
         return self.inner.delta(f)  # type: ignore[attr-defined]
 
+    def rows(self, f: Factors, some: slice) -> Tensor:
+        return self.inner.rows(f, some)  # type: ignore[attr-defined]
+
 
 class _ReweightDropout(Dropout, Reweight):
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:

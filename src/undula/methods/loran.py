@@ -75,6 +75,9 @@ class LoRAN(Additive):
     def delta(self, f: Factors) -> Tensor:
         return bent(self.activation, self.scale(f["A"].shape[1]), f["B"], f["A"], self.constants(f))
 
+    def rows(self, f: Factors, some: slice) -> Tensor:
+        return self.delta({**f, "B": f["B"][some]})
+
     def bend(self, f: Factors) -> Bend:
         constants, dtype = {c: f[c].detach() for c in self.learn}, wide(f["A"].dtype)
 

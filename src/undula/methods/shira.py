@@ -67,6 +67,15 @@ class SHiRA(Additive):
         index_K, change_K = self.entries(f)
         return change_K.new_zeros(O * I).index_add(0, index_K, change_K).view(O, I)
 
+    def rows(self, f: Factors, some: slice) -> Tensor:
+        O, I, _ = f["outline"].shape
+        index_K, change_K = self.entries(f)
+        first, last, _ = some.indices(O)
+        ends = torch.tensor([first * I, last * I], dtype=index_K.dtype, device=index_K.device)
+        low, high = torch.searchsorted(index_K, ends).tolist()  # they rise
+        found = change_K.new_zeros((last - first) * I)
+        return found.index_add(0, index_K[low:high] - first * I, change_K[low:high]).view(-1, I)
+
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         # no zeros are added: the other entries stay to the bit (-0.0 + 0.0 is 0.0)
         index_K, change_K = self.entries(f)

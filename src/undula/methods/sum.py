@@ -88,6 +88,10 @@ class _AdditiveSum(Sum, Additive):
         deltas = [w * m.delta(own) for w, m, own in self.terms(f) if isinstance(m, Additive)]
         return torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0]
 
+    def rows(self, f: Factors, some: slice) -> Tensor:
+        parts = [w * m.rows(own, some) for w, m, own in self.terms(f) if isinstance(m, Additive)]
+        return sum(parts[1:], parts[0])
+
 
 def added(parts: list[tuple[float, Additive, Factors]], shape: tuple[int, int]) -> tuple[Method, Factors]:
     """The sum of weighted updates of one layer (O, I).  What is a sum already gives its parts; equal parts (the same

@@ -1,0 +1,217 @@
+"""`undula squeeze` and `undula quantise`: smaller adapters, one or a folder of them, with a table of what was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import compress
+from ..compress.targets import ByBudget, ByEnergy, ByError, ByRank, BySize, Target
+from ..core.adapter import Adapter
+from ..io import files
+from ..io.diffusers import WEIGHTS
+from ..io.native import README
+from ..io.whole import whole
+from ..train.card import of_run, put
+from ..train.restored import described
+from ..train.run import RUN
+from . import shell
+from .carry import carry
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
+Where = Annotated[Path, typer.Argument(help="The directory of an adapter, or a folder of such directories.")]
+
+
+def squeeze(
+    path: Where,
+    *,
+    out: shell.Out,
+    rank: Annotated[int | None, typer.Option(help="This rank at every layer.", min=1)] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="At each layer the least rank that keeps this share of ||dW||^2: 0.99.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="At each layer the least rank whose relative error is at most this: 0.05.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="So many ranks over all layers together, where they keep most.", min=1)
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="All files together at most so large: 2MB, 500k, 1.5MiB or bytes.")
+    ] = None,
+    to: shell.Json = None,
+) -> None:
+    """Cut an adapter to less rank, each layer's update as near to what it was as can be; what that costs is printed.
+    Needs no model.  A folder of adapters is squeezed one by one, to the same target each."""
+    target = _target(rank, energy, error, budget, size)
+
+    def one(place: Path, folder: Path, called: Path) -> dict[str, Any]:
+        adapter = Adapter.load(place)
+        with _progress(place.name, len(adapter.methods)) as seen:
+            made = _squeezed(place, adapter, target, folder, called, seen)
+        return _lost(adapter, made, sum_of(folder))
+
+    _each(path, out, to, one)
+
+
+def _target(
+    rank: int | None, energy: float | None, error: float | None, budget: int | None, size: str | None
+) -> Target:
+    """The one that was asked for.  Raises ValueError for none or several."""
+    options: dict[str, Callable[[], Target]] = {
+        "--rank": lambda: ByRank(rank or 0),
+        "--energy": lambda: ByEnergy(energy or 0.0),
+        "--error": lambda: ByError(error or 0.0),
+        "--budget": lambda: ByBudget(budget or 0),
+        "--size": lambda: BySize(bytes_in(size or "")),
+    }
+    values = (rank, energy, error, budget, size)
+    given = [name for name, value in zip(options, values, strict=True) if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"squeeze needs one target: {', '.join(options)}; found {' and '.join(given) if given else 'none'}"
+        )
+    return options[given[0]]()
+
+
+def bytes_in(text: str) -> int:
+    """The bytes in a size: 2MB is two million, 2MiB 2 * 1024^2.  Raises ValueError."""
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"a size is written 2MB, 500k, 1.5MiB or as bytes; found {text!r}")
+    return int(float(found[1]) * UNITS[(found[2] or "").lower()])
+
+
+def _squeezed(
+    place: Path, adapter: Adapter, target: Target, folder: Path, called: Path, seen: Callable[[str], object]
+) -> compress.Squeezed:
+    """Squeezes one adapter into `folder`.  With a size for a target, all that lies there is counted."""
+    asked, beside = target, 0
+    while True:
+        made = compress.squeeze(adapter, asked, seen=seen)
+        made.adapter.save(folder)
+        _card(place, made.adapter, folder, called, _told(made))
+        if not isinstance(target, BySize) or sum_of(folder) <= target.bytes:
+            return made
+        beside += sum_of(folder) - target.bytes if beside else sum_of(folder) - made.bytes[1]
+        if beside >= target.bytes:
+            raise ValueError(
+                f"what goes with the adapter (its run, its card) takes {beside:,} bytes alone: no squeezing of the "
+                f"adapter reaches {target.bytes:,}"
+            )
+        asked = BySize(target.bytes - beside)
+
+
+def sum_of(folder: Path) -> int:
+    """The bytes of all files below."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _told(made: compress.Squeezed) -> str:
+    """A sentence for a card."""
+    ranks = [k for k in made.ranks.values() if k]
+    gone = len(made.ranks) - len(ranks)
+    return (
+        f"Squeezed to the ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
+        + (f" ({gone} layers got none)" if gone else "")
+        + f"; relative error of the update {made.error:.3g}."
+    )
+
+
+def _card(place: Path, adapter: Adapter, folder: Path, called: Path, note: str) -> None:
+    """The run that goes along, and a README that says what was done."""
+    carry(place, adapter, folder)
+    if (place / RUN).is_file():
+        run = dataclasses.replace(described(place, adapter), out=called)
+        put(dataclasses.replace(of_run(run, adapter), notes=(note, "")), folder)
+    else:
+        files.write_text(folder / "README.md", f"{README}\n{note}\n")
+
+
+def _lost(adapter: Adapter, made: compress.Squeezed, size: int) -> dict[str, Any]:
+    """What is said of one adapter."""
+    rows = []
+    for site, k in made.ranks.items():
+        before = adapter.factors[site].get("A")
+        rows.append(
+            {"layer": site, "rank before": None if before is None else len(before), "rank": k,
+             "relative error": made.errors[site]}
+        )  # fmt: skip
+    return {"error": made.error, "ranks": sum(made.ranks.values()), "bytes_before": made.bytes[0], "bytes": size,
+            "layers": rows}  # fmt: skip
+
+
+def adapters_in(path: Path) -> list[Path]:
+    """The adapter directory itself, or those directly in a folder.  Raises FileNotFoundError."""
+
+    def is_adapter(place: Path) -> bool:
+        return (place / files.CONFIG).is_file() or (place / WEIGHTS).is_file()
+
+    if is_adapter(path) or not path.is_dir():
+        return [path]
+    found = sorted(place for place in path.iterdir() if place.is_dir() and is_adapter(place))
+    if not found:
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"{path} is no adapter directory ({files.CONFIG} is missing), nor does it hold any: {there}"
+        )
+    return found
+
+
+def _each(path: Path, out: Path, to: Path | None, one: Callable[[Path, Path, Path], dict[str, Any]]) -> None:
+    """`one(directory, where to write, how that will be called)` for the adapter, or for each of a folder; all of them
+    are there in the end, or none."""
+    shell.fresh(out)
+    places = adapters_in(path)
+    several = places != [path]
+    found: dict[str, dict[str, Any]] = {}
+    with whole(out) as folder:
+        for place in places:
+            at = folder / place.name if several else folder
+            at.mkdir(exist_ok=True)
+            try:
+                found[place.name] = one(place, at, out / place.name if several else out)
+            except (ValueError, TypeError, LookupError) as error:
+                if several:
+                    raise type(error)(f"{place}: {error}") from None
+                raise
+    shell.write(to, {"adapters": found} if several else next(iter(found.values())))
+    if str(to) == "-":
+        return
+    if several:
+        shell.out.print(shell.table([{"adapter": n, **_short(f)} for n, f in found.items()]))
+    else:
+        only = next(iter(found.values()))
+        shell.out.print(shell.table(only["layers"]))
+        shell.note(", ".join(f"{name}: {shell.shown(value)}" for name, value in _short(only).items()))
+    for name, one_found in found.items():
+        if one_found["bytes"] > one_found["bytes_before"]:
+            shell.remark(
+                f"{name} is larger than it was: its method shares or rebuilds its numbers, and a plain LoRA stores them"
+            )
+    shell.note(f"Saved in {out}")
+
+
+def _short(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one adapter as a whole."""
+    return {k.replace("bytes_before", "bytes before"): v for k, v in found.items() if k != "layers"} | {
+        "error": found["error"]
+    }
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[str], object]]:
+    """A bar of layers on the error stream, where that is a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=shell.err, disable=not shell.err.is_terminal, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda _: progress.advance(task)

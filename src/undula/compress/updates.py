@@ -1,0 +1,147 @@
+"""The update dW of one site as its singular triples: from the factors where there are two, else block by block."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from ..core.method import Additive, Factors, LowRank, Method, Reweight
+from ..kernels import svd
+from ..kernels.solver import Solver
+from ..methods.dora import DoRA
+from ..methods.dropout import Dropout
+from .spectrum import Spectrum
+
+BLOCK = 1 << 22  # numbers of a block: 32 MiB of float64
+
+
+class Update(abc.ABC):
+    """dW of one site.  `whole` is ||dW||^2, `most` the largest rank that carries anything, 1 at least."""
+
+    whole: float
+    most: int
+    known: Tensor  # singular values that cost nothing more
+
+    @abc.abstractmethod
+    def leading(self, k: int) -> svd.Triple:
+        """The first k singular triples, float64; less where there are less."""
+
+    def spectrum(self, bytes: int) -> Spectrum:
+        """Its singular values; a rank takes so many bytes on disk."""
+        return Spectrum(self.known, self.whole, self.most, bytes, lambda k: self.leading(k)[1])
+
+    def tail(self, s: Tensor) -> float:
+        """||dW||^2 without its first singular values, which are `s`."""
+        return max(self.whole - float(s.square().sum()), 0.0)
+
+    def missed(self, triple: svd.Triple, B_OR: Tensor, A_RI: Tensor) -> float:
+        """||dW - B A||^2, B A being the truncation `triple` as it is stored: the tail of the singular values, and in
+        types narrower than 32 bits the rounding of B and A, which is orthogonal to it but for rounding."""
+        tail = self.tail(triple[1])
+        if B_OR.dtype.itemsize >= 4:
+            return tail
+        U, s, V = triple
+        wrong = svd.factored_values(torch.cat([U * s, B_OR.double()], 1), torch.cat([V.T, -A_RI.double()]))
+        return tail + float(wrong.square().sum())
+
+
+class Pair(Update):
+    """dW = B A.  Exact, and no O x I matrix is formed."""
+
+    def __init__(self, B_OR: Tensor, A_RI: Tensor):
+        self.triple = svd.factored(B_OR, A_RI)
+        self.known = self.triple[1]
+        self.whole = float(self.known.square().sum())
+        self.most = carrying(self.known, max(B_OR.shape[0], A_RI.shape[1]))
+
+    def leading(self, k: int) -> svd.Triple:
+        U, s, V = self.triple
+        return U[:, :k], s[:k], V[:, :k]
+
+    def tail(self, s: Tensor) -> float:
+        return float(self.known[len(s) :].square().sum())  # a sum, which does not cancel
+
+
+class Computed(Update):
+    """dW of an Additive method, by a randomised decomposition of the operator, a block of rows at a time."""
+
+    def __init__(self, M: svd.Blocks, solver: Solver):
+        self.M, self.solver = M, solver
+        self.whole = M.square()
+        self.found: svd.Triple | None = None
+        self.most = min(M.shape) if self.whole > 0 else 1
+        self.known = torch.zeros(0, dtype=torch.float64, device=M.device)
+
+    def leading(self, k: int) -> svd.Triple:
+        k = min(k, self.most)
+        if self.found is None or len(self.found[1]) < k:
+            self.found = self.solver.leading(self.M, k)
+        U, s, V = self.found
+        return U[:, :k], s[:k], V[:, :k]
+
+
+def carrying(s: Tensor, size: int) -> int:
+    """How many of these singular values are more than rounding; 1 at least."""
+    limit = float(s[0]) * torch.finfo(s.dtype).eps * size if len(s) else 0.0
+    return max(1, int((s > limit).sum()))
+
+
+def inside(site: str, method: Method) -> Additive:
+    """The method whose update is truncated: what dropout and DoRA's magnitudes are around.  Raises TypeError where
+    there is none."""
+    if isinstance(method, Dropout | DoRA):
+        return inside(site, method.inner)
+    if isinstance(method, Additive):
+        return method
+    if isinstance(method, Reweight):
+        raise TypeError(
+            f"{method!r} at {site} stands on the rung {method.rung()}: its update W' - W is known only together with "
+            "the base. undula.collapse(model, Truncate(r)) truncates it there"
+        )
+    raise TypeError(
+        f"{method!r} at {site} stands on the rung {method.rung()}: it has no update dW to squeeze. undula.collapse "
+        "fits a LowRank adapter to what it does: collapse(model, LeastSquares(r, calibration))"
+    )
+
+
+def beside(method: Method) -> tuple[str, ...]:
+    """The factors of what is around the squeezed method."""
+    if isinstance(method, Dropout):
+        return beside(method.inner)
+    return ("m",) if isinstance(method, DoRA) else ()
+
+
+def around(method: Method, lora: Method) -> Method:
+    """`lora` in what was around the squeezed method."""
+    if isinstance(method, Dropout):
+        return Dropout(around(method.inner, lora), method.p)  # on the rung of what is inside now
+    return DoRA(around(method.inner, lora)) if isinstance(method, DoRA) else lora
+
+
+def update_of(
+    site: str, method: Method, f: Factors, shape: tuple[int, int], padding: int | None, solver: Solver
+) -> Update:
+    """The update of a site; column `padding` of it stays the base's.  Raises TypeError below the Additive rung,
+    ValueError for NaN or infinity."""
+    law = inside(site, method)
+    for name, t in f.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ValueError(
+                f"{site}: the factor {name} holds NaN or infinity; the adapter is damaged or diverged, and nothing can "
+                "be squeezed"
+            )
+    f = {k: t.detach().double() if t.is_floating_point() else t for k, t in f.items()}
+    if isinstance(law, LowRank):
+        B_OR, A_RI = law.pair(f)
+        return Pair(B_OR, _without(A_RI, padding))
+    step = max(1, BLOCK // max(1, shape[1])) if type(law).rows is not Additive.rows else shape[0]
+    device = next(iter(f.values())).device
+    return Computed(svd.Blocks(shape, lambda some: _without(law.rows(f, some), padding), step, device), solver)
+
+
+def _without(M_KI: Tensor, column: int | None) -> Tensor:
+    if column is None:
+        return M_KI
+    return M_KI.index_fill(1, torch.tensor([column], device=M_KI.device), 0.0)
