@@ -35,6 +35,7 @@ from .methods.loran import LoRAN, LoRANActivation, SineLoRA
 from .methods.lorasb import LoRASB
 from .methods.loraxs import LoRAXS
 from .methods.lorta import LoRTA
+from .methods.masked import Masked
 from .methods.nola import NOLA
 from .methods.restarted import Restarted
 from .methods.s2ft import S2FT
@@ -77,6 +78,7 @@ __all__ = [
     "LoRAXS",
     "LoRTA",
     "LowRank",
+    "Masked",
     "Method",
     "Probe",
     "RankStabilised",

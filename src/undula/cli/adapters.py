@@ -97,6 +97,15 @@ def merge(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", merging.LossyMerge)  # said below, with what to type
         errors = merging.merge(opened.model, keep=False)
+    write_whole(opened, out)
+    worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
+    shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
+    if told := merging.lossy(errors):
+        shell.remark(f"{told}. " + ("Merge with --dense" if rounded else "Keep the adapter beside the base"))
+
+
+def write_whole(opened: Restored, out: Path) -> None:
+    """Writes a model that stands for itself, its adapter being merged, as a folder that is complete or not there."""
     tell(opened.model.config, opened.run.task, opened.roles)
     with whole(out) as folder, quiet():
         try:
@@ -107,10 +116,6 @@ def merge(
         if opened.processor is not None:
             opened.processor.save_pretrained(folder)
         put(_card(opened, out), folder)
-    worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
-    shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
-    if told := merging.lossy(errors):
-        shell.remark(f"{told}. " + ("Merge with --dense" if rounded else "Keep the adapter beside the base"))
 
 
 def _card(opened: Restored, out: Path) -> Card:
@@ -129,7 +134,9 @@ def _rounds(model: PreTrainedModel) -> bool:
 
 
 def prune(path: shell.Directory, *, out: shell.Out) -> None:
-    """Leave the live ranks of a gated adapter as a plain LoRA; what it computes stays."""
+    """Leave the live ranks of a gated adapter as a plain LoRA; what it computes stays.
+
+    This takes ranks from an adapter and nothing from its base: for a smaller base see `undula prune-base`."""
     _lessened(path, out, ranks.prune.prune)
 
 

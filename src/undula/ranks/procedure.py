@@ -24,15 +24,16 @@ and decisions follow gradients that all processes share: under DDP every process
 from __future__ import annotations
 
 import abc
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.choice import Choice
+from ..core.choice import Choice, plain
 from ..core.method import Factors, Method
 from ..host.host import selected
 from ..host.sharded import check_whole
@@ -40,6 +41,8 @@ from ..host.where import inner
 from ..optim.schedules import Schedule
 from .memory import correct_steps, finite_gradients
 
+# Those that need more of a model than layers, by the modules that are imported when they are asked for.
+LATER = {"loraprune": ("loraprune", "LoRAPrune")}
 Quality = Callable[[], float]  # of the model as it is, on fixed data, in evaluation mode: higher is better
 
 
@@ -64,6 +67,14 @@ class Procedure(Choice):
     works_on: ClassVar[tuple[type[Method], ...]]
     source: ClassVar[str] = ""
     grade: ClassVar[str] = "exact"
+
+    @classmethod
+    def named(cls, name: str) -> type[Self]:
+        """The procedure called `name`, those in `LATER` included.  Raises LookupError."""
+        if (later := LATER.get(plain(name))) is not None:
+            found: type[Self] = getattr(importlib.import_module(f"{__package__}.{later[0]}"), later[1])
+            return found
+        return super().named(name)
 
     @property
     def needs_quality(self) -> bool:

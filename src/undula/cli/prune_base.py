@@ -1,0 +1,138 @@
+"""`undula prune-base`: a smaller dense model, by LoRAPrune."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..core.extras import needs
+from ..host import merging
+from ..train import Restored, Run, restored
+from ..train.recipe import OUTPUT, PANELS
+from . import adapters, declared, shell, training
+
+if TYPE_CHECKING:
+    from ..compress.prune_base import Pruned
+
+PANEL = "Pruning"
+TRAINED = Annotated[
+    Path | None, typer.Argument(help="A run that has been trained with LoRAPrune already. (default: train one)")
+]
+OUT = Annotated[Path, typer.Option("--out", help="The directory of the smaller model.", rich_help_panel=OUTPUT)]
+RUN = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        help="The directory of its training: report, checkpoints, the adapter with its masks. (default: OUT-run)",
+        rich_help_panel=OUTPUT,
+    ),
+]
+SPARSITY = Annotated[
+    float,
+    typer.Option(help="Share of the entries of the matrices of heads and channels that goes.", rich_help_panel=PANEL),
+]
+STRUCTURES = Annotated[
+    str,
+    typer.Option(
+        help="heads (whole groups of keys and values), channels of the feed-forward blocks, or both.",
+        metavar="heads,channels",
+        rich_help_panel=PANEL,
+    ),
+]
+SCORES = Annotated[
+    str, typer.Option(help="What chooses them: gradients, or to compare magnitude, random.", rich_help_panel=PANEL)
+]
+EVERY = Annotated[int, typer.Option(help="Updates between two masks.", min=1, rich_help_panel=PANEL)]
+OWN = ("allocator", "allocator_set", "out", "full", "bits", "overrides")  # of a training: said here, or refused
+
+
+def prune_base(ctx: typer.Context, **typed: Any) -> None:
+    """Take attention heads and channels out of a model while an adapter trains on it (LoRAPrune).  The adapter is
+    merged, and what is left is written as an ordinary, smaller Hugging Face folder.
+
+    All layers lose the same number, so that plain transformers opens it.  Architectures in which it could not are
+    refused before anything is trained.  `undula prune` is another verb: it takes ranks from an adapter and leaves the
+    base alone.
+    """
+    path, out, to = typed["path"], typed["out"], typed["to"]
+    shell.fresh(out)
+    if path is not None:
+        given = [option for name, option in training._given(ctx).items() if name not in ("path", "out", "to", *FREE)]
+        if given:
+            raise ValueError(f"{path} has been trained: leave out {', '.join(given)}, which would change nothing")
+        _write(path, out, to)
+        return
+    needed = [name for name in ("model", "data", "task") if typed[name] is None]
+    if needed:
+        raise ValueError(f"prune-base needs {', '.join(f'--{name}' for name in needed)}, or the directory of a run")
+    run = Run(**declared.values(Run, _filled(typed), {}, {}))
+    training._fit(run, False, None, [], None)
+    _write(run.out, out, to)
+
+
+FREE = ("quiet", "verbose", "threads")
+
+
+def _filled(typed: dict[str, Any]) -> dict[str, Any]:
+    """What was typed as options of a training with LoRAPrune."""
+    out: Path = typed["out"]
+    run = typed["run"] or out.with_name(f"{out.name}-run")
+    spec = ["lora-prune", f"sparsity={typed['sparsity']}", f"every={typed['every']}"]
+    options = [f"structures={typed['structures']}", f"scores={typed['scores']}"]
+    given = {**typed, "out": run, "allocator": ",".join(spec), "allocator_set": options}
+    return given | {"full": [], "bits": None, "overrides": []}
+
+
+def _signature() -> inspect.Signature:
+    only = inspect.Parameter.KEYWORD_ONLY
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    options = [p for p in declared.parameters(Run, training.USUAL) if p.name not in OWN]
+    options += [
+        inspect.Parameter("out", only, annotation=OUT),
+        inspect.Parameter("run", only, default=None, annotation=RUN),
+        inspect.Parameter("sparsity", only, default=0.5, annotation=SPARSITY),
+        inspect.Parameter("structures", only, default="heads,channels", annotation=STRUCTURES),
+        inspect.Parameter("scores", only, default="gradients", annotation=SCORES),
+        inspect.Parameter("every", only, default=10, annotation=EVERY),
+        inspect.Parameter("to", only, default=None, annotation=training.JSON),
+    ]
+    first = [
+        inspect.Parameter("ctx", either, annotation=typer.Context),
+        inspect.Parameter("path", either, default=None, annotation=TRAINED),
+    ]
+    return inspect.Signature([*first, *declared.in_panels(options, (*PANELS[:2], PANEL, *PANELS[2:]), training.EARLY)])
+
+
+prune_base.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+@needs("train")
+def _write(path: Path, out: Path, to: Path | None) -> None:
+    """Takes away what the run in `path` has closed, merges its adapter, writes the model to `out`."""
+    from ..compress.prune_base import prune_base as smaller
+
+    opened = restored(path)
+    made = smaller(opened.model)
+    errors = merging.merge(opened.model, keep=False)
+    adapters.write_whole(opened, out)
+    shell.write(to, _told(opened, made, path, out))
+    if str(to) == "-":
+        return
+    for kind, (before, after) in made.structures.items():
+        shell.note(f"{kind}: {after:,} of {before:,} in each layer")
+    worst = max((e for e in errors.values() if math.isfinite(e)), default=0.0)
+    told = f"; storing the merged weights costs {worst:.1e} of the change at most" if worst > 1e-3 else ""
+    shell.note(f"{made.after:,} of {made.before:,} parameters stay{told}. Saved in {out}, its training in {path}")
+
+
+def _told(opened: Restored, made: Pruned, path: Path, out: Path) -> dict[str, Any]:
+    return {
+        "structures": {kind: {"before": b, "after": a} for kind, (b, a) in made.structures.items()},
+        "parameters": {"before": made.before, "after": made.after},
+        "out": str(out),
+        "run": str(path),
+    }
