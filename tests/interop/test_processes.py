@@ -9,6 +9,7 @@ import transformers
 
 import undula
 from tests.support import tiny
+from undula.optim.optimisers import SGD, LoRAPro
 from undula.train import CausalLM, Classification, Run, processes
 from undula.train.prepared import prepare
 from undula.train.trainer import trainer
@@ -20,6 +21,7 @@ import dataclasses, gc, json, os, pathlib, shutil, signal, sys
 import torch, transformers, undula
 from typer.testing import CliRunner
 from undula.cli import app
+from undula.optim.optimisers import SGD, LoRAPro
 from undula.train import CausalLM, Classification, Interrupted, Run, prepared
 
 folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
@@ -27,7 +29,7 @@ usual = Run(model=str(folder / "llama"), data=str(folder / "pairs.jsonl"), task=
             method=undula.LoRA(r=2), out=folder / "lm", lr=1e-2, batch=4, train_rows=64, max_steps=3, save_every=1)
 classes = dataclasses.replace(usual, model=str(folder / "bert"), data=str(folder / "reviews.csv"),
                               task=Classification(), out=folder / "classes", batch=2, accumulate=2)
-at_once = dataclasses.replace(classes, out=folder / "at-once", batch=4, accumulate=1)
+at_once = dataclasses.replace(classes, out=folder / "at-once", batch=4, accumulate=1, optimiser=LoRAPro(base=SGD()))
 told = {}
 
 
@@ -113,7 +115,8 @@ def _runs(folder):
         max_steps=3,
     )
     data = {"model": str(folder / "bert"), "data": str(folder / "reviews.csv"), "task": Classification()}
-    return usual, *(dataclasses.replace(usual, **data, out=folder / name) for name in ("classes", "at-once"))
+    classes = dataclasses.replace(usual, **data, out=folder / "classes")
+    return usual, classes, dataclasses.replace(classes, out=folder / "at-once", optimiser=LoRAPro(base=SGD()))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.support.courses import COURSES
 from undula import ranks
 from undula.cli.main import app
 from undula.kernels import units
-from undula.optim.optimisers import SGD, Adafactor, AdamW
+from undula.optim.optimisers import SGD, Adafactor, AdamW, LoRAPro
 from undula.optim.schedules import Constant, Cosine, Linear
 from undula.ranks.memory import moments
 from undula.ranks.relora import Jagged
@@ -290,6 +290,7 @@ COURSE = (  # optimiser, schedule, the class that it is
     (SGD(momentum=0.5, nesterov=True), Jagged(cycles=2), torch.optim.SGD),
     (Adafactor(), Linear(), None),
     (Adafactor(beta1=0.9), Cosine(), None),
+    (LoRAPro(base=AdamW(beta2=0.99)), Linear(), None),
 )
 
 
@@ -301,7 +302,7 @@ def test_every_optimiser_trains_and_resumes_to_the_bit(optimiser, schedule, kind
     seen = Seen()
     undula.train(whole, callbacks=(seen,))
     assert kind is None or type(seen.optimizer) is kind
-    group, constants = seen.optimizer.param_groups[0], optimiser.made()[1]
+    group, constants = seen.optimizer.param_groups[0], getattr(optimiser, "base", optimiser).made()[1]
     assert {name: group[name] for name in constants} == constants
     factor = schedule.multiplier(8, 1)
     for step, rates in enumerate(seen.rates):
@@ -483,7 +484,7 @@ def test_the_command_line_says_all_of_it(usual, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--optimiser", "lion"), "no optimiser is called 'lion'; there are: adafactor, adamw, sgd"),
+        (("--optimiser", "lion"), "no optimiser is called 'lion'; there are: adafactor, adamw, lora-pro, sgd"),
         (("--optimiser", "sgd,momentum=2"), "SGD.momentum is at least 0 and below 1, found 2"),
         (("--optimiser-set", "beta3=1"), "AdamW has no option beta3; it has: beta1, beta2, eps"),
         (("--schedule-set", "cycles=2"), "--schedule-set has the options of a schedule: name one with --schedule"),
@@ -574,7 +575,7 @@ def fault(text, line):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('optimiser = "lion"', "no optimiser is called 'lion'; there are: Adafactor, AdamW, SGD"),
+        ('optimiser = "lion"', "no optimiser is called 'lion'; there are: Adafactor, AdamW, LoRAPro, SGD"),
         ('optimiser = { is = "sgd", momentum = 2 }', "SGD.momentum is at least 0 and below 1, found 2"),
         ("schedule = 3", "schedule is a text or a table, found 3"),
         ("exclude = [1]", "exclude is a list of names and globs, found [1]"),

@@ -18,7 +18,7 @@ from undula.jobs.course import Course
 from undula.jobs.engine import Engine
 from undula.jobs.planner import padded, together
 from undula.jobs.view import Silent
-from undula.optim.optimisers import SGD
+from undula.optim.optimisers import SGD, LoRAPro
 from undula.train import CausalLM, Classification, Interrupted, Run, Seq2Seq, page
 from undula.train.tasks.step import Step
 
@@ -54,6 +54,7 @@ def several(base, folder):
         str(i): run_of(
             base, folder / str(i), method, seed=i, batch=1 + i % 3, accumulate=1 + i % 2, max_steps=2 + i % 3,
             lr=1e-2 / (1 + i), b_ratio=4.0 if i == 1 else None, max_grad_norm=0.1 if i == 2 else 0.0,
+            **({"optimiser": LoRAPro()} if i == 2 else {}),
         )
         for i, method in enumerate(METHODS)
     }  # fmt: skip
@@ -125,7 +126,7 @@ def three(base, folder):
     """Runs of three lengths, with dropout, evaluations and checkpoints at each step."""
     more = {"save_every": 1, "eval_every": 2}
     return {
-        "a": run_of(base, folder / "a", Dropout(LoRA(r=2), p=0.3), max_steps=5, **more),
+        "a": run_of(base, folder / "a", Dropout(LoRA(r=2), p=0.3), max_steps=5, optimiser=LoRAPro(), **more),
         "b": run_of(base, folder / "b", DoRA(LoRA(r=2)), max_steps=2, seed=1, **more),
         "c": run_of(base, folder / "c", undula.LoRAN(r=2), max_steps=4, seed=2, batch=3, optimiser=SGD(), **more),
     }

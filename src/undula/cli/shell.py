@@ -208,8 +208,8 @@ def spoken(text: str) -> str:
 
 
 def called(kind: type) -> str:
-    """The name of a choice as a command line writes it: CausalLM is causal-lm, AdamW adamw."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z]\w)", "-", kind.__name__).lower()
+    """The name of a choice as a command line writes it: CausalLM is causal-lm, AdamW adamw, LoRAPro lora-pro."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z]\w)", "-", kind.__name__.replace("LoRA", "Lora")).lower()
 
 
 def say(text: str, colour: str) -> None:

@@ -20,7 +20,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -150,6 +150,15 @@ class Settled:
     bent: Factors = field(default_factory=dict)
 
 
+class Product(NamedTuple):
+    """A term scale B diag(gate) A of an update, of factors as they are: B (O, R), A (R, I), gate (R) or None for 1."""
+
+    scale: float
+    B: Tensor
+    A: Tensor
+    gate: Tensor | None = None
+
+
 class Method(Choice):
     """A law of one adapted layer: y = forward(x, layer, f)."""
 
@@ -213,6 +222,11 @@ class Method(Choice):
     def bent(self, z_TR: Tensor, f: Factors) -> Tensor:
         """What stands between A and B of `settled`, by these of its factors."""
         return z_TR
+
+    def products(self, f: Factors) -> list[Product] | None:
+        """The products of two factors whose sum is the update that it trains, but for what is frozen; None of a method
+        whose update is no such sum.  See `undula.optim.pairs`."""
+        return None
 
     @property
     def bottleneck(self) -> bool:
@@ -309,6 +323,10 @@ class LowRank(Additive):
     def plain(self) -> tuple[float, str, str] | None:
         """(s, B, A) where the pair is (s f[B], f[A]), two factors as they are; None of any other."""
         return None
+
+    def products(self, f: Factors) -> list[Product] | None:
+        plain = self.plain()
+        return None if plain is None else [Product(plain[0], f[plain[1]], f[plain[2]])]
 
     def settled(self, layer: Layer, f: Factors) -> Settled | None:
         return Settled(*self.pair(f))

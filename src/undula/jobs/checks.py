@@ -52,6 +52,8 @@ def _own(run: Run) -> Iterator[str]:
         yield f"{type(run.task).__name__} cannot be trained among other jobs, the tasks that can are: {there}. {ALONE}"
     if run.allocator is not None:
         yield f"{run.allocator!r} changes the layers while it trains, which jobs share. {ALONE}"
+    if not run.optimiser.beside:
+        yield f"{run.optimiser!r} acts on the model's forward passes, which jobs share. {ALONE}"
     if run.gradient_checkpointing and (drops := [*_drops(run)]):
         yield (
             f"gradient_checkpointing computes dropout again, which among jobs would draw other numbers, and there is "

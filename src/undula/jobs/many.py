@@ -190,9 +190,8 @@ class Many:
 
 
 def job_bytes(model: nn.Module, run: Run) -> int:
-    """What a job holds beside the base: its factors, and of each number that trains in float32 a gradient and two
-    states of the optimiser (AdamW's; no other here has more).  0 where a job cannot be attached, which its start
-    says."""
+    """What a job holds beside the base: its factors, and of each number that trains in float32 a gradient and what the
+    optimiser remembers of it.  0 where a job cannot be attached, which its start says."""
     try:
         held = trained = 0
         if run.method is not None:
@@ -202,7 +201,7 @@ def job_bytes(model: nn.Module, run: Run) -> int:
             held = sum(t.numel() * t.element_size() for t in tensors.values())
             trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
         full = [p.numel() for p in chosen_parameters(model, run.full).values()] if run.full else []
-        return held + 4 * sum(full) + 12 * (trained + sum(full))
+        return held + 4 * sum(full) + 4 * (1 + run.optimiser.remembers) * (trained + sum(full))
     except (LookupError, ValueError, TypeError, RuntimeError):
         return 0
 

@@ -21,6 +21,7 @@ from ..core.method import (
     Layer,
     LowRank,
     Method,
+    Product,
     Site,
     Wrapper,
     on_rung,
@@ -77,6 +78,9 @@ class Centred(Wrapper):
     def bend(self, f: Factors) -> Bend | None:
         now, start = (self.inner.bend(g) for g in self.both(f))
         return now if now is None or start is None or self.at_base() else now.since(start)  # type: ignore[arg-type]
+
+    def products(self, f: Factors) -> list[Product] | None:
+        return self.inner.products(self.both(f)[0])
 
     @property
     def drops(self) -> bool:

@@ -29,6 +29,7 @@ from ..core.method import (
     Layer,
     LowRank,
     Method,
+    Product,
     Reweight,
     Settled,
     Site,
@@ -78,6 +79,10 @@ class DoRA(Reweight):
 
     def bend(self, f: Factors) -> Bend | None:
         return self.inner.bend(f)
+
+    def products(self, f: Factors) -> list[Product] | None:
+        """Those of the direction V: the gradient that they see is diag(m / ||V||) times the weight's."""
+        return self.inner.products(f)
 
     @property
     def bottleneck(self) -> bool:

@@ -25,6 +25,7 @@ from ..core.method import (
     Layer,
     LowRank,
     Method,
+    Product,
     Reweight,
     Settled,
     Site,
@@ -133,6 +134,9 @@ class Dropout(Wrapper):
 
     def settled(self, layer: Layer, f: Factors) -> Settled | None:
         return self.inner.settled(layer, f)
+
+    def products(self, f: Factors) -> list[Product] | None:
+        return self.inner.products(f)
 
     def bent(self, z_TR: Tensor, f: Factors) -> Tensor:
         return self.inner.bent(z_TR, f)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.method import Factors, LowRank, Site
+from ..core.method import Factors, LowRank, Product, Site
 from ..core.ranges import Positive, Rank
 from ..starts import Kaiming, Start
 from .lora import Classic, Scaling
@@ -37,6 +37,9 @@ class _Gated(LowRank):
     def scale(self) -> float:
         """s: of the rank at the start, whatever is closed or pruned later."""
         return self.scaling(self.r, self.alpha)
+
+    def products(self, f: Factors) -> list[Product]:
+        return [Product(self.scale, f["B"], f["A"], f[self.gate])]
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         return self.scale * f[self.gate] * f["B"], f["A"]

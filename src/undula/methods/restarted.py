@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.bend import Bend
-from ..core.method import Factors, Layer, LowRank, Method, Site
+from ..core.method import Factors, Layer, LowRank, Method, Product, Site
 from ..core.ranges import Extra
 from ..kernels.bottleneck import bottleneck
 from ..kernels.frozen_pair import beside_frozen
@@ -83,6 +83,9 @@ class Restarted(LowRank):
 
     def unwrapped(self) -> Method:
         return self.inner.unwrapped()
+
+    def products(self, f: Factors) -> list[Product] | None:
+        return self.inner.products(f)
 
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         B_OR, A_RI = self.inner.pair(f)

@@ -21,6 +21,7 @@ from ..core.method import (
     Layer,
     LowRank,
     Method,
+    Product,
     Site,
     Wrapper,
     on_rung,
@@ -62,6 +63,12 @@ class Sum(Wrapper):
     @property
     def drops(self) -> bool:
         return any(m.drops for m in self.parts)
+
+    def products(self, f: Factors) -> list[Product] | None:
+        parts = [(w, m.products(own)) for w, m, own in self.terms(f)]
+        if any(found is None for _, found in parts):
+            return None
+        return [p._replace(scale=w * p.scale) for w, found in parts for p in found or ()]
 
     def check(self, site: Site, f: Factors) -> None:
         for _, method, own in self.terms(f):

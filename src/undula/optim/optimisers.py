@@ -12,13 +12,16 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.choice import Choice
-from ..core.ranges import Inside, PartShare, Positive
+from ..core.ranges import Inside, NotNegative, PartShare, Positive
 
 
 class Optimiser(Choice):
     """Constants, and the class that they are for."""
 
     entrywise: ClassVar[bool] = True  # whether what it remembers of a parameter has an entry for each of its entries
+    paired: ClassVar[bool] = False  # whether its class is a `paired.Paired`: it takes the model too, and clips itself
+    beside: ClassVar[bool] = True  # whether jobs that share their forward passes can each have their own
+    remembers: ClassVar[int] = 2  # numbers of each that trains, at most
 
     @abc.abstractmethod
     def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -75,3 +78,37 @@ class Adafactor(Optimiser):
 
         constants = {"decay_rate": -self.decay, "clip_threshold": self.clip, "beta1": self.beta1}
         return Adafactor, {**constants, "scale_parameter": False, "relative_step": False}
+
+
+class _Paired(Optimiser):
+    """One that sees the pairs of the adapter, over another, `base`; see `undula.optim.paired`."""
+
+    paired = True
+    base: Optimiser
+
+    def __post_init__(self) -> None:
+        if self.base.paired:
+            raise ValueError(f"{type(self).__name__} goes over AdamW, SGD and their like, not over {self.base!r}")
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.base.entrywise
+
+    def over(self, **constants: Any) -> dict[str, Any]:
+        """These constants, and the base with its own."""
+        kind, own = self.base.made()
+        return {**own, **constants, "base": kind}
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class LoRAPro(_Paired):
+    """Wang et al. 2024, arXiv:2407.18242: gradients as near to full fine-tuning's as a pair can come."""
+
+    damping: NotNegative = 1e-6  # of B'B and A A', relative
+    base: Optimiser = AdamW()
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from .lorapro import LoRAPro
+
+        return LoRAPro, self.over(damping=self.damping)

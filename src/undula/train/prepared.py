@@ -99,6 +99,10 @@ def assembled(
         adapter.about = {**adapter.about, "classes": list(names)}  # type: ignore[misc]
     if run.b_ratio is not None and run.method is not None:
         factors_B(model)  # there are some: said before anything is measured
+    if run.optimiser.paired:
+        from ..optim.pairs import pairs
+
+        pairs(adapter)
     looked = inspect.getgeneratorstate(batches) != inspect.GEN_CREATED
     if alone:  # else who holds the model knows what it computes beside
         run, told = _checkpointing(run, model, train_on)

@@ -18,7 +18,8 @@ import torch
 
 from ..core.choice import as_json
 from ..core.given import Checked
-from ..core.method import Method
+from ..core.layer import Outline
+from ..core.method import Method, Site
 from ..core.ranges import (
     Bits,
     Count,
@@ -251,7 +252,17 @@ class Recipe(Settings):
 def refusals(
     allocator: Procedure | None, method: Method | None, overrides: Mapping[str, Method], optimiser: Optimiser
 ) -> Iterator[tuple[str, str]]:
-    """(field, why) of what an allocator does not go with."""
+    """(field, why) of what an allocator, or an optimiser that sees pairs, does not go with."""
+    if optimiser.paired:
+        if method is None:
+            yield "optimiser", f"{optimiser!r} moves the factors of adapted layers, and without a method there are none"
+        for name, each in (("optimiser", method), *(("overrides", m) for m in overrides.values())):
+            if each is not None and not has_pairs(each):
+                yield (
+                    name,
+                    f"{optimiser!r} moves pairs of factors A and B, and {each!r} has none: take LoRA or what is made of "
+                    "it, or another optimiser, such as AdamW()",
+                )
     if allocator is None:
         return
     for name, each in (("allocator", method), *(("overrides", m) for m in overrides.values())):
@@ -263,6 +274,15 @@ def refusals(
             f"{allocator!r} lets single entries of a factor begin again, and {optimiser!r} remembers sums of its rows "
             "and columns, which have no entries: take another optimiser, such as AdamW()",
         )
+
+
+def has_pairs(method: Method) -> bool:
+    """Whether its update is made of products of two factors, as far as can be told without a model."""
+    try:
+        site = Site("layer", Outline((64, 64), torch.float32), (64, 64), torch.float32, torch.device("meta"))
+        return method.products(method.init(site)) is not None
+    except (ValueError, LookupError, TypeError, RuntimeError):  # it does not fit such a layer: the model will tell
+        return True
 
 
 def recipe_of(data: Mapping[str, Any]) -> Recipe:

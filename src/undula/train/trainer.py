@@ -172,7 +172,8 @@ def trainer(
     Raises RuntimeError where several processes were started and each would train by itself."""
     if run.allocator is not None:
         quality = quality_of(model, held) if held is not None and run.allocator.needs_quality else None
-        callbacks = (Allocating(run.allocator, quality, clip=run.max_grad_norm, saves_whole_models=False), *callbacks)
+        clip = None if run.optimiser.paired else run.max_grad_norm
+        callbacks = (Allocating(run.allocator, quality, clip=clip, saves_whole_models=False), *callbacks)
     arguments = run.task.arguments(
         output_dir=str(run.out / CHECKPOINTS),
         learning_rate=run.lr,
@@ -182,7 +183,8 @@ def trainer(
         gradient_accumulation_steps=run.accumulate,
         warmup_steps=run.warmup,
         weight_decay=run.weight_decay,
-        max_grad_norm=0.0 if run.allocator is not None else run.max_grad_norm or 0.0,  # an allocator looks first
+        # an allocator looks first, and an optimiser that changes gradients clips what it makes of them
+        max_grad_norm=0.0 if run.allocator is not None or run.optimiser.paired else run.max_grad_norm,
         logging_nan_inf_filter=False,
         seed=run.seed,
         data_seed=run.seed,
@@ -205,6 +207,8 @@ def trainer(
     if getattr(model, "is_quantized", False):
         model._hf_peft_config_loaded = True  # so the Trainer asks whether adapters stand on a quantised model
     kind, constants = run.optimiser.made()
+    if run.optimiser.paired:
+        constants |= {"adapted": model, "max_norm": run.max_grad_norm}
     make: Callable[..., AdapterTrainer] = run.task.fitter() or AdapterTrainer
     made = make(
         model=model,
