@@ -1,5 +1,5 @@
-"""LoRA-Pro (Wang, Liang, He, Wang, Tan 2024, arXiv:2407.18242, ICLR 2025): gradients of A and B as close as two low-rank
-factors can come to full fine-tuning's.
+"""LoRA-Pro (Wang, Liang, He, Wang, Tan 2024, arXiv:2407.18242, ICLR 2025): gradients of A and B as close as two factors
+can come to full fine-tuning's.
 
     min over g_A, g_B of |s B g_A + s g_B A - g|^2,   g = dL/dW
 
@@ -13,9 +13,9 @@ The change of W does not depend on X; the X taken keeps both nearest to the grad
 a Sylvester equation, solved by the eigenvectors of B'B and A A'.  Its change of W is g - (I - P_B) g (I - P_A), the
 projection of g on what a pair can follow.  g itself is never formed.
 
-Damping.  B begins at 0 and after the first step B'B is of the order lr^2: the authors' constant 1e-8 is larger than that
-for small rates and then up to half of the step is wrong.  Here it is relative, damping tr(B'B) / r.  While B is 0 (or A,
-on an embedding) the equations above give g_A = 0 and g_B = dL/dB (A A')^-1 / s^2, which is right.
+Damping.  B begins at 0 and after the first step B'B is of the order lr^2: the authors' constant 1e-8 is larger than
+that for small rates and then up to half of the step is wrong.  Here it is relative, damping tr(B'B) / r.  While B is 0
+(or A, on an embedding) the equations above give g_A = 0 and g_B = dL/dB (A A')^-1 / s^2, which is right.
 
 Clipping, of gradients of another size, comes after this: `max_norm` here, and none before.  With a gate g (GatedLoRA)
 B stands for B diag(g) in what multiplies g_A, and A for diag(g) A in what multiplies g_B.

@@ -14,7 +14,6 @@ bfloat16 weight of 0.05 would round to nothing.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
@@ -118,8 +117,8 @@ class Paired(torch.optim.Optimizer):
         return loss
 
     def follow(self, those: list[Tensor], gradients: Tensor) -> None:
-        """Gives the base gradients[i] for those[i], until its step is made: then the gradients are again what they were,
-        for allocators that score by them."""
+        """Gives the base gradients[i] for those[i], until its step is made: then the gradients are again what they
+        were, for allocators that score by them."""
         for p, new in zip(those, gradients.unbind(), strict=True):
             self.given.append((p, p.grad))
             p.grad = new.to(p.dtype)
@@ -163,9 +162,13 @@ class Paired(torch.optim.Optimizer):
                 p.data = p.data.to(types[id(p)])
 
 
-@functools.cache
+_made: dict[tuple[Any, Any], type[Paired]] = {}
+
+
 def over(method: type[Paired], base: type[torch.optim.Optimizer]) -> type[Paired]:
     """The class that is `method` and `base`.  Raises TypeError for a base that it cannot be over."""
+    if (made := _made.get((method, base))) is not None:
+        return made
     if not (inspect.isclass(base) and issubclass(base, torch.optim.Optimizer)) or issubclass(base, Paired):
         raise TypeError(f"{method.__name__} goes over a class of optimisers such as torch.optim.AdamW, not {base!r}")
     closure = inspect.signature(base.step).parameters.get("closure")
@@ -174,7 +177,8 @@ def over(method: type[Paired], base: type[torch.optim.Optimizer]) -> type[Paired
             f"{method.__name__} changes the gradients of a step, and {base.__name__} computes several itself within "
             "one: take a base whose step needs no closure, such as torch.optim.AdamW or SGD"
         )
-    return type(f"{method.__name__}Over{base.__name__}", (method, base), {"__module__": method.__module__})
+    made = type(f"{method.__name__}Over{base.__name__}", (method, base), {"__module__": method.__module__})
+    return _made.setdefault((method, base), made)
 
 
 def gradients(those: list[Pair]) -> tuple[Tensor, Tensor]:

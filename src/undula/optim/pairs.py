@@ -67,8 +67,8 @@ def _at(site: str, method: Method, adapter: Adapter) -> Iterator[Pair]:
         why = "it gives a pair, but computes it from other factors" if isinstance(method, LowRank) else "it has no pair"
         raise TypeError(
             f"{method!r} at {site} (rung {method.rung()}) is no product of two factors that train: {why}. LoRA and "
-            "what is made of it (GatedLoRA, SoRA, AdaLoRA, Restarted, Centred, Dropout, DoRA, Sum of these) have pairs; "
-            "for others take an optimiser that needs none, such as AdamW"
+            "what is made of it (GatedLoRA, SoRA, AdaLoRA, Restarted, Centred, Dropout, DoRA, Sum of these) have "
+            "pairs; for others take an optimiser that needs none, such as AdamW"
         )
     seen: set[int] = set()
     for n, (scale, B_OR, A_RI, gate) in enumerate(products):

@@ -260,8 +260,8 @@ def refusals(
             if each is not None and not has_pairs(each):
                 yield (
                     name,
-                    f"{optimiser!r} moves pairs of factors A and B, and {each!r} has none: take LoRA or what is made of "
-                    "it, or another optimiser, such as AdamW()",
+                    f"{optimiser!r} moves pairs of factors A and B, and {each!r} has none: take LoRA or what is made "
+                    "of it, or another optimiser, such as AdamW()",
                 )
     if allocator is None:
         return
