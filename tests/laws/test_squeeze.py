@@ -15,10 +15,11 @@ import undula
 from tests.support.layers import net
 from tests.support.numbers import shake
 from tests.support.zoo import LOW_RANK, MERGEABLE
-from undula import Additive, DoRA, Dropout, LoRA, LoRAN, RankStabilised, SHiRA, Sum
+from undula import Additive, DoRA, Dropout, LoRA, LoRAN, RankStabilised, SHiRA, Sum, compress
 from undula.cli.main import app
 from undula.cli.squeezing import bytes_in, sum_of
 from undula.compress import ByBudget, ByEnergy, ByError, ByRank, BySize, Randomised
+from undula.io.sites import Opened
 from undula.kernels import svd
 from undula.methods.activations import Sinter
 
@@ -273,6 +274,34 @@ def test_the_blocks_of_a_matrix_are_the_matrix():
     torch.testing.assert_close(blocks.back(Y), M.T @ Y)
     assert blocks.square() == pytest.approx(float(M.square().sum()))
     torch.testing.assert_close(blocks.leading(3, 0, 8, 0)[1], torch.linalg.svdvals(M)[:3], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("target", [ByRank(2), ByBudget(5), BySize(6_000)], ids=repr)
+@pytest.mark.parametrize("m", [PLAIN, Dropout(DoRA(BENT), 0.1)], ids=repr)
+def test_a_directory_is_squeezed_layer_by_layer_to_the_same(m, target, tmp_path, monkeypatch):
+    """No more than one layer's factors are read at a time; the numbers, the heads in full and the figures are those of
+    memory."""
+    model = nn.Sequential(*(nn.Linear(20, 20, dtype=torch.float32) for _ in range(4)))
+    adapter = shake(undula.attach(model, m, where=["0", "1", "2"], full=["3.weight"])).copy()
+    adapter.save(tmp_path / "a")
+    adapter = undula.Adapter.load(tmp_path / "a")
+    wanted, read = undula.squeeze(adapter, target), []
+    site = Opened.site
+    monkeypatch.setattr(Opened, "site", lambda self, name: read.append(name) or site(self, name))
+    made = compress.squeeze_directory(tmp_path / "a", tmp_path / "b", target)
+    assert len(read) == 3 * (1 if target == ByRank(2) else 2)
+    assert (made.errors, made.error, made.ranks, made.bytes) == (
+        wanted.errors,
+        wanted.error,
+        wanted.ranks,
+        wanted.bytes,
+    )
+    found = undula.Adapter.load(tmp_path / "b")
+    assert (found.methods, found.shapes) == (wanted.adapter.methods, wanted.adapter.shapes)
+    for s, k, t in wanted.adapter.tensors():
+        assert torch.equal(found.factors[s][k], t)
+    assert torch.equal(found.full["3.weight"], adapter.full["3.weight"])
+    assert found.about == adapter.about
 
 
 @pytest.mark.parametrize(

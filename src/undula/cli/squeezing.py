@@ -17,6 +17,7 @@ from ..core.adapter import Adapter
 from ..io import files
 from ..io.diffusers import WEIGHTS
 from ..io.native import README
+from ..io.outline import head
 from ..io.whole import whole
 from ..train.card import of_run, put
 from ..train.restored import described
@@ -53,10 +54,10 @@ def squeeze(
     target = _target(rank, energy, error, budget, size)
 
     def one(place: Path, folder: Path, called: Path) -> dict[str, Any]:
-        adapter = Adapter.load(place)
-        with _progress(place.name, len(adapter.methods)) as seen:
-            made = _squeezed(place, adapter, target, folder, called, seen)
-        return _lost(adapter, made, sum_of(folder))
+        outline = head(place).outline()
+        with _progress(place.name, len(outline.methods)) as seen:
+            made = _squeezed(place, target, folder, called, seen)
+        return _lost(outline, made, sum_of(folder))
 
     _each(path, out, to, one)
 
@@ -90,13 +91,12 @@ def bytes_in(text: str) -> int:
 
 
 def _squeezed(
-    place: Path, adapter: Adapter, target: Target, folder: Path, called: Path, seen: Callable[[str], object]
+    place: Path, target: Target, folder: Path, called: Path, seen: Callable[[str], object]
 ) -> compress.Squeezed:
     """Squeezes one adapter into `folder`.  With a size for a target, all that lies there is counted."""
     asked, beside = target, 0
     while True:
-        made = compress.squeeze(adapter, asked, seen=seen)
-        made.adapter.save(folder)
+        made = compress.squeeze_directory(place, folder, asked, seen=seen)
         _card(place, made.adapter, folder, called, _told(made))
         if not isinstance(target, BySize) or sum_of(folder) <= target.bytes:
             return made

@@ -15,7 +15,7 @@ from .least_squares import LeastSquares
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .squeezing import Squeezed
+    from .squeezing import Squeezed, squeeze_directory
     from .targets import ByBudget, ByEnergy, ByError, ByRank, BySize, Target
 
 __all__ = [
@@ -37,8 +37,9 @@ __all__ = [
     "Truncate",
     "collapse",
     "squeeze",
+    "squeeze_directory",
 ]
-LATER = {"Squeezed": "squeezing"} | dict.fromkeys(
+LATER = dict.fromkeys(("Squeezed", "squeeze_directory"), "squeezing") | dict.fromkeys(
     ("ByBudget", "ByEnergy", "ByError", "ByRank", "BySize", "Target"), "targets"
 )
 

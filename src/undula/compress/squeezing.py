@@ -12,8 +12,10 @@ result has alpha = r, so that its factors are the update and no reader's scale c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,10 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import Factors, Method
 from ..host.sharded import check_whole
+from ..io import files
+from ..io.diffusers import WEIGHTS
 from ..io.native import bytes_of
+from ..io.sites import Opened, Writer
 from ..kernels import svd
 from ..kernels.solver import Randomised, Solver
 from ..methods.lora import LoRA
@@ -49,46 +54,65 @@ class Squeezed:
     bytes: tuple[int, int]
 
 
-@torch.no_grad()
 def squeeze(adapter: Adapter, target: Target, *, solver: Solver = Randomised(), seen: Seen | None = None) -> Squeezed:
     """The adapter at the ranks that `target` asks for; see `undula.compress.squeeze`."""
     adapter.check_usable()
     check_whole(adapter.parameters(), "squeezing")
-    for site, method in adapter.methods.items():
-        inside(site, method)  # what cannot be squeezed is told before anything is computed
-    units = _units(adapter)
-    tell = seen or (lambda _: None)
+    made = dict(_cuts(_Source(adapter, lambda site: adapter.factors[site], solver), target, seen))
+    full = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in adapter.full.items()}
+    squeezed = replace(_assembled(adapter, {s: cut for s, cut in made.items() if cut.f is not None}), full=full)
+    return _told(squeezed, made, (bytes_of(adapter), bytes_of(squeezed)))
 
-    def update(site: str) -> Update:
-        return _update(adapter, site, solver)
 
-    made: dict[str, _Cut] = {}
-    if isinstance(target, EachSite):
-        for unit in units:
-            found = update(unit[0])
-            k = target.at(found.spectrum(_bytes(adapter, unit[0])))
-            made |= dict.fromkeys(unit, _cut(adapter, unit[0], found, k))
-            tell(unit[0])
-    else:
-        ranks = _shared_out(adapter, target, units, update)
-        for unit in units:
-            made |= dict.fromkeys(unit, _cut(adapter, unit[0], update(unit[0]), ranks[unit[0]]))
-            tell(unit[0])
-    made = {site: made[site] for site in adapter.methods}
-    squeezed = _assembled(adapter, {s: cut for s, cut in made.items() if cut.f is not None})
+def squeeze_directory(
+    path: str | Path, out: str | Path, target: Target, *, solver: Solver = Randomised(), seen: Seen | None = None
+) -> Squeezed:
+    """`squeeze` of the adapter in a directory into another one, in the memory of a layer: each is read, cut and written
+    before the next (twice read, where the target is one for all layers).  What comes back holds the outline of the new
+    adapter, without numbers.  Raises what `squeeze` and `Adapter.load` raise; then `out` is what it was."""
+    with Opened(path) as opened, Writer(out) as writer:
+        outline = opened.outline
+        outline.check_usable()
+        made: dict[str, _Cut] = {}
+        for site, cut in _cuts(_Source(outline, lambda site: opened.site(site).factors[site], solver), target, seen):
+            if cut.f is not None:
+                writer.add(replace(_assembled(outline, {site: cut}), full={}))
+            made[site] = replace(cut, f=None)
+        squeezed = writer.finish(_InFull(opened), outline.about, outline.weight)
+    return _told(squeezed, made, (files_of(path), files_of(out)))
+
+
+def files_of(path: str | Path) -> int:
+    """The bytes of an adapter's own files."""
+    names = (files.CONFIG, files.TENSORS, WEIGHTS, "README.md")
+    return sum(file.stat().st_size for name in names if (file := Path(path) / name).is_file())
+
+
+class _InFull(Mapping[str, Tensor]):
+    """What a directory holds in full, read when it is asked for."""
+
+    def __init__(self, opened: Opened):
+        self.opened = opened
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.opened.parameter(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.opened.outline.full)
+
+    def __len__(self) -> int:
+        return len(self.opened.outline.full)
+
+
+def _told(squeezed: Adapter, made: Mapping[str, _Cut], bytes: tuple[int, int]) -> Squeezed:
+    errors = {s: relative(c.missed, c.whole) for s, c in made.items()}
     error = relative(sum(c.missed for c in made.values()), sum(c.whole for c in made.values()))
-    return Squeezed(
-        squeezed,
-        {s: relative(c.missed, c.whole) for s, c in made.items()},
-        error,
-        {s: c.rank for s, c in made.items()},
-        (bytes_of(adapter), bytes_of(squeezed)),
-    )
+    return Squeezed(squeezed, errors, error, {s: c.rank for s, c in made.items()}, bytes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """What has become of a site."""
+    """What has become of a site; no factors, where it was left out."""
 
     method: Method
     f: Factors | None
@@ -97,25 +121,56 @@ class _Cut:
     whole: float
 
 
-def _units(adapter: Adapter) -> list[tuple[str, ...]]:
-    """The sites, those together that share one method and all of their factors: they go on sharing them."""
-    found: dict[Any, list[str]] = {}
-    for site, f in adapter.factors.items():
-        key = adapter.methods[site], adapter.shapes[site], adapter.kernels.get(site), tuple(id(t) for t in f.values())
-        found.setdefault(key, []).append(site)
-    return [tuple(sites) for sites in found.values()]
+@dataclass(frozen=True)
+class _Source:
+    """An adapter whose factors are read site by site; `outline` tells all but their numbers."""
+
+    outline: Adapter
+    factors: Callable[[str], Factors]
+    solver: Solver
+
+    def firsts(self) -> dict[str, str]:
+        """{site: the first one that shares its method and all of its factors}: these go on sharing them."""
+        found: dict[Any, str] = {}
+        first: dict[str, str] = {}
+        of = self.outline
+        for site, f in of.factors.items():
+            key = of.methods[site], of.shapes[site], of.kernels.get(site), tuple(id(t) for t in f.values())
+            first[site] = found.setdefault(key, site)
+        return first
+
+    def update(self, site: str) -> tuple[Update, Factors]:
+        of, f = self.outline, self.factors(site)
+        return update_of(site, of.methods[site], f, of.shapes[site], padding_of(of, site), self.solver), f
+
+
+@torch.no_grad()
+def _cuts(source: _Source, target: Target, seen: Seen | None) -> Iterator[tuple[str, _Cut]]:
+    """Every site, in order, as the target has it.  One is held at a time, and those that others share."""
+    outline, first = source.outline, source.firsts()
+    for site, method in outline.methods.items():
+        inside(site, method)  # what cannot be squeezed is told before anything is computed
+    ranks = None if isinstance(target, EachSite) else _shared_out(source, target, first)
+    shared = {s for s, n in Counter(first.values()).items() if n > 1}
+    kept: dict[str, _Cut] = {}
+    for site, of in first.items():
+        if of in kept:
+            yield site, kept[of]
+            continue
+        update, f = source.update(site)
+        k = target.at(update.spectrum(_bytes(outline, site))) if isinstance(target, EachSite) else (ranks or {})[site]
+        cut = _cut(outline, site, f, update, k)
+        if site in shared:
+            kept[site] = cut
+        yield site, cut
+        if seen is not None:
+            seen(site)
 
 
 def padding_of(adapter: Adapter, site: str) -> int | None:
     """The column of an embedding's update that stays zero."""
     kernel = adapter.kernels.get(site)
     return kernel[0] if kernel is not None and len(kernel) == 1 else None
-
-
-def _update(adapter: Adapter, site: str, solver: Solver) -> Update:
-    return update_of(
-        site, adapter.methods[site], adapter.factors[site], adapter.shapes[site], padding_of(adapter, site), solver
-    )
 
 
 def dtype_of(f: Factors) -> torch.dtype:
@@ -128,65 +183,60 @@ def _bytes(adapter: Adapter, site: str) -> int:
     return sum(adapter.shapes[site]) * dtype_of(adapter.factors[site]).itemsize
 
 
-def _shared_out(
-    adapter: Adapter, target: Target, units: list[tuple[str, ...]], update: Callable[[str], Update]
-) -> dict[str, int]:
+def _shared_out(source: _Source, target: Target, first: Mapping[str, str]) -> dict[str, int]:
     """The ranks of all sites from one target for the whole.  Of each site its singular values alone are kept."""
+    outline = source.outline
     spectra: dict[str, Spectrum] = {}
-    for unit in units:
-        found = update(unit[0])
-        known, size = found.known, _bytes(adapter, unit[0])
-        again = lambda k, site=unit[0]: update(site).leading(k)[1]  # noqa: E731
-        spectra[unit[0]] = Spectrum(known, found.whole, found.most, size, again)
-        if not len(known):
-            spectra[unit[0]].values = found.leading(64)[1]
-    of = {site: unit[0] for unit in units for site in unit}
-    ranks = target.ranks(spectra, lambda ranks: _size(adapter, {s: ranks[of[s]] for s in adapter.methods}, units))
-    return {site: ranks[first] for site, first in of.items()}
+    for site in dict.fromkeys(first.values()):
+        found, _ = source.update(site)
+        known = found.known if len(found.known) else found.leading(64)[1]
+        again = lambda k, site=site: source.update(site)[0].leading(k)[1]  # noqa: E731
+        spectra[site] = Spectrum(known, found.whole, found.most, _bytes(outline, site), again)
+    ranks = target.ranks(spectra, lambda ranks: _size(outline, ranks, first))
+    return {site: ranks[of] for site, of in first.items()}
 
 
-def _size(adapter: Adapter, ranks: Mapping[str, int], units: list[tuple[str, ...]]) -> int:
+def _size(outline: Adapter, ranks: Mapping[str, int], first: Mapping[str, str]) -> int:
     """What the adapter with these ranks takes on disk."""
-    made: dict[str, _Cut] = {}
-    for unit in units:
-        site, k = unit[0], ranks[unit[0]]
-        (O, I), dtype = adapter.shapes[site], dtype_of(adapter.factors[site])
+    once: dict[str, _Cut] = {}
+    for site, k in ranks.items():
+        (O, I), dtype = outline.shapes[site], dtype_of(outline.factors[site])
         B, A = torch.empty(O, k, dtype=dtype, device="meta"), torch.empty(k, I, dtype=dtype, device="meta")
-        made |= dict.fromkeys(unit, _placed(adapter, site, B, A, 0.0, 0.0)) if k else {}
-    return bytes_of(_assembled(adapter, made))
+        if k:
+            once[site] = _placed(outline, site, outline.factors[site], B, A, 0.0, 0.0)
+    made = _assembled(outline, {site: once[of] for site, of in first.items() if of in once})
+    return bytes_of(replace(made, full=outline.full))
 
 
-def _cut(adapter: Adapter, site: str, update: Update, k: int) -> _Cut:
+def _cut(outline: Adapter, site: str, f: Factors, update: Update, k: int) -> _Cut:
     """The site at rank k."""
     if k == 0:
-        return _Cut(adapter.methods[site], None, 0, update.whole, update.whole)
+        return _Cut(outline.methods[site], None, 0, update.whole, update.whole)
     triple = update.leading(k)
-    dtype = dtype_of(adapter.factors[site])
-    B, A = (t.to(dtype) for t in svd.halves(*triple))
+    B, A = (t.to(dtype_of(f)) for t in svd.halves(*triple))
     if update.whole == 0:  # B = 0 alone: with A = 0 too no training could leave that
-        A = triple[2].T.to(dtype).contiguous()
-    return _placed(adapter, site, B, A, update.missed(triple, B, A), update.whole)
+        A = triple[2].T.to(A.dtype).contiguous()
+    return _placed(outline, site, f, B, A, update.missed(triple, B, A), update.whole)
 
 
-def _placed(adapter: Adapter, site: str, B: Tensor, A: Tensor, missed: float, whole: float) -> _Cut:
+def _placed(outline: Adapter, site: str, f: Factors, B: Tensor, A: Tensor, missed: float, whole: float) -> _Cut:
     """The pair as what stands at the site: with DoRA's magnitudes, where there are some."""
-    method, k = adapter.methods[site], A.shape[0]
-    kept = {n: adapter.factors[site][n].detach().clone() for n in beside(method)}
-    f = {"A": A, "B": B, **kept}
-    return _Cut(
-        around(method, LoRA(r=k, alpha=float(k))), {n: t.requires_grad_() for n, t in f.items()}, k, missed, whole
-    )
+    method, k = outline.methods[site], A.shape[0]
+    kept = {n: f[n].detach().clone() for n in beside(method)}
+    made = {n: t.requires_grad_() for n, t in {"A": A, "B": B, **kept}.items()}
+    return _Cut(around(method, LoRA(r=k, alpha=float(k))), made, k, missed, whole)
 
 
-def _assembled(adapter: Adapter, made: Mapping[str, _Cut]) -> Adapter:
+def _assembled(outline: Adapter, made: Mapping[str, _Cut]) -> Adapter:
+    """The sites that are made, with all that the adapter says beside; `full` is another's to add."""
     return replace(
-        adapter,
+        outline,
         methods={s: c.method for s, c in made.items()},
         factors={s: c.f or {} for s, c in made.items()},
-        shapes={s: adapter.shapes[s] for s in made},
-        full={n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in adapter.full.items()},
-        kernels={s: k for s, k in adapter.kernels.items() if s in made},
-        apart={s: why for s, why in adapter.apart.items() if s in made},
+        shapes={s: outline.shapes[s] for s in made},
+        full={},
+        kernels={s: k for s, k in outline.kernels.items() if s in made},
+        apart={s: why for s, why in outline.apart.items() if s in made},
     )
 
 
