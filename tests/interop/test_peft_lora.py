@@ -117,11 +117,53 @@ def test_gradients_are_pefts(options, method, make, tmp_path):
         torch.testing.assert_close(p.grad, wanted[name].grad.reshape(p.shape))
 
 
-def test_what_is_no_lora_is_refused(tmp_path):
-    """Biases change the function: reading such a LoRA without them would be wrong without a word."""
-    theirs(gpt2(), ["c_attn"], r=2, bias="lora_only", fan_in_fan_out=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="undula does not read LoRAs with bias='lora_only'"):
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_were_trained_beside_are_read(bias, tmp_path):
+    """They stand in the file as they are after the training: parameters in full."""
+    x, model = tokens(), theirs(gpt2(), ["c_attn"], r=2, bias=bias, fan_in_fan_out=True)
+    model.save_pretrained(tmp_path)
+    own = gpt2()
+    adapter = undula.attach(own, undula.Adapter.load(tmp_path))
+    assert "transformer.h.0.attn.c_attn.bias" in adapter.full
+    torch.testing.assert_close(own(x).logits, model(x).logits)
+
+
+def test_a_bias_of_the_loras_goes_into_the_layers_own(tmp_path):
+    """`lora_bias`: s b_B is added to what the layer adds, which only the base knows; without one it says how much is
+    lost."""
+    x, model = tokens(), theirs(gpt2(), ["c_attn", "c_fc"], r=2, lora_bias=True, use_rslora=True, fan_in_fan_out=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has lora_bias=True.*undula\.io\.load_for\(path, model\)"):
         undula.Adapter.load(tmp_path)
+    assert undula.io.inspect(tmp_path).use == "import"
+    own = gpt2()
+    undula.attach(own, undula.io.load_for(tmp_path, own))
+    torch.testing.assert_close(own(x).logits, model(x).logits)
+    theirs(llama(), ["q_proj"], r=2, lora_bias=True).save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"at 2 layers that have none .* off by vectors of norm \d+\.\d+ at most"):
+        undula.io.load_for(tmp_path / "none", llama())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("indices", [[5, 1], {"embed_tokens": [5, 1]}], ids=["list", "by name"])
+def test_trained_tokens_are_rows_of_the_bases_table(tied, indices, tmp_path):
+    """PEFT keeps the rows alone, and gives them to a tied head too."""
+    x = tokens()
+    model = theirs(llama(tie_word_embeddings=tied), ["q_proj"], r=2, trainable_token_indices=indices)
+    assert {1, 5} <= set(x.flatten().tolist())
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    own = llama(tie_word_embeddings=tied)
+    adapter = undula.attach(own, undula.io.load_for(tmp_path, own))
+    assert len(adapter.full) == 1 + tied
+    torch.testing.assert_close(own(x).logits, model(x).logits)
+
+
+def test_a_base_that_is_not_needed_changes_nothing(tmp_path):
+    model = theirs(llama(), LINEAR, r=2)
+    model.save_pretrained(tmp_path)
+    one, other = undula.io.load_for(tmp_path, llama()), undula.Adapter.load(tmp_path)
+    for (site, name, t), (_, _, same) in zip(one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(t, same), (site, name)
 
 
 def test_modules_to_save(tmp_path):
@@ -264,3 +306,43 @@ def test_a_tied_output_head_among_modules_to_save(tmp_path):
     assert base.lm_head.weight is base.get_input_embeddings().weight
     undula.attach(base, undula.Adapter.load(tmp_path))
     torch.testing.assert_close(base(tokens()).logits, live)
+
+
+KINDS = {
+    "LoHa": (peft.LoHaConfig, {"r": 4, "alpha": 2}, 4, (6, 8)),
+    "LoKr": (peft.LoKrConfig, {"r": 2, "decompose_factor": 2, "decompose_both": True}, 2, None),
+    "IA3": (peft.IA3Config, {"feedforward_modules": []}, None, None),
+    "OFT": (peft.OFTConfig, {"r": 2, "oft_block_size": 0}, 2, None),
+    "BOFT": (peft.BOFTConfig, {"boft_block_size": 2}, None, None),
+    "VeRA": (peft.VeraConfig, {"r": 2}, 2, None),
+    "AdaLoRA": (peft.AdaLoraConfig, {"init_r": 3, "total_step": 9}, 3, (6, 8)),
+    "VB-LoRA": (peft.VBLoRAConfig, {"r": 2, "num_vectors": 4, "vector_length": 2, "topk": 2}, 2, None),
+    "FourierFT": (peft.FourierFTConfig, {"n_frequency": 5}, None, None),
+    "HRA": (peft.HRAConfig, {"r": 2}, 2, None),
+    "SHiRA": (peft.ShiraConfig, {"r": 1}, 1, None),
+    "MiSS": (peft.MissConfig, {"r": 2}, 2, None),
+    "HiRA": (peft.HiraConfig, {"r": 2}, 2, (6, 8)),
+    "LoRA": (peft.LoraConfig, {"r": 2, "lora_alpha": 3}, 2, (6, 8)),
+    "DoRA": (peft.LoraConfig, {"r": 2, "use_dora": True}, 2, (6, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_pefts_is_shown(kind, tmp_path):
+    """Also what undula cannot train: its kind, rank and layers, and that it can be shown only."""
+    make, options, rank, shape = KINDS[kind]
+    model = torch.nn.Sequential(OrderedDict(q=torch.nn.Linear(8, 6), other=torch.nn.Linear(6, 8)))
+    peft.get_peft_model(model, make(target_modules=["q"], **options)).save_pretrained(tmp_path)
+    found = undula.io.inspect(tmp_path)
+    assert (found.form, found.kind) == ("PEFT", kind)
+    assert found.use == ("train" if kind in ("LoRA", "DoRA") else "show")
+    spot = next(s for s in found.sites if s.site == "q")
+    assert (spot.kind, spot.rank, spot.shape) == (kind, rank, shape)
+    assert not [s for s in found.sites if s.kind == "in full"]
+
+
+def test_every_type_of_pefts_has_a_name():
+    """A new one would be called unknown, until somebody has looked at it."""
+    from undula.io.families import PEFT
+
+    assert {kind.value for kind in peft.PeftType} - {"UNDULA"} <= set(PEFT)

@@ -354,9 +354,9 @@ def test_starts_that_leave_the_base_alone_are_read(start, tmp_path):
 
 
 FLAGS = {
-    "bias": "all", "lora_bias": True, "use_qalora": True, "layer_replication": [[0, 1]], "alora_invocation_tokens": [1],
-    "trainable_token_indices": [3], "target_parameters": ["x"], "use_bdlora": {"nblocks": 2},
-    "arrow_config": {"top_k": 1},
+    "bias": "some", "lora_bias": True, "use_qalora": True, "layer_replication": [[0, 1]],
+    "alora_invocation_tokens": [1], "trainable_token_indices": [3], "target_parameters": ["x"],
+    "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 1},
     "kasa_config": {"beta": 1}, "monteclora_config": {"num_samples": 8}, "velora_config": {"scale": 1.0},
     "megatron_config": {"a": 1}, "loftq_config": {"loftq_bits": 4}, "ensure_weight_tying": True,
     "enable_lora": [True],

@@ -17,7 +17,7 @@ from ..core.choice import Choice
 from ..core.method import Additive, LowRank, Method, Reweight
 from ..core.options import build
 from ..core.ranges import NotNegative, Rank
-from ..io import export_diffusers, export_lora, files, vllm
+from ..io import export_diffusers, export_kohya, export_lora, files, vllm
 from ..io.whole import whole
 from ..train import Restored, restored
 from ..train.base import called_elsewhere
@@ -131,6 +131,7 @@ class Form(StrEnum):
     peft = "peft"
     vllm = "vllm"
     diffusers = "diffusers"
+    kohya = "kohya"
     gguf = "gguf"
 
 
@@ -143,12 +144,12 @@ def export(
         typer.Option(
             "--format",
             help="peft: a plain LoRA that PEFT and others read. vllm: the same as vLLM takes it, with one rank of its "
-            "list for all layers. diffusers: for a pipeline's load_lora_weights. "
-            "gguf: a file for llama.cpp's --lora.",
+            "list for all layers. diffusers: for a pipeline's load_lora_weights. kohya: one file for ComfyUI and "
+            "others. gguf: a file for llama.cpp's --lora.",
         ),
     ] = Form.peft,
     component: Annotated[
-        str | None, typer.Option(help="The part of the pipeline: unet, transformer ... (--format diffusers)")
+        str | None, typer.Option(help="The part of the pipeline: unet, transformer ... (--format diffusers, kohya)")
     ] = None,
     how: How = None,
     options: shell.Set = [],
@@ -158,11 +159,11 @@ def export(
 ) -> None:
     """Write an adapter as a plain LoRA.  What is none is collapsed first, and the error of that printed; what is one
     leaves as it is, or collapsed as --how and --set say."""
-    (gguf if form is Form.gguf else shell).fresh(out)
-    if (component is None) == (form is Form.diffusers):
+    {Form.gguf: gguf.fresh, Form.kohya: _fresh_file}.get(form, shell.fresh)(out)
+    if (component is None) == (form in (Form.diffusers, Form.kohya)):
         raise ValueError(
-            "--format diffusers goes with --component, the part of the pipeline that is adapted: unet, transformer, "
-            "text_encoder ..."
+            "--format diffusers and kohya go with --component, the part of the pipeline that is adapted: unet, "
+            "transformer, text_encoder ..."
         )
     adapter = Adapter.load(path)
     check_agreed(path, adapter, model)
@@ -177,6 +178,9 @@ def export(
     base, task = _about(lora.about, model, found.opened if found else None)
     if form is Form.gguf:
         gguf.write_lora(path, lora, out, model)
+        return _exported(found, adapter, out)
+    if form is Form.kohya:
+        export_kohya(lora, out, str(component))
         return _exported(found, adapter, out)
     beside = companions(path, adapter, model) if component is None else None
     write = vllm.export_vllm if form is Form.vllm else export_lora
@@ -197,6 +201,14 @@ def export(
         shell.note(
             f"vllm serve {served} --enable-lora --max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
         )
+
+
+def _fresh_file(out: Path) -> None:
+    """Refuses what is no new file NAME.safetensors.  Raises ValueError, FileExistsError."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"a file of kohya's form is called NAME.safetensors: --out {out}.safetensors instead of {out}")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: name another file")
 
 
 def _exported(found: Squeezed | None, adapter: Adapter, out: Path) -> None:

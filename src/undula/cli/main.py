@@ -15,6 +15,7 @@ from . import (
     compare,
     gguf,
     helping,
+    inspecting,
     lists,
     many,
     predicting,
@@ -74,6 +75,7 @@ VERBS: dict[str, tuple[str, Callable[..., None]]] = {
     "gguf": (WRITE, gguf.gguf),
     "push": (WRITE, pushing.push),
     "show": (LOOK, adapters.show),
+    "inspect": (LOOK, inspecting.inspect),
     "methods": (LOOK, lists.methods),
     "assets": (LOOK, lists.assets),
 }

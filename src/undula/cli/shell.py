@@ -214,7 +214,7 @@ def called(kind: type) -> str:
 
 def say(text: str, colour: str) -> None:
     """A line of the program's own, on the error stream, not folded."""
-    err.print(f"[{colour}]{escape(text)}[/]", soft_wrap=True, highlight=False)
+    err.print(f"[{colour}]{escape(visible(text))}[/]", soft_wrap=True, highlight=False)
 
 
 def remark(text: str) -> None:
@@ -226,7 +226,15 @@ def remark(text: str) -> None:
 
 def note(text: str) -> None:
     """A line of the result, not folded."""
-    out.print(text, soft_wrap=True, highlight=False, markup=False)
+    out.print(visible(text), soft_wrap=True, highlight=False, markup=False)
+
+
+def visible(text: str) -> str:
+    """A text in which a terminal finds no commands: control characters (escapes, marks that turn the direction, halves
+    of characters) as Python writes them.  Names come from files, which anybody may have made."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def write(path: Path | None, data: Any) -> None:
@@ -234,6 +242,8 @@ def write(path: Path | None, data: Any) -> None:
     if path is None or rank():
         return
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    if visible(text) != text:
+        text = json.dumps(data, indent=2) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
     else:
@@ -257,7 +267,7 @@ def table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
     for i, name in enumerate(rows[0] if rows else ()):
         numbers = all(isinstance(row[name], int | float) and not isinstance(row[name], bool) for row in rows)
         made.add_column(
-            name.replace("_", " "),
+            visible(name.replace("_", " ")),
             justify="right" if numbers else "left",
             overflow="fold",
             no_wrap=i == 0 and not crowded,
@@ -273,7 +283,7 @@ def shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else visible(str(value))
 
 
 def fresh(path: Path) -> None:

@@ -1,18 +1,40 @@
 """Adapters on disk: a PEFT adapter directory (safetensors and JSON, nothing pickled)."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .diffusers import export_diffusers, load_diffusers
 from .gguf_write import Encoding, export_gguf, export_gguf_lora
 from .native import load, save
 from .peft import export_lora, read_lora
 
+if TYPE_CHECKING:
+    from .importing import load_for
+    from .inspecting import Inspected, inspect
+    from .kohya import export_kohya, load_kohya
+
 __all__ = [
     "Encoding",
+    "Inspected",
     "export_diffusers",
     "export_gguf",
     "export_gguf_lora",
+    "export_kohya",
     "export_lora",
+    "inspect",
     "load",
     "load_diffusers",
+    "load_for",
+    "load_kohya",
     "read_lora",
     "save",
 ]
+LATER = {"Inspected": "inspecting", "inspect": "inspecting", "load_for": "importing"}
+LATER |= {"export_kohya": "kohya", "load_kohya": "kohya"}
+
+
+def __getattr__(name: str) -> Any:
+    """What few need is loaded when it is asked for."""
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{LATER[name]}", __name__), name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -27,8 +28,8 @@ from . import tensorfile
 from .draft import Draft, atomic, clean, write_text
 from .strict import door, parsed
 
-__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "door", "headed", "of_one_save",
-           "parsed", "place", "read", "read_state", "write", "write_state", "write_text"]  # fmt: skip
+__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "configuration", "door", "headed",
+           "of_one_save", "parsed", "place", "read", "read_state", "write", "write_state", "write_text"]  # fmt: skip
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
@@ -173,7 +174,8 @@ def _opened(path: Path, name: str) -> BinaryIO:
             return open(path / name, "rb")
     except FileNotFoundError:  # gone since
         pass
-    there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no such directory"
+    some = itertools.islice(path.iterdir(), 1000) if path.is_dir() else ()
+    there = sorted(p.name for p in some)[:8] if path.is_dir() else "no such directory"
     hint = ""
     if (path / "run.json").is_file():
         hint = (
@@ -182,6 +184,11 @@ def _opened(path: Path, name: str) -> BinaryIO:
     elif name == CONFIG and (path / "config.json").is_file():
         hint = ". It is the folder of a model; what is asked for is the directory of an adapter for one"
     raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}{hint}")
+
+
+def configuration(path: Path) -> dict[str, Any]:
+    """What adapter_config.json of a directory says, whatever it belongs to.  Raises FileNotFoundError, ValueError."""
+    return _config(path)[1]
 
 
 def _config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -21,6 +21,10 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights"}
 READ |= {"target_parameters"}  # see `io.lora_parameters`
+READ |= {"bias"}  # those that were trained are in the file, as they are then
+BIASES = ("none", "all", "lora_only", None)
+# What the file tells as a change of the base's own numbers: read with the base (`undula.io.load_for`).
+WITH_BASE = ("lora_bias", "trainable_token_indices")
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 # Starts that leave the base as it is.  PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move it: PEFT does so again on loading,
 # or cannot.
@@ -37,9 +41,15 @@ def check(config: Mapping[str, Any], path: str) -> None:
     start = start.lower() if isinstance(start, str) else start
     if isinstance(start, list | dict) or start not in STARTS:
         raise ValueError(f"{path}: undula does not read LoRAs with init_lora_weights={start!r:.80}: {CONVERT}")
-    bias = config.get("bias")
+    if config.get("bias") not in BIASES:
+        raise ValueError(f"{path}: bias is none, all or lora_only, found {config['bias']!r:.80}")
     odd = {k: v for k, v in config.items() if k not in READ and k not in WITHOUT_EFFECT and k not in ABOUT}
-    odd = {k: v for k, v in odd.items() if not _says_nothing(v) and not (k == "bias" and bias == "none")}
+    odd = {k: v for k, v in odd.items() if not _says_nothing(v)}
+    if odd and set(odd) <= set(WITH_BASE):
+        raise ValueError(
+            f"{path} has {' and '.join(f'{k}={v!r:.60}' for k, v in odd.items())}, which the file tells as a change of "
+            "the base's own numbers: undula.io.load_for(path, model) reads it"
+        )
     if odd:
         told = ", ".join(f"{k!s:.60}={v!r:.60}" for k, v in list(odd.items())[:5])
         raise ValueError(f"{path}: undula does not read LoRAs with {told}")

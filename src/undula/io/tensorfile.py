@@ -34,6 +34,10 @@ TYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+# Bits of a number in every type of the format, those included that no adapter of undula's has.
+BITS = {name: dtype.itemsize * 8 for name, dtype in TYPES.items()}
+BITS |= {"C64": 64, "U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 METADATA = re.compile(r'\s*\{\s*"__metadata__"\s*:\s*')
 LARGEST_HEADER = 100 << 20
 DIMENSIONS = 8
@@ -47,6 +51,16 @@ class Entry:
     shape: tuple[int, ...]
     begin: int  # in the file
     size: int  # in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One tensor of a file, of whatever type."""
+
+    kind: str  # the format's name of its type
+    shape: tuple[int, ...]
+    begin: int
+    size: int
 
 
 def write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -104,6 +118,11 @@ def entries(file: BinaryIO, path: str) -> tuple[dict[str, Entry], dict[str, str]
     return _entries(*_header(file, path), path)
 
 
+def told(file: BinaryIO, path: str) -> tuple[dict[str, Told], dict[str, str]]:
+    """`entries`, of types too that undula does not read."""
+    return _told(*_header(file, path), path)
+
+
 class Layouts:
     """Headers that were seen: of files that differ in their metadata and numbers alone the first is looked at."""
 
@@ -150,6 +169,14 @@ def _header(file: BinaryIO, path: str) -> tuple[str, int]:
 
 
 def _entries(text: str, size: int, path: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    found, metadata = _told(text, size, path)
+    for key, one in found.items():
+        if one.kind not in TYPES:
+            raise ValueError(f"{path}: {key!r:.100} is of the type {one.kind!r}; undula reads {', '.join(TYPES)}")
+    return {key: Entry(TYPES[one.kind], one.shape, one.begin, one.size) for key, one in found.items()}, metadata
+
+
+def _told(text: str, size: int, path: str) -> tuple[dict[str, Told], dict[str, str]]:
     header = parsed(text, f"{path}: the header of this safetensors file")
     metadata = header.pop("__metadata__", {})
     _check_metadata(metadata, path)
@@ -170,22 +197,22 @@ def _check_metadata(metadata: Any, path: str) -> None:
         raise ValueError(f"{path} is no safetensors file: its metadata are not texts")
 
 
-def _entry(key: str, entry: Any, begin: int, path: str) -> Entry:
+def _entry(key: str, entry: Any, begin: int, path: str) -> Told:
     match entry:
         case {"dtype": str(name), "shape": list(shape), "data_offsets": [int(start), int(end)]} if len(entry) == 3:
             pass
         case _:
             raise ValueError(f"{path} is no safetensors file: {key!r:.100} is described by {entry!r:.100}")
-    if name not in TYPES:
+    if name not in BITS:
         raise ValueError(f"{path}: {key!r:.100} is of the type {name!r:.20}; undula reads {', '.join(TYPES)}")
     if len(shape) > DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
         raise ValueError(f"{path}: {key!r:.100} has the shape {shape!r:.80}; at most {DIMENSIONS} sizes are possible")
-    size = math.prod(shape) * TYPES[name].itemsize
+    size = -(-math.prod(shape) * BITS[name] // 8)
     if start < 0 or size != end - start:
         raise ValueError(
             f"{path} is cut or damaged: {key!r:.100} has {end - start} bytes, {name} {shape!r:.80} takes {size}"
         )
-    return Entry(TYPES[name], tuple(shape), begin + start, size)
+    return Told(name, tuple(shape), begin + start, size)
 
 
 def read(file: BinaryIO, found: Mapping[str, Entry], path: str) -> dict[str, Tensor]:
