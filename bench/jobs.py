@@ -3,12 +3,13 @@
     python bench/jobs.py --json bench/results/jobs.json     # SmolLM2 and MiniLM, N = 2 to 16: half an hour
     python bench/jobs.py --quick --clock cpu                # SmolLM2, N = 8, two sizes: about three minutes
 
-Every job takes the same steps in three ways that take turns: `together`, by the planner and the costs that it measured
-here; `engine apart`, the same engine with a micro-batch for each job; `one by one`, the Trainer as `undula train` has
-it, a job alone, its time for N of them.  A size is the tokens of a job's step; rows are cut to it.  Ratios are of the
-medians, with the smallest and largest of the rounds.  One by one has the fast step that `undula train` takes, and none
-of its starts: to read the base N times is not in its time.  Memory: the largest resident set, while it trains, of a
-process that trains N jobs or one in the engine, and does nothing else.  One thread unless --threads says more.
+Every job takes the same steps in two ways that take turns: `together`, in the way that the planner keeps after it has
+tried some (those rounds are not in the time); `one by one`, the Trainer as `undula train` has it, a job alone, its time
+for N of them.  `engine apart` is what the planner saw of one job after the other in the engine.  A size is the tokens
+of a job's step; rows are cut to it.  Ratios are of the medians, with the smallest and largest of the rounds.  One by
+one has the fast step that `undula train` takes, and none of its starts: to read the base N times is not in its time.
+Memory: the largest resident set, while it trains, of a process that trains N jobs or one in the engine, and does nothing
+else.  One thread unless --threads says more.
 """
 
 from __future__ import annotations
@@ -32,16 +33,17 @@ from record import record
 from transformers import TrainerCallback
 
 import undula
-from undula.jobs.cost import Cost
 from undula.jobs.engine import Engine
-from undula.jobs.planner import Planner, apart
+from undula.jobs.many import KNEE
+from undula.jobs.planner import apart, together
+from undula.jobs.trial import APART, Tried
 from undula.train import CausalLM, Classification, Run
 from undula.train.prepared import prepare
 from undula.train.trainer import trainer
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "box")
-MOST = 4096  # tokens of a micro-batch: no bound here
+STEPS = 2  # of one job alone, each time
 TARGETS = ((16, 64, 1.5), (65, 128, 1.2))  # at N = 8: tokens of a job's step from, to, times as fast at least
 NEVER_BELOW, MEMORY = 0.95, 1.3
 
@@ -67,7 +69,7 @@ def runs_of(kind: str, count: int, tokens: int, folder: Path) -> dict[str, Run]:
     return {
         f"job{i}": Run(
             model=f"bundled:{kind}", data=data, task=task, method=undula.LoRA(r=8), lr=1e-4 * (i + 1), seed=i,
-            batch=batch, max_steps=1000, eval_every=0, eval_rows=4, out=Path(place) / f"job{i}",
+            batch=batch, max_steps=1000, eval_every=0, eval_rows=1, out=Path(place) / f"job{i}",
         )
         for i in range(count)
     }  # fmt: skip
@@ -99,40 +101,37 @@ def alone(run: Run, clock: Callable[[], float]) -> Callable[[int], float]:
     return steps
 
 
-def compared(kind: str, count: int, tokens: int, rounds: int, steps: int, clock: Callable[[], float]) -> dict[str, Any]:
+def compared(kind: str, count: int, tokens: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """One size of one model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = runs_of(kind, count, tokens, folder)
         engine = Engine(runs)
         engine.open()
-        cost = Cost.measured(engine.timed, min(count * tokens, 1024), count)
         size = engine.base.size
-        plans: dict[str, Any] = {
-            "together": Planner(cost, MOST, size),
-            "engine apart": lambda pieces: apart(pieces, MOST, size),
-        }
+        engine.rounds.clock = clock
+        tried = Tried(KNEE, size, lambda: engine.rounds.spent, lambda: engine.round)
         single = alone(runs_of(kind, 1, tokens, folder)["job0"], clock)
-        seconds: dict[str, list[float]] = {way: [] for way in (*plans, "one by one")}
-        mixed = 0
-        for i in range(rounds + 1):  # the first is for warmth
-            for way, plan in plans.items():
-                engine.planner = plan
-                begun = clock()
-                for _ in range(steps):
-                    engine._round()
-                seconds[way].append(clock() - begun)
-            seconds["one by one"].append(count * single(steps))
-            mixed = i
-        engine.base.leave()
-    seconds = {way: each[1:] for way, each in seconds.items()}
+        engine.rounds.planner = tried
+        engine.step()
+        (trial,) = tried.trials.values()
+        while trial.next() is not None:
+            engine.step()
+        seconds: dict[str, list[float]] = {way: [] for way in ("together", "one by one")}
+        for _ in range(rounds):
+            engine.step()
+            seconds["together"].append(engine.rounds.spent)
+            seconds["one by one"].append(count * single(STEPS) / STEPS)
+        way = trial.best()
+        apart = min((t.seconds for t in trial.taken if t.way == APART and t.seconds), default=None)
+        engine.base.close()
     median = {way: statistics.median(each) for way, each in seconds.items()}
     ratios = [b / a for a, b in zip(seconds["together"], seconds["one by one"], strict=True)]
     return {
-        "model": kind, "jobs": count, "tokens": tokens, "rounds": mixed, "seconds": median,
-        "tokens_per_second": {way: count * tokens * steps / s for way, s in median.items()},
+        "model": kind, "jobs": count, "tokens": tokens, "rounds": rounds, "seconds": median, "way": way,
+        "tokens_per_second": {way: count * tokens / s for way, s in median.items()},
         "times_as_fast": median["one by one"] / median["together"], "spread": [min(ratios), max(ratios)],
-        "against_engine_apart": median["engine apart"] / median["together"], "cost": cost.encode(),
+        "against_engine_apart": apart and apart * count * tokens / median["together"], "tried": tried.encode(),
     }  # fmt: skip
 
 
@@ -141,12 +140,13 @@ def held(kind: str, count: int, tokens: int) -> None:
     and jobs took before them."""
     with tempfile.TemporaryDirectory() as name:
         engine = Engine(
-            runs_of(kind, count, tokens, Path(name)), planner=lambda p: apart(p, MOST) if count == 1 else [p]
+            runs_of(kind, count, tokens, Path(name)),
+            planner=lambda p: apart(p, KNEE) if count == 1 else together(p, KNEE),
         )
         engine.open()
         before = resident.begin()  # reading the base may have taken more than training does
         for _ in range(3):
-            engine._round()
+            engine.step()
         print(json.dumps([resident.most(), resident.most() - before]))
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smollm2", "minilm"], choices=["smollm2", "minilm"])
     parser.add_argument("--jobs", nargs="+", type=int, default=[2, 4, 8, 16])
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 64, 128, 512])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--held", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -191,18 +191,18 @@ def main() -> None:
         return
     models = ["smollm2"] if asked.quick else asked.models
     counts, sizes = ((8,), (16, 128)) if asked.quick else (asked.jobs, asked.tokens)
-    rounds, steps = (2, 1) if asked.quick else (asked.rounds, 2)
+    rounds = 2 if asked.quick else asked.rounds
     found = []
     for kind in models:
         for count in counts:
             for tokens in sizes:
-                each = compared(kind, count, tokens, rounds, steps, CLOCKS[asked.clock])
+                each = compared(kind, count, tokens, rounds, CLOCKS[asked.clock])
                 found.append(each)
                 low, high = each["spread"]
                 print(
                     f"{kind:8} N={count:<3} {tokens:4} tokens a job and step: {each['times_as_fast']:.2f} times as "
                     f"fast as one by one ({low:.2f} to {high:.2f}), "
-                    f"{each['against_engine_apart']:.2f} as the engine apart",
+                    f"{each['against_engine_apart'] or float('nan'):.2f} as the engine apart; by {each['way']}",
                     flush=True,
                 )
     kept = [] if asked.quick else [memory(kind, 64) for kind in models]

@@ -1,6 +1,7 @@
 """Many jobs at once: each one's weights are those that it would have alone."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -16,7 +17,7 @@ from undula.jobs import checkpoint, ending
 from undula.jobs.causal import Causal
 from undula.jobs.course import Course
 from undula.jobs.engine import Engine
-from undula.jobs.planner import padded, together
+from undula.jobs.planner import apart, flat, padded, together
 from undula.jobs.view import Silent
 from undula.optim.optimisers import SGD, LoRAPro
 from undula.train import CausalLM, Classification, Interrupted, Run, Seq2Seq, page
@@ -99,6 +100,23 @@ def test_among_others_each_job_has_the_weights_that_it_has_alone(trained):
         same(run.out, by_itself)
 
 
+def separately(pieces):
+    return apart(pieces, 40)
+
+
+def test_in_steps_of_their_own_jobs_have_the_weights_that_they_have_in_shared_ones(trained, tmp_path):
+    """So that what is quicker may be chosen, at any round."""
+    runs = {name: dataclasses.replace(run, out=tmp_path / name) for name, (run, _) in trained.items()}
+    ways = itertools.cycle([separately, planned])
+
+    def in_turn(pieces):
+        return next(ways)(pieces)
+
+    Engine(runs, planner=in_turn).run()
+    for name, run in runs.items():
+        same(run.out, trained[name][0].out)
+
+
 @pytest.mark.parametrize("name", ["1", "2"])
 def test_alone_in_the_engine_a_job_has_the_weights_of_train(name, trained, tmp_path):
     """Without dropout, which has other numbers there.  transformers computes the loss in float32."""
@@ -112,10 +130,13 @@ class Killed(BaseException):
 
 
 class Watch(Silent):
-    """Does what it is told after a job's step."""
+    """Does what it is told after a job's step, and keeps what is said."""
 
     def __init__(self, **told):
-        self.told = told
+        self.told, self.words = told, []
+
+    def said(self, text):
+        self.words.append(text)
 
     def stepped(self, job):
         if (what := self.told.get(f"at_{job.name}_{job.step}")) is not None:
@@ -264,8 +285,11 @@ def classifiers(bert, folder):
 def test_each_classifier_has_the_head_that_it_has_alone_over_the_shared_body(bert, tmp_path):
     """With the base's own dropout, whose numbers are each job's own."""
     runs = classifiers(bert, tmp_path / "many")
-    engine = Engine(runs, planner=lambda pieces: together(pieces, 80, padded))
+    view = Watch()
+    engine = Engine(runs, planner=lambda pieces: together(pieces, 80), view=view)
     reports = engine.run()
+    assert engine.base.size is flat  # as in a training of one
+    assert view.words == []  # they do mix
     assert {name: job.error for name, job in engine.jobs.items()} == dict.fromkeys(runs)
     for name, run in runs.items():
         same(run.out, alone(run, tmp_path / "alone" / name))

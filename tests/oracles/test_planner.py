@@ -1,12 +1,14 @@
 """Micro-batches of many jobs: nothing lost, nothing twice, steps in their order, the budget kept, few of them."""
 
+import json
 import math
 import random
 
 import pytest
 
 from undula.jobs.cost import Cost, Memory
-from undula.jobs.planner import Piece, Planner, apart, flat, padded, together, wholes
+from undula.jobs.planner import Piece, apart, flat, padded, together, wholes
+from undula.jobs.trial import Tried
 
 HOW = (together, wholes, apart)
 
@@ -81,40 +83,74 @@ def test_apart_a_micro_batch_is_of_one_step_of_one_job():
 
 
 SMALL = [Piece(f"job{j}", 0, i, 16) for j in range(8) for i in range(2)]
-LATENCY = Cost(((16, 1.0), (64, 1.1), (256, 1.5), (1024, 6.0)), further=0.01)  # small batches cost almost as large ones
-LINEAR = Cost(((16, 0.16), (64, 0.64), (256, 2.56)), further=0.2)  # nothing is gained, a further job costs
 
 
-@pytest.mark.parametrize(("cost", "jobs"), [(LATENCY, 8), (LINEAR, 1)])
-def test_jobs_share_micro_batches_where_the_cost_model_says_so_alone(cost, jobs):
-    plan = Planner(cost, 1024)(SMALL)
-    assert max(len({p.job for p in batch}) for batch in plan) == jobs
+class Machine:
+    """Takes rounds by a planner; `of(batches)` are the seconds of one."""
+
+    def __init__(self, of, written=None, **more):
+        self.of, self.round, self.spent, self.mixed = of, 0, 0.0, []
+        self.planner = Tried(1024, flat, lambda: self.spent, lambda: self.round, **more)
+        if written is not None:
+            self.planner.decode(json.loads(json.dumps(written)))
+
+    def go(self, rounds, pieces=SMALL):
+        for _ in range(rounds):
+            plan = self.planner(pieces)
+            self.spent = self.of(plan)
+            self.mixed.append(max(len({p.job for p in batch}) for batch in plan))
+            self.round += 1
+        return self
 
 
-@pytest.mark.parametrize("cost", [LATENCY, LINEAR])
-def test_no_plan_is_chosen_that_costs_more_than_one_job_after_the_other(cost):
-    for jobs, budget in drawn(30, seed=3):
-        planner, pieces = Planner(cost, 4 * budget), pieces_of(jobs)
-        assert planner.seconds(planner(pieces)) <= planner.seconds(apart(pieces, 4 * budget))
+def dear(plan):
+    """Seconds where a job beside another costs more than a micro-batch of its own."""
+    return sum(1.0 + 2.0 * (len({p.job for p in batch}) - 1) for batch in plan)
 
 
-def test_a_planner_that_was_written_down_plans_the_same():
-    """Two clocks never agree: what a resumed training packs must not depend on them."""
-    assert Planner(Cost.decode(LATENCY.encode()), 300)(SMALL) == Planner(LATENCY, 300)(SMALL)
+def cheap(plan):
+    """Seconds where micro-batches cost the same whatever is in them."""
+    return float(len(plan))
 
 
-def test_the_cost_model_is_what_was_timed():
-    """Between points a straight line, and for each further job what a mixed micro-batch took more."""
+def test_what_is_quickest_here_is_kept_whatever_the_usual_costs_say():
+    """One job after the other where mixing loses, after few rounds of anything else."""
+    assert Machine(dear).go(20).mixed[7:] == [1] * 13
+    assert Machine(cheap).go(20).mixed[7:] == [8] * 13
 
-    def timed(tokens, jobs):
-        return 0.5 + 0.01 * tokens + 0.125 * (jobs - 1)
 
-    cost = Cost.measured(timed, most=500)
-    assert cost.seconds(100) == pytest.approx(1.5)
-    assert cost.seconds(100, jobs=5) == pytest.approx(2.0)
-    assert cost.seconds(4000) == pytest.approx(40.5)
-    assert cost.points[-1][0] == 500
-    assert Cost.measured(timed, jobs=1).seconds(100, jobs=5) == pytest.approx(1.5)
+def test_one_slow_round_decides_nothing():
+    """As the first of a way is, which opens what it needs."""
+    rounds = iter(range(100))
+    assert Machine(lambda plan: cheap(plan) + 100.0 * (next(rounds) == 0)).go(20).mixed[8:] == [8] * 12
+
+
+def test_each_shape_of_rounds_is_tried_by_itself():
+    """What pays for small steps need not for long ones."""
+    long = [Piece(piece.job, 0, piece.index, 300) for piece in SMALL]
+    machine = Machine(lambda plan: dear(plan) if plan[0][0].tokens > 100 else cheap(plan)).go(12).go(12, long).go(2)
+    assert machine.mixed[-2:] == [8, 8]
+    assert machine.mixed[-4:-2] == [1, 1]
+
+
+def test_what_was_tried_is_written_down_and_its_rounds_are_packed_as_they_were():
+    """Two clocks never agree: what a training packs that goes on from a checkpoint must not depend on them."""
+    first = Machine(dear).go(12)
+    again = Machine(cheap, first.planner.encode()).go(12)
+    assert again.mixed == first.mixed
+    cut = Machine(dear).go(3)  # in its last round
+    assert Machine(dear, cut.planner.encode()).go(20).mixed[8:] == [1] * 12
+
+
+def test_short_trainings_try_nothing():
+    machine = Machine(dear, long=lambda: False).go(5)
+    assert machine.mixed == [8] * 5
+    assert machine.planner.encode() == []
+
+
+def test_usual_costs_go_by_tokens_along_straight_lines_and_by_jobs():
+    cost = Cost(((16, 1.0), (64, 2.0)), further=0.25)
+    assert [cost.seconds(40), cost.seconds(112), cost.seconds(16, jobs=3)] == [1.5, 3.0, 1.5]
 
 
 def test_a_budget_of_bytes_bounds_tokens_and_jobs():

@@ -66,20 +66,26 @@ Split = list[tuple[slice, nn.Module]]
 
 
 @contextlib.contextmanager
-def own_modules(body: nn.Module, inner: Mapping[str, Split]) -> Iterator[None]:
-    """Within, rows of a batch go through modules of their own in the place of the body's; slices in their order."""
-    before = {path: body.get_submodule(path).__dict__.get("forward") for path in inner}
+def exchanged(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Within, a module computes by this forward."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
     try:
-        for path, own in inner.items():
-            module = body.get_submodule(path)
-            module.__dict__["forward"] = _splitting(module, before[path], own)
         yield
     finally:
-        for path, forward in before.items():
+        module.__dict__.pop("forward", None)
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+@contextlib.contextmanager
+def own_modules(body: nn.Module, inner: Mapping[str, Split]) -> Iterator[None]:
+    """Within, rows of a batch go through modules of their own in the place of the body's; slices in their order."""
+    with contextlib.ExitStack() as stack:
+        for path, own in inner.items():
             module = body.get_submodule(path)
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
+            stack.enter_context(exchanged(module, _splitting(module, module.__dict__.get("forward"), own)))
+        yield
 
 
 def _splitting(module: nn.Module, before: Any, own: Split) -> Any:

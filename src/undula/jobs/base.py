@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from ..host.mixing import rows
 from ..train.prepared import Prepared
 from ..train.run import Run
 from ..train.tasks.lending import still_statistics
+from ..train.tasks.segments import segments
+from ..train.tasks.step import Step
 from ..train.trainer import nothing_below
 from .course import Course, Row
-from .planner import Size
+from .planner import Size, padded
 from .streams import Streams
 
 if TYPE_CHECKING:
@@ -28,16 +30,23 @@ Part = tuple[Course, Sequence[Row], int]  # rows of a job's step, and the items 
 
 
 class Base(abc.ABC):
-    """A pretrained model, and the adapters of jobs on it."""
+    """A pretrained model, and the adapters of jobs on it.
+
+    A micro-batch is computed in one of two ways: rows of several jobs through their adapters (`rows`), or those of one
+    job with its adapter selected, which is the very step of `undula train`.
+    """
 
     held: nn.Module  # what the adapters are attached to
-    can_select: ClassVar[bool]  # whether a micro-batch of one job can do without `rows`
-    size: Size  # what rows fill of a micro-batch
 
     def __init__(self) -> None:
+        self.size: Size = padded  # what rows fill of a micro-batch
+        self.step = Step()  # how a job's own step is taken
         self._quiet: set[str] = set()  # jobs in whose micro-batches nothing is drawn
-        self._outer = contextlib.ExitStack()  # a `rows` around those of the micro-batches, of the names `_inside`
-        self._inside: set[str] = set()
+        self._outer = contextlib.ExitStack()  # a `rows` around those of the micro-batches, or a job's own selection
+        self._inside: set[str] = set()  # the names of that `rows`
+        self._own: str | None = None  # the job whose adapter is selected
+        self._around = contextlib.ExitStack()  # what the model stands in while it takes steps
+        self._stepping = False
 
     @abc.abstractmethod
     def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
@@ -49,9 +58,18 @@ class Base(abc.ABC):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             nothing_below(model)
 
+    @property
     @abc.abstractmethod
-    def losses(self, parts: Sequence[Part], streams: Streams) -> list[Tensor]:
+    def whole(self) -> Any:
+        """The model that steps are taken with."""
+
+    @abc.abstractmethod
+    def losses(self, parts: Sequence[Part]) -> list[Tensor]:
         """The loss of each part: the sum over its rows, by the items of its whole step."""
+
+    @abc.abstractmethod
+    def flat(self, parts: Sequence[Part]) -> bool:
+        """Whether these rows stand behind each other in one."""
 
     @abc.abstractmethod
     def stretches(self, parts: Sequence[Part]) -> Streams:
@@ -72,8 +90,13 @@ class Base(abc.ABC):
     @contextlib.contextmanager
     def selected(self, course: Course) -> Iterator[None]:
         """Within, the model of a job computes with its adapter alone."""
-        self.leave()
-        select(self.held, course.job.name)
+        self.close()
+        with self._selection(course.job.name):
+            yield
+
+    @contextlib.contextmanager
+    def _selection(self, name: str) -> Iterator[None]:
+        select(self.held, name)
         try:
             yield
         finally:
@@ -81,35 +104,43 @@ class Base(abc.ABC):
 
     def forget(self, name: str) -> None:
         """Takes a job's adapter off."""
-        self.leave()
+        self.close()
         if name in adapters(getattr(self, "held", nn.Module())):
             detach(self.held, name)
 
     def leave(self) -> None:
-        """Nobody is inside `rows`: adapters may come and go."""
+        """Nobody is inside `rows`, nothing is selected: adapters may come and go."""
         self._outer.close()
-        self._inside = set()
+        self._inside, self._own = set(), None
 
-    def gradients(self, parts: Sequence[Part]) -> list[tuple[Tensor, list[Tensor | None]]]:
-        """(loss, gradients of its parameters) of each part of a micro-batch."""
+    def close(self) -> None:
+        """The model is what it was between steps."""
+        self.leave()
+        self._around.close()
+        self._stepping = False
+
+    def gradients(self, parts: Sequence[Part], apart: bool = False) -> list[tuple[Tensor, list[Tensor | None]]]:
+        """(loss, gradients of its parameters) of each part of a micro-batch.  `apart`: one part, by its own step."""
         names = {course.job.name for course, _, _ in parts}
         self._train(parts)
-        streams = self.stretches(parts)
-        drawing = contextlib.nullcontext() if names <= self._quiet else streams.drawing()
+        if not self._stepping:
+            self._around.enter_context(self.step.around(self.whole))
+            self._stepping = True
         parameters = [course.parameters for course, _, _ in parts]
-        with self.around(parts), self._through(parts), torch.enable_grad():
-            with drawing:
-                losses = self.losses(parts, streams)
-            every = [p for own in parameters for p in own]
-            found = torch.autograd.grad(sum(losses, torch.zeros(())), every, allow_unused=True)
+        with self._through(parts, apart):
+            streams = self.stretches(parts)
+            drawing = contextlib.nullcontext() if names <= self._quiet else streams.drawing()
+            lengths = [row.tokens for _, mine, _ in parts for row in mine]
+            kept_apart = self.step.gather is not None and self.flat(parts)
+            with segments(lengths if kept_apart else None), torch.enable_grad():
+                with drawing:
+                    losses = self.losses(parts)
+                every = [p for own in parameters for p in own]
+                found = torch.autograd.grad(sum(losses, torch.zeros(())), every, allow_unused=True)
         if not streams.drawn:
             self._quiet |= names
         left = iter(found)
         return [(loss.detach(), [next(left) for _ in own]) for loss, own in zip(losses, parameters, strict=True)]
-
-    def around(self, parts: Sequence[Part]) -> contextlib.AbstractContextManager[Any]:
-        """What a forward and its backward of such a batch stand in."""
-        return contextlib.nullcontext()
 
     def _train(self, parts: Sequence[Part]) -> None:
         """Puts the model into training mode."""
@@ -117,12 +148,17 @@ class Base(abc.ABC):
             if not (model.training and all(part.training for part in self.held.children())):
                 still_statistics(model.train().modules())
 
-    def _through(self, parts: Sequence[Part]) -> contextlib.AbstractContextManager[Any]:
+    def _through(self, parts: Sequence[Part], apart: bool) -> contextlib.AbstractContextManager[None]:
         """Within, each row goes through its job's adapter."""
-        if parts[0][0].alone:
-            return self.selected(parts[0][0])
+        course = parts[0][0]
+        if apart or course.alone:
+            if self._own != course.job.name:
+                self.leave()
+                self._outer.enter_context(self._selection(course.job.name))
+                self._own = course.job.name
+            return contextlib.nullcontext()
         new = {name for name in self.names(parts) if name is not None} - self._inside
-        if new:
+        if new or self._own is not None:
             names = {*self._inside, *new}
             self.leave()
             self._outer.enter_context(rows(self.held, sorted(names)))
@@ -133,6 +169,9 @@ class Base(abc.ABC):
         """The adapter of each part; None where it has none."""
         return [course.job.name for course, _, _ in parts]
 
-    @abc.abstractmethod
     def routes(self, parts: Sequence[Part]) -> tuple[list[str | None], list[int] | None]:
         """What `rows` is told of such a batch."""
+        named = list(zip(self.names(parts), (mine for _, mine, _ in parts), strict=True))
+        if self.flat(parts):
+            return [name for name, _ in named], [sum(row.tokens for row in mine) for _, mine in named]
+        return [name for name, mine in named for _ in mine], None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,8 @@ from ..train.run import Run
 from ..train.tasks.labelled import ALL, Head, of_labels_alone
 from ..train.tasks.lending import evaluating
 from ..train.tasks.limits import vocabulary
-from ..train.tasks.packing import flattens, next_tokens
-from ..train.tasks.segments import segments
+from ..train.tasks.packing import Flat, flattens, next_tokens
 from ..train.tasks.shown import IGNORED
-from ..train.tasks.step import Step
 from ..train.tasks.task import Example, Processor
 from .base import Base, Part
 from .course import Course, Row
@@ -37,16 +34,19 @@ LENGTH = 64  # tokens of a row that stands for others
 class Causal(Base):
     """A language model.  Rows of all jobs stand in one flat row, each attending to itself alone."""
 
-    can_select = True
-
     def __init__(self) -> None:
         super().__init__()
-        self.size, self.step = flat, Step()
+        self.size = flat
         self.model: PreTrainedModel | None = None
         self.seen = False  # how the model takes steps
+        self.head: str | None = None  # where it stands; "": nowhere
+
+    @property
+    def whole(self) -> Any:
+        return self.model
 
     def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
-        self.leave()
+        self.close()
         ready = prepare(run, self._opened, name)
         if not self.seen:  # whichever job is the first that can begin
             self._see(ready)
@@ -96,10 +96,8 @@ class Causal(Base):
             made.append(Row({"input_ids": ids, "labels": ids}, -1 - n, length, length - 1))
         return made
 
-    def routes(self, parts: Sequence[Part]) -> tuple[list[str | None], list[int] | None]:
-        if self.size is padded:
-            return [course.job.name for course, mine, _ in parts for _ in mine], None
-        return self.names(parts), [sum(row.tokens for row in mine) for _, mine, _ in parts]
+    def flat(self, parts: Sequence[Part]) -> bool:
+        return self.size is flat
 
     def stretches(self, parts: Sequence[Part]) -> Streams:
         assert self.model is not None
@@ -112,23 +110,22 @@ class Causal(Base):
                 at += row.tokens
         return Streams(found, width)
 
-    @contextlib.contextmanager
-    def around(self, parts: Sequence[Part]) -> Iterator[None]:
-        """Where rows stand behind each other each is attended to by itself."""
-        lengths = [row.tokens for _, mine, _ in parts for row in mine]
-        with self.step.around(self.model), segments(None if self.step.gather is None else lengths):
-            yield
-
-    def losses(self, parts: Sequence[Part], streams: Streams) -> list[Tensor]:
+    def losses(self, parts: Sequence[Part]) -> list[Tensor]:
         assert self.model is not None
         every = [row.example for _, mine, _ in parts for row in mine]
-        inputs = moved(self._padded(every) if self.size is padded else _flat(every), self.model.device)
+        inputs = moved(self._batch(every), self.model.device)
         head = self.step.head or Head(ALL)
         each = (Head(ALL) if self._whole_head(parts) else head).losses(self.model, {**inputs, "use_cache": False})
         counts = [sum(row.items for row in mine) for _, mine, _ in parts]
         if not sum(counts):  # no label counts: there is one loss, of 0
             return [each.sum() for _ in parts]
         return [own.sum() / items for own, (_, _, items) in zip(each.split(counts), parts, strict=True)]
+
+    def _batch(self, every: Sequence[Example]) -> dict[str, Any]:
+        if self.step.gather is None:
+            return self._padded(every) if self.size is padded else _flat(every)
+        assert isinstance(self.step.gather, Flat)
+        return {name: value for name, value in self.step.gather.row(every).items() if name != "segments"}
 
     def _padded(self, every: Sequence[Example]) -> dict[str, Tensor]:
         """Rows that are filled up to the longest on the right."""
@@ -147,9 +144,10 @@ class Causal(Base):
     def _whole_head(self, parts: Sequence[Part]) -> bool:
         """Whether the head has to see all tokens, since an adapter stands on it."""
         assert self.model is not None
-        head = self.model.get_output_embeddings()
-        path = next((n for n, m in self.model.named_modules() if m is head), None)
-        return path is None or any(path in course.adapter.factors for course, _, _ in parts)
+        if self.head is None:
+            found = self.model.get_output_embeddings()
+            self.head = next((n for n, m in self.model.named_modules() if m is found), "")
+        return not self.head or any(self.head in course.adapter.factors for course, _, _ in parts)
 
 
 def _flat(every: Sequence[Example]) -> dict[str, Tensor]:

@@ -1,26 +1,20 @@
-"""What a micro-batch costs: seconds by tokens and jobs, and bytes.  Measured where the jobs run, kept with them."""
+"""What a micro-batch costs: seconds by tokens and jobs, about, and bytes."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-TRIED = (16, 64, 256)  # tokens of the micro-batches that are timed
-MIXED, MIXED_TOKENS = 4, 64  # so many jobs share one of so many tokens
-QUICK = 0.5  # seconds of a micro-batch above which it is not timed twice
-Timed = Callable[[int, int], float]
-
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a micro-batch, forwards and backwards: by its tokens between the `points` (tokens, seconds) that were
-    timed, and `further` for each job beyond the first."""
+    """Seconds of a micro-batch, forwards and backwards: by its tokens between the `points` (tokens, seconds), and
+    `further` for each job beyond the first."""
 
     points: tuple[tuple[int, float], ...]
     further: float = 0.0
@@ -31,27 +25,6 @@ class Cost:
             raise ValueError(
                 f"a cost model is of points (tokens, seconds) by growing tokens, found {self.points!r:.80}"
             )
-
-    @staticmethod
-    def measured(timed: Timed, most: int = TRIED[-1], jobs: int = MIXED) -> Cost:
-        """The model that `timed(tokens, jobs)`, the seconds of one micro-batch, tells: at sizes up to `most` tokens,
-        the better of two where they are quick.  `jobs`: how many there are."""
-        tokens = [t for t in TRIED if t < most] or [most]
-        tokens += [most] if most > tokens[-1] else []
-
-        def best(tokens: int, jobs: int) -> float:
-            first = timed(tokens, jobs)
-            return first if first > QUICK else min(first, timed(tokens, jobs))
-
-        found, so_far = [], 0.0
-        for t in tokens:
-            so_far = max(so_far, best(t, 1))  # more tokens take no less, whatever the clock says
-            found.append((t, so_far))
-        alone, mixed = Cost(tuple(found)), min(jobs, MIXED)
-        if mixed < 2:
-            return alone
-        size = max(min(MIXED_TOKENS, most), mixed)
-        return Cost(tuple(found), max(0.0, best(size, mixed) - alone.seconds(size)) / (mixed - 1))
 
     def seconds(self, tokens: int, jobs: int = 1) -> float:
         """Between the points and beyond them along straight lines."""
@@ -64,18 +37,9 @@ class Cost:
             alone = max(s0 + (s1 - s0) * (tokens - t0) / (t1 - t0), 0.0)
         return alone + self.further * (jobs - 1)
 
-    def encode(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"points": [list(point) for point in self.points], "further": self.further}
 
-    @staticmethod
-    def decode(data: Mapping[str, Any]) -> Cost:
-        """The inverse of `encode`."""
-        return Cost(tuple((int(t), float(s)) for t, s in data["points"]), float(data["further"]))
-
-
-# In proportion, for trainings too short to be measured: fitted to four jobs packed against apart on two AVX2 cores with
-# 576 to 1024 columns (1.65 times as fast at 16 tokens a job, 1.26 at 64)
+# In proportion, by which plans are proposed, and chosen where none is timed: fitted to four jobs packed against
+# apart on two AVX2 cores with 576 to 1024 columns (1.65 times as fast at 16 tokens a job, 1.26 at 64)
 USUAL = Cost(((16, 0.79), (64, 1.39), (256, 3.9), (1024, 13.8)), further=0.175)
 
 

@@ -18,20 +18,25 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
 from ..host.host import attach, detach, select
-from ..host.modules import Given, Split, odd, own_modules
+from ..host.mixing import rows as rows_of
+from ..host.modules import Given, Split, exchanged, odd, own_modules
 from ..host.state import exchange, stand_in
 from ..kernels import draws
 from ..observe.listen import moved
 from ..train.prepared import Prepared, prepare
+from ..train.rows import LOG
 from ..train.run import Run
 from ..train.tasks.limits import vocabulary
+from ..train.tasks.packing import Flat
+from ..train.tasks.segments import LENGTHS, segments
 from ..train.tasks.weighing import weighed
 from .base import Base, Part
 from .course import Course, Row
-from .planner import padded
+from .planner import flat as in_one_row
 from .streams import Streams, Stretch, generator_of
 
 LENGTH = 64  # tokens of a row that stands for others
+POOLER = "pooler"  # of a body: sees the first token of each row alone, see `train.tasks.firsts`
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,23 @@ class Worn:
 class Encoders(Base):
     """A body, and a head for each job."""
 
-    can_select = False
-
     def __init__(self) -> None:
         super().__init__()
-        self.size = padded
         self.held = nn.Module()
         self.prefix = ""
         self.worn: dict[str, Worn] = {}
+        self.first: Any = None  # the whole model of the job that opened the body
+
+    @property
+    def whole(self) -> Any:
+        return self.first
 
     @property
     def body(self) -> nn.Module:
         return self.held.get_submodule(self.prefix)
 
     def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
-        self.leave()
+        self.close()
         ready = prepare(replace(run, gradient_checkpointing=bool(run.gradient_checkpointing)))
         whole, prefix = ready.model, ready.model.base_model_prefix
         if not isinstance(whole._modules.get(prefix), nn.Module):
@@ -79,6 +86,11 @@ class Encoders(Base):
             self.prefix = prefix
             self.held.add_module(prefix, whole.get_submodule(prefix))
             self._open(whole, run)
+            self.first, self.step = whole, run.task.step(ready.train, whole)
+            if self.step.gather is not None:
+                self.size = in_one_row
+            elif self.step.note is not None:
+                LOG.warning(self.step.note)
         whole._modules[prefix] = self.body
         full = {n: nn.Parameter(t.detach().clone()) for n, t in made.full.items()}
         inside = {n: p for n, p in full.items() if n.startswith(f"{prefix}.")}
@@ -129,9 +141,7 @@ class Encoders(Base):
                 exchange(worn.whole, n, p)
 
     @contextlib.contextmanager
-    def selected(self, course: Course) -> Iterator[None]:
-        self.leave()
-        name = course.job.name
+    def _selection(self, name: str) -> Iterator[None]:
         select(self.held, name if self.worn[name].sites else None)
         try:
             with self.placed(name):
@@ -159,60 +169,113 @@ class Encoders(Base):
     def names(self, parts: Sequence[Part]) -> list[str | None]:
         return [course.job.name if self.worn[course.job.name].sites else None for course, _, _ in parts]
 
-    def routes(self, parts: Sequence[Part]) -> tuple[list[str | None], list[int] | None]:
-        named = zip(self.names(parts), parts, strict=True)
-        return [name for name, (_, mine, _) in named for _ in mine], None
+    def flat(self, parts: Sequence[Part]) -> bool:
+        """Modules that rows have for themselves are told which rows those are, or which vectors made of rows."""
+        if self.step.gather is None or self._own is not None:
+            return self.step.gather is not None
+        return all(self._of_rows(path) for course, _, _ in parts for path in self.worn[course.job.name].inner)
+
+    def _of_rows(self, path: str) -> bool:
+        """Whether a module of the body sees one vector of each row."""
+        return path == POOLER or path.startswith(f"{POOLER}.")
 
     def stretches(self, parts: Sequence[Part]) -> Streams:
-        device, width = _device(self.body), max(row.tokens for _, mine, _ in parts for row in mine)
+        device, flat = _device(self.body), self.flat(parts)
+        width = max(row.tokens for _, mine, _ in parts for row in mine)
         left = parts[0][0].ready.train.processor.padding_side == "left"
-        return Streams([
-            Stretch(course.job.name, width - row.tokens if left else 0, row.tokens,
-                    generator_of(course.ready.run.seed, row.number, device))
-            for course, mine, _ in parts for row in mine
-        ], width)  # fmt: skip
+        found, at = [], 0
+        for course, mine, _ in parts:
+            for row in mine:
+                draws = generator_of(course.ready.run.seed, row.number, device)
+                begin = at if flat else width - row.tokens if left else 0
+                found.append(Stretch(course.job.name, begin, row.tokens, draws))
+                at += row.tokens
+        return Streams(found, None if flat else width)
 
-    def losses(self, parts: Sequence[Part], streams: Streams) -> list[Tensor]:
-        every = [row.example for _, mine, _ in parts for row in mine]
-        texts = [{k: v for k, v in example.items() if k != "labels"} for example in every]
-        pad = parts[0][0].ready.train.processor.pad
-        batch = moved(dict(pad(texts, return_tensors="pt")), _device(self.body))
+    def losses(self, parts: Sequence[Part]) -> list[Tensor]:
+        batch = self._batch(parts)
+        if self._own is not None:
+            ((course, mine, items),) = parts
+            return [_loss(course, self.worn[course.job.name].whole, batch, mine, items)]
         ends, inner = [0], dict[str, Split]()
         for course, mine, _ in parts:
             ends.append(ends[-1] + len(mine))
             for path, module in self.worn[course.job.name].inner.items():
                 inner.setdefault(path, []).append((slice(*ends[-2:]), module.train()))
-        with own_modules(self.body, inner):
+        with own_modules(self.body, inner), self._vectors(parts):
             out = self.body(**batch)
         rows = [slice(*pair) for pair in itertools.pairwise(ends)]
-        return [self._loss(part, own, batch, out) for part, own in zip(parts, rows, strict=True)]
+        return [self._headed(part, own, batch, out) for part, own in zip(parts, rows, strict=True)]
 
-    def _loss(self, part: Part, rows: slice, batch: Mapping[str, Tensor], out: Any) -> Tensor:
-        """Of one job, whose rows these are."""
+    def _batch(self, parts: Sequence[Part]) -> Mapping[str, Tensor]:
+        """Of the rows of all parts, without their labels."""
+        texts = [{k: v for k, v in row.example.items() if k != "labels"} for _, mine, _ in parts for row in mine]
+        if not self.flat(parts):
+            pad = parts[0][0].ready.train.processor.pad
+            return moved(dict(pad(texts, return_tensors="pt")), _device(self.body))
+        gather = self.step.gather
+        assert isinstance(gather, Flat)
+        made = replace(gather, labels=lambda _: {}).row(texts)
+        return moved({k: v for k, v in made.items() if k != "segments"}, _device(self.body))
+
+    @contextlib.contextmanager
+    def _vectors(self, parts: Sequence[Part]) -> Iterator[None]:
+        """Within, what sees one vector of each row instead of its tokens is told whose those are."""
+        module: Any = getattr(self.body, POOLER, None)
+        sites = {site for course, _, _ in parts for site in course.adapter.factors}
+        if not self.flat(parts) or not any(self._of_rows(site.removeprefix(f"{self.prefix}.")) for site in sites):
+            yield
+            return
+        names = [name for name, (_, mine, _) in zip(self.names(parts), parts, strict=True) for _ in mine]
+        usual = module.forward
+
+        def forward(*args: Any, **named: Any) -> Any:
+            with rows_of(self.held, names, [1] * len(names)):
+                return usual(*args, **named)
+
+        with exchanged(module, forward):
+            yield
+
+    def _headed(self, part: Part, rows: slice, batch: Mapping[str, Tensor], out: Any) -> Tensor:
+        """The loss of one job, whose rows these are, of what the body gave for all."""
         course, mine, items = part
-        whole = self.worn[course.job.name].whole
-        labels = torch.tensor([row.example["labels"] for row in mine], device=_device(self.body))
+        whole, lengths = self.worn[course.job.name].whole, LENGTHS.get()
         given = Given()
-        given.output = _cut(out, rows, len(batch["input_ids"]))
+        if lengths is None:
+            given.output, own = _cut(out, rows, len(batch["input_ids"])), {k: v[rows] for k, v in batch.items()}
+        else:
+            tokens = slice(sum(lengths[: rows.start]), sum(lengths[: rows.stop]))
+            given.output = _cut(out, rows, len(lengths), tokens, sum(lengths))
+            own = {k: v[:, tokens] for k, v in batch.items()}
         whole._modules[self.prefix] = given
         try:
-            with draws.among(course.job.name):
-                found = whole(**{k: v[rows] for k, v in batch.items()}, labels=labels)
+            with draws.among(course.job.name), segments(None if lengths is None else lengths[rows]):
+                return _loss(course, whole, own, mine, items)
         finally:
             whole._modules[self.prefix] = self.body
-        loss: Tensor = found.loss if course.weights is None else weighed(found.logits, labels, course.weights)
-        return loss * (len(mine) / items)
+
+
+def _loss(course: Course, whole: nn.Module, batch: Mapping[str, Tensor], mine: Sequence[Row], items: int) -> Tensor:
+    """Of these rows of a job, by its own model."""
+    labels = torch.tensor([row.example["labels"] for row in mine], device=batch["input_ids"].device)
+    found = whole(**batch, labels=labels)
+    loss: Tensor = found.loss if course.weights is None else weighed(found.logits, labels, course.weights)
+    return loss * (len(mine) / items)
 
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _cut(out: Any, rows: slice, count: int) -> Any:
-    """The part of a body's output that is of some rows."""
+def _cut(out: Any, rows: slice, count: int, tokens: slice | None = None, of: int = 0) -> Any:
+    """The part of a body's output that is of some of `count` rows, or of `tokens`, some of those `of` one row."""
 
     def part(t: Any) -> Any:
-        return t[rows] if isinstance(t, Tensor) and t.shape[:1] == (count,) else t
+        if not isinstance(t, Tensor):
+            return t
+        if tokens is not None and t.shape[:2] == (1, of):
+            return t[:, tokens]
+        return t[rows] if t.shape[:1] == (count,) else t
 
     if isinstance(out, Mapping):
         return type(out)(**{k: part(v) for k, v in out.items()})

@@ -1,20 +1,13 @@
-"""Many trainings at once on one base: rounds, in each of which every job takes one step.
-
-A round's rows of all jobs are packed into micro-batches by a planner.  A job's loss is that of training it alone, and
-the adapters share no parameter: so the gradient of the sum of all losses is each job's own.
-"""
+"""Many trainings at once on one base: jobs that begin, take a step in every round, and end."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from ..ranks.memory import finite
 from ..train.concluding import Diverged
 from ..train.fit import Interrupted, measured_before
 from ..train.measure import PeakMemory
@@ -22,17 +15,14 @@ from ..train.resume import claim
 from ..train.run import REPORT, RUN, Run, write_json
 from ..train.stop import Stop, stopping
 from . import checkpoint, ending
-from .base import Base, Part
+from .base import Base
 from .causal import Causal
 from .checks import check
-from .course import Course, Row, Step
+from .course import Course
 from .encoders import Encoders
 from .job import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, told_of
-from .planner import Piece
+from .rounds import Plan, Rounds, one, tried
 from .view import Silent, View
-
-T = TypeVar("T")
-Plan = Callable[[Sequence[Piece]], Sequence[Sequence[Piece]]]
 
 
 class Engine:
@@ -53,16 +43,17 @@ class Engine:
     ):
         check(runs)
         self.jobs = {name: Job(name, run) for name, run in runs.items()}
-        self.planner, self.resume, self.view = planner, resume, view or Silent()
-        self.round = 0
+        self.resume, self.view = resume, view or Silent()
+        self.round = 0  # how many were taken
         first = next(iter(runs.values()))
         self.base: Base = Encoders() if first.task.has_head else Causal()
+        self.rounds = Rounds(self.base, planner or one, self.view)
         self._begun = time.perf_counter()
         self._saved = 0  # the round of the last checkpoints
         self._asked: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._over = False  # whether nobody will answer any more
-        self._opened = self._apart = False
+        self._opened = False
         self.memory = PeakMemory()
 
     # What others may call at any time, also from another thread
@@ -97,16 +88,14 @@ class Engine:
 
         Raises Interrupted after Ctrl-C or SIGTERM: every job is saved then, and `resume` goes on."""
         stop = Stop()
-        with stopping(stop):
+        with stopping(stop), contextlib.closing(self.base):
             self.open()
             while self._goes_on():
                 self._answer()
-                self._round()
+                self.step()
                 if stop.asked and self.courses:
                     self._save()
-                    self.base.leave()
                     raise Interrupted(f"stopped at round {self.round}, and {len(self.courses)} jobs are saved")
-        self.base.leave()
         return {name: job.report for name, job in self.jobs.items()}
 
     def _goes_on(self) -> bool:
@@ -189,83 +178,19 @@ class Engine:
 
     # A round
 
-    def _round(self) -> None:
+    def step(self) -> None:
+        """One step of every job that runs."""
         courses = self.courses
-        if not courses:
-            return
-        steps = {c.job.name: (c, step) for c in courses if (step := self._tried(c, c.next_step)) is not None}
-        left = {name: len(step.rows) for name, (_, step) in steps.items()}
-        for batch in self._planned(steps):
-            for course, mine, _ in self._computed(_parts(batch, steps)):
-                name = course.job.name
-                left[name] -= len(mine)
-                if left[name] or course.ended is not None:
-                    continue
-                self._tried(course, functools.partial(course.stepped, steps[name][1]))
-                if course.ended is None:
-                    self.view.stepped(course.job)
-        self.round += 1
-        self._after_round(courses)
-
-    def _tried(self, course: Course, what: Callable[[], T]) -> T | None:
-        """what(), or None where it ends its job."""
-        try:
-            return what()
-        except Exception as error:
-            course.fail(error)
-            return None
-
-    def _planned(self, steps: Mapping[str, tuple[Course, Step]]) -> list[Sequence[Piece]]:
-        """The micro-batches of a round: those of jobs that cannot mix by themselves."""
-        every = {
-            name: [Piece(name, course.job.step, i, row.tokens) for i, row in enumerate(step.rows)]
-            for name, (course, step) in steps.items()
-        }
-        apart = [name for name, (course, _) in steps.items() if course.alone or self._apart]
-        groups = [[p for name, own in every.items() if name not in apart for p in own], *(every[n] for n in apart)]
-        plan = self.planner or (lambda pieces: [pieces])
-        return [batch for pieces in groups if pieces for batch in plan(pieces)]
-
-    def _computed(self, parts: Sequence[Part]) -> list[Part]:
-        """Computes a micro-batch, and gives each job its gradients.  Where anything goes wrong, each job's rows are
-        computed by themselves: only the one whose fault it is ends.  Returns the parts that are done."""
-        parts = [part for part in parts if part[0].ended is None]
-        if not parts:
-            return []
-        try:
-            found = self.base.gradients(parts)
-        except Exception as error:
-            if len(parts) > 1:
-                done = [part for each in parts for part in self._computed([each])]
-                if len(done) == len(parts) and not isinstance(error, torch.OutOfMemoryError | MemoryError):
-                    self._apart = True
-                    self.view.said(f"jobs do not mix on this model, each has micro-batches of its own: {error}")
-                return done
-            return self._alone(parts, error)
-        sound = [finite(t.detach() for t in (loss, *grads) if t is not None) for loss, grads in found]
-        if not all(sound) and len(parts) > 1:
-            return [part for each in parts for part in self._computed([each])]
-        for (course, _, _), (loss, grads), fine in zip(parts, found, sound, strict=True):
-            if fine:
-                course.take(loss, grads)
-            else:
-                course.diverge(float(loss))
-        return [part for part, fine in zip(parts, sound, strict=True) if fine]
-
-    def _alone(self, parts: Sequence[Part], error: Exception) -> list[Part]:
-        """A job whose rows cannot go through `rows` even by themselves trains with its adapter selected."""
-        course = parts[0][0]
-        if not course.alone and self.base.can_select:
-            course.alone = True
-            return self._computed(parts)
-        course.fail(error)
-        return []
+        if courses:
+            self.rounds.take(courses)
+            self.round += 1
+            self._after_round(courses)
 
     def _after_round(self, courses: Sequence[Course]) -> None:
         for course in courses:
             if course.ended is None and course.control.should_evaluate:
                 with self.base.selected(course):
-                    self._tried(course, course.evaluate)
+                    tried(course, course.evaluate)
             if course.ended is None and (course.job.step >= course.job.steps or course.control.should_training_stop):
                 course.ended = DONE
         over = [course for course in courses if course.ended is not None]
@@ -316,27 +241,3 @@ class Engine:
             checkpoint.rotate(course)
             course.evaluations.on_save(None, course.state, course.control)
         self._saved = self.round
-
-    # Measuring
-
-    def timed(self, tokens: int, jobs: int) -> float:
-        """The seconds of one micro-batch of so many tokens of so many jobs, forwards and backwards; it changes
-        nothing."""
-        self.open()
-        courses = [course for course in self.courses if not course.alone][:jobs] or self.courses[:1]
-        each = max(1, tokens // max(1, len(courses)))
-        parts = [(course, self.base.sample(course, each), each) for course in courses]
-        self.base.gradients(parts)
-        begun = time.perf_counter()
-        self.base.gradients(parts)
-        return time.perf_counter() - begun
-
-
-def _parts(batch: Sequence[Piece], steps: Mapping[str, tuple[Course, Step]]) -> list[Part]:
-    """The rows of each job in a micro-batch, in the jobs' order."""
-    rows: dict[str, list[Row]] = {}
-    for name in steps:
-        mine = [steps[name][1].rows[piece.index] for piece in batch if piece.job == name]
-        if mine:
-            rows[name] = mine
-    return [(steps[name][0], mine, steps[name][1].items) for name, mine in rows.items()]

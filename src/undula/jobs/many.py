@@ -20,16 +20,17 @@ from ..train.measure import PeakMemory, versions
 from ..train.recipe import Recipe
 from ..train.run import REPORT, RUN, Run, write_json
 from .checks import check, faults_of
-from .cost import USUAL, Cost, Memory, saved
+from .cost import Memory, saved
 from .engine import Engine
 from .file import SUMMARY, Unfit, as_asked, check_place, read, wrong_name
 from .job import DONE, FAILED, RUNNING, STOPPED, WAITING, Job
-from .planner import Batch, Piece, Planner, apart, flat
+from .planner import Batch, Piece
+from .trial import Tried
 from .view import Silent, View
 
 VERSION = 1
 KNEE = 512  # tokens of a micro-batch above which more gain nothing: what one job's batches need is the bound then
-LONG = 30  # steps: in shorter trainings what is measured would cost more than it gains
+LONG = 12  # steps: in shorter trainings there is no time to try plans
 BESIDE = 1.5  # activations and what a backward computes beside them, of what a forward keeps
 SAMPLES = 64, 128  # tokens of the forwards whose activations are counted
 
@@ -74,9 +75,9 @@ class Many:
 
     def __init__(self, runs: Mapping[str, Run], out: Path, resume: bool, budget: int | None, view: View):
         self.runs, self.out, self.resume, self.budget, self.view = dict(runs), out, resume, budget, view
-        told = _told(out) if resume else {}
-        self.cost = Cost.decode(told["cost"]) if told.get("cost") else None
-        self.most: int | None = told.get("tokens")  # of a micro-batch
+        self.told = _told(out) if resume else {}
+        self.planner: Tried | None = None
+        self.most: int | None = self.told.get("tokens")  # of a micro-batch
         self.memory: Memory | None = None
         self.began = time.perf_counter()
 
@@ -146,23 +147,21 @@ class Many:
     # Planning
 
     def planned(self, pieces: Sequence[Piece]) -> list[Batch]:
-        """The micro-batches of a round.  What they cost is measured at the first that has several jobs, where some are
-        long."""
-        size = getattr(self.engine.base, "size", flat)
+        """The micro-batches of a round."""
         if self.most is None:
             batches = [
                 max(p.tokens for p in pieces if p.job == n) * self.runs[n].batch for n in {p.job for p in pieces}
             ]
             self.most = max(KNEE, *batches)
-        jobs = {p.job for p in pieces}
-        if len(jobs) == 1:
-            return apart(pieces, self.most, size)
-        if self.cost is None:
-            long = max(job.steps for job in self.engine.jobs.values()) >= LONG
-            tokens = max(1, min(sum(p.tokens for p in pieces), self.most))
-            self.cost = Cost.measured(self.engine.timed, tokens, len(jobs)) if long else USUAL
-            self._write()
-        return Planner(self.cost, self.most, size)(pieces)
+        if self.planner is None:
+            engine = self.engine
+            self.planner = Tried(
+                self.most, engine.base.size, lambda: engine.rounds.spent, lambda: engine.round,
+                lambda: max(job.steps for job in engine.jobs.values()) >= LONG, self._write,
+            )  # fmt: skip
+            self.planner.decode(self.told.get("tried") or ())
+        self.planner.most = self.most
+        return self.planner(pieces)
 
     # What the engine tells
 
@@ -184,7 +183,7 @@ class Many:
     def _write(self) -> None:
         self.peak.read()
         summary(self.out, self.jobs, time.perf_counter() - self.began, {
-            "cost": None if self.cost is None else self.cost.encode(), "tokens": self.most,
+            "tried": self.told.get("tried") if self.planner is None else self.planner.encode(), "tokens": self.most,
             "peak_memory_bytes": self.peak.bytes, "peak_memory_is": self.peak.how,
         })  # fmt: skip
 

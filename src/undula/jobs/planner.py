@@ -14,8 +14,6 @@ from itertools import groupby
 
 from .cost import Cost
 
-LEAST = 64  # tokens: smaller micro-batches are not tried, a job that has fewer is in one as it is
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -116,36 +114,10 @@ def _ordered_batch(held: Batch) -> Batch:
     return sorted(held, key=lambda p: (p.job, p.step, p.index))
 
 
-@dataclass(frozen=True)
-class Planner:
-    """The cheapest plan that the cost model knows of: jobs together or one after the other.
-
-    The same pieces have the same plan, whatever the clock says: a training that goes on from a checkpoint packs its
-    rows as it would have without the stop.  `budget` is the most tokens of a micro-batch.
-    """
-
-    cost: Cost
-    budget: int
-    size: Size = flat
-
-    def __call__(self, pieces: Sequence[Piece]) -> list[Batch]:
-        """The micro-batches in the order in which they are computed."""
-        plans = [apart(pieces, self.budget, self.size)]
-        if len({piece.job for piece in pieces}) > 1:
-            most = min(self.budget, _tokens(pieces))  # above which a smaller budget binds nothing
-            budgets = [self.budget, *(t for t, _ in reversed(self.cost.points) if LEAST <= t < most)]
-            plans += [how(pieces, budget, self.size) for budget in budgets for how in (wholes, together)]
-        return min(plans, key=self.seconds)
-
-    def seconds(self, batches: Iterable[Batch]) -> float:
-        """What the cost model says of a plan."""
-        return sum(self._one(batch) for batch in batches)
-
-    def _one(self, batch: Batch) -> float:
-        filled = self.size(len(batch), max(p.tokens for p in batch), _tokens(batch))
-        return self.cost.seconds(filled, len({p.job for p in batch}))
-
-
-def as_it_is(pieces: Sequence[Piece]) -> list[Batch]:
-    """The plan of one job after the other, without a budget: each step in one micro-batch."""
-    return apart(pieces, max(1, _tokens(pieces)))
+def seconds(batches: Iterable[Batch], cost: Cost, size: Size = flat) -> float:
+    """What the cost model says of a plan."""
+    found = 0.0
+    for batch in batches:
+        filled = size(len(batch), max(p.tokens for p in batch), _tokens(batch))
+        found += cost.seconds(filled, len({p.job for p in batch}))
+    return found

@@ -89,7 +89,7 @@ class Streams:
             for i, s in enumerate(self.here):
                 found[i, s.at : s.at + s.length] = kept((s.length, *x.shape[2:]), p, x.device, s.generator)
             return found
-        if len(x) == len(self.here) and x.ndim == 2:  # a vector of each row
+        if len(x) == len(self.here) and (x.ndim == 2 or x.shape[1] == 1):  # a vector of each row
             return torch.stack([kept(x.shape[1:], p, x.device, s.generator) for s in self.here])
         raise TypeError(
             f"dropout of a tensor {tuple(x.shape)}: it is not told which of its entries are of which of the "

@@ -66,7 +66,10 @@ class Flat:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Raises ValueError for examples that hold something else than tokens."""
-        rows = sorted(examples, key=lambda each: -len(each["input_ids"]))
+        return self.row(sorted(examples, key=lambda each: -len(each["input_ids"])))
+
+    def row(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The same of examples in the order in which they come."""
         lengths = tuple(len(each["input_ids"]) for each in rows)
         names = [name for name in rows[0] if name not in ("labels", "attention_mask")]
         for name in names:
