@@ -8,8 +8,8 @@ tried some (those rounds are not in the time); `one by one`, the Trainer as `und
 for N of them.  `engine apart` is what the planner saw of one job after the other in the engine.  A size is the tokens
 of a job's step; rows are cut to it.  Ratios are of the medians, with the smallest and largest of the rounds.  One by
 one has the fast step that `undula train` takes, and none of its starts: to read the base N times is not in its time.
-Memory: the largest resident set, while it trains, of a process that trains N jobs or one in the engine, and does nothing
-else.  One thread unless --threads says more.
+Memory: the largest resident set, while it trains, of a process that trains N jobs or one in the engine, and does no
+more than that.  One thread unless --threads says more.
 """
 
 from __future__ import annotations
