@@ -3,7 +3,7 @@
 An adapter is a value; a method is a law W -> W'.
 """
 
-from . import combine, io, ranks, starts
+from . import combine, io, penalties, ranks, starts
 from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse, squeeze
 from .core import VERSION
 from .core.adapter import Adapter
@@ -19,7 +19,7 @@ from .host.host import adapters, attach, detach, select, selected
 from .host.merging import merge, unmerge
 from .host.mixing import rows
 from .host.switching import Switch
-from .integrations import allocating, enable_peft, peft_config
+from .integrations import allocating, enable_peft, peft_config, penalised
 from .jobs import train_many
 from .methods import activations, methods
 from .methods.adalora import AdaLoRA
@@ -114,6 +114,8 @@ __all__ = [
     "merge",
     "methods",
     "peft_config",
+    "penalised",
+    "penalties",
     "prune",
     "ranks",
     "rows",

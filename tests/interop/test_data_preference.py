@@ -11,6 +11,7 @@ import transformers
 import undula
 from tests.support import tiny
 from tests.support.models import shake
+from undula.host.reference import alone
 from undula.starts import LoRAGA
 from undula.train import (
     Chat,
@@ -24,7 +25,6 @@ from undula.train import (
 from undula.train.data.faults import Faults
 from undula.train.data.load import load_data
 from undula.train.tasks.preference import LOSSES
-from undula.train.tasks.reference import alone
 
 TEMPLATE = (
     "{% for m in messages %}[CLS] {{ m.role }} {{ m.content }} [SEP] {% endfor %}"

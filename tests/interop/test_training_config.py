@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import undula
 from tests.support import tiny
-from undula import ranks
+from undula import penalties, ranks
 from undula.cli.main import app
 from undula.io import toml
 from undula.methods.activations import Sinter
@@ -46,6 +46,7 @@ SEVERAL = (
     {"method": undula.AdaLoRA(r=4), "allocator": ranks.AdaLoRA(target=2), "schedule": Cosine()},
     {"allocator": ranks.Together((ranks.L2SP(), ranks.ReLoRA(cycles=2))), "schedule": Jagged(2)},
     {"allocator": ranks.ReLoRA(cycles=2)},
+    {"penalty": penalties.GroupLasso(0.1, groups=penalties.Heads(8)) + penalties.KLToBase()},
     {"optimiser": SGD(momentum=0.5, nesterov=True), "b_ratio": 1e-3, "lr": 1e-300, "weight_decay": 1e22},
     {"optimiser": AdamW(beta2=0.95), "dtype": torch.bfloat16, "bits": 4, "skip_faulty": 0.1, "by_chance": True},
     {"eval_every": 0.25, "keep_best": False, "patience": 2, "gradient_checkpointing": True},

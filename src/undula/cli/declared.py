@@ -58,6 +58,9 @@ def parameters(kind: type[Settings], usual: Mapping[str, str]) -> list[inspect.P
             made += [_parameter(f.name, str | None, told, flag(f), text, panel, "NAME")]
             text = f"An option of {_called_in_words(hint)}; of one in it: ITS.NAME=VALUE. Repeatable."
             made += [_parameter(own(f), Texts, [], options_flag(f), text, panel, "NAME=VALUE")]
+        elif (family := _several(hint)) is not None:
+            text = help.format(names=_names(family))
+            made.append(_parameter(f.name, Texts, [], flag(f), text, f.metadata["panel"], "NAME,..."))
         else:
             made.append(_parameter(f.name, *_typed(f, hint, default), flag(f), help, f.metadata["panel"], _shape(hint)))
     return made
@@ -102,6 +105,8 @@ def _value(f: Field[Any], declared: Any, typed: Mapping[str, Any]) -> Any:
     if _is_choice(hint):
         none = found is not None and found.strip().lower() == "none" and type(None) in typing.get_args(declared)
         return None if none else _choice(f, hint, found, typed[own(f)])
+    if (family := _several(hint)) is not None:
+        return tuple(_built(family, text) for text in found)
     if typing.get_origin(hint) is collections.abc.Mapping:
         return _by_pattern(f, typing.get_args(hint)[1], found)
     if isinstance(found, list):
@@ -124,6 +129,7 @@ def _choice(f: Field[Any], family: type[Choice], text: str | None, pairs: Texts)
 
 def member(family: type[C], name: str) -> type[C]:
     """The member of that name.  Raises LookupError that lists them as the help does."""
+    family.members()
     if plain(name.strip()) not in family.registry:
         raise LookupError(
             f"no {family.__name__.lower()} is called {name.strip()!r}; there are: {_names(family)}{family.advice}"
@@ -163,8 +169,21 @@ def _is_choice(hint: Any) -> bool:
     return inspect.isclass(hint) and issubclass(hint, Choice)
 
 
+def _several(hint: Any) -> type[Choice] | None:
+    """The family of which a field takes several."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
+    return kinds[0] if kinds and _is_choice(kinds[0]) else None
+
+
+def _built(family: type[C], text: str) -> C:
+    """A choice from NAME,NAME=VALUE,..."""
+    name, *pairs = text.split(",")
+    member(family, name)
+    return build(family, name.strip(), pairs)
+
+
 def _names(family: type[Choice]) -> str:
-    return ", ".join(sorted(shell.called(kind) for kind in family.registry.values()))
+    return ", ".join(sorted(shell.called(kind) for kind in family.members()))
 
 
 def _called_in_words(family: type[Choice]) -> str:

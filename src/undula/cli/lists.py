@@ -12,19 +12,20 @@ import typer
 import undula
 
 from ..core.method import Wrapper
+from ..penalties import Penalty
 from ..ranks import Procedure
 from ..starts import Start
 from . import shell
 
 
 def methods(to: shell.Json = None) -> None:
-    """The methods (rung, law, cost, source), the allocators and other procedures, the starts."""
-    rows = [*_methods(), *_allocators(), *_starts()]
+    """The methods (rung, law, cost, source), the allocators and other procedures, the penalties, the starts."""
+    rows = [*_methods(), *_allocators(), *_penalties(), *_starts()]
     shell.write(to, rows)
     if str(to) != "-":
         shell.out.print(shell.table([_brief(row) for row in rows if row["kind"] == "method"]))
-        shell.out.print(shell.table([_aside(row) for row in rows if row["kind"] == "allocator"]))
-        shell.out.print(shell.table([_aside(row) for row in rows if row["kind"] == "start"]))
+        for kind in ("allocator", "penalty", "start"):
+            shell.out.print(shell.table([_aside(row) for row in rows if row["kind"] == kind]))
 
 
 def _methods() -> list[dict[str, str]]:
@@ -44,18 +45,23 @@ def _methods() -> list[dict[str, str]]:
 
 
 def _allocators() -> list[dict[str, str]]:
-    return [
-        {
-            "kind": "allocator",
-            "name": a.__name__,
-            "works on": ", ".join(m.__name__ for m in a.works_on),
-            "what": _first_sentence(a),
-            "options": _options(a),
-            "source": a.source,
-            "grade": a.grade,
-        }
-        for a in sorted(Procedure.registry.values(), key=lambda a: a.__name__.lower())
-    ]
+    return [_procedure("allocator", a) for a in sorted(Procedure.registry.values(), key=lambda a: a.__name__.lower())]
+
+
+def _penalties() -> list[dict[str, str]]:
+    return [_procedure("penalty", p) for p in sorted(Penalty.members(), key=lambda p: p.__name__.lower())]
+
+
+def _procedure(kind: str, a: type[Procedure]) -> dict[str, str]:
+    return {
+        "kind": kind,
+        "name": a.__name__,
+        "works on": ", ".join(m.__name__ for m in a.works_on),
+        "what": _first_sentence(a),
+        "options": _options(a),
+        "source": a.source,
+        "grade": a.grade,
+    }
 
 
 def _starts() -> list[dict[str, str]]:

@@ -78,7 +78,7 @@ JSON = Annotated[
 
 def train(ctx: typer.Context, **typed: Any) -> None:
     """Fine-tune a model with an adapter.  Ctrl-C saves a checkpoint and says how to go on."""
-    resume, to, given = typed["resume"], typed["to"], _given(ctx)
+    resume, to, given = typed["resume"], typed["to"], typed_options(ctx)
     if typed["push"] is not None:
         pushing.check_promised(typed["push"])
     if resume is not None:
@@ -93,7 +93,7 @@ def train(ctx: typer.Context, **typed: Any) -> None:
         raise ValueError(f"train needs {', '.join(f'--{name}' for name in needed)} ({where})")
     if typed["column"]:
         task = said["task"] if "task" in said and "task" not in given else typed["task"]
-        typed["task_set"] = [*_columns(task, typed["column"]), *typed["task_set"]]
+        typed["task_set"] = [*columns(task, typed["column"]), *typed["task_set"]]
         given["task_set"] = "--column"
     made = declared.values(Run, typed, said, given)
     if made["method"] is None:
@@ -124,7 +124,7 @@ def _signature() -> inspect.Signature:
 train.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
-def _given(ctx: typer.Context) -> dict[str, str]:
+def typed_options(ctx: typer.Context) -> dict[str, str]:
     """{parameter: option} of those that were typed."""
     names = {p.name: p.opts[0] for p in ctx.command.params if p.name is not None}
     sources = {name: ctx.get_parameter_source(name) for name in names}
@@ -151,7 +151,7 @@ def _check_none(given: Mapping[str, str]) -> None:
         )
 
 
-def _columns(task: str | Task, pairs: list[str]) -> list[str]:
+def columns(task: str | Task, pairs: list[str]) -> list[str]:
     kind = type(task) if isinstance(task, Task) else declared.member(Task, task.partition(",")[0])
     unknown = [p for p in pairs if split_pair(p, "a column")[0] not in kind.roles]
     if unknown:
@@ -162,8 +162,8 @@ def _columns(task: str | Task, pairs: list[str]) -> list[str]:
 @needs("train")
 def _fit(run: Run, resume: bool, to: Path | None, report_to: list[str], push: str | None) -> None:
     try:
-        with _stages(), contextlib.ExitStack() as bars:
-            report = fit(run, resume=resume, callbacks=_bar(bars), begins=_begins, report_to=report_to)
+        with stages(), contextlib.ExitStack() as bars:
+            report = fit(run, resume=resume, callbacks=bar(bars), begins=_begins, report_to=report_to)
     except KeyboardInterrupt:
         shell.say(left_behind(run.out), "yellow")
         raise typer.Exit(130) from None
@@ -189,14 +189,14 @@ def _look(run: Recipe, to: Path | None) -> None:
 
     if isinstance(run, Run):
         claim(run, False)
-    with _stages():
+    with stages():
         found = look(run)
     looks.show(found)
     shell.write(to, found.encode())
 
 
 @contextlib.contextmanager
-def _stages() -> Iterator[None]:
+def stages() -> Iterator[None]:
     """Within, what is done is said, and transformers' own notes and bars are not, unless all is asked for."""
     from ..train.base import quiet
     from ..train.stages import told_to
@@ -218,7 +218,7 @@ def _begins(ready: Prepared) -> None:
     looks.show(looked(ready))
 
 
-def _bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:
+def bar(bars: contextlib.ExitStack) -> Iterator[TrainerCallback]:
     """A bar, made when the training begins: faults of data are told before the trainer is imported."""
     from ..train.bar import Bar
 

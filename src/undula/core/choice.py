@@ -49,6 +49,11 @@ class Choice(metaclass=Checked):
         return member
 
     @classmethod
+    def members(cls) -> list[type]:
+        """All members of this family."""
+        return list(cls.registry.values())
+
+    @classmethod
     def named(cls, name: str) -> type[Self]:
         """The member of this family called `name`.  Raises LookupError that lists the members."""
         member = cls.registry.get(plain(name))
@@ -138,7 +143,9 @@ def from_json(value: Any, hint: Any, where: str, text: bool = False) -> Any:
     if inspect.isclass(hint) and issubclass(hint, Choice):
         return _member(value, hint, where, text)
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = (
+            value.split(",") if isinstance(value, str) else [value] if isinstance(value, Mapping | Choice) else value
+        )
         if not isinstance(items, list | tuple):
             raise ValueError(f"{where} is a list, found {value!r:.80}")
         return tuple(from_json(v, arguments[0], where, text) for v in items)

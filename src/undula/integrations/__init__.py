@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..ranks import Procedure, Quality
     from .callback import Allocating
 
-__all__ = ["allocating", "enable_peft", "peft_config"]
+__all__ = ["allocating", "enable_peft", "peft_config", "penalised"]
 
 
 @told
@@ -89,3 +89,17 @@ def allocating(
     from .callback import Allocating
 
     return Allocating(allocator, quality, clip=clip, checkpoint=checkpoint, saves_whole_models=saves_whole_models)
+
+
+@told
+def penalised(trainer: type) -> type:
+    """A class of `transformers.Trainer` (or one of TRL's) whose trainers take a `penalty` beside all else: one, or a
+    sum of several, see `undula.penalties`.
+
+        trainer = undula.penalised(Trainer)(penalty=KLToBase(0.1) + GroupLasso(1e-3), model=model, args=args, ...)
+
+    With an allocator in the sum it is carried out too.
+    """
+    from .with_terms import with_terms
+
+    return with_terms(trainer)

@@ -53,6 +53,7 @@ class Allocating(TrainerCallback):
         self.saves_whole_models = saves_whole_models
         self.course: Course | None = None
         self.run = ""
+        self.looked = False  # whether the course was shown answers
         self.hook: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **found: Any) -> None:
@@ -88,7 +89,17 @@ class Allocating(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._course.before_forward()
 
+    def term(self, inputs: Any, outputs: Any) -> Any:
+        """What a penalty of the answers adds to the loss of a batch; see `Course.term`."""
+        self.looked = True
+        return self._course.term(inputs, outputs)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **found: Any) -> None:
+        if self.allocator.answers and not self.looked:
+            raise RuntimeError(
+                f"{self.allocator!r} is of the model's answers, which a callback does not see: make the trainer with "
+                "undula.penalised(Trainer)(penalty=..., model=..., ...)"
+            )
         self._course.before_update()
         if self.clip:
             parameters = [p for group in found["optimizer"].param_groups for p in group["params"]]

@@ -67,6 +67,15 @@ class Procedure(Choice):
     works_on: ClassVar[tuple[type[Method], ...]]
     source: ClassVar[str] = ""
     grade: ClassVar[str] = "exact"
+    answers: ClassVar[bool] = False  # whether it looks at what the model answers, see `Course.term`
+
+    def __add__(self, other: Procedure) -> Procedure:
+        """Both in one training: `Together`.  Raises ValueError for two allocators."""
+        if not isinstance(other, Procedure):
+            return NotImplemented
+        parts = [getattr(p, "procedures", (p,)) for p in (self, other)]  # of those that are several already
+        together: Any = Procedure.named("Together")
+        return together((*parts[0], *parts[1]))
 
     @classmethod
     def named(cls, name: str) -> type[Self]:
@@ -170,6 +179,11 @@ class Course:
         """Before the first forward pass of an update."""
         self.begin()
         self.on_forward()
+
+    def term(self, inputs: Any, outputs: Any) -> Tensor | float:
+        """What a penalty of the answers adds to the loss of a batch: of the model's inputs (what it is called with) and
+        its outputs, after the forward pass."""
+        return 0.0
 
     def before_update(self) -> None:
         """After the backward pass (all of an update's), before the optimiser's step: gradients are there, unscaled.

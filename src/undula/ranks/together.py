@@ -47,6 +47,10 @@ class Together(Procedure):
         return any(p.needs_quality for p in self.procedures)
 
     @property
+    def answers(self) -> bool:  # type: ignore[override]
+        return any(p.answers for p in self.procedures)
+
+    @property
     def entrywise(self) -> bool:
         return any(p.entrywise for p in self.procedures)
 
@@ -61,6 +65,15 @@ class Together(Procedure):
 
     def schedule(self) -> Schedule | None:
         return next((found for p in self.procedures if (found := p.schedule()) is not None), None)
+
+    def __mul__(self, factor: float) -> Together:
+        """All so many times as strong.  Raises TypeError where one of them has no strength."""
+        if odd := [p for p in self.procedures if not hasattr(p, "__mul__")]:
+            raise TypeError(f"{odd[0]!r} has no weight that could be multiplied")
+        parts: tuple[Any, ...] = self.procedures
+        return Together(tuple(p * factor for p in parts))
+
+    __rmul__ = __mul__
 
     def start(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
@@ -101,6 +114,9 @@ class TogetherCourse(Course):
     def on_forward(self) -> None:
         for c in self._each():
             c.on_forward()
+
+    def term(self, inputs: Any, outputs: Any) -> Tensor | float:
+        return sum((c.term(inputs, outputs) for c in self._each()), 0.0)
 
     def on_backward(self) -> None:
         for c in self._each():

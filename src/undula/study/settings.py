@@ -58,11 +58,14 @@ def _setting(key: str, name: str, found: Any) -> Any:
     """Raises ValueError or LookupError that names the key."""
     hint = hints(Training)[name]
     none = name == "where" and not found  # anything else may be a list of none: an arm has it back as it was
-    if isinstance(found, list) and (none or not all(isinstance(each, str) for each in found)):
+    choices = name == "penalty"  # by their names, or as tables
+    if isinstance(found, list) and not choices and (none or not all(isinstance(each, str) for each in found)):
         raise ValueError(f"{key} is a list of names and globs, found {found!r:.60}")
     return given.value(Training.as_meant(name, decoded(Training, name, found, key)), hint, key)
 
 
 def shown(value: Any) -> str:
     """A setting in the name of an arm."""
+    if isinstance(value, tuple) and value and all(isinstance(each, Choice) for each in value):
+        return " + ".join(brief(each) for each in value)
     return brief(value) if isinstance(value, Choice) else json.dumps(as_json(value))

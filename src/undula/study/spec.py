@@ -203,7 +203,7 @@ def _unfit(study: Study) -> Iterator[tuple[tuple[str | int, ...], str]]:
         def place(name: str, i: int = i, arm: Arm = arm) -> tuple[str | int, ...]:
             return ("methods", i, name) if name in arm.own else ("train", name)
 
-        for name, why in refusals(arm.allocator, arm.method, how["overrides"], how["optimiser"]):
+        for name, why in refusals(arm.allocator, arm.method, how["overrides"], how["optimiser"], how["penalty"]):
             yield ("methods", i, name) if name == "allocator" else place(name), f"{arm.name}: {why}"
         sized = any(b.label != Budget().label for b in study.budgets)
         counted = any(b.parameters is not None or b.parameters_of is not None for b in study.budgets)

@@ -46,8 +46,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.heard(state.global_step, state.max_steps)
         step, steps = state.global_step, state.max_steps
-        if step == 1 and (allocator := self.ready.run.allocator) is not None:
-            self.counts_from = allocator.counts_from(steps, self.ready.adapter)
+        if step == 1 and (how := self.ready.run.procedure) is not None:
+            self.counts_from = how.counts_from(steps, self.ready.adapter)
         if step * self.evaluations // steps > (step - 1) * self.evaluations // steps:
             self.evaluate(step)
             if step < steps and self._hopeless():

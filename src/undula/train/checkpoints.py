@@ -37,7 +37,8 @@ def restore(live: Adapter, saved: Adapter) -> None:
 def as_left(run: Run, model: Any, checkpoint: Path, quality: Callable[[], float] | None) -> Adapter:
     """Puts the adapter of a checkpoint at the end of a training on the model."""
     saved = Adapter.load(checkpoint)
-    if run.allocator is None:
+    how = run.procedure
+    if how is None:
         restore(selected(model), saved)
         return selected(model)
     values, tensors = files.read_state(checkpoint, STATE)
@@ -45,7 +46,7 @@ def as_left(run: Run, model: Any, checkpoint: Path, quality: Callable[[], float]
         detach(model)
         return attach(model, saved)
     adopt(model, saved)
-    course = run.allocator.start(model, torch.optim.AdamW(selected(model).parameters()), values["step"], quality)
+    course = how.start(model, torch.optim.AdamW(selected(model).parameters()), values["step"], quality)
     course.restore(tensors, values)
     course.finish()
     return selected(model)

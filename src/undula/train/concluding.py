@@ -135,6 +135,7 @@ def _made(ready: Prepared) -> dict[str, Any]:
         "configuration": None if method is None else method.encode(),
         "allocator": None if ready.run.allocator is None else ready.run.allocator.encode(),
         "ranks": None if ready.run.allocator is None else _ranks(ready.adapter),
+        **_penalised(ready),
         "trainable_parameters": ready.adapter.num_parameters(),
         "sites": len(ready.adapter.methods),
         "train_rows": len(ready.train),
@@ -145,6 +146,12 @@ def _made(ready: Prepared) -> dict[str, Any]:
         "rows_in_a_step": processes.count() * ready.run.batch * ready.run.accumulate,
         "seed": ready.run.seed,
     }
+
+
+def _penalised(ready: Prepared) -> dict[str, Any]:
+    """What penalties there were, and what they came to."""
+    found = [{**p.encode(), "result": p.figures(ready.model) if p.active else {}} for p in ready.run.penalty]
+    return {"penalties": found} if found else {}
 
 
 def _ranks(adapter: Adapter) -> dict[str, int]:

@@ -125,7 +125,10 @@ def as_json(value: Any, hint: Any, default: Any, where: str) -> Any:
     family = next((k for k in kinds if inspect.isclass(k) and issubclass(k, Choice)), None)
     if family is not None and isinstance(value, Mapping):
         return _choice(value, family.family, default, where)
-    if isinstance(value, list) and (many := [k for k in kinds if typing.get_origin(k) is tuple]):
+    many = [k for k in kinds if typing.get_origin(k) is tuple]
+    if many and isinstance(value, Mapping):  # one of several
+        value = [value]
+    if isinstance(value, list) and many:
         return [as_json(v, typing.get_args(many[0])[0], MISSING, where) for v in value]
     if isinstance(value, Mapping) and (maps := [k for k in kinds if typing.get_origin(k) is collections.abc.Mapping]):
         return {k: as_json(v, typing.get_args(maps[0])[1], MISSING, f"{where}[{k!r}]") for k, v in value.items()}

@@ -52,7 +52,8 @@ def smooth(line: Line) -> list[tuple[float, float]]:
     return [(x, sum(y for _, y in part) / len(part)) for (x, _), part in zip(line, parts, strict=True)]
 
 
-def _axes(lines: Sequence[Line], title: str) -> tuple[Drawing, Axes]:
+def framed(lines: Sequence[Line], title: str) -> tuple[Drawing, Axes]:
+    """A drawing for lines by step."""
     xs, ys = [x for line in lines for x, _ in line], D.limits([y for line in lines for _, y in line])
     left = max(D.wide(label) for _, label in D.ticks(*ys, 6)) + 14
     figure = D.blank(WIDTH, TOP + HEIGHT + BOTTOM)
@@ -67,28 +68,29 @@ def _axes(lines: Sequence[Line], title: str) -> tuple[Drawing, Axes]:
     return figure, axis
 
 
-def _draw(axis: Axes, line: Line, colour: str, mark: str = "", width: float = 1.6) -> None:
+def drawn(axis: Axes, line: Line, colour: str, mark: str = "", width: float = 1.6) -> None:
+    """A line in it."""
     x, y = zip(*line, strict=True)
     axis.plot(x, y, color=colour, lw=width * D.POINT, marker=mark, ms=4.5, mew=0, clip_on=False)
 
 
 def _losses(trained: Line, measured: Line) -> Drawing:
-    figure, axis = _axes([line for line in (trained, measured) if line], "loss")
+    figure, axis = framed([line for line in (trained, measured) if line], "loss")
     if trained:
-        _draw(axis, trained, D.LIGHT["back"], width=0.9)
-        _draw(axis, smooth(trained), D.LIGHT["win"])
+        drawn(axis, trained, D.LIGHT["back"], width=0.9)
+        drawn(axis, smooth(trained), D.LIGHT["win"])
     if measured:
-        _draw(axis, measured, D.LIGHT["loss"], "o")
+        drawn(axis, measured, D.LIGHT["loss"], "o")
     return figure
 
 
 def _metric(line: Line, name: str, best: int | None) -> Drawing:
-    figure, axis = _axes([line], name)
-    _draw(axis, line, D.LIGHT["loss"], "o")
+    figure, axis = framed([line], name)
+    drawn(axis, line, D.LIGHT["loss"], "o")
     for step, value in line:
         if step == best:
-            (drawn,) = axis.plot(step, value, "D", color=D.LIGHT["ink"], ms=6, mew=0, clip_on=False, zorder=4)
-            D.titled(drawn, f"step {step:g}: {value:.4g}")
+            (point,) = axis.plot(step, value, "D", color=D.LIGHT["ink"], ms=6, mew=0, clip_on=False, zorder=4)
+            D.titled(point, f"step {step:g}: {value:.4g}")
     return figure
 
 

@@ -64,8 +64,8 @@ class Evaluations(TrainerCallback):
         self.number = number_of(self.run, state.max_steps, trained, self.held)
         told = state.stateful_callbacks.setdefault(EVALUATIONS, {})
         if "counts_from" not in told:
-            allocator = self.run.allocator
-            first = 0 if allocator is None else allocator.counts_from(state.max_steps, selected(found["model"]))
+            how = self.run.procedure
+            first = 0 if how is None else how.counts_from(state.max_steps, selected(found["model"]))
             told.update(counts_from=first, step=None, value=None, since=0, ended=None)
 
     def adapter(self, model: Any) -> Adapter:

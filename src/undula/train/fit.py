@@ -147,7 +147,7 @@ def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) ->
 
 def _checkpoint(run: Run) -> Path | None:
     """The last complete checkpoint, which all processes go on from."""
-    found = processes.by_first(lambda: last_checkpoint(run.out, run.allocator is not None))
+    found = processes.by_first(lambda: last_checkpoint(run.out, run.procedure is not None))
     if found is not None:
         processes.first_then_all(lambda: check_processes(run.out, found))
     return found

@@ -92,6 +92,7 @@ def assembled(
         notes = (*run.task.fits(train_on, model, "train"), *run.task.fits(held, model, "validation"), *_new(run, model))
     torch.manual_seed(run.seed)  # the factors do not depend on what opening the model drew
     _check_whole(run, model, full)
+    _check_compared(run, model)
     batches = _probed(run, train_on)
     with stage("attaching the adapter"):
         adapter = _attached(run, model, full, batches, name)
@@ -189,6 +190,18 @@ def _check_whole(run: Run, model: nn.Module, full: Sequence[str]) -> None:
             f"the files of {run.model} lack {', '.join(missing[:5])} (or have it in another shape), {len(missing)} "
             "parameters in all: random numbers would stand there. Take a model that is whole, or train them: "
             f"full=({missing[0]!r}, ...), --full {missing[0]}"
+        )
+
+
+def _check_compared(run: Run, model: PreTrainedModel) -> None:
+    """Refuses to compare with the answers of a head that is random numbers."""
+    compared = next((p for p in run.penalty if p.compares and p.active), None)
+    new = [name for name in lacking(model) if name in run.task.head(model)]
+    if compared is not None and new:
+        raise ValueError(
+            f"penalty: {compared!r} compares with what the base answers, and {', '.join(new[:3])} of {run.model} is "
+            "new, at random numbers: begin with a model that was trained for this task, or take a penalty that does "
+            "not compare (BALoRA with form.consistency=0)"
         )
 
 

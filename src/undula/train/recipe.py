@@ -32,7 +32,8 @@ from ..core.ranges import (
 from ..kernels import units
 from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
-from ..ranks import Procedure
+from ..penalties.penalty import Penalty, listed, together
+from ..ranks import Allocator, Procedure
 from . import config
 from .data.decoding import text_encoding
 from .fields import decoded, default_of, told
@@ -104,6 +105,9 @@ class Settings(metaclass=Checked):
     warmup: PartShare = option(0.05, "Share of the steps.")
     weight_decay: NotNegative = option(0.0, "Of all that trains but biases and norms: all factors too.")
     max_grad_norm: NotNegative = option(1.0, "Clip gradients to this norm; 0: never.")
+    penalty: tuple[Penalty, ...] = option(
+        (), "Beside the loss, as NAME,OPTION=VALUE,...: {names}. Repeatable: they add up.", layers=True, panel=TRAINING
+    )
     gradient_checkpointing: bool | None = option(
         None,
         "Compute activations again in the backward pass: less memory, a third more time. (default: where those of a "
@@ -125,6 +129,8 @@ class Settings(metaclass=Checked):
             return 0.0 if value is None else value
         if name == "overrides":
             return _by_pattern(value)
+        if name == "penalty":
+            return listed(value)
         return int(value) if isinstance(value, float) and name == "max_steps" and value == value // 1 else value
 
 
@@ -200,8 +206,13 @@ class Recipe(Settings):
     )
 
     def __post_init__(self) -> None:
-        for _, why in refusals(self.allocator, self.method, self.overrides, self.optimiser):
+        for _, why in refusals(self.allocator, self.method, self.overrides, self.optimiser, self.penalty):
             raise ValueError(why)
+        if self.task.own_loss and (odd := [p for p in self.penalty if p.answers and p.active]):
+            raise ValueError(
+                f"penalty: {odd[0]!r} looks at the answers that the loss is made of, and {type(self.task).__name__} "
+                "has a loss of its own: leave it out, or take a penalty of the factors, such as GroupLasso()"
+            )
         if (every := self.eval_every) is not None and every >= 1 and every % 1:
             raise ValueError(f"eval_every is a number of steps, or a share of them below 1, found {every:g}")
         if every == 0 and (self.keep_best or self.patience is not None):
@@ -231,6 +242,11 @@ class Recipe(Settings):
             return dtype_called(str(value).removeprefix("torch."))
         return Settings.as_meant(name, value)
 
+    @property
+    def procedure(self) -> Procedure | None:
+        """What accompanies the training: the allocator and the penalties that do anything."""
+        return together(self.allocator, self.penalty)
+
     def rates(self) -> Schedule:
         """The schedule of the learning rate that applies."""
         return self.schedule or self._brought() or Linear()
@@ -250,9 +266,13 @@ class Recipe(Settings):
 
 
 def refusals(
-    allocator: Procedure | None, method: Method | None, overrides: Mapping[str, Method], optimiser: Optimiser
+    allocator: Procedure | None,
+    method: Method | None,
+    overrides: Mapping[str, Method],
+    optimiser: Optimiser,
+    penalty: tuple[Penalty, ...] = (),
 ) -> Iterator[tuple[str, str]]:
-    """(field, why) of what an allocator, or an optimiser that sees pairs, does not go with."""
+    """(field, why) of what an allocator, a penalty, or an optimiser that sees pairs, does not go with."""
     if optimiser.paired:
         if method is None:
             yield "optimiser", f"{optimiser!r} moves the factors of adapted layers, and without a method there are none"
@@ -263,6 +283,16 @@ def refusals(
                     f"{optimiser!r} moves pairs of factors A and B, and {each!r} has none: take LoRA or what is made "
                     "of it, or another optimiser, such as AdamW()",
                 )
+    own = getattr(allocator, "procedures", (allocator,))
+    if given := [p for p in own if isinstance(p, Penalty)]:
+        yield "allocator", f"{given[0]!r} is a penalty: it goes into penalty=..., --penalty"
+        return
+    for added in (p for p in penalty if p.active):
+        for name, found in (("penalty", method), *(("overrides", m) for m in overrides.values())):
+            if found is None or not added.serves(found):
+                yield name, added.refusal(found)
+        if added.fixed and any(isinstance(p, Allocator) for p in own):
+            yield "penalty", f"{added!r} settles which groups of factors stay, and {allocator!r} changes the factors"
     if allocator is None:
         return
     for name, each in (("allocator", method), *(("overrides", m) for m in overrides.values())):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..io import files
+from ..penalties.penalty import Penalty
 from . import processes
 from .run import (
     CHECKPOINTS,
@@ -52,13 +54,19 @@ def _check_writable(out: Path) -> None:
 def left_behind(out: Path) -> str:
     """What a training that ended at once has left, in a line."""
     run = read_run(out)["run"] if (out / RUN).is_file() else None
-    checkpoint = None if run is None else last_checkpoint(out, run.get("allocator") is not None)
+    checkpoint = None if run is None else last_checkpoint(out, _accompanied(run))
     if checkpoint is not None:
         done, asked, _ = progress(checkpoint)
         return f"stopped at once; step {done} of {asked} is kept: go on with {resume_command(out)}"
     if run is not None:
         return f"stopped before a checkpoint: nothing that was trained is kept; begin again with {resume_command(out)}"
     return f"stopped before the training began: nothing is kept, nothing was written to {out}"
+
+
+def _accompanied(run: Mapping[str, Any]) -> bool:
+    """Whether a run's checkpoints hold the state of an allocator or a penalty."""
+    found = [Penalty.decode(each) for each in run.get("penalty", ())]
+    return run.get("allocator") is not None or any(p.active for p in found)
 
 
 def resume_command(out: Path) -> str:

@@ -45,6 +45,7 @@ class AdapterTrainer(Trainer):
     measure: Callable[[], dict[str, float]]  # of the model as it is
     weights: torch.Tensor | None = None  # of the classes
     own_loss: Callable[[Any, Any], torch.Tensor] | None = None  # see `Task.own_loss`
+    beside: Allocating | None = None  # whose course looks at the answers, see `Course.term`
     step: Step = Step()  # how a step is taken
     still: list[torch.nn.Module] | None = None  # see `kept_still`
 
@@ -85,7 +86,20 @@ class AdapterTrainer(Trainer):
         still_statistics(self.kept_still(model))
         given = {name: value for name, value in inputs.items() if name != "segments"}
         with segments(inputs.get("segments")):
-            return self._loss(model, given, return_outputs, num_items_in_batch)
+            if self.beside is None:
+                return self._loss(model, given, return_outputs, num_items_in_batch)
+            loss, outputs = self._loss(model, given, True, num_items_in_batch)
+            loss = loss + self.beside.term(given, outputs) * self._part(given, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+
+    def _part(self, inputs: Any, items: Any) -> float:
+        """What a mean over this batch is multiplied by, as `_loss` does with the loss's."""
+        if not self.model_accepts_loss_kwargs:
+            return 1.0 if self.batches == 1 else self._share(inputs)
+        if items is None:
+            return 1.0
+        several = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return self.items_of(inputs) * several / items
 
     def _loss(self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:
         if self.own_loss is not None:
@@ -170,10 +184,12 @@ def trainer(
 ) -> AdapterTrainer:
     """The Trainer of a run.  An allocator that scores by quality does so on `held`, which no result may come from.
     Raises RuntimeError where several processes were started and each would train by itself."""
-    if run.allocator is not None:
-        quality = quality_of(model, held) if held is not None and run.allocator.needs_quality else None
+    how, beside = run.procedure, None
+    if how is not None:
+        quality = quality_of(model, held) if held is not None and how.needs_quality else None
         clip = None if run.optimiser.paired else run.max_grad_norm
-        callbacks = (Allocating(run.allocator, quality, clip=clip, saves_whole_models=False), *callbacks)
+        beside = Allocating(how, quality, clip=clip, saves_whole_models=False)
+        callbacks = (beside, *callbacks)
     arguments = run.task.arguments(
         output_dir=str(run.out / CHECKPOINTS),
         learning_rate=run.lr,
@@ -184,7 +200,7 @@ def trainer(
         warmup_steps=run.warmup,
         weight_decay=run.weight_decay,
         # an allocator looks first, and an optimiser that changes gradients clips what it makes of them
-        max_grad_norm=0.0 if run.allocator is not None or run.optimiser.paired else run.max_grad_norm,
+        max_grad_norm=0.0 if how is not None or run.optimiser.paired else run.max_grad_norm,
         logging_nan_inf_filter=False,
         seed=run.seed,
         data_seed=run.seed,
@@ -228,9 +244,10 @@ def trainer(
     weights = run.task.weights(examples.rows)
     made.weights = None if weights is None else torch.tensor(weights, device=arguments.device)
     made.rates = run.rates()
-    made.allocated = run.allocator is not None
+    made.allocated = how is not None
+    made.beside = beside if any(p.answers and p.active for p in run.penalty) else None
     made.own_rates = tuple(own_rates(run, model))
-    if not run.plain:
+    if not run.plain and made.beside is None:  # else the answers of every token are asked for
         _take(made, run.task.step(examples, model))
     if arguments.world_size > 1:
         made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)

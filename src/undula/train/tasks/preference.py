@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ...core.ranges import Natural, PartShare, Positive
+from ...host.reference import alone
 from ...observe.listen import moved
 from ...observe.probe import Loss
 from ..data.conversation import answered
@@ -19,7 +20,6 @@ from .causal_lm import CausalLM, room
 from .format import Chat, Plain, begin_ids, end_ids, ids_of
 from .lending import evaluating
 from .limits import END
-from .reference import alone
 from .shown import Piece, text_of
 from .step import Step
 from .task import Example, Examples, Task, Traced

@@ -13,8 +13,8 @@ from trl import DPOTrainer
 
 from ...core.extras import needs
 from ...host.host import selected
+from ...host.reference import alone
 from ..trainer import AdapterTrainer
-from .reference import alone
 
 
 class PreferenceTrainer(AdapterTrainer, DPOTrainer):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ...host.host import select
-from ...host.state import host_of
+from .host import select
+from .state import host_of
 
 
 @contextlib.contextmanager

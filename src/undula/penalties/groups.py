@@ -1,0 +1,330 @@
+"""Which numbers of an adapter are switched off together.
+
+A `Groups` gives every trained number of an adapter that it concerns one group.  A group is told by numbers alone, an
+index for each factor that broadcasts over it: of a rank (1, R) over B (O, R) and (R, 1) over A (R, I), so that norms of
+all groups are one pass over the adapter.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..core.choice import Choice
+from ..core.method import Method
+from ..core.ranges import Rank
+from ..host.where import inner
+from .penalty import trained_factors
+
+
+@dataclass(frozen=True)
+class Part:
+    """A factor, and the number of the group of each of its entries, as far as it broadcasts."""
+
+    tensor: Tensor
+    index: Tensor  # of integers; each of its sizes is the factor's or 1
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """An adapter's groups, numbered from 0."""
+
+    parts: tuple[Part, ...]
+    sizes: Tensor  # how many numbers each group has
+    names: tuple[str, ...]  # of groups, or of what single entries lie in
+
+    @property
+    def count(self) -> int:
+        return len(self.sizes)
+
+    def squares(self) -> Tensor:
+        """|x_g|^2 of every group, in float32 at least."""
+        found = torch.zeros_like(self.sizes)
+        for part in self.parts:
+            _added(found, part, _wide(part.tensor.detach()).square())
+        return found
+
+    def norms(self) -> Tensor:
+        """|x_g| of every group."""
+        return self.squares().sqrt()
+
+    @torch.no_grad()
+    def scale(self, factors: Tensor) -> None:
+        """x_g <- factors_g x_g.  A factor of zero gives zeros, whatever was there."""
+        for part in self.parts:
+            by = factors.to(part.tensor.device)[part.index]
+            part.tensor.copy_(torch.where(by == 0, 0.0, _wide(part.tensor) * by))
+
+    def spread(self, values: Mapping[int, float]) -> Tensor:
+        """What is known of each factor (by its id), for each group.  Raises ValueError where a group's factors
+        differ in it."""
+        least, most = torch.full_like(self.sizes, torch.inf), torch.full_like(self.sizes, -torch.inf)
+        for part in self.parts:
+            at, value = part.index.flatten().to(least.device), values[id(part.tensor)]
+            least[at], most[at] = least[at].clamp(max=value), most[at].clamp(min=value)
+        if (odd := (least != most).nonzero()).numel():
+            g = int(odd[0])
+            raise ValueError(
+                f"the factors of {self.names[g] if g < len(self.names) else 'a group'} step at different rates, "
+                f"{float(least[g]):g} and {float(most[g]):g}, and a group is drawn to zero at one: leave out b_ratio, "
+                "or take groups that lie within one factor, such as Filters() or Entries()"
+            )
+        return least
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def _added(found: Tensor, part: Part, values: Tensor) -> None:
+    """Adds to each group the sum of its entries' values."""
+    over = [d for d, n in enumerate(part.index.shape) if n == 1 and values.shape[d] > 1]
+    values = values.sum(over, keepdim=True) if over else values
+    found.index_add_(0, part.index.flatten().to(found.device), values.flatten().to(found))
+
+
+Numbered = Iterator[tuple[str, Tensor, Tensor, list[str]]]  # (site, factor, index within this turn, names)
+
+
+class Groups(Choice):
+    """What one group is."""
+
+    def of(self, model: nn.Module, adapter: Adapter) -> Grouped:
+        """The groups of an adapter on its model.  Raises TypeError for methods that have no such groups, with their
+        rung; ValueError where sites share a factor that would lie in several groups."""
+        numbers: dict[str, int] = {}
+        parts: dict[int, Part] = {}
+        for site, t, index, names in self.numbered(inner(model), adapter):
+            at = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], device=t.device)
+            made = Part(t, at[index.to(t.device)])
+            other = parts.setdefault(id(t), made)
+            if not torch.equal(other.index, made.index):
+                raise ValueError(
+                    f"{site} shares a factor with other sites, which {self!r} puts into several groups: take "
+                    "groups that hold all of its sites, or a method whose sites have factors of their own"
+                )
+        if not parts:
+            raise ValueError(f"{self!r} finds no trained factor in this adapter: there is nothing to penalise")
+        return _grouped(tuple(parts.values()), tuple(numbers))
+
+    @abc.abstractmethod
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        """(site, factor, index into names, names of groups) of every factor that lies in groups."""
+
+
+def _grouped(parts: tuple[Part, ...], names: tuple[str, ...]) -> Grouped:
+    kind = torch.promote_types(max((p.tensor.dtype for p in parts), key=lambda d: d.itemsize), torch.float32)
+    sizes = torch.zeros(len(names), dtype=kind, device=parts[0].tensor.device)
+    for part in parts:
+        _added(sizes, part, torch.ones_like(part.tensor, dtype=kind))
+    return Grouped(parts, sizes, names)
+
+
+def _whole(t: Tensor) -> Tensor:
+    """The index of a factor that lies in one group."""
+    return torch.zeros([1] * t.ndim, dtype=torch.long)
+
+
+def _along(t: Tensor, dim: int, index: Tensor) -> Tensor:
+    """An index along one dimension of a factor."""
+    return index.view([-1 if d == dim % t.ndim else 1 for d in range(t.ndim)])
+
+
+def pairs(adapter: Adapter, what: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(site, B (O, R), A (R, I)) of the live factors.  Raises TypeError for a method whose update is not s B A of two
+    factors as they are."""
+    for site, f in adapter.factors.items():
+        method = adapter.methods[site]
+        plain = getattr(method, "plain", lambda: None)()
+        if plain is None:
+            raise TypeError(
+                f"{what!r} needs factors B and A with dW = s B A (LoRA); {method!r} at {site} stands on the rung "
+                f"{method.rung()} and has {', '.join(f)}"
+            )
+        yield site, f[plain[1]], f[plain[2]]
+
+
+def block_of(site: str) -> str:
+    """The block of a model that a site lies in: its name up to the first number, and those that follow at once; a site
+    without a number is its own."""
+    found = re.match(r"(?:.*?\.)??\d+(?:\.\d+)*(?=\.|$)", site)
+    return found.group() if found else site
+
+
+@Groups.register
+@dataclass(frozen=True)
+class Blocks(Groups):
+    """All factors in one block of the model (`encoder.layer.3`), as GS-LoRA has it."""
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        for site, _, t in trained_factors(adapter):
+            yield site, t, _whole(t), [block_of(site)]
+
+
+@Groups.register
+@dataclass(frozen=True)
+class Adapters(Groups):
+    """All factors of one site."""
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        for site, _, t in trained_factors(adapter):
+            yield site, t, _whole(t), [site]
+
+
+@Groups.register
+@dataclass(frozen=True)
+class Matrices(Groups):
+    """One factor of one site."""
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        for site, name, t in trained_factors(adapter):
+            yield site, t, _whole(t), [f"{site}.{name}"]
+
+
+@Groups.register
+@dataclass(frozen=True)
+class Ranks(Groups):
+    """One rank of one site: column j of B with row j of A."""
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        for site, B_OR, A_RI in pairs(adapter, self):
+            index = torch.arange(A_RI.shape[0])
+            names = [f"{site}[{j}]" for j in range(A_RI.shape[0])]
+            for t, dim in ((B_OR, 1), (A_RI, 0)):
+                if t.requires_grad:
+                    yield site, t, _along(t, dim, index), names
+
+
+@Groups.register
+@dataclass(frozen=True)
+class Filters(Groups):
+    """One output of a layer (a convolution's filter): row i of B.  A row of zeros leaves that output the base's."""
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        for site, B_OR, _ in _trained_B(adapter, self):
+            names = [f"{site}[{i}]" for i in range(B_OR.shape[0])]
+            yield site, B_OR, _along(B_OR, 0, torch.arange(B_OR.shape[0])), names
+
+
+@Groups.register
+@dataclass(frozen=True)
+class Heads(Groups):
+    """One head of an attention's outputs (query, key, value): `size` rows of B; None: as the model's configuration
+    says.  Other layers are named in `where`, not here: a site of no multiple of `size` is refused."""
+
+    size: Rank | None = None
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        size = head_size(model, self) if self.size is None else self.size
+        for site, B_OR, _ in _trained_B(adapter, self):
+            index = torch.arange(B_OR.shape[0]) // pieces(site, B_OR, size, self)
+            yield site, B_OR, _along(B_OR, 0, index), [f"{site}[{h}]" for h in range(B_OR.shape[0] // size)]
+
+
+@Groups.register
+@dataclass(frozen=True)
+class HeadRanks(Groups):
+    """One rank in one head: column j of B cut into pieces of `size` rows; None: of a head, by the model's
+    configuration."""
+
+    size: Rank | None = None
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        size = head_size(model, self) if self.size is None else self.size
+        for site, B_OR, _ in _trained_B(adapter, self):
+            O, R = B_OR.shape
+            index = torch.arange(O)[:, None] // pieces(site, B_OR, size, self) * R + torch.arange(R)
+            yield site, B_OR, index, [f"{site}[{h}, {j}]" for h in range(O // size) for j in range(R)]
+
+
+@Groups.register
+@dataclass(frozen=True)
+class Entries(Groups):
+    """Every number by itself."""
+
+    def of(self, model: nn.Module, adapter: Adapter) -> Grouped:
+        """Numbered without a name for each."""
+        parts, first, names = {}, 0, []
+        for site, name, t in trained_factors(adapter):
+            if id(t) not in parts:
+                parts[id(t)] = Part(t, torch.arange(first, first + t.numel(), device=t.device).view(t.shape))
+                first += t.numel()
+                names.append(f"{site}.{name}")
+        if not parts:
+            raise ValueError(f"{self!r} finds no trained factor in this adapter: there is nothing to penalise")
+        kind = torch.promote_types(next(iter(parts.values())).tensor.dtype, torch.float32)
+        sizes = torch.ones(first, dtype=kind, device=next(iter(parts.values())).tensor.device)
+        return Grouped(tuple(parts.values()), sizes, tuple(names))
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        raise NotImplementedError("see `of`")
+
+
+def _trained_B(adapter: Adapter, what: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for site, B_OR, A_RI in pairs(adapter, what):
+        if not B_OR.requires_grad:
+            raise TypeError(f"{what!r} switches rows of B off, and that of {adapter.methods[site]!r} does not train")
+        yield site, B_OR, A_RI
+
+
+def pieces(site: str, B_OR: Tensor, size: int, what: Any) -> int:
+    """`size`.  Raises ValueError where a site's outputs are no multiple of it."""
+    if B_OR.shape[0] % size:
+        raise ValueError(
+            f"{what!r} cuts outputs into heads of {size}, and {site} has {B_OR.shape[0]}: adapt the layers of heads "
+            "alone (where), or name the size that fits"
+        )
+    return size
+
+
+def head_size(model: nn.Module, what: Any) -> int:
+    """The size of an attention head, by the model's configuration.  Raises ValueError where it does not say."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(size, int) and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        size = hidden // heads
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{what!r}: {type(model).__name__} does not say how large its heads are; say it: size=64")
+    return size
+
+
+@torch.no_grad()
+def zero_is_base(method: Method, f: Mapping[str, Tensor], shape: tuple[int, int]) -> bool:
+    """Whether the layer is the base's where all trained factors are zero, seen at one layer of this shape."""
+    from ..core.method import Additive, Reweight
+
+    method = method.undropped()
+    zero = {k: torch.zeros_like(t) if t.requires_grad else t.detach() for k, t in f.items()}
+    first = next(iter(f.values()))
+    if isinstance(method, Additive):
+        return not method.delta(zero).any()
+    kind = first.dtype if first.is_floating_point() else torch.float32
+    layer = Plain(torch.linspace(-1, 1, shape[0] * shape[1], dtype=kind, device=first.device).view(shape))
+    if isinstance(method, Reweight):
+        return torch.equal(method.weight(layer.weight, zero), layer.weight)
+    x = torch.linspace(-1, 1, 2 * shape[1], dtype=kind, device=first.device).view(2, -1)
+    return torch.equal(method.forward(x, layer, zero), layer(x))
+
+
+class Plain:
+    """A linear layer without anything else."""
+
+    training, channel, plain, bias = False, -1, True, None
+
+    def __init__(self, W_OI: Tensor):
+        self.weight = W_OI
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.project(x, self.weight)
+
+    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
+        return x @ M_KI.T

@@ -1,0 +1,106 @@
+"""Penalties with a kink at zero, by proximal steps: after the optimiser's step,
+
+    x <- prox_{eta lam R}(x) = argmin over z of |z - x|^2 / 2 + eta lam R(z)
+
+with eta the learning rate of that step.  Under SGD this is the proximal gradient method; of an optimiser that scales
+gradients it keeps the rate alone, so zeros stay exact.  Groups at zero may come back.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.method import Method
+from ..host.host import selected
+from ..ranks.procedure import Quality
+from .groups import Grouped, Groups, zero_is_base
+from .penalty import Penalty, PenaltyCourse, rates
+
+
+class Proximal(Penalty):
+    """A penalty of the sizes of groups that draws them to zero.  Works wherever trained factors of zero are the
+    base."""
+
+    @property
+    @abc.abstractmethod
+    def grouping(self) -> Groups:
+        """Its groups."""
+
+    @abc.abstractmethod
+    def value(self, grouped: Grouped) -> Tensor:
+        """R of an adapter's groups."""
+
+    @abc.abstractmethod
+    def factors(self, grouped: Grouped, norms: Tensor, step: Tensor) -> Tensor:
+        """What each group is multiplied by in a proximal step of that length (one for each group): of norms |x_g|."""
+
+    def begins(self, steps: int) -> int:
+        """After how many updates it begins."""
+        return 0
+
+    def start(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
+    ) -> ProximalCourse:
+        return ProximalCourse(self, model, optimizer, steps)
+
+    def figures(self, model: nn.Module) -> dict[str, Any]:
+        grouped = self.grouping.of(model, selected(model))
+        norms = grouped.norms()
+        return {
+            "groups": grouped.count,
+            "zero": int((norms == 0).sum()),
+            "value": self.weight * float(self.value(grouped)),
+        }
+
+
+class ProximalCourse(PenaltyCourse):
+    how: Proximal
+
+    def __init__(self, how: Proximal, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
+        super().__init__(how, model, optimizer, steps)
+        self._known: tuple[Any, Grouped] | None = None
+        if how.active:
+            self._check()
+
+    def _check(self) -> None:
+        """Raises TypeError where zero is not the base, ValueError where groups have no rate."""
+        adapter = self.adapter
+        seen: set[Method] = set()
+        for site, method in adapter.methods.items():
+            if method in seen:
+                continue
+            seen.add(method)
+            if not zero_is_base(method, adapter.factors[site], adapter.shapes[site]):
+                raise TypeError(
+                    f"{self.how!r} draws trained factors to zero, and {method!r} at {site} (rung {method.rung()}) is "
+                    "not the base there: take a method whose factors of zero change nothing, such as LoRA"
+                )
+        self._rates(self.grouped())
+
+    def grouped(self) -> Grouped:
+        """The groups of the adapter as it is now: an allocator may have changed its factors."""
+        key = tuple((id(t), t.shape) for _, _, t in self.adapter.tensors())
+        if self._known is None or self._known[0] != key:
+            self._known = key, self.how.grouping.of(self.model, self.adapter)
+        return self._known[1]
+
+    def _rates(self, grouped: Grouped) -> Tensor:
+        """The rate of each group."""
+        found = rates(self.optimizer, [part.tensor for part in grouped.parts], self.name)
+        own = {found[id(part.tensor)] for part in grouped.parts}
+        return torch.full_like(grouped.sizes, own.pop()) if len(own) == 1 else grouped.spread(found)
+
+    @torch.no_grad()
+    def on_update(self) -> None:
+        if self.how.active and self.step > self.how.begins(self.steps):
+            grouped = self.grouped()
+            self.stepped(grouped)
+
+    def stepped(self, grouped: Grouped) -> None:
+        """The proximal step."""
+        lengths = self._rates(grouped) * self.how.weight
+        grouped.scale(self.how.factors(grouped, grouped.norms(), lengths))

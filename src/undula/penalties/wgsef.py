@@ -1,0 +1,164 @@
+"""WGSEF, the weighted group sparse envelope (Refael, Arbel, Huleihel 2022, arXiv:2212.12921): at most k groups are not
+zero, k chosen in advance.
+
+    f(x) = 1/2 sum of d_g |x_g|^2 where at most k groups are not zero, else infinite;   R = f**, its convex envelope
+
+    f*(y)   = 1/2 sum of the k largest |y_g|^2 / d_g
+    f**(x)  = min over 0 <= u <= 1, sum u <= k, of 1/2 sum d_g |x_g|^2 / u_g
+    prox_l  : x_g = v_g u_g / (u_g + l d_g),   u_g = clip(sqrt(l d_g) |v_g| t - l d_g, 0, 1),   t from sum u = k
+
+With d = 1 it is half the squared k-support norm of groups.  The closed forms are derived, not copied, and checked by
+minimisation; how the paper weighs groups is not known here (d_g = size_g ** power), so the weights are an
+interpretation.  An envelope alone leaves more than k groups: after the share `settle` of the updates the k with the
+largest |x_g|^2 / d_g stay (what prox_l keeps as l grows), the others are zero from there on, and what stays trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..core.ranges import NotNegative, PartShare, Share, SomeShare
+from ..ranks.procedure import Quality
+from .groups import Grouped, Groups, Ranks
+from .penalty import Penalty
+from .proximal import Proximal, ProximalCourse
+
+
+def levels(a: Tensor, c: Tensor, k: float) -> Tensor:
+    """u = clip(a t - c, 0, 1) with t > 0 from sum u = k; where fewer than k of a are not zero, 1 for each of those.
+
+    sum u is monotone and linear between the 2 G points c / a and (1 + c) / a, so t is found exactly.
+    """
+    there = a > 0
+    if int(there.sum()) <= k:
+        return there.to(a)
+    a_g, c_g = a[there].double(), c[there].double()
+    points, order = torch.cat((c_g / a_g, (1 + c_g) / a_g)).sort()
+    slopes = torch.cat((a_g, -a_g))[order].cumsum(0)  # of sum u, after each point
+    sums = torch.cat((points.new_zeros(1), (slopes[:-1] * points.diff()).cumsum(0)))  # at each point
+    i = int((sums < k).sum()) - 1  # the last point before k is reached
+    t = points[i] + (k - sums[i]) / slopes[i] if i >= 0 else points[0]
+    found = torch.zeros_like(a)
+    found[there] = (a_g * t - c_g).clamp(0, 1).to(a)
+    return found
+
+
+def envelope(norms: Tensor, d: Tensor, k: int) -> Tensor:
+    """f** of groups of these sizes."""
+    u = levels(d.sqrt() * norms, torch.zeros_like(norms), k)
+    return torch.where(u > 0, d * norms.square() / u.clamp_min(torch.finfo(u.dtype).tiny), 0.0).sum() / 2
+
+
+def conjugate(norms: Tensor, d: Tensor, k: int) -> Tensor:
+    """f*."""
+    return (norms.square() / d).topk(min(k, len(norms))).values.sum() / 2
+
+
+def factors(norms: Tensor, d: Tensor, k: int, step: Tensor) -> Tensor:
+    """What prox_l multiplies each group by; 1 where l is 0."""
+    if k == 0:
+        return torch.zeros_like(norms)
+    ld = step * d
+    u = levels(ld.sqrt() * norms, ld, k)
+    return torch.where(ld > 0, u / (u + ld).clamp_min(torch.finfo(u.dtype).tiny), 1.0)
+
+
+@Penalty.register
+@dataclass(frozen=True)
+class WGSEF(Proximal):
+    """The envelope of having `sparsity` of all groups at zero, and from the share `settle` of the updates on exactly
+    so many.  It begins after the share `after`."""
+
+    source = "Refael, Arbel, Huleihel 2022, arXiv:2212.12921"
+    grade = "interpretation"
+    fixed = True
+
+    weight: NotNegative = 1e-2
+    sparsity: PartShare = 0.5
+    groups: Groups = Ranks()
+    power: Share = 0.0  # d_g = (size_g / mean size) ** power
+    after: PartShare = 0.0
+    settle: SomeShare = 0.75
+
+    def __post_init__(self) -> None:
+        if self.after >= self.settle:
+            raise ValueError(f"{self!r}: it begins after {self.after:g} and settles at {self.settle:g} of the updates")
+
+    @property
+    def grouping(self) -> Groups:
+        return self.groups
+
+    def begins(self, steps: int) -> int:
+        return round(self.after * steps)
+
+    def settled(self, steps: int) -> int:
+        """The update at which it is settled which groups stay."""
+        return max(1, round(self.settle * steps))
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return self.settled(steps) if self.active else 0
+
+    def kept(self, groups: int) -> int:
+        """k: how many of so many groups stay."""
+        return groups - round(self.sparsity * groups)
+
+    def weights(self, grouped: Grouped) -> Tensor:
+        """d."""
+        return (grouped.sizes / grouped.sizes.mean()) ** self.power
+
+    def value(self, grouped: Grouped) -> Tensor:
+        return envelope(grouped.norms(), self.weights(grouped), self.kept(grouped.count))
+
+    def factors(self, grouped: Grouped, norms: Tensor, step: Tensor) -> Tensor:
+        return factors(norms, self.weights(grouped), self.kept(grouped.count), step)
+
+    def start(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, quality: Quality | None = None
+    ) -> WGSEFCourse:
+        return WGSEFCourse(self, model, optimizer, steps)
+
+
+class WGSEFCourse(ProximalCourse):
+    """`stays`: 1 for each group that stays, 0 for the others; None before it is settled."""
+
+    how: WGSEF
+    stays: Tensor | None = None
+
+    def stepped(self, grouped: Grouped) -> None:
+        if self.stays is None:
+            super().stepped(grouped)
+            if self.step >= self.how.settled(self.steps):
+                self._settle(grouped)
+        elif len(self.stays) != grouped.count:
+            raise RuntimeError(
+                f"{self.how!r} has settled which of {len(self.stays)} groups stay, and there are {grouped.count} now: "
+                "no allocator goes with it"
+            )
+        else:
+            grouped.scale(self.stays)
+
+    def on_end(self) -> None:
+        """A training that ended before it was settled is settled now."""
+        if self.how.active and self.stays is None:
+            self._settle(self.grouped())
+
+    @torch.no_grad()
+    def _settle(self, grouped: Grouped) -> None:
+        k = self.how.kept(grouped.count)
+        size = grouped.squares() / self.how.weights(grouped)
+        self.stays = torch.zeros_like(size)
+        self.stays[size.topk(k).indices] = 1.0
+        grouped.scale(self.stays)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {} if self.stays is None else {"stays": self.stays}, super().state()[1]
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        super().restore(tensors, values)
+        self.stays = tensors["stays"].to(self.grouped().sizes) if "stays" in tensors else None
