@@ -61,7 +61,9 @@ def prune_base(ctx: typer.Context, **typed: Any) -> None:
     path, out, to = typed["path"], typed["out"], typed["to"]
     shell.fresh(out)
     if path is not None:
-        given = [option for name, option in training._given(ctx).items() if name not in ("path", "out", "to", *FREE)]
+        given = [
+            option for name, option in training.typed_options(ctx).items() if name not in ("path", "out", "to", *FREE)
+        ]
         if given:
             raise ValueError(f"{path} has been trained: leave out {', '.join(given)}, which would change nothing")
         _write(path, out, to)

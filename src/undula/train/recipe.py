@@ -287,12 +287,7 @@ def refusals(
     if given := [p for p in own if isinstance(p, Penalty)]:
         yield "allocator", f"{given[0]!r} is a penalty: it goes into penalty=..., --penalty"
         return
-    for added in (p for p in penalty if p.active):
-        for name, found in (("penalty", method), *(("overrides", m) for m in overrides.values())):
-            if found is None or not added.serves(found):
-                yield name, added.refusal(found)
-        if added.fixed and any(isinstance(p, Allocator) for p in own):
-            yield "penalty", f"{added!r} settles which groups of factors stay, and {allocator!r} changes the factors"
+    yield from _unpenalised(allocator, method, overrides, penalty)
     if allocator is None:
         return
     for name, each in (("allocator", method), *(("overrides", m) for m in overrides.values())):
@@ -304,6 +299,19 @@ def refusals(
             f"{allocator!r} lets single entries of a factor begin again, and {optimiser!r} remembers sums of its rows "
             "and columns, which have no entries: take another optimiser, such as AdamW()",
         )
+
+
+def _unpenalised(
+    allocator: Procedure | None, method: Method | None, overrides: Mapping[str, Method], penalty: tuple[Penalty, ...]
+) -> Iterator[tuple[str, str]]:
+    """(field, why) of what penalties do not go with."""
+    own = getattr(allocator, "procedures", (allocator,))
+    for added in (p for p in penalty if p.active):
+        for name, found in (("penalty", method), *(("overrides", m) for m in overrides.values())):
+            if found is None or not added.serves(found):
+                yield name, added.refusal(found)
+        if added.fixed and any(isinstance(p, Allocator) for p in own):
+            yield "penalty", f"{added!r} settles which groups of factors stay, and {allocator!r} changes the factors"
 
 
 def has_pairs(method: Method) -> bool:
