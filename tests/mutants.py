@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
+SQUEEZE = "tests/laws/test_squeeze.py"
 ODD = "tests/laws/test_engine_odd.py"
 SERVED, KEYS = "tests/interop/test_serve_http.py", "tests/interop/test_serve_keys.py"
 USE = "tests/interop/test_use_"
@@ -87,6 +88,10 @@ JOBS = "tests/laws/test_jobs.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
+    ("compress/spectrum.py", "torch.sort(worth, descending=True", "torch.sort(worth, descending=False", SQUEEZE + "::test_a_budget_goes_where_it_keeps_most"),
+    ("compress/updates.py", "Pair(B_OR, without(A_RI, padding))", "Pair(B_OR, A_RI)", SQUEEZE + "::test_full_parameters_ties_padding_and_the_rest_stay"),
+    ("io/packing.py", "else t.numel() > max(shape)", "else t.numel() >= max(shape)", "tests/laws/test_quantise.py::test_what_is_small_or_counts_stays"),
+    ("ranks/insqueeze.py", "self._remember(A_RI, T_RK.T, alive", "self._remember(A_RI, P_KR, alive", "tests/oracles/test_insqueeze.py::test_moments_are_those_of_the_new_factors_gradients"),
     ("jobs/course.py", "torch.empty_like(p).copy_(g) if p.grad is None", "g if p.grad is None", JOBS + "::test_alone_in_the_engine_a_job_has_the_weights_of_train"),
     ("jobs/checkpoint.py", "course.skip(job.step)", "pass", JOBS + "::test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one"),
     ("jobs/streams.py", "self.here = [s for s in self.every if s.name == name]", "pass", JOBS + "::test_among_others_each_job_has_the_weights_that_it_has_alone"),
@@ -372,7 +377,7 @@ MUTANTS = [
     ("observe/padding.py", "self.scopes.append(self._scope(name, module, given))", "self.scopes.append(self.scopes[-1])", "tests/oracles/test_padding.py"),
     ("observe/padding.py", "if tuple(positions) in ((mask.numel(),), (1, mask.numel())):", "if False:", "tests/oracles/test_padding.py"),
     ("compress/collapse.py", "given = widened(batch) if widen() else batch", "given = batch", COLLAPSE),
-    ("kernels/svd.py", "k = r + max(r, oversample)", "k = r + oversample", COLLAPSE),
+    ("kernels/svd.py", "(like.shape[1], r + max(r, oversample))", "(like.shape[1], r + oversample)", COLLAPSE),
     ("observe/probe.py", "if n == name or has_directions(layer)", "if True", PROBE),
     ("observe/probe.py", "p.requires_grad_(True)", "pass", PROBE),
     ("methods/unilora.py", "first = site.once((*self._of_all(site), \"starts\"), starts)[site.name]", "first = 0 * site.once((*self._of_all(site), \"starts\"), starts)[site.name]", FROZEN + "::test_unilora_is_an_isometry"),

@@ -4,7 +4,7 @@ An adapter is a value; a method is a law W -> W'.
 """
 
 from . import combine, io, penalties, ranks, starts
-from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse, squeeze
+from .compress import Collapsed, LeastSquares, Substitute, Truncate, collapse, quantise, squeeze
 from .core import VERSION
 from .core.adapter import Adapter
 from .core.method import (
@@ -117,6 +117,7 @@ __all__ = [
     "penalised",
     "penalties",
     "prune",
+    "quantise",
     "ranks",
     "rows",
     "select",

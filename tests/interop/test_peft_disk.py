@@ -268,3 +268,20 @@ def test_numbers_without_a_dimension_are_still_read_under_peft(tmp_path):
     save_file({k: t[0] if t.shape == (1,) else t for k, t in tensors.items()}, file)
     again = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
     torch.testing.assert_close(again(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_peft_opens_quantised_factors_and_saves_numbers(tmp_path):
+    """The integers of `undula.quantise` become numbers on the way in; what PEFT saves holds numbers."""
+    undula.enable_peft()
+    own, x = llama(), tokens()
+    adapter = undula.attach(own, LoRA(r=4), ["q_proj", "v_proj"])
+    shake(adapter.parameters())
+    undula.quantise(adapter, 8, group=16).save(tmp_path / "q")
+    undula.detach(own)
+    undula.attach(own, undula.Adapter.load(tmp_path / "q"))
+    for low in (False, True):
+        model = peft.PeftModel.from_pretrained(llama(), tmp_path / "q", low_cpu_mem_usage=low)
+        torch.testing.assert_close(model.eval()(x).logits, own.eval()(x).logits)
+    model.save_pretrained(tmp_path / "numbers")
+    saved, read = (undula.Adapter.load(tmp_path / name) for name in ("numbers", "q"))
+    assert all(torch.equal(t, saved.factors[s][k]) for s, k, t in read.tensors())

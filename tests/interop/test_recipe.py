@@ -631,3 +631,58 @@ name = "half"
 exclude = ["*.1.*"]
 """
     assert {c.arm.name: c.method.r for c in Plan(parse(text)).cells} == {"LoRA": 2, "half": 4}
+
+
+# Going on from an adapter
+
+
+def test_a_training_goes_on_from_a_squeezed_adapter(usual, tmp_path):
+    """Trained at rank 4, squeezed to 2, trained on: it begins with what the squeezed adapter measures, at its ranks and
+    with its head; stopped and resumed it is the same."""
+    first = dataclasses.replace(usual, method=undula.LoRA(r=4), out=tmp_path / "first")
+    undula.train(first)
+    done = CliRunner().invoke(app, ["squeeze", str(first.out), "--budget", "7", "--out", str(tmp_path / "less")])
+    assert done.exit_code == 0, done.output
+    assert Run.load(tmp_path / "less").model == first.model
+    less = undula.Adapter.load(tmp_path / "less")
+    run = dataclasses.replace(
+        usual, method=None, where=Settings.where, begin_from=str(tmp_path / "less"), out=tmp_path / "on"
+    )
+    report = undula.train(run)
+    assert report["before"] == pytest.approx(undula.evaluate(tmp_path / "less"))
+    found = undula.Adapter.load(run.out)
+    assert found.methods == less.methods
+    assert all(not torch.equal(t, found.factors[s][k]) for s, k, t in less.tensors())
+    assert Run.load(run.out).begin_from == str(tmp_path / "less")
+    assert Run.load(run.out).method == less.method
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 5:
+                raise MemoryError
+
+    again = dataclasses.replace(run, out=tmp_path / "again")
+    with pytest.raises(MemoryError):
+        undula.train(again, callbacks=(Stop(),))
+    undula.train(Run.load(again.out), resume=True)
+    resumed = undula.Adapter.load(again.out)
+    assert all(torch.equal(t, resumed.factors[s][k]) for s, k, t in found.tensors())
+
+
+def test_what_a_training_cannot_go_on_from_is_refused(usual, tmp_path):
+    bare = undula.attach(
+        prepare(dataclasses.replace(usual, out=tmp_path / "x")).model, undula.LoRA(r=2), name="b"
+    ).copy()
+    dataclasses.replace(bare, full={}).save(tmp_path / "bare")
+    from_it = {"where": Settings.where, "method": None, "begin_from": tmp_path / "bare", "out": tmp_path / "y"}
+    with pytest.raises(ValueError, match=r"does not hold classifier.*trains in full here"):
+        prepare(dataclasses.replace(usual, **from_it))
+    with pytest.raises(ValueError, match="goes on with the adapter that is there, at its layers: leave out where"):
+        dataclasses.replace(usual, begin_from=tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"has LoRA\(r=2.*goes on with that; found SoRA"):
+        prepare(dataclasses.replace(usual, **{**from_it, "method": undula.SoRA()}))
+    bare.save(tmp_path / "other", base="elsewhere/model")
+    with pytest.raises(ValueError, match="is for elsewhere/model, and this run trains on"):
+        prepare(dataclasses.replace(usual, **{**from_it, "begin_from": tmp_path / "other"}))
+    with pytest.raises(FileNotFoundError):
+        prepare(dataclasses.replace(usual, **{**from_it, "begin_from": tmp_path / "nowhere"}))

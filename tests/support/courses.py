@@ -29,6 +29,7 @@ COURSES = {
     "DiffoRA": (GATED, ranks.DiffoRA(rho=0.5, search=0.5)),
     "DiffoRA, shared": (GATED, SHARED),
     "Budget": (GATED, ranks.Budget(total=8)),
+    "InSqueeze": (GATED, ranks.InSqueeze(ranks=(2, 1))),
     "ReLoRA": (undula.LoRA(r=2), ranks.ReLoRA(cycles=3)),
     "LoRASC": (undula.LoRA(r=2), ranks.LoRASC(cycles=3, merge=0.5, noise=0.05)),
     "LoRASC, whole": (undula.LoRA(r=2), ranks.LoRASC(cycles=3, noise=0.05)),

@@ -69,6 +69,7 @@ VERBS: dict[str, tuple[str, Callable[..., None]]] = {
     "export": (WRITE, collapsing.export),
     "collapse": (WRITE, collapsing.collapse),
     "squeeze": (WRITE, squeezing.squeeze),
+    "quantise": (WRITE, squeezing.quantise),
     "prune": (WRITE, adapters.prune),
     "prune-base": (WRITE, prune_base.prune_base),
     "cut": (WRITE, adapters.cut),

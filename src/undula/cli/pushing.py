@@ -118,6 +118,7 @@ def _abroad(path: Path) -> dict[str, Any]:
     """A run without this machine's paths: a base and data that lie elsewhere too keep their names."""
     said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     run = said["run"]
+    run.pop("begin_from", None)
     run["model"] = called_elsewhere(run["model"])
     run["data"] = Path(run["data"]).name if Path(run["data"]).is_absolute() else run["data"]
     return said

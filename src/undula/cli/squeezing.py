@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import compress
+from ..compress.squeezing import files_of
 from ..compress.targets import ByBudget, ByEnergy, ByError, ByRank, BySize, Target
 from ..core.adapter import Adapter
 from ..io import files
@@ -58,6 +59,34 @@ def squeeze(
         with _progress(place.name, len(outline.methods)) as seen:
             made = _squeezed(place, target, folder, called, seen)
         return _lost(outline, made, sum_of(folder))
+
+    _each(path, out, to, one)
+
+
+def quantise(
+    path: Where,
+    *,
+    out: shell.Out,
+    bits: Annotated[int, typer.Option(help="8 or 4: half and a quarter of what 16 bits take.")] = 8,
+    group: Annotated[int, typer.Option(help="Numbers that share a scale; fewer: more exact, larger.", min=1)] = 64,
+    to: shell.Json = None,
+) -> None:
+    """Store an adapter as integers; the error at every layer is printed.  It is opened as any other: reading makes
+    numbers of the integers.  A folder of adapters is quantised one by one."""
+
+    def one(place: Path, folder: Path, called: Path) -> dict[str, Any]:
+        outline = head(place).outline()
+        with _progress(place.name, len(outline.methods)) as seen:
+            made = compress.quantise_directory(place, folder, bits, group, seen)
+        what = "the update" if not made.by_factors else "the update, of some layers the factors,"
+        note = f"Stored as integers of {bits} bits in groups of {group}; relative error of {what} {made.error:.3g}."
+        _card(place, made.adapter, folder, called, note)
+        rows = [
+            {"layer": s, "relative error": e, "of": "factors" if s in made.by_factors else "update"}
+            for s, e in made.errors.items()
+        ]
+        sizes = {"bytes_before": files_of(place), "bytes": files_of(folder)}
+        return {"error": made.error, "bits": bits, **sizes, "layers": rows}
 
     _each(path, out, to, one)
 

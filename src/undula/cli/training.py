@@ -95,8 +95,10 @@ def train(ctx: typer.Context, **typed: Any) -> None:
         task = said["task"] if "task" in said and "task" not in given else typed["task"]
         typed["task_set"] = [*columns(task, typed["column"]), *typed["task_set"]]
         given["task_set"] = "--column"
+    if typed["begin_from"] is not None and "method" not in given:
+        typed["method"] = "none"  # the adapter's
     made = declared.values(Run, typed, said, given)
-    if made["method"] is None:
+    if made["method"] is None and made.get("begin_from") is None:
         _check_none(given)
     if typed["dry_run"]:
         _look(Run(**made) if "out" in made else Recipe(**made), to)

@@ -15,6 +15,7 @@ from .least_squares import LeastSquares
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .quantising import Quantised, quantise_directory
     from .squeezing import Squeezed, squeeze_directory
     from .targets import ByBudget, ByEnergy, ByError, ByRank, BySize, Target
 
@@ -29,6 +30,7 @@ __all__ = [
     "Exact",
     "Fit",
     "LeastSquares",
+    "Quantised",
     "Randomised",
     "Solver",
     "Squeezed",
@@ -36,12 +38,14 @@ __all__ = [
     "Target",
     "Truncate",
     "collapse",
+    "quantise",
+    "quantise_directory",
     "squeeze",
     "squeeze_directory",
 ]
-LATER = dict.fromkeys(("Squeezed", "squeeze_directory"), "squeezing") | dict.fromkeys(
-    ("ByBudget", "ByEnergy", "ByError", "ByRank", "BySize", "Target"), "targets"
-)
+LATER = dict.fromkeys(("Quantised", "quantise_directory"), "quantising")
+LATER |= dict.fromkeys(("Squeezed", "squeeze_directory"), "squeezing")
+LATER |= dict.fromkeys(("ByBudget", "ByEnergy", "ByError", "ByRank", "BySize", "Target"), "targets")
 
 
 def __getattr__(name: str) -> Any:
@@ -74,3 +78,20 @@ def squeeze(
     from .squeezing import squeeze
 
     return squeeze(adapter, target, solver=solver, seen=seen)
+
+
+def quantise(
+    adapter: Adapter, bits: int = 8, *, group: int = 64, seen: Callable[[str], object] | None = None
+) -> Quantised:
+    """An adapter whose files hold integers of 8 or 4 bits in groups that share a scale, and what that costs.
+
+        undula.quantise(adapter, 8).save("half")
+
+    Half and a quarter of what 16 bits take.  The large factors of every method are rounded, each to its nearest; small
+    ones (gates, DoRA's magnitudes) and parameters in full stay as they are.  Reading makes numbers of the integers, so
+    that the directory is loaded, attached, served, merged and exported as any other, and what is saved from there holds
+    numbers again.  The form: `undula.io.packing`.  Raises ValueError, naming the site, for NaN in a factor.
+    """
+    from .quantising import quantise
+
+    return quantise(adapter, bits, group, seen)

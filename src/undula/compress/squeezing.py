@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.method import Factors, Method
+from ..host import views
 from ..host.sharded import check_whole
 from ..io import files
 from ..io.diffusers import WEIGHTS
@@ -33,7 +34,7 @@ from ..kernels.solver import Randomised, Solver
 from ..methods.lora import LoRA
 from .spectrum import Spectrum
 from .targets import EachSite, Target
-from .updates import Update, around, beside, inside, update_of
+from .updates import Update, inside, update_of
 
 Seen = Callable[[str], object]
 
@@ -78,7 +79,7 @@ def squeeze_directory(
             if cut.f is not None:
                 writer.add(replace(_assembled(outline, {site: cut}), full={}))
             made[site] = replace(cut, f=None)
-        squeezed = writer.finish(_InFull(opened), outline.about, outline.weight)
+        squeezed = writer.finish(InFull(opened), outline.about, outline.weight)
     return _told(squeezed, made, (files_of(path), files_of(out)))
 
 
@@ -88,7 +89,7 @@ def files_of(path: str | Path) -> int:
     return sum(file.stat().st_size for name in names if (file := Path(path) / name).is_file())
 
 
-class _InFull(Mapping[str, Tensor]):
+class InFull(Mapping[str, Tensor]):
     """What a directory holds in full, read when it is asked for."""
 
     def __init__(self, opened: Opened):
@@ -221,10 +222,12 @@ def _cut(outline: Adapter, site: str, f: Factors, update: Update, k: int) -> _Cu
 
 def _placed(outline: Adapter, site: str, f: Factors, B: Tensor, A: Tensor, missed: float, whole: float) -> _Cut:
     """The pair as what stands at the site: with DoRA's magnitudes, where there are some."""
-    method, k = outline.methods[site], A.shape[0]
-    kept = {n: f[n].detach().clone() for n in beside(method)}
+    k = A.shape[0]
+    method = outline.methods[site].around(LoRA(r=k, alpha=float(k)))
+    names = set(method.init(views.outline(site, outline.shapes[site]))) - {"A", "B"}
+    kept = {n: f[n].detach().clone() for n in sorted(names)}
     made = {n: t.requires_grad_() for n, t in {"A": A, "B": B, **kept}.items()}
-    return _Cut(around(method, LoRA(r=k, alpha=float(k))), made, k, missed, whole)
+    return _Cut(method, made, k, missed, whole)
 
 
 def _assembled(outline: Adapter, made: Mapping[str, _Cut]) -> Adapter:

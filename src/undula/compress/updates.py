@@ -10,8 +10,6 @@ from torch import Tensor
 from ..core.method import Additive, Factors, LowRank, Method, Reweight
 from ..kernels import svd
 from ..kernels.solver import Solver
-from ..methods.dora import DoRA
-from ..methods.dropout import Dropout
 from .spectrum import Spectrum
 
 BLOCK = 1 << 22  # numbers of a block: 32 MiB of float64
@@ -91,33 +89,18 @@ def carrying(s: Tensor, size: int) -> int:
 def inside(site: str, method: Method) -> Additive:
     """The method whose update is truncated: what dropout and DoRA's magnitudes are around.  Raises TypeError where
     there is none."""
-    if isinstance(method, Dropout | DoRA):
-        return inside(site, method.inner)
-    if isinstance(method, Additive):
-        return method
-    if isinstance(method, Reweight):
+    law = method.inside()
+    if isinstance(law, Additive):
+        return law
+    if isinstance(law, Reweight):
         raise TypeError(
-            f"{method!r} at {site} stands on the rung {method.rung()}: its update W' - W is known only together with "
+            f"{law!r} at {site} stands on the rung {law.rung()}: its update W' - W is known only together with "
             "the base. undula.collapse(model, Truncate(r)) truncates it there"
         )
     raise TypeError(
-        f"{method!r} at {site} stands on the rung {method.rung()}: it has no update dW to squeeze. undula.collapse "
+        f"{law!r} at {site} stands on the rung {law.rung()}: it has no update dW to squeeze. undula.collapse "
         "fits a LowRank adapter to what it does: collapse(model, LeastSquares(r, calibration))"
     )
-
-
-def beside(method: Method) -> tuple[str, ...]:
-    """The factors of what is around the squeezed method."""
-    if isinstance(method, Dropout):
-        return beside(method.inner)
-    return ("m",) if isinstance(method, DoRA) else ()
-
-
-def around(method: Method, lora: Method) -> Method:
-    """`lora` in what was around the squeezed method."""
-    if isinstance(method, Dropout):
-        return Dropout(around(method.inner, lora), method.p)  # on the rung of what is inside now
-    return DoRA(around(method.inner, lora)) if isinstance(method, DoRA) else lora
 
 
 def update_of(
@@ -126,22 +109,32 @@ def update_of(
     """The update of a site; column `padding` of it stays the base's.  Raises TypeError below the Additive rung,
     ValueError for NaN or infinity."""
     law = inside(site, method)
+    check_finite(site, f)
+    f = {k: t.detach().double() if t.is_floating_point() else t for k, t in f.items()}
+    if isinstance(law, LowRank):
+        B_OR, A_RI = law.pair(f)
+        return Pair(B_OR, without(A_RI, padding))
+    return Computed(blocks_of(law, f, shape, padding), solver)
+
+
+def check_finite(site: str, f: Factors) -> None:
+    """Raises ValueError for NaN or infinity."""
     for name, t in f.items():
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise ValueError(
                 f"{site}: the factor {name} holds NaN or infinity; the adapter is damaged or diverged, and nothing can "
-                "be squeezed"
+                "be made of it"
             )
-    f = {k: t.detach().double() if t.is_floating_point() else t for k, t in f.items()}
-    if isinstance(law, LowRank):
-        B_OR, A_RI = law.pair(f)
-        return Pair(B_OR, _without(A_RI, padding))
+
+
+def blocks_of(law: Additive, f: Factors, shape: tuple[int, int], padding: int | None) -> svd.Blocks:
+    """dW a block of rows at a time; a method that cannot compute some rows alone gives them all."""
     step = max(1, BLOCK // max(1, shape[1])) if type(law).rows is not Additive.rows else shape[0]
     device = next(iter(f.values())).device
-    return Computed(svd.Blocks(shape, lambda some: _without(law.rows(f, some), padding), step, device), solver)
+    return svd.Blocks(shape, lambda some: without(law.rows(f, some), padding), step, device)
 
 
-def _without(M_KI: Tensor, column: int | None) -> Tensor:
+def without(M_KI: Tensor, column: int | None) -> Tensor:
     if column is None:
         return M_KI
     return M_KI.index_fill(1, torch.tensor([column], device=M_KI.device), 0.0)

@@ -246,6 +246,15 @@ class Method(Choice):
         """The same function outside training: the method inside dropout, which has no factors of its own."""
         return self
 
+    def inside(self) -> Method:
+        """The method whose update can be exchanged for another with the same thing around it (dropout, DoRA's
+        magnitudes); itself where nothing of that kind is around it."""
+        return self
+
+    def around(self, other: Method) -> Method:
+        """`other` in the place of the method inside."""
+        return other
+
     def most(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """The largest value of the field `size` that makes sense over sites of these shapes (O, I)."""
         return max(min(shape) for shape in shapes.values())

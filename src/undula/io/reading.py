@@ -17,11 +17,12 @@ from ..host.checks import check_shapes
 from ..host.views import outline
 from ..kernels import frozen
 from . import files
+from .packing import unpacked
 
 VERSION = 1
 TYPE, MARK = "UNDULA", ".undula_factors."
 ABOUT = ("classes", "created_by", "training")  # of `Adapter.about`, what no other reader knows
-OWN = {"version", "methods", "sites", "order", "kernels", "apart", "tied", "rebuilt", "frozen", *ABOUT}
+OWN = {"version", "methods", "sites", "order", "kernels", "apart", "tied", "rebuilt", "frozen", "quantised", *ABOUT}
 LARGEST_SIDE = 1 << 31  # rows or columns of a layer
 MOST_CHOICES, DEEPEST = 20_000, 100  # methods within methods, and what they are made of
 
@@ -139,7 +140,7 @@ def assemble(
         place[files.check_name(factor, "parameter")] = t
     if not stored and not full:
         raise ValueError(f"{path} holds neither factors nor parameters")
-    factors = _checked(methods, shapes, stored, checksums, path)
+    factors = _checked(methods, shapes, stored, own, checksums, path)
     _mark_frozen(factors, own.get("frozen", []), path)
     for t in full.values():
         t.requires_grad_()
@@ -165,6 +166,7 @@ def _checked(
     methods: dict[str, Method],
     shapes: dict[str, tuple[int, int]],
     stored: dict[str, dict[str, Tensor]],
+    own: Mapping[str, Any],
     checksums: Mapping[str, Any],
     path: str,
 ) -> dict[str, Factors]:
@@ -182,6 +184,7 @@ def _checked(
         lacking[site][factor] = made[factor]
     for site, f in stored.items():
         wanted = methods[site].init(outlines[site])
+        f = stored[site] = unpacked(f, wanted, own.get("quantised"), f"{path}: {site}")
         f.update(with_dimension(f, wanted))
         check_shapes(f"{path}: {site}", {**f, **lacking[site]}, wanted)
     held = sum({id(t): t.numel() for f in stored.values() for t in f.values()}.values())

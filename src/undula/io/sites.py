@@ -29,6 +29,7 @@ from . import diffusers, files, lora_parameters, tensorfile
 from .files import PREFIX
 from .native import README, Once, checked
 from .outline import Head
+from .packing import SCALE, Packing
 from .peft import placed, read_lora
 from .reading import TYPE, key_of, rebuild
 from .spool import Spool
@@ -121,11 +122,20 @@ class _Own:
             outline, only = self.opened.outline, {key: self.rebuilt[key]}
             ((_, _, t),) = rebuild(outline.methods, outline.shapes, only, str(self.opened.path))
         else:
-            t = self.opened.tensors({key})[key].reshape(like.shape)
+            t = self._read(key, like)
         t.requires_grad_(like.requires_grad)
         if once[0] in self.often:
             self.kept[once] = t
         return t
+
+    def _read(self, key: str, like: Tensor) -> Tensor:
+        """A factor of the file, of integers where it holds these."""
+        if key + SCALE not in self.opened.head.entries:
+            return self.opened.tensors({key})[key].reshape(like.shape)
+        found = self.opened.tensors({key, key + SCALE})
+        said = self.opened.head.config["undula"].get("quantised")
+        how = Packing.decode(said, str(self.opened.path))
+        return how.unpack(found[key], found[key + SCALE], like.shape, f"{self.opened.path}: {key}")
 
 
 class _PlainLoRA:
@@ -237,6 +247,10 @@ class Writer:
     def _put(self, t: Tensor) -> Tensor:
         return self.spool.put(self.next, t)
 
+    def _stored(self, config: dict[str, Any], keys: set[str]) -> set[str]:
+        """What the file holds for these keys of the adapter; `config` is written with it."""
+        return keys
+
     def finish(
         self,
         full: Mapping[str, Tensor] | None = None,
@@ -250,7 +264,7 @@ class Writer:
         merged = {n: {k: v for part in self.parts for k, v in getattr(part, n).items()} for n in named}
         outline = Adapter(**merged, full=held, about=about or {}, weight=weight)
         config, tensors = checked(outline, None, None, str(self.path), lambda t: self.checksums.get(id(t), ""))
-        for key in set(self.spool.outlines) - set(tensors):
+        for key in set(self.spool.outlines) - self._stored(config, set(tensors)):
             self.spool.drop(key)  # made anew from a seed
         files.place(self.path, config, self.spool.contents(), self.spool.write, README)
         self.made = False

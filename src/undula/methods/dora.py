@@ -95,6 +95,12 @@ class DoRA(Reweight):
     def unwrapped(self) -> Method:
         return self.inner.unwrapped()
 
+    def inside(self) -> Method:
+        return self.inner.inside()
+
+    def around(self, other: Method) -> Method:
+        return DoRA(self.inner.around(other))
+
     def settled(self, layer: Layer, f: Factors) -> Settled | None:
         if not isinstance(self.inner, LowRank):
             return None

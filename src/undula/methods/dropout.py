@@ -158,6 +158,12 @@ class Dropout(Wrapper):
     def unwrapped(self) -> Method:
         return self.inner.unwrapped()
 
+    def inside(self) -> Method:
+        return self.inner.inside()
+
+    def around(self, other: Method) -> Method:
+        return Dropout(self.inner.around(other), self.p)  # on the rung of what is inside now
+
     def undropped(self) -> Method:
         return self.inner.undropped()
 

@@ -8,6 +8,7 @@ from .budget import Budget
 from .diffora import DiffoRA
 from .dylora import DyLoRA
 from .gates import live
+from .insqueeze import InSqueeze
 from .l2sp import L2SP
 from .lorasc import LoRASC
 from .procedure import Course, Procedure, Quality
@@ -26,6 +27,7 @@ __all__ = [
     "Course",
     "DiffoRA",
     "DyLoRA",
+    "InSqueeze",
     "LoRASC",
     "Procedure",
     "Quality",

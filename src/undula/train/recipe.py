@@ -50,6 +50,7 @@ FIRST = frozenset({
     *("dtype", "bits", "by_chance", "probe_batches"),
 })  # fmt: skip
 
+PLACES = ("where", "exclude", "overrides", "probe_batches")  # what an adapter that is there says by itself
 DATA, LAYERS, TRAINING, EVALUATION, OUTPUT = PANELS = (
     *("Model, data and task", "Method and layers", "Training", "Evaluation", "Run and output"),
 )
@@ -174,6 +175,12 @@ class Recipe(Settings):
     allocator: Procedure | None = option(
         None, "Who gets how much rank, when; or a penalty: see `undula methods`.", options="--allocate", panel=LAYERS
     )
+    begin_from: str | None = option(
+        None,
+        "The directory of an adapter to go on from, squeezed or combined: its methods, layers, numbers and head.",
+        flag="--from",
+        panel=LAYERS,
+    )
     lr: Positive = option(1e-3, "Learning rate, at the top of the schedule.")
     seed: Seed32 = option(0, "Of the factors, a new head, the order of rows, dropout, the split.")
     train_rows: Count | None = option(None, "So many training rows, sampled. (default: all)", panel=DATA)
@@ -206,7 +213,15 @@ class Recipe(Settings):
     )
 
     def __post_init__(self) -> None:
-        for _, why in refusals(self.allocator, self.method, self.overrides, self.optimiser, self.penalty):
+        if self.begin_from is not None:
+            fixed = [f.name for f in told(Settings) if f.name in PLACES and getattr(self, f.name) != default_of(f)]
+            if fixed:
+                raise ValueError(
+                    f"begin_from goes on with the adapter that is there, at its layers: leave out {', '.join(fixed)}"
+                )
+        known = self.begin_from is None or self.method is not None  # else it is the adapter's: told when it is read
+        parts = self.allocator, self.method, self.overrides, self.optimiser, self.penalty
+        for _, why in refusals(*parts) if known else ():
             raise ValueError(why)
         if self.task.own_loss and (odd := [p for p in self.penalty if p.answers and p.active]):
             raise ValueError(
@@ -232,7 +247,7 @@ class Recipe(Settings):
         if name in kinds and not isinstance(value, kinds[name][0]) and (value is not None or name == "task"):
             kind, such = kinds[name]
             raise TypeError(f"{name} is a {kind.__name__} such as {such}, found {value!r:.80}")
-        if name in ("model", "data"):
+        if name in ("model", "data") or (name == "begin_from" and value is not None):
             return os.fspath(checked_path(name, value))
         if name == "skip_faulty":  # no row is no share
             return None if type(value) in (int, float) and value == 0 else value
@@ -257,8 +272,9 @@ class Recipe(Settings):
     def encode(self) -> dict[str, Any]:
         """As JSON values; paths that exist here are made absolute, and the schedule is the one that applies."""
         said = {f.name: getattr(self, f.name) for f in told(Recipe)}
-        for name in ("model", "data"):
-            said[name] = str(Path(said[name]).resolve()) if Path(said[name]).exists() else said[name]
+        for name in ("model", "data", "begin_from"):
+            here = said[name] is not None and Path(said[name]).exists()
+            said[name] = str(Path(said[name]).resolve()) if here else said[name]
         plain = self.rates() == Linear() and self._brought() is None
         said["schedule"] = None if plain else self.rates()
         kept = {f.name for f in told(Recipe) if f.name in FIRST or said[f.name] != default_of(f)}

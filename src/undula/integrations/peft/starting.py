@@ -60,7 +60,10 @@ def by_record(
     if live is not None and not meta:
         _take_frozen(new, live)
     new = replace(new, apart={**own["apart"], **new.apart}, about=reading.told(own, files.CONFIG))
-    return new, _record(new, seeded)
+    record_made = _record(new, seeded)
+    if "quantised" in own:  # until the integers have come, see `storing.checked`
+        record_made["quantised"] = own["quantised"]
+    return new, record_made
 
 
 def _part(record: Mapping[str, Any], sites: Collection[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...host.checks import check_range, check_shapes
 from ...host.views import site
-from ...io import files, reading
+from ...io import files, packing, reading
 from .config import UndulaConfig
 from .layer import UndulaLayer, hosts
 from .starting import factors_of, methods_of, record_of
@@ -72,6 +72,15 @@ def checked(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) ->
         if at is not None:  # else it is of modules_to_save: PEFT looks after those
             state_dict[key] = reading.with_dimension({factor: t}, wanted.get(at, {})).get(factor, t)
             found.setdefault(at, {})[factor] = state_dict[key]
+    for at, f in found.items():
+        found[at] = packing.unpacked(f, wanted.get(at, {}), record.get("quantised"), f"{name}: {at}")
+    record.pop("quantised", None)  # what is saved from here are numbers
+    state_dict = {
+        k: found[at][n] if at is not None else t
+        for k, t in state_dict.items()
+        for at, n in [reading.split(k)]
+        if not k.endswith(packing.SCALE)
+    }
     for at, factors in wanted.items():
         rebuilt = {k: t for k, t in factors.items() if reading.key_of(at, k) in record["rebuilt"]}
         found[at] = {**rebuilt, **found[at]}
