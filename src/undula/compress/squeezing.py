@@ -225,9 +225,8 @@ def _placed(outline: Adapter, site: str, f: Factors, B: Tensor, A: Tensor, misse
     k = A.shape[0]
     method = outline.methods[site].around(LoRA(r=k, alpha=float(k)))
     names = set(method.init(views.outline(site, outline.shapes[site]))) - {"A", "B"}
-    kept = {n: f[n].detach().clone() for n in sorted(names)}
-    made = {n: t.requires_grad_() for n, t in {"A": A, "B": B, **kept}.items()}
-    return _Cut(method, made, k, missed, whole)
+    kept = {n: f[n].detach().clone().requires_grad_(f[n].requires_grad) for n in sorted(names)}
+    return _Cut(method, {"A": A.requires_grad_(), "B": B.requires_grad_(), **kept}, k, missed, whole)
 
 
 def _assembled(outline: Adapter, made: Mapping[str, _Cut]) -> Adapter:

@@ -103,9 +103,11 @@ def is_packed(t: Tensor, shape: tuple[int, int]) -> bool:
     return t.numel() >= min(shape) if t.ndim > 1 else t.numel() > max(shape)
 
 
-def unpacked(f: Mapping[str, Tensor], wanted: Mapping[str, Tensor], said: Any, path: str) -> dict[str, Tensor]:
-    """The factors of a site with numbers in the place of integers and scales; `wanted` has their shapes.  Raises
-    ValueError."""
+def unpacked(
+    f: Mapping[str, Tensor], wanted: Mapping[str, Tensor], said: Any, path: str, once: dict[int, Tensor]
+) -> dict[str, Tensor]:
+    """The factors of a site with numbers in the place of integers and scales; `wanted` has their shapes, `once` what was
+    made of integers that sites share, and that live as long as it.  Raises ValueError."""
     scaled = [name for name in f if name.endswith(SCALE)]
     if not scaled:
         return dict(f)
@@ -115,7 +117,10 @@ def unpacked(f: Mapping[str, Tensor], wanted: Mapping[str, Tensor], said: Any, p
         factor = name.removesuffix(SCALE)
         if factor not in found or factor not in wanted:
             raise ValueError(f"{path}: {name} holds the scales of a factor that is not there")
-        found[factor] = how.unpack(found[factor], f[name], wanted[factor].shape, f"{path}: {factor}")
+        q = found[factor]
+        if id(q) not in once:
+            once[id(q)] = how.unpack(q, f[name], wanted[factor].shape, f"{path}: {factor}")
+        found[factor] = once[id(q)]
     return found
 
 

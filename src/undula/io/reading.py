@@ -182,9 +182,10 @@ def _checked(
         if factor in stored[site]:
             raise ValueError(f"{path}: {site}.{factor} is rebuilt from a seed, and in the file as well")
         lacking[site][factor] = made[factor]
+    once: dict[int, Tensor] = {}
     for site, f in stored.items():
         wanted = methods[site].init(outlines[site])
-        f = stored[site] = unpacked(f, wanted, own.get("quantised"), f"{path}: {site}")
+        f = stored[site] = unpacked(f, wanted, own.get("quantised"), f"{path}: {site}", once)
         f.update(with_dimension(f, wanted))
         check_shapes(f"{path}: {site}", {**f, **lacking[site]}, wanted)
     held = sum({id(t): t.numel() for f in stored.values() for t in f.values()}.values())

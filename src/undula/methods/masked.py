@@ -69,6 +69,12 @@ class Masked(Reweight):
     def unwrapped(self) -> Method:
         return self.inner.unwrapped()
 
+    def inside(self) -> Method:
+        return self.inner.inside()
+
+    def around(self, other: Method) -> Method:
+        return Masked(self.inner.around(other))
+
     def weight(self, W_OI: Tensor, f: Factors) -> Tensor:
         return self._inner.weight(W_OI, own(f)) * f["mask"]
 

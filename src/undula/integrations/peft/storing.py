@@ -72,8 +72,9 @@ def checked(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) ->
         if at is not None:  # else it is of modules_to_save: PEFT looks after those
             state_dict[key] = reading.with_dimension({factor: t}, wanted.get(at, {})).get(factor, t)
             found.setdefault(at, {})[factor] = state_dict[key]
+    once: dict[int, Tensor] = {}
     for at, f in found.items():
-        found[at] = packing.unpacked(f, wanted.get(at, {}), record.get("quantised"), f"{name}: {at}")
+        found[at] = packing.unpacked(f, wanted.get(at, {}), record.get("quantised"), f"{name}: {at}", once)
     record.pop("quantised", None)  # what is saved from here are numbers
     state_dict = {
         k: found[at][n] if at is not None else t
