@@ -106,8 +106,8 @@ def is_packed(t: Tensor, shape: tuple[int, int]) -> bool:
 def unpacked(
     f: Mapping[str, Tensor], wanted: Mapping[str, Tensor], said: Any, path: str, once: dict[int, Tensor]
 ) -> dict[str, Tensor]:
-    """The factors of a site with numbers in the place of integers and scales; `wanted` has their shapes, `once` what was
-    made of integers that sites share, and that live as long as it.  Raises ValueError."""
+    """The factors of a site with numbers in the place of integers and scales; `wanted` has their shapes, `once` what
+    was made of integers that sites share, and that live as long as it.  Raises ValueError."""
     scaled = [name for name in f if name.endswith(SCALE)]
     if not scaled:
         return dict(f)
