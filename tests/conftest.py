@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 import sys
 import tempfile
@@ -12,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 import pytest
 import torch
 
-from .support import device, warm
+from .support import device, thinning, warm
 
 WARM = "UNDULA_TESTS_WARM"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -20,10 +21,12 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 def pytest_addoption(parser):
     parser.addoption("--few", type=int, metavar="N", help="of every test's cases only N, evenly spread")
+    parser.addoption("--all-cases", action="store_true", help="whole products of cases, see support/thinning.py")
 
 
 def pytest_collection_modifyitems(config, items):
     device.deselect(config, items)
+    thinning.deselect(config, items)
     few, cases = config.getoption("--few"), {}
     if few is None:
         return
@@ -43,7 +46,11 @@ def pytest_configure(config):
     mutants put other sources in its place."""
     from undula.train import page
 
+    config.addinivalue_line("markers", thinning.MARKER)
     device.choose()
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True  # else pytest hangs its handlers on each of torch's 44, six times for every test
     config.drawn, page.write = page.write, lambda *_: None
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         config.warm = tempfile.TemporaryDirectory()
@@ -86,7 +93,9 @@ def pytest_runtest_setup():
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` takes a millisecond for devices that are not there
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     yield
     torch.set_default_dtype(torch.float32)
 

@@ -250,7 +250,7 @@ MUTANTS = [
     ("host/views.py", "if layer.product and not more and not named:", "if not more and not named:", OPTIONS),
     ("host/views.py", "layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype), layer.bias)",
      "layer.stays(W_OI, method.weight(W_OI, f)).to(W_OI.dtype))", OPTIONS),
-    ("host/views.py", "in ((1, False), (1000, False), (1, True))", "in ((1e-6, False),)", OPTIONS),
+    ("host/product.py", "in ((1, False), (1000, False), (1, True))", "in ((1e-6, False),)", OPTIONS),
     ("host/build.py", "first if first is t or torch.equal(first, t) else t", "t", SETTINGS),
     ("host/merging.py", "if len(held) > 2:", "if False:", SETTINGS),
     ("host/merging.py", "c.tie_word_embeddings = False", "pass", SETTINGS),
@@ -524,7 +524,7 @@ def failing(tests: str, copy: Path) -> str | None:
         for name in [m for m in sys.modules if m.partition(".")[0] in ("undula", "tests")]:
             del sys.modules[name]  # conftest loads the sources as they are: without this every mutant would survive
         os.environ["PYTHONPATH"] = str(copy)  # of processes that tests start
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=300"]
+        options = ["-x", "-q", "--all-cases", "-p", "no:cacheprovider", "-o", "timeout=300"]
         with contextlib.suppress(BaseException):
             os._exit(pytest.main([*options, *shlex.split(tests)]))
         os._exit(70)

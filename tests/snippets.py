@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from support import warm
 
+LONG = ("README.md", "study.md", "compare.md", "jobs.md", "training.md")  # come first: none is left to one process
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.M | re.S)
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     paths = [Path(p).resolve() for p in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder, warm.commands(folder):
         os.environ["PATH"] = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        pages(paths)
+        pages(sorted(paths, key=lambda path: path.name not in LONG))
 
 
 def pages(paths: list[Path]) -> None:

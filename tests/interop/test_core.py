@@ -1,6 +1,7 @@
 """Installations with the declared core dependencies alone, or with one extra: what needs no more works, the rest says
 which extra it needs."""
 
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -99,11 +100,13 @@ def brought(*extras):
     return found
 
 
+owners = functools.cache(importlib.metadata.packages_distributions)  # {module: the packages that bring it}
+
+
 def absent(*extras):
     """The installed modules that the core and the extras do not bring."""
     there = brought(*extras)
-    owners = importlib.metadata.packages_distributions()
-    named = {m: {re.sub(r"[-_.]+", "-", d).lower() for d in ds} for m, ds in owners.items()}
+    named = {m: {re.sub(r"[-_.]+", "-", d).lower() for d in ds} for m, ds in owners().items()}
     return sorted(m for m, ds in named.items() if not ds & (there | {"undula"}))
 
 
@@ -129,11 +132,10 @@ def test_the_core_is_torch_alone():
 @pytest.mark.parametrize("extra", extras.BROUGHT)
 def test_the_advice_knows_what_each_extra_brings(extra):
     """Every package that it speaks of comes with the extra that it names."""
-    owners = importlib.metadata.packages_distributions()
-    if not set(extras.BROUGHT[extra]) & set(owners):
+    if not set(extras.BROUGHT[extra]) & set(owners()):
         pytest.skip(f"the extra {extra} is not installed")
     for package in extras.packages(extra):
-        assert {re.sub(r"[-_.]+", "-", d).lower() for d in owners[package]} & brought(extra), package
+        assert {re.sub(r"[-_.]+", "-", d).lower() for d in owners()[package]} & brought(extra), package
 
 
 def test_every_method_trains_saves_loads_and_leaves(tmp_path):

@@ -87,6 +87,7 @@ def alive(model, x, name="default"):
     return all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0 for p in mine)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "method", [m() for m in Method.registry.values() if m not in (undula.Dropout, undula.Sum, Centred)], ids=repr
 )

@@ -1,7 +1,6 @@
 """Training under PEFT by the real trainers, and everything again in a process that knows nothing of this one."""
 
 import subprocess
-import sys
 
 import peft
 import pytest
@@ -217,9 +216,3 @@ def test_fresh_process(tmp_path, python):
     (tmp_path / "native.pt").write_bytes((tmp_path / "loran.pt").read_bytes())
     done = subprocess.run([python, "-c", FRESH, tmp_path], capture_output=True, text=True, check=False)
     assert done.stdout.split() == sorted([*methods, "native"]), done.stderr[-3000:]
-
-
-def test_undula_imports_neither():
-    code = "import sys, undula; print(sorted({'peft', 'transformers', 'trl', 'accelerate'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

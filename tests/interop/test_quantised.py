@@ -81,6 +81,7 @@ def test_what_is_read_is_what_the_layer_computes_with(base):
     torch.testing.assert_close(layer(x), F.linear(x, bases.dense(layer), layer.bias), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.every(2)
 @two_bases
 @pytest.mark.parametrize("m", ZOO, ids=repr)
 def test_every_method_is_what_it_is_over_dense_weights(base, m):

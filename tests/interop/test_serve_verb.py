@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -170,11 +169,11 @@ def test_the_address_that_is_told_takes_requests(folder, monkeypatch):
     assert taken
 
 
-def test_a_whole_life_ends_by_sigterm_with_the_running_answer_whole(folder):
+def test_a_whole_life_ends_by_sigterm_with_the_running_answer_whole(python, folder):
     """One adapter's directory is enough to serve it; a stream that runs when the signal comes is finished, a request
     that comes later is refused, and the process ends with 0."""
     command = [
-        sys.executable,
+        python,
         "-m",
         "undula",
         "serve",

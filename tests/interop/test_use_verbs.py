@@ -41,6 +41,7 @@ def images(tmp_path_factory):
     return small.images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("given", ["csv", "tsv", "jsonl", "parquet", "txt", "texts", "input"])
 @pytest.mark.parametrize("out", [None, "csv", "jsonl"])
 def test_rows_come_back_with_their_answers_in_their_order(texts, tmp_path, given, out):

@@ -42,6 +42,7 @@ def perturbed(m, layer):
     return shaken(m, site("l", layer), 0.1)
 
 
+@pytest.mark.every(3)
 @each(ZOO)
 @each_layer
 def test_starts_at_the_base(m, kind):
@@ -55,6 +56,7 @@ def test_starts_at_the_base(m, kind):
         assert 0 < (y - base).norm() < 0.5 * base.norm()
 
 
+@pytest.mark.every(3)
 @each(ZOO)
 @each_layer
 def test_moves_when_trained(m, kind):
@@ -78,6 +80,7 @@ def test_moves_when_trained(m, kind):
     assert losses[2] < losses[0]
 
 
+@pytest.mark.every(2)
 @each(MERGEABLE)
 @each_layer
 def test_forward_is_weight(m, kind):
@@ -105,6 +108,7 @@ def test_delta_is_pair(m):
     torch.testing.assert_close(m.delta(f), B_OR @ A_RI)
 
 
+@pytest.mark.every(3)
 @each([m for m in ZOO if not isinstance(m, DoRA) and not isinstance(getattr(m, "inner", None), DoRA)])
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
 def test_gradients(m, kind):

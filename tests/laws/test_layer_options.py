@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 GROUPED = [undula.LoRAN(r=2), undula.SHiRA(r=1), undula.DoRA(undula.LoRAN(r=2))]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("padding", [0, 4, -1])
 @pytest.mark.parametrize("method", ZOO, ids=repr)
 def test_the_padding_of_an_embedding_stays_the_bases(method, padding):

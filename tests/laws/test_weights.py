@@ -201,6 +201,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_acts_wherever_it_stands(kind, method, tmp_path):

@@ -4,6 +4,7 @@ the same battery."""
 import contextlib
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from undula.ranks import memory
 from undula.ranks.surgery import adopt
 
 from ..support.courses import ALL, COURSES, STEPS, Loop, assert_equal, batch, check_complete, every, net
+from ..support.processes import together
 
 each = pytest.mark.parametrize("name", ALL)
 
@@ -76,6 +78,7 @@ def resumed(name, folder, start_first):
     return loop
 
 
+@pytest.mark.every(2)
 @each
 @pytest.mark.parametrize("k", [0, 1, 5, 9])
 def test_resumes_to_the_bit(name, k, tmp_path):
@@ -167,9 +170,18 @@ def worker(rank, file, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_processes_agree(tmp_path):
+WORKER = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.oracles.test_courses import worker
+folder, rank, _ = sys.argv[1:]
+worker(int(rank), f"{{folder}}/store", folder)
+"""
+
+
+def test_processes_agree(python, tmp_path):
     """Two processes under DDP, each with data of its own, end with the same gates and factors, bit for bit."""
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    together(python, tmp_path, WORKER, 2)
     for name in COURSES:
         a, b = (torch.load(tmp_path / f"{name}.{rank}") for rank in range(2))
         assert_equal(a, b)
@@ -217,6 +229,19 @@ def test_an_update_that_a_scaler_skips_has_not_been(name):
     assert_equal(plain.course.state()[0], scaled.course.state()[0])
     assert plain.course.state()[1] == scaled.course.state()[1]
     assert all(t.isfinite().all() for t in every(scaled.adapter).values())
+
+
+@each
+def test_plain_gradient_descent_will_do(name):
+    """It keeps no moments that an entry's beginning again could reset."""
+    loop = Loop(name, lambda parameters: torch.optim.SGD(parameters, lr=0.02))
+    start = every(loop.adapter)
+    for step in range(STEPS):
+        loop.update(step)
+    loop.course.finish()
+    found = every(loop.adapter)
+    assert all(t.isfinite().all() for t in found.values())
+    assert any(k not in start or not torch.equal(t, start[k]) for k, t in found.items())
 
 
 @each

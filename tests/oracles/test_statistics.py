@@ -211,7 +211,7 @@ def test_cliques_are_the_largest_runs():
 
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_students_interval_covers_as_stated(n):
-    runs, draw = 3000, draws(n)
+    runs, draw = 1000, draws(n)
     hits = sum((s := S.spread(draw.normal(0.7, 2.0, n))).low <= 0.7 <= s.high for _ in range(runs))
     low, high = slack(0.95, runs)
     assert low <= hits / runs <= high
@@ -331,7 +331,7 @@ def verdicts(summary):
     return [row.against.verdict for row in summary.rows if row.against] + [each.verdict for each in summary.pooled]
 
 
-@pytest.mark.parametrize(("arms", "sets", "seeds", "studies"), [(1, 1, 6, 300), (4, 1, 9, 120), (3, 3, 4, 100)])
+@pytest.mark.parametrize(("arms", "sets", "seeds", "studies"), [(1, 1, 6, 150), (4, 1, 9, 60), (3, 3, 4, 50)])
 def test_a_study_that_sweeps_for_each_seed_finds_nothing_more_often_than_stated(arms, sets, seeds, studies):
     """Where nothing differs, the chance of any win or loss is 0.05 at most, sweeps included.  The same figures with one
     sweep for all seeds, taken as if rates had been given, are found to differ far more often: what this test sees."""

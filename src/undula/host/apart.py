@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import quantised
-from .views import CONVOLUTIONS, STOCK, ConvView, EmbeddingView, LinearView
+from .product import CONVOLUTIONS, STOCK
+from .views import ConvView, EmbeddingView, LinearView
 
 THEIRS = "trained as PEFT's LoRA"  # in `Adapter.apart`, of factors that a LoRA of PEFT's had
 

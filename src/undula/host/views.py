@@ -6,12 +6,11 @@ the kernel's size) and Embedding (W = table', the input a one-hot vector).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -20,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.method import Factors, Outline, Reweight, Site
-from ..kernels import reference
 from . import masters, quantised
+from .product import CONVOLUTIONS, generator, is_stock, multiplies
 
 
 class LinearView:
@@ -60,9 +59,9 @@ class LinearView:
         """Whether the module computes W x + b (a convolution, a look-up), as far as examples can tell: of stock layers
         and quantised ones it is known.  An adapter goes through the own forward of any other, see `adapted`."""
         weight = self.module.weight
-        if (self.override is None or "_hf_hook" in self.module.__dict__) and _is_stock(self):
+        if (self.override is None or "_hf_hook" in self.module.__dict__) and is_stock(self):
             return True
-        return not quantised.is_plain(weight) or weight.is_meta or _multiplies(self)
+        return not quantised.is_plain(weight) or weight.is_meta or multiplies(self)
 
     @property
     def computes_weight(self) -> bool:
@@ -132,7 +131,7 @@ class LinearView:
 
     def example(self) -> Tensor:
         """Some input of the module."""
-        return torch.randn(2, self.weight.shape[1], generator=_generator(), device="cpu").to(self.weight)
+        return torch.randn(2, self.weight.shape[1], generator=generator(), device="cpu").to(self.weight)
 
     def through(self, x: Tensor, M_OI: Tensor, bias: Tensor | None = None) -> Tensor:
         """What the module's own forward makes of x with another matrix, and no bias or another."""
@@ -174,10 +173,6 @@ def _without_computing(cls: type[nn.Module]) -> type[nn.Module]:
     """The class without what masters and torch.nn.utils.parametrize put above it."""
     cls = masters.parts(cls)[0]
     return cls.__mro__[1] if cls.__name__.startswith("Parametrized") and cls.__module__.startswith("torch.") else cls
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 class EmbeddingView(LinearView):
@@ -240,7 +235,7 @@ class ConvView(LinearView):
     def example(self) -> Tensor:
         conv = self.module
         sides = (d * (k - 1) + 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-        return torch.randn(1, conv.in_channels, *sides, generator=_generator(), device="cpu").to(conv.weight)
+        return torch.randn(1, conv.in_channels, *sides, generator=generator(), device="cpu").to(conv.weight)
 
     def oriented(self, W_OI: Tensor) -> Tensor:
         return W_OI.reshape(W_OI.shape[0], *self.module.weight.shape[1:])
@@ -264,9 +259,6 @@ class TransposedView(LinearView):
         return W_OI.T.reshape(self.module.weight.shape)
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
 def view(module: nn.Module) -> LinearView | None:
     """The module as a matrix, or None where it is not one."""
     if isinstance(module, nn.Embedding):
@@ -280,90 +272,6 @@ def view(module: nn.Module) -> LinearView | None:
     if type(module).__name__.endswith("Conv1D") and hasattr(module, "nf"):  # transformers, not imported here
         return Conv1DView(module)
     return None
-
-
-STOCK = (nn.Linear.forward, nn.Embedding.forward, *(conv.forward for conv in CONVOLUTIONS))
-
-
-def _is_stock(layer: LinearView) -> bool:
-    """Whether the class computes as torch's or transformers' own does."""
-    stock = (None, *(conv._conv_forward for conv in CONVOLUTIONS))
-    own = getattr(layer.cls, "_conv_forward", None) not in stock or layer.computes_weight
-    return not own and (layer.call in STOCK or layer.call.__module__ == "transformers.pytorch_utils")
-
-
-@contextlib.contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
-    """Examples leave no trace: what a forward writes (an observer's range, running means) is put back, and the draws of
-    random numbers are."""
-    below = [
-        (m, dict(m.__dict__), [(held, dict(held)) for held in (m._buffers, m._parameters)]) for m in module.modules()
-    ]
-    held = [
-        t
-        for m, own, _ in below
-        for t in (*m._buffers.values(), *own.values())
-        if isinstance(t, Tensor) and not t.is_meta
-    ]
-    before = [(t, t.detach().clone()) for t in held]
-    device = next((t.device for t in module.parameters()), torch.device("cpu"))
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for m, own, dicts in below:
-            for found, was in ((m.__dict__, own), *dicts):
-                found.clear()
-                found.update(was)
-        for t, numbers in before:
-            if not torch.equal(t, numbers):
-                t.detach().copy_(numbers)
-
-
-@torch.no_grad()
-def _multiplies(layer: LinearView) -> bool:
-    """Whether layer(x) is W x + b, and W + M gives M x more, for small and large examples, in training too."""
-    with _untouched(layer.module):
-        return _looks_up_padding(layer) and _agrees(layer)
-
-
-def _looks_up_padding(layer: LinearView) -> bool:
-    """Whether an embedding with padding looks up row x for x, so that inputs tell where the padding is."""
-    if not isinstance(layer, EmbeddingView) or layer.module.padding_idx is None:
-        return True
-    x = layer.example()
-    M_KI = torch.zeros(1, layer.module.weight.shape[0], device="cpu").to(layer.module.weight)
-    M_KI[0, 0] = 1
-    try:
-        return torch.equal(layer.through(x, M_KI)[:, 0] != 0, x == 0)
-    except Exception:  # of a class that looks up something else
-        return False
-
-
-def _agrees(layer: LinearView) -> bool:
-    W_OI = layer.weight
-    eps = torch.finfo(W_OI.dtype).eps
-    allowed = 32 * eps if W_OI.dtype in quantised.WIDE else 8 * eps
-    bias = 0 if layer.bias is None else reference.channels(layer.bias, layer)
-    w, m = torch.randn(2, W_OI.shape[0], 1, generator=_generator(), device="cpu").to(W_OI)
-    flat_OI, more_OI = w.expand(W_OI.shape), m.expand(W_OI.shape)  # matrices of no size
-    ones_KI = m.new_ones(1, 1).expand(W_OI.shape[0] + 1, W_OI.shape[1])  # a gain for each output does not fit K rows
-    try:
-        for scale, training in ((1, False), (1000, False), (1, True)):
-            for below in layer.module.modules():
-                below.training = training
-            x = layer.example()
-            x = scale * x if x.is_floating_point() else x
-            found, wanted = layer(x), reference.restore(layer.project(x, W_OI), layer) + bias
-            both, first = (layer.through(x, M, layer.bias) for M in (flat_OI + more_OI, flat_OI))
-            change, extra = both - first, reference.restore(layer.project(x, ones_KI)[..., :1] * m.T, layer)
-            same = found.shape == wanted.shape and (found - wanted).norm() <= allowed * wanted.norm()
-            adds = (change - extra).norm() <= allowed * both.norm().clamp(min=extra.norm())
-            if not (same and adds):  # nor where one is NaN
-                return False
-    except Exception:  # of a class that asks for something else, or gives something else
-        return False
-    return True
 
 
 class Acts(Protocol):

@@ -90,7 +90,7 @@ class AsTrained:
 def step_of(model: PreTrainedModel, examples: Examples, plain: bool) -> AsTrained:
     """As the Trainer of such a run takes its steps."""
     task = examples.task
-    step = Step() if plain else task.step(examples, model)
+    step = Step() if plain else examples.step(model)
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         given = {name: value for name, value in batch.items() if name != "segments"}

@@ -248,7 +248,7 @@ def trainer(
     made.beside = beside if any(p.answers and p.active for p in run.penalty) else None
     made.own_rates = tuple(own_rates(run, model))
     if not run.plain and made.beside is None:  # else the answers of every token are asked for
-        _take(made, run.task.step(examples, model))
+        _take(made, examples.step(model))
     if arguments.world_size > 1:
         made.accelerator.ddp_handler.find_unused_parameters = leaves_out(made, examples)
     return made

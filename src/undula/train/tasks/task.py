@@ -294,6 +294,7 @@ class Examples:
     processor: Processor
     seen: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
     made: Made = field(default_factory=Made, init=False, repr=False, compare=False)
+    steps: dict[Any, tuple[Any, Step]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -307,3 +308,10 @@ class Examples:
         example, lost = self.task.traced(self.rows[i], self.processor)
         self.made.keep(i, example)
         return example, lost
+
+    def step(self, model: PreTrainedModel) -> Step:
+        """How a model takes its steps of them, see `Task.step`: looked at once on each device, by a few forwards."""
+        key = id(model), model.device
+        if key not in self.steps:
+            self.steps[key] = model, self.task.step(self, model)  # with the model, so that no other has its id
+        return self.steps[key][1]
