@@ -189,6 +189,7 @@ def _by_transformers(path):
     model(tokens())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("wrapper", WRAPPED)
 @pytest.mark.parametrize("name", INDICES)

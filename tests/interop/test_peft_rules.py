@@ -253,6 +253,7 @@ def test_torchs_own_attention_and_its_fast_path():
 # Types
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "method",
