@@ -26,7 +26,6 @@ from ..host.coupled import (
 )
 from ..host.host import adapters, attach, detach, selected
 from ..host.where import inner
-from ..methods.masked import Masked, own
 
 COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "n_head")  # that attentions hold
 
@@ -78,7 +77,8 @@ def prune_base(model: nn.Module) -> Pruned:
 
 def _kept(model: nn.Module, adapter: Adapter) -> list[tuple[Coupled, Tensor]]:
     """The structures of the model's layers, with the numbers of those that the masks leave open."""
-    masks = {s: adapter.factors[s]["mask"] for s, m in adapter.methods.items() if isinstance(m, Masked)}
+    told = {s: m.reads(adapter.factors[s]) for s, m in adapter.methods.items()}
+    masks = {s: mask for s, mask in told.items() if mask is not None}
     if not masks:
         raise ValueError(
             "no site of this adapter has a mask: train with LoRAPrune first (`undula prune-base`). "
@@ -158,9 +158,8 @@ def _smaller(adapter: Adapter, rows: Mapping[str, Tensor], columns: Mapping[str,
     factors: dict[str, Factors] = {}
     shapes = dict(adapter.shapes)
     for site, f in adapter.factors.items():
-        method = methods[site]
-        methods[site] = method.inner if isinstance(method, Masked) else method
-        factors[site] = _factors(site, methods[site], own(f), rows.get(site), columns.get(site))
+        methods[site], left = methods[site].unmasked(f)
+        factors[site] = _factors(site, methods[site], left, rows.get(site), columns.get(site))
         O, I = shapes[site]
         shapes[site] = (len(rows[site]) if site in rows else O, len(columns[site]) if site in columns else I)
     return replace(adapter, methods=methods, factors=factors, shapes=shapes)

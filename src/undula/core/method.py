@@ -214,6 +214,14 @@ class Method(Choice):
         """The method and factors of its first b ranks, where it was trained to be cut at any; None where it was not."""
         return None
 
+    def reads(self, f: Factors) -> Tensor | None:
+        """Which of the layer's inputs it reads (I), ones and zeros; None: all of them."""
+        return None
+
+    def unmasked(self, f: Factors) -> tuple[Method, Factors]:
+        """The method and factors without that mask."""
+        return self, f
+
     def settled(self, layer: Layer, f: Factors) -> Settled | None:
         """How it computes where neither `f` nor the layer's weight changes any more, for batches of many adapters; None
         of a method that has no such form."""

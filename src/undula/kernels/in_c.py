@@ -125,32 +125,46 @@ def _in_parts(name: str, w: float, a: float, *blocks: Tensor) -> None:
     def part(i: int) -> None:
         run(*(t.data_ptr() + 4 * i for t in blocks), min(each, count - i), w, a)
 
+    list(pool(threads).map(part, range(0, count, each)))
+
+
+def pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """So many threads, made once."""
     if threads not in _pools:
-        _pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "undula-sine")
-    list(_pools[threads].map(part, range(0, count, each)))
+        _pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "undula-c")
+    return _pools[threads]
 
 
 @functools.cache
 def passes() -> ctypes.CDLL | None:
     """The compiled passes; None where there is no compiler, or what it made is not right."""
+    library = built(SOURCE)
+    return None if library is None else _declared(library)
+
+
+def built(text: str) -> ctypes.CDLL | None:
+    """What the compiler of this machine makes of C; None where there is none, or it is not to be used."""
     compiler = os.environ.get("CC") or "cc"
     if os.environ.get("UNDULA_COMPILE") == "0" or os.name != "posix" or shutil.which(compiler) is None:
         return None
     try:
-        return _built(compiler)
+        return _built(compiler, text)
     except (OSError, subprocess.SubprocessError):  # of a compiler without headers, a folder that runs nothing ...
         return None
 
 
-def _built(compiler: str) -> ctypes.CDLL | None:
+def _built(compiler: str, text: str) -> ctypes.CDLL:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     with tempfile.TemporaryDirectory(prefix="undula-") as folder:
-        source, made = Path(folder) / "sine.c", Path(folder) / "sine.so"
-        source.write_text(SOURCE)
+        source, made = Path(folder) / "undula.c", Path(folder) / "undula.so"
+        source.write_text(text)
         options = ["-O3", native, "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
         command = [compiler, *options, str(source), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE)
-        library = ctypes.CDLL(str(made))
+        return ctypes.CDLL(str(made))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL | None:
     numbers, place = [ctypes.c_long, ctypes.c_float, ctypes.c_float], [ctypes.c_void_p]
     for curve in CURVES:
         for name, places in ((f"{curve}_bend", place), (f"{curve}_pull", place * 2)):

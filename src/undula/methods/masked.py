@@ -58,6 +58,12 @@ class Masked(Reweight):
     def bend(self, f: Factors) -> Bend | None:
         return self.inner.bend(f)
 
+    def reads(self, f: Factors) -> Tensor | None:
+        return f["mask"]
+
+    def unmasked(self, f: Factors) -> tuple[Method, Factors]:
+        return self.inner, own(f)
+
     @property
     def bottleneck(self) -> bool:
         return self.inner.bottleneck

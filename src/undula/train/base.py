@@ -62,6 +62,8 @@ def open_model(
 
     Raises FileNotFoundError that says what was looked for and why it could not be opened.
     """
+    from ..integrations import gqsa  # noqa: F401 (tells transformers of the format)
+
     folder = model_folder(source)
     quantised = {} if bits is None else {"quantization_config": _quantised(bits)}
     with quiet(), opening(source):

@@ -1,0 +1,92 @@
+"""LoRAPrune on SmolLM2-135M against pruning by magnitude and by chance: perplexity, and how fast the smaller model is.
+
+    python bench/prune_base.py --sparsity 0.2 --json bench/results/prune-base-20.json
+    python bench/prune_base.py --sparsity 0.5 --json bench/results/prune-base-50.json
+
+One thread.  All three train the same LoRA on the same sequences for the same steps, with the same schedule; what they
+go by differs.  Perplexity is on held-out Python functions, and that of the untouched model and of the LoRA alone stands
+beside.
+"""
+
+import argparse
+from pathlib import Path
+
+import lm
+import torch
+from record import record
+
+import undula
+from undula.compress.prune_base import prune_base
+from undula.ranks.loraprune import Gradients, LoRAPrune, Magnitude, Random
+
+SCORES = {"gradients": Gradients(), "magnitude": Magnitude(), "random": Random(0)}
+
+
+def pruned(scores, asked, ids, held):
+    """(the smaller model, its row of the table)."""
+    torch.manual_seed(0)
+    model = lm.model()
+    adapter = undula.attach(model, undula.LoRA(r=8), exclude=["lm_head"])
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=asked.lr, weight_decay=0.0)
+    how = LoRAPrune(asked.sparsity, scores=scores, every=max(1, asked.steps // 20))
+    course = how.start(model, optimizer, asked.steps)
+    lm.learn(model, adapter.parameters(), ids, asked.steps, asked.lr, course)
+    course.finish()
+    masked = lm.perplexity(model, held)
+    made = prune_base(model)
+    undula.merge(model, keep=False)
+    row = {"perplexity": lm.perplexity(model, held), "masked": masked, "parameters": made.after}
+    return model, row | {kind: list(counts) for kind, counts in made.structures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    ids, held = lm.sequences("train", max(lm.BATCH * asked.steps, 8)), lm.sequences("test", lm.HELD)
+    dense = lm.model()
+    rows = {
+        "untouched": {
+            "perplexity": lm.perplexity(dense, held),
+            "parameters": sum(p.numel() for p in dense.parameters()),
+        }
+    }
+    print("untouched", rows["untouched"], flush=True)
+    small = None
+    for name, scores in SCORES.items():
+        made, rows[name] = pruned(scores, asked, ids, held)
+        small = made if name == "gradients" else small
+        print(name, rows[name], flush=True)
+    seq = held[:1]
+    forward = {"dense": lambda: dense(input_ids=seq), "pruned": lambda: small(input_ids=seq)}
+    token = {"dense": lm.decoder(dense, seq[:, :32]), "pruned": lm.decoder(small, seq[:, :32])}
+    speed = {}
+    for what, calls in (("forward of 96 tokens", forward), ("one token of decoding", token)):
+        found = lm.beside(calls, asked.rounds)
+        speed[what] = {**found, "times as fast": found["dense"] / found["pruned"]}
+        print(what, speed[what], flush=True)
+    met = {
+        "better than magnitude": rows["gradients"]["perplexity"] < rows["magnitude"]["perplexity"],
+        "better than chance": rows["gradients"]["perplexity"] < rows["random"]["perplexity"],
+        "masked is pruned, to 0.1 %": abs(rows["gradients"]["masked"] / rows["gradients"]["perplexity"] - 1) < 1e-3,
+        "faster": all(found["times as fast"] > 1 for found in speed.values()),
+    }
+    print(met)
+    if asked.json:
+        said = {
+            "sparsity": asked.sparsity,
+            "steps": asked.steps,
+            "lr": asked.lr,
+            "threads": 1,
+            "held_tokens": held.numel(),
+        }
+        record(asked.json, {**said, "rows": rows, "speed": speed, "targets_met": met})
+
+
+if __name__ == "__main__":
+    main()
