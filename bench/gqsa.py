@@ -44,7 +44,7 @@ def tuned(model, ids, steps, lr):
 
 def repaired(model, ids, asked):
     """A LoRA on all linear layers."""
-    adapter = undula.attach(model, undula.LoRA(r=8), exclude=["lm_head"])
+    adapter = undula.attach(model, undula.LoRA(r=8))
     lm.learn(model, adapter.parameters(), ids, asked.steps, asked.lr)
 
 
@@ -58,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--group", type=int, default=16)
-    parser.add_argument("--block-steps", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=30, help="of E2E-OQP, and of each LoRA")
+    parser.add_argument("--block-steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=12, help="of E2E-OQP, and of each LoRA")
     parser.add_argument("--lr", type=float, default=1e-3, help="of a LoRA")
     parser.add_argument("--scale-lr", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=15)
@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     form = Form(asked.sparsity, asked.group)
     ids, held = lm.sequences("train", lm.BATCH * asked.steps), lm.sequences("test", lm.HELD)
-    calibration, rows = ids[: 8 * lm.BATCH], {}
+    calibration, rows = ids[: 4 * lm.BATCH], {}
 
     def told(name, model):
         rows[name] = lm.perplexity(model, held)

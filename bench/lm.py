@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from undula.bundled import dataset, model_path
 from undula.train.base import quiet
 
-HELD, LENGTH, BATCH = 16, 96, 2  # sequences that perplexity is measured on, tokens in each, sequences in a step
+HELD, LENGTH, BATCH = 12, 64, 2  # sequences that perplexity is measured on, tokens in each, sequences in a step
 
 
 def model() -> Any:
@@ -85,6 +85,6 @@ def decoder(lm: Any, context: Tensor) -> Callable[[], Any]:
 
     def step() -> None:
         lm(input_ids=token, past_key_values=past, use_cache=True)
-        past.crop(context.shape[1])
+        past.crop(-1)
 
     return step

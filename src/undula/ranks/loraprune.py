@@ -51,7 +51,7 @@ TINY = 1e-8
 
 def ghat(B_OR: Tensor, A_RI: Tensor, gB_OR: Tensor, gA_RI: Tensor) -> Tensor:
     """g_B A + B g_A - g_B g_A (O, I) = B A - (B - g_B)(A - g_A)."""
-    return gB_OR @ (A_RI - gA_RI) + B_OR @ gA_RI
+    return torch.cat([gB_OR, B_OR], 1) @ torch.cat([A_RI - gA_RI, gA_RI])
 
 
 def sparsity_at(step: int, steps: int, final: float) -> float:
@@ -123,7 +123,7 @@ def _importance(m: Matrix) -> Tensor | None:
     found = m.parts()
     if found is None or found[1].grad is None or found[2].grad is None:
         return None
-    return (ghat(found[1], found[2], found[1].grad, found[2].grad) * m.now()).abs()
+    return ghat(found[1], found[2], found[1].grad, found[2].grad).mul_(m.now()).abs_()  # as large as W: few copies
 
 
 def _summed(part: Coupled, entries: Mapping[str, Tensor]) -> Tensor:
