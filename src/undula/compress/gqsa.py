@@ -214,8 +214,8 @@ class _Format:
 
 def dense_of(layer: GQSALinear) -> Tensor:
     """W^ (O, I) of a layer, in the type that it had."""
-    form: Any = layer.format
-    return form.dense(layer)
+    made: Tensor = layer.__dict__["format"].dense(layer)
+    return made
 
 
 @dataclass(frozen=True)
