@@ -504,6 +504,12 @@ MUTANTS = [
     ("train/concluding.py", "    write_json(run.out / REPORT, report)\n    return report", "    return report", "tests/interop/test_training_report.py::test_a_run_is_finished_when_all_is_written"),
     ("train/tasks/weighing.py", "return (each * weight.to(each)[labels]).mean()", "return (each * weight.to(each)[labels]).sum() / weight[labels].sum()", "tests/interop/test_training_weights.py::test_accumulated_batches_are_one_batch"),
     ("train/details.py", "losses.argsort(descending=True, stable=True)", "losses.argsort(stable=True)", "tests/interop/test_training_report.py::test_figures_of_classes_are_those_of_scikit_learn"),
+    ("combine/lego.py", "return svd.balanced(B_OR, A_RI)", "return B_OR, A_RI", "tests/laws/test_combine.py::test_lego_of_as_many_groups_as_ranks_is_the_sum"),
+    ("combine/update.py", "torch.cat([w * B for w, (B, _)", "torch.cat([B for w, (B, _)", "tests/laws/test_combine.py::test_stacking_is_the_sum_and_taking_away_gives_the_base"),
+    ("combine/consensus.py", "elected = _total(signed).sign()", "elected = _total(terms).sign()", "tests/laws/test_combine.py::test_ties_is_its_papers_whatever_the_blocks"),
+    ("combine/merge.py", "t.masked_fill(t.abs() <= rounding, 0.0)", "t", "tests/laws/test_combine.py::test_no_order_counts"),
+    ("io/sites.py", "if once[0] in self.often:", "if False:", "tests/laws/test_sites.py::test_layer_by_layer_is_the_whole"),
+    ("methods/fusion.py", "OPEN = 2.0", "OPEN = 1.0", "tests/laws/test_fusion.py::test_before_it_trains_it_is_the_sum"),
 ]  # fmt: skip
 
 

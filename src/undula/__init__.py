@@ -29,6 +29,7 @@ from .methods.centred import Centred
 from .methods.dora import DoRA
 from .methods.dropout import Dropout
 from .methods.dylora import DyLoRA
+from .methods.fusion import Fusion
 from .methods.gated import GatedLoRA
 from .methods.lora import LoRA, RankStabilised
 from .methods.loran import LoRAN, LoRANActivation, SineLoRA
@@ -68,6 +69,7 @@ __all__ = [
     "DoRA",
     "Dropout",
     "DyLoRA",
+    "Fusion",
     "GatedLoRA",
     "Layer",
     "LeastSquares",

@@ -12,6 +12,7 @@ import undula
 from . import (
     adapters,
     collapsing,
+    combining,
     compare,
     gguf,
     gqsa,
@@ -68,6 +69,7 @@ VERBS: dict[str, tuple[str, Callable[..., None]]] = {
     "serve": (USE, serving.serve),
     "merge": (WRITE, adapters.merge),
     "export": (WRITE, collapsing.export),
+    "combine": (WRITE, combining.combine),
     "collapse": (WRITE, collapsing.collapse),
     "squeeze": (WRITE, squeezing.squeeze),
     "quantise": (WRITE, squeezing.quantise),

@@ -31,8 +31,8 @@ class Several:
     def of(path: Path, given: Sequence[str]) -> tuple[Several, list[str]]:
         """(the adapters at the head of a command's arguments, the other arguments).  Raises FileNotFoundError where the
         first of those names a place beside others at which there is nothing: no text is meant."""
-        found, rest = [_named(str(path)) or (path, None)], list(given)
-        while rest and (more := _named(rest[0])) is not None:
+        found, rest = [named_directory(str(path)) or (path, None)], list(given)
+        while rest and (more := named_directory(rest[0])) is not None:
             found.append(more)
             rest.pop(0)
         if rest:
@@ -98,7 +98,7 @@ def _check_no_place(said: str) -> None:
     )
 
 
-def _named(said: str) -> tuple[Path, float | None] | None:
+def named_directory(said: str) -> tuple[Path, float | None] | None:
     """(directory of an adapter, weight) of DIR or DIR:0.5; None for what is neither.  Raises ValueError for a weight
     that is no number."""
     if len(said) > 4000 or "\n" in said or "\0" in said:

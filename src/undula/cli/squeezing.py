@@ -56,7 +56,7 @@ def squeeze(
 
     def one(place: Path, folder: Path, called: Path) -> dict[str, Any]:
         outline = head(place).outline()
-        with _progress(place.name, len(outline.methods)) as seen:
+        with layers_bar(place.name, len(outline.methods)) as seen:
             made = _squeezed(place, target, folder, called, seen)
         return _lost(outline, made, sum_of(folder))
 
@@ -76,7 +76,7 @@ def quantise(
 
     def one(place: Path, folder: Path, called: Path) -> dict[str, Any]:
         outline = head(place).outline()
-        with _progress(place.name, len(outline.methods)) as seen:
+        with layers_bar(place.name, len(outline.methods)) as seen:
             made = compress.quantise_directory(place, folder, bits, group, seen)
         what = "the update" if not made.by_factors else "the update, of some layers the factors,"
         note = f"Stored as integers of {bits} bits in groups of {group}; relative error of {what} {made.error:.3g}."
@@ -236,7 +236,7 @@ def _short(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress(name: str, total: int) -> Iterator[Callable[[str], object]]:
+def layers_bar(name: str, total: int) -> Iterator[Callable[[str], object]]:
     """A bar of layers on the error stream, where that is a terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..core.adapter import ABOVE, Adapter, Live
 from ..core.method import Factors, Method
 from ..methods.sum import added
+
+Terms = Sequence[tuple[float, Adapter]]
 
 
 def combined(terms: list[tuple[float, Adapter]]) -> Adapter:
@@ -28,14 +33,18 @@ def combined(terms: list[tuple[float, Adapter]]) -> Adapter:
         methods[site], factors[site] = added(parts, shapes[site])
     kernels = {site: kernel for _, a in terms for site, kernel in a.kernels.items()}
     apart = {site: why for _, a in terms for site, why in a.apart.items()}
-    first = terms[0][1].about
-    agreed = {k: v for k, v in first.items() if all(k in a.about and a.about[k] == v for _, a in terms)}
     weight = sum(w * a.weight for w, a in terms)
-    return Adapter(methods, factors, shapes, _averaged(terms, weight), kernels, agreed, apart, weight)
+    return Adapter(methods, factors, shapes, averaged(terms), kernels, agreed([a for _, a in terms]), apart, weight)
 
 
-def _averaged(terms: list[tuple[float, Adapter]], weight: float) -> dict[str, Tensor]:
+def agreed(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What all of them say of themselves."""
+    return {k: v for k, v in adapters[0].about.items() if all(k in a.about and a.about[k] == v for a in adapters)}
+
+
+def averaged(terms: Terms) -> dict[str, Tensor]:
     """`full` of a combination.  Raises ValueError where it is on the way to no average."""
+    weight = sum(w * a.weight for w, a in terms)
     names = sorted({n for _, a in terms for n in a.full})
     lacking = [n for n in names if any(n not in a.full for _, a in terms)]
     if lacking or (names and not 0 < weight < 1 + 1e-6):

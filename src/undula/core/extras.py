@@ -15,6 +15,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "train": ("sklearn", "rouge_score", "PIL", "scipy"),
     "plot": ("matplotlib",),
     "study": ("pyarrow",),
+    "search": ("optuna",),
     "bits": ("bitsandbytes",),
     "gguf": ("gguf",),
     "speech": ("soundfile", "jiwer"),
@@ -27,6 +28,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
 INCLUDED = {
     "train": ("hf", "cli", "plot"),
     "study": ("train", "plot"),
+    "search": ("train",),
     "bits": ("hf",),
     "gguf": ("hf",),
     "speech": ("train",),

@@ -8,6 +8,7 @@ sum_i r_i: the factors stacked (as in FLoRA, Wang et al. 2024, arXiv:2409.05976)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -51,14 +52,13 @@ class Sum(Wrapper):
         return object.__new__(on_rung(Sum, lowest))  # type: ignore[return-value]
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.init(site).items()}
+        return together(m.init(site) for m in self.parts)
 
     def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
-        parts = enumerate(self.terms(f))
-        return {f"{i}_{k}": t for i, (_, m, own) in parts for k, t in m.again(site, own).items()}
+        return together(m.again(site, own) for _, m, own in self.terms(f))
 
     def rebuilt(self, site: Site) -> dict[str, Tensor]:
-        return {f"{i}_{k}": t for i, m in enumerate(self.parts) for k, t in m.rebuilt(site).items()}
+        return together(m.rebuilt(site) for m in self.parts)
 
     @property
     def drops(self) -> bool:
@@ -76,12 +76,22 @@ class Sum(Wrapper):
 
     def terms(self, f: Factors) -> list[tuple[float, Method, Factors]]:
         """(weight, method, its own factors) of every part."""
-        own: list[dict[str, Tensor]] = [{} for _ in self.parts]
-        for key, t in f.items():
-            i, _, name = key.partition("_")
-            if i.isdecimal():  # the others are those of a wrapper around the sum
-                own[int(i)][name] = t
-        return list(zip(self.weights, self.parts, own, strict=True))
+        return list(zip(self.weights, self.parts, apart(f, len(self.parts)), strict=True))
+
+
+def together(every: Iterable[Factors]) -> dict[str, Tensor]:
+    """The factors of several parts as those of one method: `0_A`, `0_B`, `1_A` ..."""
+    return {f"{i}_{k}": t for i, f in enumerate(every) for k, t in f.items()}
+
+
+def apart(f: Factors, number: int) -> list[dict[str, Tensor]]:
+    """The inverse: each part's own.  Other names are those of what is around the parts."""
+    own: list[dict[str, Tensor]] = [{} for _ in range(number)]
+    for key, t in f.items():
+        i, _, name = key.partition("_")
+        if i.isdecimal():
+            own[int(i)][name] = t
+    return own
 
 
 class _LowRankSum(Sum, LowRank):
@@ -111,8 +121,7 @@ def added(parts: list[tuple[float, Additive, Factors]], shape: tuple[int, int]) 
             flat[key] = flat.get(key, (0.0,))[0] + v, m, own
     terms = list(flat.values())
     total = Sum(tuple(m for _, m, _ in terms), tuple(v for v, _, _ in terms))
-    factors = {f"{i}_{k}": t for i, (_, _, own) in enumerate(terms) for k, t in own.items()}
-    return _bounded(total, factors, shape)
+    return _bounded(total, together(own for _, _, own in terms), shape)
 
 
 def _bounded(total: Method, f: Factors, shape: tuple[int, int]) -> tuple[Method, Factors]:
@@ -128,7 +137,13 @@ def _bounded(total: Method, f: Factors, shape: tuple[int, int]) -> tuple[Method,
         B_OR, A_RI = total.pair(wide)
         if B_OR.shape[1] <= min(shape):
             return total, f
-        dW_OI, r = B_OR @ A_RI, min(shape)
-        one = torch.eye(r, dtype=dW_OI.dtype, device=dW_OI.device)
-    pair = {"A": one, "B": dW_OI} if shape[1] == r else {"A": dW_OI, "B": one}
+        return as_pair(B_OR @ A_RI)
+
+
+def as_pair(dW_OI: Tensor) -> tuple[LoRA, dict[str, Tensor]]:
+    """A whole update as a low-rank one of the layer's own rank: itself and the identity."""
+    O, I = dW_OI.shape
+    r = min(O, I)
+    one = torch.eye(r, dtype=dW_OI.dtype, device=dW_OI.device)
+    pair = {"A": one, "B": dW_OI} if r == I else {"A": dW_OI, "B": one}
     return LoRA(r=r, alpha=1.0, scaling=Fixed(1.0)), {k: t.requires_grad_() for k, t in pair.items()}

@@ -1,0 +1,57 @@
+"""Adapters behind trained gates: see `undula.methods.fusion`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from ..core.adapter import Adapter, Live
+from ..core.method import Factors, Method
+from ..io.sites import walk
+from ..methods.fusion import GATES, OPEN, Fusion
+from ..methods.sum import together
+from .combiner import Missing, check_one_base, missing
+from .weighted import agreed, averaged
+
+
+def fused(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+    """The adapters side by side behind gates that do not move the function yet: that of their sum.  Of any rung.
+
+    What trains are the gates, five vectors (O) at each layer; the adapters' own factors are frozen.  A layer that only
+    some adapt has gates over those alone, with a `Missing` warning.  Parameters in full are averaged by `weights`,
+    which are for these alone (default: equal); they train on.
+
+    Raises ValueError for no adapters, and adapters of other bases, or whose parameters in full have no average.
+    """
+    if not adapters:
+        raise ValueError("there is nothing to fuse: give at least one adapter")
+    values = [a.copy() if isinstance(a, Live) else a for a in adapters]
+    shares = [1 / len(values)] * len(values) if weights is None else list(weights)
+    full = averaged(list(zip(shares, values, strict=True)))
+    check_one_base(values)
+    for told in missing(values):
+        warnings.warn(told, Missing, stacklevel=2)
+    methods: dict[str, Method] = {}
+    factors: dict[str, Factors] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    kernels: dict[str, tuple[int, ...]] = {}
+    apart: dict[str, str] = {}
+    for site, parts in walk(values):
+        there = [part for part in parts if part is not None]
+        own = together(part.factors[site] for part in there)
+        kind = next(t.dtype for t in own.values() if t.is_floating_point())
+        wide, device = torch.promote_types(kind, torch.float32), next(iter(own.values())).device
+        O = there[0].shapes[site][0]
+        gates = {
+            name: torch.full((O,), OPEN if name == "w_out" else 0.0, dtype=wide, device=device, requires_grad=True)
+            for name in GATES
+        }
+        methods[site] = Fusion(tuple(part.methods[site] for part in there))
+        factors[site] = {k: t.detach() for k, t in own.items()} | gates
+        shapes[site] = there[0].shapes[site]
+        for part in there:
+            kernels |= part.kernels
+            apart |= part.apart
+    return Adapter(methods, factors, shapes, full, kernels, agreed(values), apart)
