@@ -2,10 +2,11 @@
 
     python bench/fuzz.py --cases 20000 --json bench/results/fuzz.json
 
-Directories of every registered method, wrappers, plain LoRAs, a diffusers file, an allocator's state and a GGUF file
-are changed at one to three places: values, types, keys and nesting of the JSON; names, types, shapes, offsets and
-numbers of the tensors; bytes.  The targets: nothing but the documented errors, nothing slow, no memory out of
-proportion to the files, and what is accepted attaches and runs, or is refused.
+Directories of every registered method, wrappers, plain LoRAs, a diffusers file, kohya's files, shards, what others make
+(LoHa, MLX, prompts), an allocator's state and a GGUF file are read as adapters or looked at (`undula inspect`), and
+changed at one to three places: values, types, keys and nesting of the JSON; names, types, shapes, offsets and numbers
+of the tensors; bytes.  The targets: nothing but the documented errors, nothing slow, no memory out of proportion to the
+files, and what is accepted attaches and runs, or is refused.
 """
 
 from __future__ import annotations
@@ -115,7 +116,49 @@ def kinds(folder: Path) -> list[Kind]:
     values, tensors = {"step": 3, "path": [{"x": 1.5}]}, {"mean": torch.ones(3), "theta": torch.zeros(2, 2)}
     directory("state", lambda p: files.write_state(p, "s", values, tensors), lambda p: files.read_state(p, "s"))
     made.append(Kind("GGUF", {"model.gguf": _gguf()}, _read_gguf))
-    return made
+    return made + list(others(lora))
+
+
+def others(lora: Any) -> Iterator[Kind]:
+    """What other programs write: read with the model, and looked at."""
+
+    def bytes_of(tensors: dict[str, torch.Tensor]) -> bytes:
+        return save(tensors, {"format": "pt", "ss_network_module": "networks.lora"})
+
+    def config(**said: Any) -> bytes:
+        return json.dumps(said).encode()
+
+    def looked(path: Path) -> str:
+        return json.dumps(undula.io.inspect(path).encode())
+
+    pair = {"lora_down.weight": torch.ones(2, 12), "lora_up.weight": torch.ones(16, 2), "alpha": torch.tensor(3.0)}
+    kohya = {f"lora_unet_0.{name}": t for name, t in pair.items()}
+    loha = {f"q.hada_{name}": torch.ones(2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    weights, single = {"base_model.model.0.lora_A.weight": torch.ones(2, 12)}, "x.safetensors"
+    weights |= {"base_model.model.0.lora_B.weight": torch.ones(16, 2)}
+    bias = {"base_model.model.0.lora_B.bias": torch.ones(16)}
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["0"], "alpha_pattern": {"0": 4}}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "a.safetensors")}
+    for name, read in (("kohya", lambda p: undula.io.load_kohya(p / single, model())), ("kohya, looked at", looked)):
+        yield Kind(name, {single: bytes_of(kohya)}, read)
+    for name, read in (("lora_bias", lambda p: undula.io.load_for(p, model())), ("lora_bias, looked at", looked)):
+        yield Kind(name, {files.CONFIG: config(**said, lora_bias=True), files.TENSORS: bytes_of(weights | bias)}, read)
+    yield Kind("LoHa", {files.CONFIG: config(peft_type="LOHA", r=2), files.TENSORS: bytes_of(loha)}, looked)
+    yield Kind("shards", {files.CONFIG: config(**said), "a.safetensors": bytes_of(weights),
+                          f"{files.TENSORS}.index.json": json.dumps(index).encode()}, looked)  # fmt: skip
+    mlx = config(fine_tune_type="lora", lora_parameters={"rank": 2, "scale": 20.0})
+    turned = {"q.lora_a": torch.ones(12, 2), "q.lora_b": torch.ones(2, 16)}
+    yield Kind("MLX", {files.CONFIG: mlx, "adapters.safetensors": bytes_of(turned)}, looked)
+    prompt = {
+        files.CONFIG: config(peft_type="PROMPT_TUNING"),
+        files.TENSORS: bytes_of({"prompt_embeddings": torch.ones(2, 4)}),
+    }
+    yield Kind("prompt", prompt, looked)
+    yield Kind("GGUF, looked at", {"model.gguf": _gguf()}, looked)
+    with tempfile.TemporaryDirectory() as folder:
+        lora.save(folder)
+        own = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != "README.md"}
+    yield Kind("own, looked at", own, looked)
 
 
 def _options(adapter: Any, path: Path) -> None:

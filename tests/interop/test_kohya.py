@@ -4,6 +4,8 @@ The oracle is the formula of these files, applied to the weights of a copy; LyCO
 are installed, are asked too."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,3 +280,21 @@ def test_a_pipeline_of_diffusers_reads_it(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(other(*inputs).sample, model(*inputs).sample, rtol=1e-4, atol=1e-5)
         assert (other(*inputs).sample - unet()(*inputs).sample).norm() > 0.1
+
+
+def test_names_are_those_that_diffusers_gave_and_took(tmp_path):
+    """Of every kind of layer of a UNet; the list was made by diffusers itself."""
+    told = json.loads((Path(__file__).parents[1] / "fixtures" / "diffusers-unet.json").read_text())
+    model = nn.Module()
+    for name, (O, I, *kernel) in told["layers"].items():
+        *above, last = name.split(".")
+        at = model
+        for part in above:
+            at = at._modules.setdefault(part, nn.Module())
+        at.add_module(last, nn.Conv2d(I, O, kernel, padding=[k // 2 for k in kernel]) if kernel else nn.Linear(I, O))
+    adapter = undula.attach(model, undula.LoRA(r=2), list(told["layers"]))
+    export_kohya(adapter, tmp_path / "x.safetensors")
+    undula.io.export_diffusers(adapter, tmp_path)
+    assert sorted(load_file(tmp_path / "x.safetensors")) == told["kohya"]
+    assert sorted(load_file(tmp_path / "pytorch_lora_weights.safetensors")) == told["diffusers"]
+    assert set(load_kohya(tmp_path / "x.safetensors", model).methods) == set(told["layers"])

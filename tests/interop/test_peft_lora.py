@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import re
 from collections import OrderedDict
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import undula
 from tests.support.models import Picture, gpt2, llama, shake, tokens, trained
@@ -37,6 +39,8 @@ THEIRS = {
     "rsLoRA and patterns": {"r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"v_proj": 3}},
     "PiSSA's shape": {"r": 4, "init_lora_weights": "gaussian"},
     "dropout": {"r": 4, "lora_dropout": 0.5},
+    "one block": {"r": 2, "layers_to_transform": [1]},
+    "all but one": {"r": 2, "exclude_modules": ["v_proj"]},
 }
 
 
@@ -59,6 +63,39 @@ def test_exported_adapters_are_pefts_own(method, tmp_path):
     torch.testing.assert_close(model(x).logits, own(x).logits)
     undula.merge(own)
     torch.testing.assert_close(model.merge_and_unload()(x).logits, own(x).logits)
+
+
+@pytest.mark.parametrize("method", LOW_RANK, ids=repr)
+def test_an_exported_pair_is_the_adapters_to_the_bit(method, tmp_path):
+    """In the file: no product, no rounding, a scale of one."""
+    model = llama()
+    adapter = undula.attach(model, method, ["q_proj"])
+    shake(adapter.parameters())
+    undula.io.export_lora(adapter, tmp_path, base="b")
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    for site, m in adapter.methods.items():
+        B_OR, A_RI = m.pair(adapter.factors[site])
+        assert torch.equal(found.pop(f"base_model.model.{site}.lora_A.weight"), A_RI)
+        assert torch.equal(found.pop(f"base_model.model.{site}.lora_B.weight"), B_OR)
+    assert not found
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (config.lora_alpha, config.alpha_pattern, config.use_rslora) == (config.r, config.rank_pattern, False)
+
+
+@pytest.mark.parametrize("export", [False, True], ids=["own", "plain"])
+def test_a_colleagues_three_lines_stand_in_the_readme_and_run(export, tmp_path):
+    """With undula, and of a plain LoRA without it."""
+    x, model = tokens(), llama()
+    adapter = undula.attach(model, LoRA(r=2), ["q_proj"])
+    shake(adapter.parameters())
+    undula.io.export_lora(adapter, tmp_path) if export else adapter.save(tmp_path)
+    lines = re.findall(r"^```python\n(.*?)^```$", (tmp_path / "README.md").read_text(), re.M | re.S)
+    assert [("peft" in block, "undula" in block) for block in lines] == [(True, False)] * export + [(False, True)]
+    for block in lines:
+        assert block.count("\n") == 3
+        names = {"model": llama(), "here": str(tmp_path)}
+        exec(compile(block, "README", "exec"), names)
+        torch.testing.assert_close(names["model"](x).logits, model(x).logits)
 
 
 @pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS)

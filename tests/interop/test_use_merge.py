@@ -84,6 +84,36 @@ def test_adapters_of_any_model_merge_into_a_folder_that_its_own_class_opens(kind
     assert f"{cls.__name__}" in (tmp_path / "whole" / "README.md").read_text() or kind == "feature extraction"
 
 
+def test_a_merged_folder_has_all_that_its_base_had(tmp_path):
+    """Several files of weights where that is asked for, the base's dtype, its settings of generation, its tokenizer, a
+    card."""
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                      vocab_size=64, dtype="bfloat16")  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=7, eos_token_id=3, repetition_penalty=1.5)
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer(tmp_path / "base")
+    adapter = undula.attach(model, undula.LoRA(r=2), "q_proj")
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p)
+    adapter.save(tmp_path / "adapter", base=str(tmp_path / "base"), task="CAUSAL_LM")
+    words = ["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "whole"), "--max-shard-size"]
+    assert "a number with KB, MB or GB" in CliRunner().invoke(app, [*words, "tiny"]).stderr
+    done = CliRunner().invoke(app, [*words, "5KB"])
+    assert done.exit_code == 0, done.output
+    there = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert {"README.md", "config.json", "generation_config.json", "tokenizer.json"} <= there
+    assert len([name for name in there if name.endswith(".safetensors")]) > 1
+    assert list(undula.io.inspect(tmp_path / "whole").dtypes) == ["BF16"]  # all files of the index
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "whole")
+    assert merged.dtype == torch.bfloat16
+    own = merged.generation_config
+    assert (own.max_new_tokens, own.eos_token_id, own.repetition_penalty) == (7, 3, 1.5)
+    undula.merge(model)
+    for name, t in merged.state_dict().items():
+        assert torch.equal(t, model.state_dict()[name]), name
+
+
 @pytest.mark.parametrize(
     ("dtype", "size", "lost"),
     [

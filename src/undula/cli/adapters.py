@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
 from .. import ranks
@@ -18,8 +20,9 @@ from ..observe.diagnose import COLUMNS, diagnose, needs_data
 from ..observe.figure import draw
 from ..train import Restored, restored
 from ..train import dense as unquantised
-from ..train.base import called_elsewhere, quiet
+from ..train.base import called_elsewhere, config_of, quiet
 from ..train.card import Card, put
+from ..train.restored import described
 from ..train.worries import reported, worries
 from . import shell
 from .carry import carry, maker, tell
@@ -84,10 +87,16 @@ def merge(
         bool,
         typer.Option("--dense", help="Write dense float32 weights: of a quantised or 16-bit base, all that counts."),
     ] = False,
+    shard: Annotated[
+        str, typer.Option("--max-shard-size", help="Of one file of weights: 5GB, 500MB; larger models get several.")
+    ] = "50GB",
 ) -> None:
-    """Write the base with the adapter merged in, as an ordinary Hugging Face folder."""
+    """Write the base with the adapter merged in, as an ordinary Hugging Face folder, in the number type of the base's
+    own files."""
+    if re.fullmatch(r"[1-9]\d*(KB|MB|GB)", shard) is None:
+        raise ValueError(f"--max-shard-size is a number with KB, MB or GB, as in 5GB; found {shard!r:.40}")
     shell.fresh(out)
-    opened = restored(path, model)
+    opened = restored(path, model, None if dense else _narrow(path, model))
     rounded = _rounds(opened.model)
     if dense and not rounded:
         shell.note("--dense changes nothing: the base is neither quantised nor of 16 bits")
@@ -97,19 +106,28 @@ def merge(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", merging.LossyMerge)  # said below, with what to type
         errors = merging.merge(opened.model, keep=False)
-    write_whole(opened, out)
+    write_whole(opened, out, shard)
     worst = f"; storing them costs {max(errors.values()):.1e} of the change at most" if errors else ""
     shell.note(f"{len(errors)} layers merged{worst}. Saved in {out}")
     if told := merging.lossy(errors):
         shell.remark(f"{told}. " + ("Merge with --dense" if rounded else "Keep the adapter beside the base"))
 
 
-def write_whole(opened: Restored, out: Path) -> None:
-    """Writes a model that stands for itself, its adapter being merged, as a folder that is complete or not there."""
+def _narrow(path: Path, model: str | None) -> torch.dtype | None:
+    """The 16-bit type in which the base's own files are, where they are: a merged model is as large as its base."""
+    run = described(path, Adapter.load(path), model)
+    config = config_of(model or run.model)
+    own = getattr(config, "dtype", None)
+    return own if own in (torch.bfloat16, torch.float16) and not hasattr(config, "quantization_config") else None
+
+
+def write_whole(opened: Restored, out: Path, shard: str = "50GB") -> None:
+    """Writes a model that stands for itself, its adapter being merged, as a folder that is complete or not there;
+    `shard` is the size of a file of weights at most."""
     tell(opened.model.config, opened.run.task, opened.roles)
     with whole(out) as folder, quiet():
         try:
-            opened.model.save_pretrained(folder)
+            opened.model.save_pretrained(folder, max_shard_size=shard)
             opened.run.task.beside(opened.model, folder)
         except NotImplementedError as error:  # what transformers raises for quantisation that it only reads
             raise RuntimeError("transformers cannot write this quantised base: merge with --dense") from error

@@ -34,8 +34,18 @@ from .reading import (
 
 README = """# An adapter made with undula
 
-Load it with `undula.Adapter.load(path)`, or, after `import undula` and `undula.enable_peft()`, with
-`peft.PeftModel.from_pretrained(model, path)`.  Without undula, PEFT does not know this type and ends in a KeyError.
+With undula, on `model`, the one that `base_model_name_or_path` in adapter_config.json names (here: the path of this
+directory):
+
+```python
+import undula
+
+undula.attach(model, undula.Adapter.load(here))
+```
+
+With PEFT, where undula is installed: `undula.enable_peft()`, then `peft.PeftModel.from_pretrained(model, here)`.
+Without undula PEFT does not know this type and ends in a KeyError: `undula export HERE --out plain` writes a plain LoRA
+that PEFT, vLLM and others open alone, `undula merge HERE --out whole` an ordinary model.
 """
 # What this module writes at the top of a configuration, and what PEFT does besides; the rest is `Adapter.about`.
 WRITTEN = {"peft_type", files.MARKED, "inference_mode", "target_modules", "modules_to_save", "undula"}

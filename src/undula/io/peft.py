@@ -30,8 +30,24 @@ LEAF = re.compile(
 
 README = """# A LoRA adapter
 
-A plain LoRA in PEFT's format, written by undula: `peft.PeftModel.from_pretrained(model, "this directory")` puts it on
-the model that it was trained on.  `undula export` writes one that says which model that is, and how to open it.
+A plain LoRA in PEFT's format, written by undula.  On `model`, the one that `base_model_name_or_path` in
+adapter_config.json names where it says one (here: the path of this directory):
+
+```python
+import peft
+
+model = peft.PeftModel.from_pretrained(model, here)
+```
+
+With undula:
+
+```python
+import undula
+
+undula.attach(model, undula.Adapter.load(here))
+```
+
+`undula export` writes one that says which model that is, and how to open it.
 """
 
 

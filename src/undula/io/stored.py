@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from . import diffusers, files, tensorfile
-from .gguf import read_gguf
 from .tensorfile import Told
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -205,6 +204,8 @@ def _sharded(index: Path, config: Mapping[str, Any], path: Path) -> Stored:
 
 
 def _gguf(file: Path, path: Path, size: int) -> Stored:
+    from .gguf import read_gguf  # which needs numpy, and the command line alone does without
+
     found = read_gguf(file)
     tensors = {i.name: Told(i.encoding, i.shape, i.offset, i.size) for i in found.tensors.values()}
     return Stored(path, {}, found.metadata, tensors, {file.name: size}, gguf=True)

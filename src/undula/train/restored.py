@@ -238,8 +238,9 @@ class Restored:
 
 
 @needs("train")
-def restored(path: str | Path, model: str | None = None) -> Restored:
-    """The model that the adapter in `path` is for, with the adapter attached.
+def restored(path: str | Path, model: str | None = None, dtype: torch.dtype | None = None) -> Restored:
+    """The model that the adapter in `path` is for, with the adapter attached; in another `dtype` than the run's where
+    one is named.
 
     What a run left says by itself what it is for; of any other adapter directory the config says it, or `model` names
     the base.  Raises FileNotFoundError where something is missing, ValueError when the adapter does not fit.
@@ -247,6 +248,7 @@ def restored(path: str | Path, model: str | None = None) -> Restored:
     path = Path(path)
     adapter = Adapter.load(path)
     run = described(path, adapter, model)
+    run = run if dtype is None else replace(run, dtype=dtype)
     base, processor = open_model(model or run.model, run.task, run.dtype, run.seed, run.bits)
     if not (path / RUN).is_file():
         if isinstance(run.task, HeadTask | Unmeasured):
