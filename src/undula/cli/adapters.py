@@ -14,6 +14,7 @@ import typer
 
 from .. import ranks
 from ..core.adapter import Adapter
+from ..core.extras import needs
 from ..host import merging
 from ..io.whole import whole
 from ..observe.diagnose import COLUMNS, diagnose, needs_data
@@ -113,6 +114,7 @@ def merge(
         shell.remark(f"{told}. " + ("Merge with --dense" if rounded else "Keep the adapter beside the base"))
 
 
+@needs("train")
 def _narrow(path: Path, model: str | None) -> torch.dtype | None:
     """The 16-bit type in which the base's own files are, where they are: a merged model is as large as its base."""
     run = described(path, Adapter.load(path), model)
