@@ -231,7 +231,8 @@ def layers_of(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Lin
     or a glob).  Raises ValueError for a model with adapters, or without such layers."""
     if "_undula" in model.__dict__:
         raise ValueError("adapters are attached to this model: compress the base first, then attach")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = head_of()
     found = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
     for pattern in exclude:
         hit = [n for n in found if n == pattern or n.endswith(f".{pattern}") or fnmatch.fnmatchcase(n, pattern)]
