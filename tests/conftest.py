@@ -1,5 +1,4 @@
 import gc
-import logging
 import os
 import sys
 import tempfile
@@ -13,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests st
 import pytest
 import torch
 
-from .support import device, thinning, warm
+from .support import device, logs, thinning, warm
 
 WARM = "UNDULA_TESTS_WARM"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -48,14 +47,15 @@ def pytest_configure(config):
 
     config.addinivalue_line("markers", thinning.MARKER)
     device.choose()
-    for logger in logging.root.manager.loggerDict.values():
-        if isinstance(logger, logging.Logger):
-            logger.propagate = True  # else pytest hangs its handlers on each of torch's 44, six times for every test
     config.drawn, page.write = page.write, lambda *_: None
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         config.warm = tempfile.TemporaryDirectory()
         os.environ[WARM] = config.warm.name  # of all workers
         warm.start(config.warm.name)
+
+
+def pytest_sessionstart(session):
+    logs.only_where_asked(session.config.pluginmanager.get_plugin("logging-plugin"))
 
 
 @pytest.fixture(scope="session")
