@@ -58,6 +58,11 @@ def squeeze(
         outline = head(place).outline()
         with layers_bar(place.name, len(outline.methods)) as seen:
             made = _squeezed(place, target, folder, called, seen)
+        if made.bytes[1] > made.bytes[0]:
+            shell.remark(
+                f"{place} is larger as a plain LoRA than it was: its method shares or rebuilds its numbers, and a LoRA "
+                "stores them"
+            )
         return _lost(outline, made, sum_of(folder))
 
     _each(path, out, to, one)
@@ -220,11 +225,6 @@ def _each(path: Path, out: Path, to: Path | None, one: Callable[[Path, Path, Pat
         only = next(iter(found.values()))
         shell.out.print(shell.table(only["layers"]))
         shell.note(", ".join(f"{name}: {shell.shown(value)}" for name, value in _short(only).items()))
-    for name, one_found in found.items():
-        if one_found["bytes"] > one_found["bytes_before"]:
-            shell.remark(
-                f"{name} is larger than it was: its method shares or rebuilds its numbers, and a plain LoRA stores them"
-            )
     shell.note(f"Saved in {out}")
 
 
