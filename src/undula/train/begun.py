@@ -12,10 +12,9 @@ from .run import Run
 
 
 def with_method(run: Run) -> Run:
-    """The run with the method of the adapter that it begins from.  Raises ValueError where it names another, or the
+    """A run that begins from an adapter, with the method of that.  Raises ValueError where it names another, or the
     adapter says that it is for another base; FileNotFoundError."""
-    if run.begin_from is None:
-        return run
+    assert run.begin_from is not None
     outline = head(run.begin_from).outline()
     said = outline.about.get("base_model_name_or_path")
     if said is not None and not same_base(run.model, said) and said != called_elsewhere(run.model):

@@ -22,7 +22,6 @@ from ..optim.groups import factors_B
 from . import processes
 from .activations import again
 from .base import lacking, open_model
-from .begun import begun, with_method
 from .data.splitting import told_quality
 from .fields import default_of
 from .recipe import Settings
@@ -56,7 +55,10 @@ def prepare(
 ) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached.  `opened` gives model and processor, where they are in
     memory already, of the run whose task is fitted."""
-    run = with_method(run)
+    if run.begin_from is not None:
+        from .begun import with_method
+
+        run = with_method(run)
     if run.method is None and not run.full and not run.task.has_head:
         raise ValueError("without a method only a head trains, and this task has none: choose a method")
     with stage(f"reading {run.data}"):
@@ -125,6 +127,8 @@ def _checkpointing(run: Run, model: PreTrainedModel, rows: Examples) -> tuple[Ru
 
 def _attached(run: Run, model: PreTrainedModel, full: Sequence[str], batches: Iterator[Any], called: str) -> Adapter:
     if run.begin_from is not None:
+        from .begun import begun
+
         return attach(model, begun(run, [*run.task.head(model), *chosen_parameters(model, run.full)]), name=called)
     if run.method is None:
         return attach(model, _head_only(model, run, full), name=called)
