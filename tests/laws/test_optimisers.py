@@ -9,9 +9,16 @@ from torch import nn
 import undula
 from undula.core.method import Additive
 from undula.methods.lora import Fixed
+from undula.optim.allora import ALLoRA, ALLoRAGradient, of_products
+from undula.optim.by_peft import LoRAFA, Riemannian
+from undula.optim.gorp import GORP, widened
 from undula.optim.lorapro import LoRAPro, corrected
+from undula.optim.lorsum import LoRSum, summed
+from undula.optim.mgpo import LoRAMGPO
 from undula.optim.paired import Paired
 from undula.optim.pairs import Stacked, alike, pairs
+from undula.optim.sam import SAMReference, mixed, without_conflict
+from undula.train.trainer import give_rate
 
 from ..support.courses import COURSES, STEPS, Loop, every
 from ..support.layers import net
@@ -194,8 +201,47 @@ def test_lorapro_over_gradient_descent_steps_along_the_projection():
 
 KINDS = {
     "lorapro": LoRAPro,
+    "allora": lambda *given, **more: ALLoRA(*given, eta=3.0, **more),
+    "allora, gradient": lambda *given, **more: ALLoRAGradient(*given, eta=3.0, rows=of_products, **more),
+    "mgpo": LoRAMGPO,
+    "gorp": GORP,
+    "riemannian": Riemannian,
 }
+NOTHING = {  # of strength zero
+    "allora": lambda *given, **more: ALLoRA(*given, eta=float("inf"), rows=ones, **more),
+    "allora, gradient": lambda *given, **more: ALLoRAGradient(*given, eta=float("inf"), rows=ones, **more),
+    "mgpo": lambda *given, **more: LoRAMGPO(*given, rho=0.0, **more),
+    "sam": lambda *given, **more: SAMReference(*given, rho=0.0, **more),
+    "sam, lam": lambda *given, **more: SAMReference(*given, steer=mixed(0.0), **more),
+    "gorp": GORP,  # in the first task
+}
+
+
+def ones(pair):
+    """Rows of norm 1."""
+    return torch.ones_like(pair.right[:, :, :1]), torch.ones_like(pair.left[:, :, :1])
+
+
+@pytest.mark.parametrize("kind", NOTHING.values(), ids=NOTHING)
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_of_strength_zero_it_is_its_base_bit_for_bit(kind, base):
+    found = []
+    for made in (lambda p, model: base(p, lr=0.05), lambda p, model: kind(p, model, base=base, lr=0.05)):
+        model, adapter = attached(LORA)
+        optimizer = made(adapter.parameters(), model)
+        for _ in range(4):
+
+            def closure(model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                learnt(model)
+
+            optimizer.step(closure)
+        found.append([p.detach().clone() for p in adapter.parameters()])
+    assert all(map(torch.equal, *found))
+
+
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+with_lorsum = pytest.mark.parametrize("kind", [*KINDS.values(), LoRSum], ids=[*KINDS, "lorsum"])
 
 
 def trained(kind, steps, method=LORA, dtype=torch.float64, resume_at=None, **more):
@@ -213,7 +259,7 @@ def trained(kind, steps, method=LORA, dtype=torch.float64, resume_at=None, **mor
     return [p.detach().clone() for p in adapter.parameters()], optimizer
 
 
-@kinds
+@with_lorsum
 @pytest.mark.parametrize(
     "base", [{"lr": 1e-2}, {"base": torch.optim.SGD, "lr": 1e-2, "momentum": 0.9}], ids=["adamw", "sgd"]
 )
@@ -248,7 +294,7 @@ def test_narrow_parameters_train_by_wide_copies(kind):
             torch.testing.assert_close(held["undula_master"].bfloat16(), p.detach(), rtol=0, atol=0)
 
 
-@kinds
+@with_lorsum
 def test_a_scaler_unscales_first_and_skips_what_is_not_finite(kind):
     """A fused base would take scaled gradients as they are, and step on infinite ones."""
     model, adapter = attached(LORA)
@@ -266,9 +312,9 @@ def test_a_scaler_unscales_first_and_skips_what_is_not_finite(kind):
         torch.testing.assert_close(one.detach(), other)
 
 
-@kinds
+@pytest.mark.parametrize("kind", [k for name, k in KINDS.items() if name != "allora"])
 def test_clipping_comes_after_the_change(kind):
-    """The norm of what the base is given, of all parameters together."""
+    """The norm of what the base is given, of all parameters together.  (ALLoRA changes what comes of it.)"""
     model, adapter = attached(LORA)
     optimizer = kind(adapter.parameters(), model, base=torch.optim.SGD, lr=1.0, max_norm=1e-3)
     before = [p.detach().clone() for p in adapter.parameters()]
@@ -278,7 +324,7 @@ def test_clipping_comes_after_the_change(kind):
     assert float(norm) == pytest.approx(1e-3, rel=1e-2)
 
 
-@kinds
+@with_lorsum
 def test_gradients_are_what_they_were_after_a_step(kind):
     """Allocators score by them."""
     model, adapter = attached(LORA)
@@ -289,7 +335,7 @@ def test_gradients_are_what_they_were_after_a_step(kind):
     assert all(torch.equal(p.grad, g) for p, g in zip(adapter.parameters(), before, strict=True))
 
 
-@kinds
+@with_lorsum
 def test_hooks_on_a_step_run_once(kind):
     """The base's own step has been wrapped by torch where one of its kind was made before."""
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
@@ -352,3 +398,314 @@ def test_an_allocator_trains_over_it_or_it_is_refused(name, kind):
     after = every(loop.adapter)
     assert all(bool(torch.isfinite(t).all()) for t in after.values())
     assert any(not torch.equal(t, after[k]) for k, t in before.items() if k in after and t.shape == after[k].shape)
+
+
+# ALLoRA
+
+
+@pytest.mark.parametrize("products", [False, True])
+@torch.no_grad()
+def test_alloras_rows_move_by_their_own_factor(products):
+    """By the formula on whole matrices; recomputed for each step; a row that is zero moves eta times as far."""
+    for kind in (ALLoRA, ALLoRAGradient):
+        model, adapter = attached(LORA)
+        adapter.factors["0"]["B"][3] = 0
+        how = {"rows": of_products} if products else {}
+        optimizer = kind(adapter.parameters(), model, base=torch.optim.SGD, lr=0.1, eta=5.0, **how)
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                learnt(model)
+            before = [(p.A.clone(), p.B.clone(), p.scale) for p in pairs(adapter)]
+            optimizer.step()
+            for p, (A, B, s) in zip(pairs(adapter), before, strict=True):
+                rows_B = (s * B @ A if products else B).norm(dim=1, keepdim=True)
+                c_A = torch.ones(len(A), 1) if products else 1 / (A.norm(dim=1, keepdim=True) + 1 / 25).sqrt()
+                torch.testing.assert_close(p.A, A - 0.1 * c_A * p.A.grad)
+                torch.testing.assert_close(p.B, B - 0.1 / (rows_B + 1 / 25).sqrt() * p.B.grad)
+        assert 1 / (torch.zeros(()) + 1 / 25).sqrt() == 5
+
+
+# MGPO
+
+
+def test_mgpo_moves_factors_along_the_momentum_and_puts_them_back():
+    """In one pass forward and backward, by a length of rho / n; before anything, and for evaluation, they are as they
+    were, bit for bit."""
+    model, adapter = attached(LORA)
+    rho, mu, beta = 0.3, 0.8, 0.5
+    optimizer = LoRAMGPO(adapter.parameters(), model, base=torch.optim.SGD, lr=0.05, rho=rho, mu=mu, beta=beta)
+    seen, theta = [], adapter.parameters()
+    model[2].register_forward_pre_hook(lambda *_: seen.append([p.detach().clone() for p in theta]))
+    m, norm = [torch.zeros_like(p) for p in theta], None
+    for step in range(4):
+        before = [p.detach().clone() for p in theta]
+        learnt(model)
+        moved = [s - b for s, b in zip(seen[-1], before, strict=True)]
+        if step == 0:
+            assert not any(bool(e.any()) for e in moved)
+        else:
+            length = torch.stack([t.norm() for t in m]).norm()
+            for e, t in zip(moved, m, strict=True):
+                torch.testing.assert_close(e, rho * min(1 / norm, 10) * t / length)
+        assert all(map(torch.equal, theta, before))  # after the backward pass already
+        with torch.no_grad():
+            model(torch.randn(3, 12, dtype=torch.float64))
+        assert all(map(torch.equal, seen[-1], before))
+        g = [p.grad.clone() for p in theta]
+        optimizer.step()
+        for p, b, each in zip(theta, before, g, strict=True):
+            torch.testing.assert_close(p.detach(), b - 0.05 * each)
+        m = [mu * t + each for t, each in zip(m, g, strict=True)]
+        size = torch.stack([t.norm() for t in g]).norm()
+        norm = float(size) if norm is None else beta * norm + (1 - beta) * float(size)
+        optimizer.zero_grad()
+    assert len(seen) == 8
+
+
+def test_a_forward_without_a_backward_leaves_nothing_moved_for_evaluation():
+    model, adapter = attached(LORA)
+    optimizer = LoRAMGPO(adapter.parameters(), model, lr=0.05)
+    for _ in range(2):
+        learnt(model)
+        optimizer.step()
+    before = [p.detach().clone() for p in adapter.parameters()]
+    model(torch.randn(3, 12, dtype=torch.float64))
+    assert not all(map(torch.equal, adapter.parameters(), before))
+    model.eval()
+    model(torch.randn(3, 12, dtype=torch.float64))
+    assert all(map(torch.equal, adapter.parameters(), before))
+
+
+def test_several_batches_of_one_step_are_moved_alike():
+    """The sum of their gradients is that of one batch of all their rows."""
+    found = []
+    for parts in (1, 4):
+        model, adapter = attached(LORA)
+        optimizer = LoRAMGPO(adapter.parameters(), model, lr=0.05, rho=0.5)
+        torch.manual_seed(3)
+        x = torch.randn(16, 12, dtype=torch.float64)
+        for _ in range(3):
+            for part in x.chunk(parts):
+                (model(part).square().mean() / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in adapter.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_step_without_a_pass_of_the_layers_is_refused():
+    model, adapter = attached(LORA)
+    optimizer = LoRAMGPO(adapter.parameters(), model, lr=0.05)
+    model.eval()
+    learnt(model)
+    with pytest.raises(RuntimeError, match=r"LoRAMGPO moves the weights.*model.train"):
+        optimizer.step()
+
+
+# SAMReference
+
+
+@pytest.mark.parametrize("conflict", [False, True])
+def test_sams_gradient_on_a_quadratic_is_its_formula(conflict):
+    """g' = H t + lam rho H (H t) / |H t| exactly; or g without what goes against g_s."""
+    model = nn.Sequential(nn.Linear(5, 4))
+    adapter = undula.attach(model.double(), undula.LoRA(r=2), "*")
+    theta = adapter.parameters()
+    with torch.no_grad():
+        for t in theta:
+            t.copy_(torch.randn_like(t))
+    n, rho, lam = sum(t.numel() for t in theta), 0.4, 0.3
+    H = torch.randn(n, n, dtype=torch.float64)
+    H = H + H.T if conflict else H @ H.T
+    steer = without_conflict if conflict else mixed(lam)
+    optimizer = SAMReference(theta, model, base=torch.optim.SGD, lr=1.0, rho=rho, steer=steer)
+    before, passes = torch.cat([t.detach().flatten() for t in theta]), []
+
+    def closure():
+        optimizer.zero_grad()
+        passes.append([t.detach().clone() for t in theta])
+        t = torch.cat([t.flatten() for t in theta])
+        (t @ H @ t / 2).backward()
+
+    optimizer.step(closure)
+    g = H @ before
+    g_s = g + rho * H @ g / g.norm()
+    due = g - min(float(g @ g_s), 0.0) * g_s / g_s.square().sum() if conflict else (1 - lam) * g + lam * g_s
+    after = torch.cat([t.detach().flatten() for t in theta])
+    torch.testing.assert_close(before - after, due)
+    assert len(passes) == 2
+    torch.testing.assert_close(torch.cat([t.grad.flatten() for t in theta]), g)
+    with pytest.raises(RuntimeError, match="closure"):
+        optimizer.step()
+
+
+# GORP
+
+
+def test_gorps_bases_hold_the_energy_and_grow():
+    torch.manual_seed(0)
+    M = torch.randn(9, 4, dtype=torch.float64) * torch.tensor([4.0, 2.0, 1.0, 0.1], dtype=torch.float64)
+    S = widened(None, M, 0.9)
+    share = [float((S[:, :k].T @ M).square().sum() / M.square().sum()) for k in range(S.shape[1] + 1)]
+    assert share[-1] >= 0.9 > share[-2]
+    more = widened(S, torch.randn(9, 4, dtype=torch.float64), 0.9)
+    assert torch.equal(more[:, : S.shape[1]], S)
+    assert more.shape[1] > S.shape[1]
+    torch.testing.assert_close(more.T @ more, torch.eye(more.shape[1], dtype=torch.float64))
+    full = widened(more, torch.randn(9, 9, dtype=torch.float64), 1.0)
+    assert full.shape == (9, 9)
+    assert torch.equal(widened(full, M, 1.0), full)
+
+
+@pytest.mark.parametrize("base", [{}, {"base": torch.optim.SGD, "momentum": 0.9}], ids=["adamw", "sgd"])
+def test_a_second_task_moves_nothing_within_what_the_first_has_used(base):
+    """Whatever the base makes of the gradients, entry by entry; and the bases come back with the state."""
+    model, adapter = attached(LORA)
+    optimizer = GORP(adapter.parameters(), model, lr=0.05, energy=0.9, **base)
+    with pytest.raises(RuntimeError, match="first moment"):
+        optimizer.close_task()
+    for _ in range(3):
+        learnt(model)
+        optimizer.step()
+    optimizer.close_task()
+    again = GORP(adapter.parameters(), model, lr=0.05, energy=0.9, **base)
+    again.load_state_dict(optimizer.state_dict())
+    before = {id(t): t.detach().clone() for t in adapter.parameters()}
+    for _ in range(3):
+        torch.manual_seed(9)
+        model(torch.randn(7, 12, dtype=torch.float64)).square().sum().backward()
+        again.step()
+    for t, across in again.sides():
+        S, moved = again.bases[again.place(t)], (t - before[id(t)]).detach()
+        moved = moved.T if across else moved
+        assert S.shape[1] > 0
+        assert (S.T @ moved).abs().max() < 1e-12
+        assert across or moved.abs().max() > 1e-3
+
+
+# PEFT's
+
+
+def test_riemannians_and_lora_fas_steps_are_the_formulae():
+    """With a head beside that has a rate of its own, and a state that goes out and comes back."""
+    model, adapter = attached(LORA)
+    optimizer = Riemannian(adapter.parameters(), model, base=torch.optim.SGD, lr=0.1, reg=0.01)
+    learnt(model)
+    old = {p.site: (p.A.detach().clone(), p.B.detach().clone()) for p in pairs(adapter)}
+    optimizer.step()
+    for p in pairs(adapter):
+        A, B = old[p.site]
+        damp = 0.01 * torch.eye(len(A), dtype=A.dtype)
+        torch.testing.assert_close(p.A.detach(), A - 0.1 * torch.linalg.inv(B.T @ B + damp) @ p.A.grad)
+        torch.testing.assert_close(p.B.detach(), B - 0.1 * p.B.grad @ torch.linalg.inv(A @ A.T + damp))
+
+    model, adapter = attached(LORA, torch.float32)
+    head = nn.Parameter(torch.ones(3))
+    spare = nn.Parameter(torch.ones(3))
+    optimizer = LoRAFA(
+        [{"params": [*adapter.parameters(), spare, head], "weight_decay": 0.0}], model, lr=0.1, eps=1e-12
+    )
+    give_rate(optimizer, [head], 0.5)
+    A = [p.A.detach().clone() for p in pairs(adapter)]
+    B = [p.B.detach().clone() for p in pairs(adapter)]
+    learnt(model)
+    head.grad, spare.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    assert all(torch.equal(p.A, a) for p, a in zip(pairs(adapter), A, strict=True))
+    torch.testing.assert_close(head.detach(), torch.full((3,), 0.5))
+    torch.testing.assert_close(spare.detach(), torch.full((3,), 0.9))
+    for p, b in zip(pairs(adapter), B, strict=True):  # the first step of Adam: by the sign
+        torch.testing.assert_close((p.B.detach() - b).abs(), torch.full_like(b, 0.1), rtol=1e-3, atol=1e-3)
+    state = optimizer.state_dict()
+    assert len(state["state"]) == 4  # two pairs, and each of the others by itself
+
+
+# LoRSum
+
+
+def target(seed=4):
+    """(B_0, A_0, terms, B_0 A_0 + their sum)."""
+    torch.manual_seed(seed)
+    B, A, S, X = (torch.randn(*s, dtype=torch.float64) for s in ((6, 2), (2, 5), (9, 6), (9, 5)))
+    return B, A, [(-0.3, S.T, X)], B @ A - 0.3 * S.T @ X
+
+
+def test_lorsums_rounds_converge_to_the_truncated_svd_and_never_rise():
+    B, A, terms, whole = target()
+    M_U, M_V = torch.ones(6, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    U, s, V = torch.linalg.svd(whole)
+    found = summed(B, A, terms, M_U, M_V, 1e-14, 400)
+    torch.testing.assert_close(found[0] @ found[1], (U[:, :2] * s[:2]) @ V[:2])
+    values = []
+    for rounds in range(1, 8):
+        b, a = summed(B, A, terms, M_U, M_V, 0.5, rounds)
+        near = 0.25 * ((b - B).square().sum() + (a - A).square().sum())
+        values.append(float((whole - b @ a).square().sum() / 2 + near))
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < float((whole - B @ A).square().sum() / 2)
+
+
+def test_lorsums_metric_is_that_of_its_least_squares():
+    """One round's A and then B by brute force, over a dense change; and the sums of pairs are those of matrices."""
+    B, A, terms, whole = target()
+    M_U, M_V = torch.rand(6, dtype=torch.float64) + 0.5, torch.rand(5, dtype=torch.float64) + 0.5
+    aim = M_U[:, None].sqrt() * (B @ A) * M_V.sqrt() + (whole - B @ A) / M_U[:, None].sqrt() / M_V.sqrt()
+    new_B, new_A = summed(B, A, terms, M_U, M_V, 1e-14, 1)
+    best_A = torch.linalg.pinv(M_U[:, None].sqrt() * B) @ aim / M_V.sqrt()
+    torch.testing.assert_close(new_A, best_A)
+    torch.testing.assert_close(new_B, aim @ torch.linalg.pinv(new_A * M_V.sqrt()) / M_U[:, None].sqrt())
+
+
+def test_lorsum_without_rounds_is_scaled_gradient_descent():
+    """From what it sees at the layers; the scale is in B."""
+    model, adapter = attached(LORA)
+    how = {"rounds": 0, "fraction": 0.0, "pull": 0.0, "damping": 0.0, "lr": 1e-3, "weight_decay": 0.0}
+    optimizer = LoRSum(adapter.parameters(), model, **how)
+    learnt(model)
+    old = {p.site: (p.A.detach().clone(), p.scale * p.B.detach()) for p in pairs(adapter)}
+    optimizer.step()
+    for p in pairs(adapter):
+        A, B = old[p.site]
+        g_A, g_B, rho = p.A.grad, p.B.grad / p.scale, 1e-5 * torch.eye(len(A), dtype=A.dtype)
+        inverse_A, inverse_B = torch.linalg.inv(A @ A.T + rho), torch.linalg.inv(B.T @ B + rho)
+        torch.testing.assert_close(p.A.detach(), A - 1e-3 * inverse_B @ g_A)
+        torch.testing.assert_close(p.scale * p.B.detach(), B - 1e-3 * g_B @ inverse_A)
+
+
+def test_lorsum_learns_and_takes_batches_of_a_step_as_one():
+    found = []
+    for parts in (1, 4):
+        model, adapter = attached(LORA)
+        optimizer = LoRSum(adapter.parameters(), model, lr=0.5)
+        torch.manual_seed(3)
+        x, losses = torch.randn(16, 12, dtype=torch.float64), []
+        for _ in range(6):
+            for part in x.chunk(parts):
+                ((model(part) - 1).square().mean() / parts).backward()
+            with torch.no_grad():
+                losses.append(float((model(x) - 1).square().mean()))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < 0.9 * losses[0]
+        found.append([p.detach().clone() for p in adapter.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_lorsum_refuses_what_it_does_not_see():
+    model, adapter = attached(undula.Dropout(LORA, 0.5))
+    with pytest.raises(TypeError, match=r"plain LoRA; at 0 stands Dropout.*LoRAPro"):
+        LoRSum(adapter.parameters(), model)
+    model, adapter = attached(LORA)
+    optimizer = LoRSum(adapter.parameters(), model, lr=0.1)
+    learnt(model)
+    (0.1 * sum(p.square().sum() for p in adapter.parameters())).backward()
+    with pytest.raises(RuntimeError, match="0: its gradient is not that of the rows"):
+        optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    learnt(model)
+    with pytest.raises(RuntimeError, match="saw no call of 0 in training mode"):
+        optimizer.step()

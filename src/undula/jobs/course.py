@@ -147,7 +147,7 @@ class Course:
     def stepped(self, step: Step) -> None:
         """Takes the step whose rows were all seen."""
         begun, run, job = time.perf_counter(), self.ready.run, self.job
-        if run.max_grad_norm and not run.optimiser.paired:
+        if run.max_grad_norm and not run.optimiser.clips:
             torch.nn.utils.clip_grad_norm_(self.parameters, run.max_grad_norm)
         self.optimiser.step()
         self.schedule.step()

@@ -12,14 +12,25 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.choice import Choice
-from ..core.ranges import Inside, NotNegative, PartShare, Positive
+from ..core.ranges import (
+    Inside,
+    Natural,
+    NotNegative,
+    PartShare,
+    Positive,
+    Share,
+)
 
 
 class Optimiser(Choice):
     """Constants, and the class that they are for."""
 
     entrywise: ClassVar[bool] = True  # whether what it remembers of a parameter has an entry for each of its entries
-    paired: ClassVar[bool] = False  # whether its class is a `paired.Paired`: it takes the model too, and clips itself
+    paired: ClassVar[bool] = False  # whether it sees the pairs of factors: its class takes the model too (`adapted`)
+    clips: ClassVar[bool] = False  # whether it clips gradients itself, after it has changed them (`max_norm`)
+    follows: ClassVar[bool] = True  # whether what it remembers can follow an allocator's changes
+    groups: ClassVar[bool] = True  # whether A and B may have rates of their own
+    at_once: ClassVar[bool] = False  # whether it needs all rows of a step in one batch
     beside: ClassVar[bool] = True  # whether jobs that share their forward passes can each have their own
     remembers: ClassVar[int] = 2  # numbers of each that trains, at most
 
@@ -83,7 +94,7 @@ class Adafactor(Optimiser):
 class _Paired(Optimiser):
     """One that sees the pairs of the adapter, over another, `base`; see `undula.optim.paired`."""
 
-    paired = True
+    paired = clips = True
     base: Optimiser
 
     def __post_init__(self) -> None:
@@ -112,3 +123,116 @@ class LoRAPro(_Paired):
         from .lorapro import LoRAPro
 
         return LoRAPro, self.over(damping=self.damping)
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class ALLoRA(_Paired):
+    """Huang and Balestriero 2024, arXiv:2410.09692: a rate for each row, 1 / sqrt(|row| + 1 / eta^2)."""
+
+    eta: Positive = 3.0  # of a row that is zero
+    gradient: bool = False  # scale gradients, not what a step moves
+    products: bool = False  # rows of B A, not of A and of B
+    base: Optimiser = AdamW()
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from . import allora
+
+        kind = allora.ALLoRAGradient if self.gradient else allora.ALLoRA
+        return kind, self.over(eta=self.eta, rows=allora.of_products if self.products else allora.of_factors)
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class LoRAMGPO(_Paired):
+    """EMNLP Findings 2025, arXiv:2502.14538v2: factors moved along their momentum while the gradient is found."""
+
+    beside = False
+    remembers = 4
+
+    rho: NotNegative = 0.05
+    mu: PartShare = 0.9
+    beta: PartShare = 0.9
+    ascent: bool = True  # along the momentum, as in the paper; False: against it, as in the authors' code
+    base: Optimiser = AdamW()
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from .mgpo import LoRAMGPO
+
+        return LoRAMGPO, self.over(rho=self.rho, mu=self.mu, beta=self.beta, sign=1 if self.ascent else -1)
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class LoRSum(_Paired):
+    """Almansoori et al. 2026, arXiv:2602.16456: full fine-tuning's step cut to the rank; rates as of plain descent."""
+
+    clips = beside = follows = False
+    remembers = 6
+
+    rounds: Natural = 1  # of alternating least squares; 0: scaled gradient descent
+    fraction: Share = 0.5  # of the diagonal metric; 0: none
+    damping: NotNegative = 1e-2  # rho = max(lr damping, 1e-5)
+    momentum: PartShare = 0.9
+    average: PartShare = 0.99  # of the metric
+    base: Optimiser = AdamW()  # of what is no pair
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from .lorsum import LoRSum
+
+        kind, own = self.base.made()
+        constants = {f: getattr(self, f) for f in ("rounds", "fraction", "damping", "average")}
+        return LoRSum, {**own, **constants, "pull": self.momentum, "base": kind}
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class SAMReference(_Paired):
+    """After GLAD, arXiv:2507.13089: the gradient with a sharpness-aware one beside it; two passes a step."""
+
+    beside = False
+    at_once = True
+
+    rho: NotNegative = 0.05
+    lam: Share = 0.5  # share of the sharpness-aware one
+    conflict: bool = False  # instead: take out what goes against it
+    base: Optimiser = AdamW()
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from . import sam
+
+        return sam.SAMReference, self.over(
+            rho=self.rho, steer=sam.without_conflict if self.conflict else sam.mixed(self.lam)
+        )
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class Riemannian(_Paired):
+    """Zhang and Pilanci 2024, arXiv:2402.02347 (ScaledAdam): PEFT's."""
+
+    reg: Positive = 1e-2
+    base: Optimiser = AdamW()
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from .by_peft import Riemannian
+
+        return Riemannian, self.over(reg=self.reg)
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class LoRAFA(Optimiser):
+    """Zhang et al. 2023, arXiv:2308.03303: A stays as it is, B by AdamW along dL/dB (A A')^-1 / s^2; PEFT's."""
+
+    paired = True
+    beside = follows = groups = entrywise = False
+
+    beta1: PartShare = 0.9
+    beta2: PartShare = 0.999
+    eps: Positive = 1e-6
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from .by_peft import LoRAFA
+
+        return LoRAFA, {"betas": (self.beta1, self.beta2), "eps": self.eps}  # type: ignore[return-value]

@@ -228,6 +228,13 @@ class Recipe(Settings):
                 f"penalty: {odd[0]!r} looks at the answers that the loss is made of, and {type(self.task).__name__} "
                 "has a loss of its own: leave it out, or take a penalty of the factors, such as GroupLasso()"
             )
+        if self.b_ratio is not None and not self.optimiser.groups:
+            raise ValueError(f"b_ratio gives B a rate beside A's, and {self.optimiser!r} moves B alone: raise lr")
+        if self.accumulate > 1 and self.optimiser.at_once:
+            raise ValueError(
+                f"{self.optimiser!r} takes all rows of a step in one batch, found accumulate={self.accumulate}: give "
+                f"batch={self.batch * self.accumulate} and gradient_checkpointing=True where memory is short"
+            )
         if (every := self.eval_every) is not None and every >= 1 and every % 1:
             raise ValueError(f"eval_every is a number of steps, or a share of them below 1, found {every:g}")
         if every == 0 and (self.keep_best or self.patience is not None):
@@ -306,6 +313,8 @@ def refusals(
     yield from _unpenalised(allocator, method, overrides, penalty)
     if allocator is None:
         return
+    if not optimiser.follows:
+        yield "optimiser", f"what {optimiser!r} remembers cannot follow {allocator!r}: take another optimiser"
     for name, each in (("allocator", method), *(("overrides", m) for m in overrides.values())):
         if each is None or not allocator.serves(each):
             yield name, allocator.refusal(each)

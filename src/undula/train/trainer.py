@@ -79,6 +79,14 @@ class AdapterTrainer(Trainer):
             give_rate(made, parameters, lr)
         return made
 
+    def training_step(self, *given: Any, **named: Any) -> torch.Tensor:
+        own = super().training_step
+        loss = own(*given, **named)
+        twice = getattr(getattr(self.optimizer, "optimizer", self.optimizer), "twice", None)
+        if twice is not None:  # an optimiser that looks at the rows of a step again, see `optim.sam`
+            twice(lambda: own(*given, **named))
+        return loss
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -161,7 +169,9 @@ class AdapterTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         for p, memory in self.optimizer.state.items():  # type: ignore[union-attr]
-            if p.shape == (1,):  # of a number that had no dimension when this was written, see `reading.with_dimension`
+            if getattr(p, "shape", ()) == (
+                1,
+            ):  # of a number that had no dimension when this was written, see `reading.with_dimension`
                 memory |= {k: t.reshape(1) for k, t in memory.items() if k.startswith("exp_") and t.ndim == 0}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -187,7 +197,7 @@ def trainer(
     how, beside = run.procedure, None
     if how is not None:
         quality = quality_of(model, held) if held is not None and how.needs_quality else None
-        clip = None if run.optimiser.paired else run.max_grad_norm
+        clip = None if run.optimiser.clips else run.max_grad_norm
         beside = Allocating(how, quality, clip=clip, saves_whole_models=False)
         callbacks = (beside, *callbacks)
     arguments = run.task.arguments(
@@ -200,7 +210,7 @@ def trainer(
         warmup_steps=run.warmup,
         weight_decay=run.weight_decay,
         # an allocator looks first, and an optimiser that changes gradients clips what it makes of them
-        max_grad_norm=0.0 if how is not None or run.optimiser.paired else run.max_grad_norm,
+        max_grad_norm=0.0 if how is not None or run.optimiser.clips else run.max_grad_norm,
         logging_nan_inf_filter=False,
         seed=run.seed,
         data_seed=run.seed,
@@ -224,7 +234,7 @@ def trainer(
         model._hf_peft_config_loaded = True  # so the Trainer asks whether adapters stand on a quantised model
     kind, constants = run.optimiser.made()
     if run.optimiser.paired:
-        constants |= {"adapted": model, "max_norm": run.max_grad_norm}
+        constants |= {"adapted": model} | ({"max_norm": run.max_grad_norm} if run.optimiser.clips else {})
     make: Callable[..., AdapterTrainer] = run.task.fitter() or AdapterTrainer
     made = make(
         model=model,

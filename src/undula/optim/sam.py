@@ -1,0 +1,99 @@
+"""SAMReference, after GLAD (Peng et al. 2025, arXiv:2507.13089): the gradient with a sharpness-aware one beside it.
+
+    g = dL/dtheta at theta,   g_s = dL/dtheta at theta + rho g / |g|
+    g' = (1 - lam) g + lam g_s                          the gradient of L + lam rho |grad L|, to first order
+    conflict:  g' = g - min(<g, g_s>, 0) g_s / |g_s|^2  no step against the flat direction
+
+Interpretation: of the paper only that the gradient of sharpness-aware minimisation (Foret et al. 2020,
+arXiv:2010.01412) is a reference that steers the plain one was at hand.  theta are all factors; what else trains follows
+g alone.  Two forward and backward passes: in a loop of your own by `step(closure)`; `undula train` gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .paired import Paired, Params
+
+Steer = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
+
+def mixed(lam: float) -> Steer:
+    """g' = (1 - lam) g + lam g_s."""
+    return lambda g, g_s: list(torch._foreach_lerp(g, g_s, lam))
+
+
+def without_conflict(g: list[Tensor], g_s: list[Tensor]) -> list[Tensor]:
+    """g, less what of it goes against g_s."""
+    along = sum((a * b).sum() for a, b in zip(g, g_s, strict=True))
+    size = sum(b.square().sum() for b in g_s)
+    share = torch.where(torch.as_tensor(size) > 0, torch.as_tensor(along).clamp_max(0) / size, 0)
+    return [a - share * b for a, b in zip(g, g_s, strict=True)]
+
+
+class SAMReference(Paired):
+    """See the module.  steer: (g, g_s) -> g'."""
+
+    def __init__(
+        self, params: Params, adapted: nn.Module, *, rho: float = 0.05, steer: Steer | None = None, **options: Any
+    ):
+        if not rho >= 0:
+            raise ValueError(f"SAMReference.rho is at least 0, found {rho}")
+        self.rho, self.steer = rho, mixed(0.5) if steer is None else steer
+        self.found: list[tuple[Tensor, Tensor]] | None = None
+        super().__init__(params, adapted, **options)
+
+    def twice(self, again: Callable[[], Any]) -> None:
+        """The gradients are there: has `again`, a forward and backward pass over the same rows, run at the moved
+        factors and keeps what `step` is to follow.  The factors are put back bit for bit."""
+        theta = [t for p in self.following() for t in (p.A, p.B)]
+        every = [p for group in self.param_groups for p in group["params"]]
+        if not self.rho or not theta:
+            self.found = []
+            return
+        first = [p.grad for p in every]
+        g: list[Tensor] = [t.grad for t in theta]  # type: ignore[misc]
+        copies = [t.detach().clone() for t in theta]
+        with torch.no_grad():
+            length = torch.stack(torch._foreach_norm(g)).norm()
+            step = torch.where(length > 0, self.rho / length, 0)
+            torch._foreach_add_(theta, torch._foreach_mul(g, step))
+        try:
+            for p in every:
+                p.grad = None
+            with torch.enable_grad():
+                again()
+            g_s = [torch.zeros_like(t) if t.grad is None else t.grad for t in theta]
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(theta, copies)
+            for p, grad in zip(every, first, strict=True):
+                p.grad = grad
+        with torch.no_grad():
+            self.found = list(zip(theta, self.steer(g, g_s), strict=True))
+
+    def adjust(self) -> None:
+        if self.found is None:
+            raise RuntimeError(
+                "SAMReference looks twice at the rows of a step: give step a closure that clears the gradients, "
+                "computes the loss and calls backward, as torch.optim.LBFGS takes it"
+            )
+        for t, new in self.found:
+            self.given.append((t, t.grad))
+            t.grad = new.to(t.dtype)
+        self.found = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """A step; closure clears the gradients, computes the loss and calls backward."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self.twice(closure)
+        super().step()
+        return loss
