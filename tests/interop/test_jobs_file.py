@@ -8,7 +8,7 @@ from undula.io.toml import Faults
 from undula.jobs.file import read
 from undula.jobs.job import Job
 from undula.jobs.many import summary
-from undula.train import Classification, Run
+from undula.train import Classification, Recipe, Run
 
 TOP = """
 model = "{base}"
@@ -22,7 +22,11 @@ max_steps = 2
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("jobs")
-    return {"base": tiny.bert(tmp / "base"), "data": tiny.jsonl(tmp / "data.jsonl", tiny.reviews(24))}
+    rows = tiny.reviews(24)
+    return {
+        "base": tiny.bert(tmp / "base"), "data": tiny.jsonl(tmp / "data.jsonl", rows),
+        "one": tiny.jsonl(tmp / "one.jsonl", rows[:1]), "alike": tiny.jsonl(tmp / "alike.jsonl", rows[:1] * 3),
+    }  # fmt: skip
 
 
 def written(tmp_path, text, place, top=TOP):
@@ -132,12 +136,40 @@ def test_jobs_of_two_models_are_refused(tmp_path, place, own):
     assert "share it" in told
 
 
+def test_what_is_wrong_with_data_and_with_layers_is_told_of_all_jobs(tmp_path, place):
+    """Before the model is read: a job that could not begin would be missed after hours."""
+    text = """
+    [[jobs]]
+    name = "a"
+    where = "nowhere"
+    [[jobs]]
+    name = "b"
+    data = "{one}"
+    exclude = "nobody"
+    seed = [0, 1]
+    """
+    found = faults(written(tmp_path, text, place), tmp_path / "out")
+    assert [line for line, _ in found] == [10, 13, 14]
+    recipe = {"model": place["base"], "data": place["data"], "task": Classification(), "method": undula.LoRA(r=2)}
+    with pytest.raises(ValueError, match=r"(?s)a: .*nowhere.*b: .*nobody"):
+        undula.train_many(
+            {"a": Recipe(**recipe, where="nowhere"), "b": Recipe(**recipe, exclude="nobody")}, tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "line", "why"),
     [
         ('[[jobs]]\nname = "a"\ndata = "nowhere.jsonl"', 9, "does not exist"),
         ('[[jobs]]\nname = "a"\ntask = "preference"', 9, "cannot be trained among"),
         ('[[jobs]]\nname = "a"\ntask = {{ is = "classification", text = "words" }}', 9, "words"),
+        ('[[jobs]]\nname = "a"\ndata = "{one}"\ntask = "causal-lm"', 9, "1 row(s) cannot be split"),
+        ('[[jobs]]\nname = "a"\ndata = "{alike}"', 9, "two classes"),
+        ('[[jobs]]\nname = "a"\nwhere = ["query", "nowhere"]', 9, "nowhere"),
+        ('[[jobs]]\nname = "a"\nexclude = "nowhere"', 9, "nowhere"),
+        ('[[jobs]]\nname = "a"\nfull = "nowhere"', 9, "nowhere"),
+        ('[[jobs]]\nname = "a"\nwhere = "query"\noverrides = {{ nowhere = "loran" }}', 10, "nowhere"),
         ("", None, "no job"),
         ("jobs = 3", 7, "tables"),
     ],

@@ -39,7 +39,7 @@ accumulate = 2
 LOST = """
 [[jobs]]
 name = "lost"
-where = "nowhere"
+lr = 1e38
 """
 
 
@@ -70,7 +70,7 @@ def assert_as_alone(out, alone):
         assert_close(weights(out / name), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_jobs_have_the_weights_and_directories_of_single_runs_and_one_that_fails_touches_none(place, alone):
+def test_jobs_have_the_weights_and_directories_of_single_runs_and_one_that_is_lost_touches_none(place, alone):
     """By the verb; its exit code says that one failed, the summary which and why."""
     told = CliRunner().invoke(app, ["train-many", str(place / "lost.toml"), "--out", str(place / "out")])
     assert told.exit_code == 1, told.output
@@ -78,8 +78,8 @@ def test_jobs_have_the_weights_and_directories_of_single_runs_and_one_that_fails
     assert undula.Run.load(place / "out" / "b").accumulate == 2
     assert json.loads((place / "out" / "a" / "report.json").read_text())["steps"] == 4
     summary = json.loads((place / "out" / "jobs.json").read_text())
-    assert {n: j["state"] for n, j in summary["jobs"].items()} == {"a": "done", "b": "done", "lost": "failed"}
-    assert "nowhere" in summary["jobs"]["lost"]["error"]
+    assert {n: j["state"] for n, j in summary["jobs"].items()} == {"a": "done", "b": "done", "lost": "diverged"}
+    assert "step" in summary["jobs"]["lost"]["error"]
     assert "2 of 3 jobs are trained" in told.stdout
 
 

@@ -123,9 +123,17 @@ class Course:
     def take(self, loss: Tensor, grads: Sequence[Tensor | None]) -> None:
         """Adds what a micro-batch gave to the step under way."""
         self._found.append(loss)
+        taken = set[int]()
         for p, g in zip(self.parameters, grads, strict=True):
-            if g is not None:  # copied: it may lie otherwise in memory than p, which fused optimisers do not look at
-                p.grad = torch.empty_like(p).copy_(g) if p.grad is None else p.grad.add_(g)
+            if g is None:
+                continue
+            if p.grad is not None:
+                p.grad.add_(g)
+            elif g.stride() == p.stride() and g.data_ptr() not in taken:
+                p.grad = g
+            else:  # it lies otherwise in memory than p, which fused optimisers do not look at, or is another's too
+                p.grad = torch.empty_like(p).copy_(g)
+            taken.add(g.data_ptr())
 
     def drop(self) -> None:
         """Forgets the step under way."""

@@ -21,10 +21,7 @@ Values are those of a run's file, see `train.config`.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -33,18 +30,16 @@ from typing import Any
 
 from ..core.choice import Choice
 from ..core.given import hints
-from ..io import files, toml
+from ..io import toml
 from ..io.toml import Faults, line_of
-from ..train.base import config_of
 from ..train.config import value_of
-from ..train.data.faults import Faults as RowFaults
-from ..train.data.load import load_data
-from ..train.doubts import finite
-from ..train.fields import bare, default_of, told
+from ..train.fields import bare, default_of
+from ..train.fields import told as told_fields
 from ..train.recipe import Recipe
-from ..train.resume import claim
-from ..train.run import REPORT, RUN, Run
+from ..train.run import Run
+from .beforehand import KINDS, Beforehand, told
 from .checks import faults_of
+from .place import SUMMARY, check_place
 
 NAME = re.compile(r"\w(?:[\w.+-]*\w)?")
 LONGEST = 100  # characters of a name, a directory's
@@ -70,8 +65,8 @@ class _Reading:
         """make(), or None with its error noted."""
         try:
             return make()
-        except (LookupError, ValueError, TypeError, OSError, RuntimeError) as error:
-            self.fault(place, str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
+        except KINDS as error:
+            self.fault(place, told(error))
             return None
 
 
@@ -88,9 +83,9 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfi
     """{name: run} of a file of jobs, each in OUT/NAME, in the order of the file.
 
     Everything is checked before: names, values, that jobs can train together (by `unfit`, which says what is wrong with
-    which), that data can be read by their task, that OUT can be written and holds no such jobs (with `resume`: no
-    others).  Raises Faults (a ValueError) with all that is wrong and its lines, FileNotFoundError for a file that is
-    not there.
+    which), that data can be read by their task and divided, that the model has the layers, that OUT can be written and
+    holds no such jobs (with `resume`: no others).  Raises Faults (a ValueError) with all that is wrong and its lines,
+    FileNotFoundError for a file that is not there.
     """
     path, out = Path(path), Path(out)
     if not path.is_file():
@@ -105,7 +100,7 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfi
     runs = {job.name: Run.of(job.recipe, out / job.name) for job in asked}
     if not reading.found:
         _check_unfit(reading, asked, runs, unfit)
-        _check_opened(reading, asked)
+        _check_beforehand(reading, asked, runs, Beforehand(resume))
     for job in asked if not reading.found else ():
         reading.attempt(job.place, lambda run=runs[job.name]: check_place(run, resume))  # type: ignore[misc]
     if reading.found:
@@ -201,7 +196,7 @@ def _values(reading: _Reading, shared: Table, own: Table, place: Place) -> dict[
         meant = _over(shared.get(name), value) if name in own and _is_choice_field(name) else value
         found = reading.attempt(where, lambda name=name, meant=meant: (value_of(Recipe, name, meant),))  # type: ignore[misc]
         made |= {} if found is None else {name: found[0]}
-    missing = [f.name for f in told(Recipe) if default_of(f) is MISSING and f.name not in {**shared, **own}]
+    missing = [f.name for f in told_fields(Recipe) if default_of(f) is MISSING and f.name not in {**shared, **own}]
     if missing:
         reading.fault(place, f"{', '.join(missing)} is said neither here nor for all jobs, at the top of the file")
     wrong = len(reading.found) > before or missing or len(made) < len({**shared, **own})
@@ -245,9 +240,6 @@ def wrong_name(name: str) -> str:
     return f"a job cannot be called {name!r}: OUT has a file of that name" if name.casefold() == SUMMARY else ""
 
 
-SUMMARY = "jobs.json"  # in OUT
-
-
 def _check_unfit(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, Run], unfit: Unfit) -> None:
     """What cannot train beside the others, at the setting (or its value) that its words begin with, where the job says
     that."""
@@ -259,71 +251,13 @@ def _check_unfit(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, R
             reading.fault((*places[name], values.get(first, first)), f"{name}: {why}")
 
 
-def _check_opened(reading: _Reading, asked: Sequence[Asked]) -> None:
-    """Looks for the model, and reads each data set as its task does."""
-    seen = set()
+def _check_beforehand(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, Run], looked: Beforehand) -> None:
+    """What would keep a job from beginning, at the first of the settings it is about that the job says itself."""
     for job in asked:
-        recipe = job.recipe
-        if recipe.model not in seen:
-            reading.attempt(_place(reading, job, "model"), lambda source=recipe.model: config_of(source))  # type: ignore[misc]
-        key = repr((recipe.data, recipe.task, recipe.skip_faulty, recipe.encoding))
-        if key not in seen:
-            where = _place(reading, job, "data", "task")
-            reading.attempt(where, lambda recipe=recipe: _read(recipe))  # type: ignore[misc]
-        seen |= {recipe.model, key}
-
-
-def _read(recipe: Recipe) -> None:
-    faults = RowFaults(recipe.skip_faulty, recipe.encoding)
-    recipe.task.read(load_data(recipe.data, faults), "train", "validation", faults=faults)
+        for settings, why in looked.at(runs[job.name]):
+            reading.fault(_place(reading, job, *settings), why)
 
 
 def _place(reading: _Reading, job: Asked, *names: str) -> Place:
     """Where the first of these fields that a job says itself stands; else the first, at the top."""
     return next(((*job.place, name) for name in names if (*job.place, name) in reading.where), names[:1])
-
-
-def check_place(run: Run, resume: bool) -> None:
-    """Refuses a directory as `undula train` does.  With `resume` one where another job than this began, but none where
-    it has ended or not begun.  Raises FileExistsError, PermissionError, ValueError."""
-    if not (resume and (run.out / RUN).is_file()):
-        try:
-            claim(run, False)
-        except FileExistsError:
-            if (run.out / RUN).is_file():  # one such directory is no job's that `undula train` may go on with
-                raise FileExistsError(
-                    f"{run.out} holds a run already: go on with the jobs there (--resume), or name another --out"
-                ) from None
-            raise
-        return
-    before, now = _asked(run.out), as_asked(run)
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)] if before else ()
-    if changed:
-        told = "; ".join(f"{name} was {before.get(name)!r:.60} and is {now.get(name)!r:.60}" for name in changed)
-        raise ValueError(f"{run.out} holds another job than this: {told}. A job goes on as it began")
-    if not (run.out / REPORT).is_file():
-        claim(run, True)
-    elif not os.access(run.out, os.W_OK):
-        raise PermissionError(f"nothing can be written to {run.out}: mend its permissions")
-
-
-def as_asked(run: Run) -> dict[str, Any]:
-    """A job as it was asked for, before its data told classes and its model what it needs."""
-    found: dict[str, Any] = json.loads(json.dumps(finite(run.encode())))  # lists for tuples
-    return found
-
-
-def _asked(out: Path) -> dict[str, Any]:
-    """What the summary says that the job in `out` was asked for; nothing where there is no such word."""
-    path = out.parent / SUMMARY
-    if not path.is_file():
-        return {}
-    stamp = path.stat()
-    found = _summary(path, stamp.st_mtime_ns, stamp.st_size).get(out.name, {}).get("run")
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
-@functools.lru_cache(maxsize=1)
-def _summary(path: Path, *_: int) -> dict[str, Any]:
-    """The jobs of a summary, which is read once for all of them."""
-    return dict(files.parsed(path.read_bytes(), str(path)).get("jobs", {}))

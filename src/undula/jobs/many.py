@@ -19,17 +19,19 @@ from ..train.fit import Interrupted, train
 from ..train.measure import PeakMemory, versions
 from ..train.recipe import Recipe
 from ..train.run import REPORT, RUN, Run, write_json
+from .beforehand import Beforehand
 from .checks import check, faults_of
 from .cost import Memory, saved
 from .engine import Engine
-from .file import SUMMARY, Unfit, as_asked, check_place, read, wrong_name
+from .file import Unfit, read, wrong_name
 from .job import DONE, FAILED, RUNNING, STOPPED, WAITING, Job
+from .place import SUMMARY, as_asked, check_place
 from .planner import Batch, Piece
 from .trial import Tried
 from .view import Silent, View
 
 VERSION = 1
-KNEE = 512  # tokens of a micro-batch above which more gain nothing: what one job's batches need is the bound then
+KNEE = 256  # tokens of a micro-batch above which more gain nothing: what one job's batches need is the bound then
 LONG = 12  # steps: in shorter trainings there is no time to try plans
 BESIDE = 1.5  # activations and what a backward computes beside them, of what a forward keeps
 SAMPLES = 64, 128  # tokens of the forwards whose activations are counted
@@ -55,7 +57,7 @@ def runs_of(jobs: str | Path | Mapping[str, Recipe], out: str | Path, resume: bo
     do."""
     if not isinstance(jobs, Mapping):
         return read(jobs, out, resume=resume, unfit=unfit)
-    runs, wrong = {}, []
+    runs, wrong, looked = {}, [], Beforehand(resume)
     for name, recipe in jobs.items():
         if why := wrong_name(name):
             wrong.append(why)
@@ -65,6 +67,7 @@ def runs_of(jobs: str | Path | Mapping[str, Recipe], out: str | Path, resume: bo
             check_place(runs[name], resume)
         except (OSError, ValueError, LookupError) as error:
             wrong.append(f"{name}: {error}")
+        wrong += [f"{name}: {why}" for _, why in looked.at(runs[name])]
     if wrong:
         raise ValueError("\n".join(wrong))
     return runs
