@@ -135,6 +135,8 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(place, alone, tmp_path
     [
         (["--plain", "--budget", "1GB"], "would do nothing"),
         (["--budget", "much"], "a number of bytes"),
+        (["--workers", "2"], "without --executor ray"),
+        (["--plain", "--executor", "ray"], "leave out --executor ray"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(place, tmp_path, options, why):

@@ -6,6 +6,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 TENTHS = 10  # lines of a job's course where there is no terminal
 EVERY = 4.0  # times in a second that the table is drawn
+WORKERS = 2  # where nobody says how many
+
+
+class Executor(StrEnum):
+    """Where jobs are trained."""
+
+    HERE = "here"
+    RAY = "ray"
 
 
 def train_many(
@@ -41,15 +50,23 @@ def train_many(
     plain: Annotated[
         bool, typer.Option("--plain", help="One job after the other, each by `undula train`: to compare with.")
     ] = False,
+    executor: Annotated[
+        Executor, typer.Option(help="Where: in this process, or spread over the workers of Ray, each with its share.")
+    ] = Executor.HERE,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many workers share the jobs; 2 by default.")] = None,
     to: shell.Json = None,
 ) -> None:
     """Train many adapters on one base at once, each as if alone.  Ctrl-C saves all jobs and says how to go on."""
     bytes_ = None if budget is None else size_of(budget)
-    _check_together(plain, budget)
+    _check_together(plain, budget, executor, workers)
     try:
-        found = _run(path, out, resume, bytes_, plain)
+        if executor is Executor.RAY:
+            found = _spread(path, out, resume, bytes_, workers or WORKERS)
+        else:
+            found = _run(path, out, resume, bytes_, plain)
     except Interrupted:
         more = " --plain" if plain else f" --budget {shlex.quote(budget)}" if budget else ""
+        more += "" if executor is Executor.HERE else f" --executor {executor} --workers {workers or WORKERS}"
         raise Interrupted(
             f"stopped, with all jobs saved; go on with: undula train-many {shlex.quote(str(path))} "
             f"--out {shlex.quote(str(out))} --resume{more}"
@@ -78,8 +95,20 @@ def _run(path: Path, out: Path, resume: bool, budget: int | None, plain: bool) -
         return many(path, out, resume=resume, budget=budget, view=view)
 
 
-def _check_together(plain: bool, budget: str | None) -> None:
+def _spread(path: Path, out: Path, resume: bool, budget: int | None, workers: int) -> Mapping[str, Job]:
+    from ..jobs.spread import train_spread
+    from ..train.base import quiet
+
+    with quiet(), Watching() as view:
+        return train_spread(path, out, workers=workers, resume=resume, budget=budget, view=view)
+
+
+def _check_together(plain: bool, budget: str | None, executor: Executor, workers: int | None) -> None:
     """Refuses options that would do nothing beside the others.  Raises ValueError."""
+    if workers is not None and executor is Executor.HERE:
+        raise ValueError("--workers would do nothing without --executor ray: jobs share this process")
+    if plain and executor is Executor.RAY:
+        raise ValueError("--plain trains one job after the other here: leave out --executor ray, or --plain")
     if plain and budget is not None:
         raise ValueError("--budget would do nothing beside --plain: one job at a time is in memory")
 
