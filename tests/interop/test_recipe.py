@@ -680,7 +680,7 @@ def test_what_a_training_cannot_go_on_from_is_refused(usual, tmp_path):
     from_it = {"where": Settings.where, "method": None, "begin_from": tmp_path / "bare", "out": tmp_path / "y"}
     with pytest.raises(ValueError, match=r"does not hold classifier.*trains in full here"):
         prepare(dataclasses.replace(usual, **from_it))
-    with pytest.raises(ValueError, match="goes on with the adapter that is there, at its layers: leave out where"):
+    with pytest.raises(ValueError, match="goes on with the adapter there, at its layers: leave out where"):
         dataclasses.replace(usual, begin_from=tmp_path / "bare")
     with pytest.raises(ValueError, match=r"has LoRA\(r=2.*goes on with that; found SoRA"):
         prepare(dataclasses.replace(usual, **{**from_it, "method": undula.SoRA()}))

@@ -217,7 +217,7 @@ class Recipe(Settings):
             fixed = [f.name for f in told(Settings) if f.name in PLACES and getattr(self, f.name) != default_of(f)]
             if fixed:
                 raise ValueError(
-                    f"begin_from goes on with the adapter that is there, at its layers: leave out {', '.join(fixed)}"
+                    f"begin_from (--from) goes on with the adapter there, at its layers: leave out {', '.join(fixed)}"
                 )
         known = self.begin_from is None or self.method is not None  # else it is the adapter's: told when it is read
         parts = self.allocator, self.method, self.overrides, self.optimiser, self.penalty
