@@ -68,11 +68,15 @@ def main() -> None:
     torch.set_num_threads(1)
     form = Form(asked.sparsity, asked.group)
     ids, held = lm.sequences("train", lm.BATCH * asked.steps), lm.sequences("test", lm.HELD)
-    calibration, rows = ids[: 4 * lm.BATCH], {}
+    calibration, rows, more = ids[: 4 * lm.BATCH], {}, {}
 
     def told(name, model):
+        """Measures a stage; the file is written after each, so that a run that is stopped leaves what it had."""
         rows[name] = lm.perplexity(model, held)
         print(name, round(rows[name], 3), flush=True)
+        if asked.json:
+            said = {k: v for k, v in vars(asked).items() if k != "json"} | {"threads": 1, "held_tokens": held.numel()}
+            record(asked.json, {**said, "perplexity": rows, **more, "targets_met": met(rows, more)})
 
     dense = lm.model()
     told("dense", dense)
@@ -80,44 +84,50 @@ def main() -> None:
     model, made = compressed(form, calibration, asked.block_steps)
     told("BQPO", model)
     tuned(model, ids, asked.steps, asked.scale_lr)
-    told("E2E-OQP", model)
-    bytes_ = {"dense, float32": size(dense), "GQSA": size(marked(model, form))}
     layers = compressed_layers(model).values()
     weights = sum(m.in_features * m.out_features for m in layers)
-    bytes_ |= {"linear layers, float32": 4 * weights, "linear layers, GQSA": int(made.bits * weights / 8)}
-    context = held[:1, :32]
-    decoding = lm.beside({"dense": lm.decoder(dense, context), "GQSA": lm.decoder(model, context)}, asked.rounds)
-    x = {m.in_features: torch.randn(1, m.in_features) for m in layers}
-    whole = {n: m for n, m in dense.named_modules() if n in compressed_layers(model)}
-    calls = {
-        "dense": lambda: [m(x[m.in_features]) for m in whole.values()],
-        "GQSA": lambda: [m(x[m.in_features]) for m in layers],
+    more["bytes"] = {
+        "dense, float32": size(dense),
+        "GQSA": size(marked(model, form)),
+        "linear layers, float32": 4 * weights,
+        "linear layers, GQSA": int(made.bits * weights / 8),
     }
-    linear = lm.beside(calls, asked.rounds)
-    print(bytes_, decoding, linear, flush=True)
+    more |= {"bits": made.bits, "speed": speeds(dense, model, held[:1, :32], asked.rounds)}
+    print(more, flush=True)
+    told("E2E-OQP", model)
     repaired(model, ids, asked)
     told("LoRA on E2E-OQP", model)
     repaired(dense, ids, asked)
     told("LoRA on dense", dense)
-    speed = {
-        "decoding": {**decoding, "times as fast": decoding["dense"] / decoding["GQSA"]},
-        "linear layers": {**linear, "times as fast": linear["dense"] / linear["GQSA"]},
+
+
+def speeds(dense, model, context, rounds):
+    """CPU seconds of a token of decoding, and of the linear layers alone."""
+    layers = compressed_layers(model)
+    x = {m.in_features: torch.randn(1, m.in_features) for m in layers.values()}
+    whole = [m for n, m in dense.named_modules() if n in layers]
+    calls = {
+        "dense": lambda: [m(x[m.in_features]) for m in whole],
+        "GQSA": lambda: [m(x[m.in_features]) for m in layers.values()],
     }
-    met = {
-        "BQPO repairs": rows["BQPO"] < rows["rounded"],
-        "E2E-OQP repairs": rows["E2E-OQP"] < rows["BQPO"],
-        "a LoRA repairs": rows["LoRA on E2E-OQP"] < rows["E2E-OQP"],
-        "linear layers below an eighth of float32": bytes_["linear layers, GQSA"]
-        < bytes_["linear layers, float32"] / 8,
-        "decoding beats dense": speed["decoding"]["times as fast"] > 1,
-    }
-    print(met)
-    if asked.json:
-        said = {k: v for k, v in vars(asked).items() if k != "json"} | {"threads": 1, "held_tokens": held.numel()}
-        record(
-            asked.json,
-            {**said, "bits": made.bits, "perplexity": rows, "bytes": bytes_, "speed": speed, "targets_met": met},
+    decoding = {"dense": lm.decoder(dense, context), "GQSA": lm.decoder(model, context)}
+    found = {"decoding": lm.beside(decoding, rounds), "linear layers": lm.beside(calls, rounds)}
+    return {what: {**each, "times as fast": each["dense"] / each["GQSA"]} for what, each in found.items()}
+
+
+def met(rows, more):
+    """What was aimed at, of the stages that are there."""
+    found = {}
+    for after, before in (("BQPO", "rounded"), ("E2E-OQP", "BQPO"), ("LoRA on E2E-OQP", "E2E-OQP")):
+        if after in rows:
+            found[f"{after} repairs"] = rows[after] < rows[before]
+    if more:
+        sizes = more["bytes"]
+        found["linear layers below an eighth of float32"] = (
+            sizes["linear layers, GQSA"] < sizes["linear layers, float32"] / 8
         )
+        found["decoding beats dense"] = more["speed"]["decoding"]["times as fast"] > 1
+    return found
 
 
 if __name__ == "__main__":

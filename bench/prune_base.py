@@ -9,6 +9,7 @@ beside.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import lm
@@ -45,47 +46,53 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
+    parser.add_argument("--json", type=Path, help="written after each row; rows of the same settings in it stay")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     ids, held = lm.sequences("train", max(lm.BATCH * asked.steps, 8)), lm.sequences("test", lm.HELD)
+    said = {"sparsity": asked.sparsity, "steps": asked.steps, "lr": asked.lr, "threads": 1, "held_tokens": held.numel()}
+    kept = json.loads(asked.json.read_text()) if asked.json and asked.json.is_file() else {}
+    same = all(kept.get(name) == value for name, value in said.items())
+    rows, speed = (kept["rows"], kept["speed"]) if same else ({}, {})
+
+    def told(name, row):
+        rows[name] = row
+        print(name, row, flush=True)
+        if asked.json:
+            record(asked.json, {**said, "rows": rows, "speed": speed, "targets_met": met(rows, speed)})
+
     dense = lm.model()
-    rows = {
-        "untouched": {
-            "perplexity": lm.perplexity(dense, held),
-            "parameters": sum(p.numel() for p in dense.parameters()),
-        }
-    }
-    print("untouched", rows["untouched"], flush=True)
-    small = None
-    for name, scores in SCORES.items():
-        made, rows[name] = pruned(scores, asked, ids, held)
-        small = made if name == "gradients" else small
-        print(name, rows[name], flush=True)
+    if "untouched" not in rows:
+        count = sum(p.numel() for p in dense.parameters())
+        told("untouched", {"perplexity": lm.perplexity(dense, held), "parameters": count})
+    for name in asked.scores:
+        small, row = pruned(SCORES[name], asked, ids, held)
+        if name == "gradients":
+            speed |= speeds(dense, small, held, asked.rounds)
+            print(speed)
+        told(name, row)
+
+
+def speeds(dense, small, held, rounds):
     seq = held[:1]
     forward = {"dense": lambda: dense(input_ids=seq), "pruned": lambda: small(input_ids=seq)}
     token = {"dense": lm.decoder(dense, seq[:, :32]), "pruned": lm.decoder(small, seq[:, :32])}
-    speed = {}
-    for what, calls in (("forward of 64 tokens", forward), ("one token of decoding", token)):
-        found = lm.beside(calls, asked.rounds)
-        speed[what] = {**found, "times as fast": found["dense"] / found["pruned"]}
-        print(what, speed[what], flush=True)
-    met = {
-        "better than magnitude": rows["gradients"]["perplexity"] < rows["magnitude"]["perplexity"],
-        "better than chance": rows["gradients"]["perplexity"] < rows["random"]["perplexity"],
-        "masked is pruned, to 0.1 %": abs(rows["gradients"]["masked"] / rows["gradients"]["perplexity"] - 1) < 1e-3,
-        "faster": all(found["times as fast"] > 1 for found in speed.values()),
-    }
-    print(met)
-    if asked.json:
-        said = {
-            "sparsity": asked.sparsity,
-            "steps": asked.steps,
-            "lr": asked.lr,
-            "threads": 1,
-            "held_tokens": held.numel(),
-        }
-        record(asked.json, {**said, "rows": rows, "speed": speed, "targets_met": met})
+    found = {"forward of 64 tokens": lm.beside(forward, rounds), "one token of decoding": lm.beside(token, rounds)}
+    return {what: {**each, "times as fast": each["dense"] / each["pruned"]} for what, each in found.items()}
+
+
+def met(rows, speed):
+    """What was aimed at, of the rows that are there."""
+    own, found = rows.get("gradients"), {}
+    for other in ("magnitude", "random"):
+        if own and other in rows:
+            found[f"better than {other}"] = own["perplexity"] < rows[other]["perplexity"]
+    if own:
+        found["masked is pruned, to 0.1 %"] = abs(own["masked"] / own["perplexity"] - 1) < 1e-3
+    if speed:
+        found["faster"] = all(each["times as fast"] > 1 for each in speed.values())
+    return found
 
 
 if __name__ == "__main__":
