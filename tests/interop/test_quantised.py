@@ -382,3 +382,19 @@ def test_qlora(how, m, tmp_path):
             assert max(undula.merge(model).values()) > 0
             undula.unmerge(model)
             assert torch.equal(model(input_ids=tokens).logits, y)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Muon, lambda p, lr: bnb.optim.Adam8bit(p, lr=lr, min_8bit_size=1)])
+def test_optimisers_of_others_take_the_parameters_as_they_are(make):
+    """Muon on matrices, and 8-bit states of bitsandbytes'."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+    adapter = undula.attach(model, LoRA(r=2, alpha=2.0), "*")
+    optimiser = make(list(adapter.parameters()), lr=1e-2)
+    x, y, losses = torch.randn(32, 12), torch.randn(32, 4), []
+    for _ in range(20):
+        losses.append(F.mse_loss(model(x), y))
+        losses[-1].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert losses[-1] < 0.95 * losses[0]
