@@ -448,7 +448,7 @@ def watched(watch, figures, steps=12, evaluations=2, allocator=None):
     is kept is how many points were."""
     kept = []
     adapter = types.SimpleNamespace(parameters=list, copy=lambda: kept.append(0) or len(kept))
-    run = types.SimpleNamespace(task=Given(figures), batch=1, allocator=allocator)
+    run = types.SimpleNamespace(task=Given(figures), batch=1, allocator=allocator, procedure=allocator)
     watch.begin(types.SimpleNamespace(adapter=adapter, run=run, model=None, held=None), evaluations)
     control = types.SimpleNamespace(should_training_stop=False)
     for step in range(1, steps + 1):

@@ -89,15 +89,17 @@ class BySize(Target):
 
     def ranks(self, spectra: Mapping[str, Spectrum], size: Callable[[Mapping[str, int]], int]) -> dict[str, int]:
         costs = {s: float(spectrum.bytes) for s, spectrum in spectra.items()}
-        room: float = self.bytes - size(dict.fromkeys(spectra, 0))
-        while room > 0:
+        best: dict[str, int] = {}
+        least, most = 0.0, float(self.bytes - size(dict.fromkeys(spectra, 0)))  # for numbers: names take some of it too
+        while most - least >= 1:
+            room = (least + most) / 2
             found = poured(spectra, room, costs)
-            over = size(found) - self.bytes
-            if over <= 0 and any(found.values()):
-                return found
-            if not any(found.values()):
-                break
-            room = min(room, sum(costs[s] * k for s, k in found.items())) - over
+            if size(found) > self.bytes:
+                most = room
+            else:
+                least, best = room, found
+        if any(best.values()):
+            return best
         least = min(size({**dict.fromkeys(spectra, 0), s: 1}) for s in spectra)
         raise ValueError(
             f"{self.bytes:,} bytes hold no rank of this adapter: one, with its names and configuration, takes {least:,}"
