@@ -53,7 +53,7 @@ from .observe.probe import Probe
 from .optim.groups import loraplus_groups
 from .ranks.prune import prune
 from .study import study
-from .train import Run, evaluate, load, train
+from .train import Run, evaluate, forget, load, train
 
 __all__ = [
     "NOLA",
@@ -110,6 +110,7 @@ __all__ = [
     "diagnose",
     "enable_peft",
     "evaluate",
+    "forget",
     "io",
     "load",
     "loraplus_groups",

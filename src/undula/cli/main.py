@@ -14,6 +14,7 @@ from . import (
     collapsing,
     combining,
     compare,
+    forgetting,
     gguf,
     gqsa,
     helping,
@@ -60,6 +61,7 @@ LOOK, TRAIN, USE, WRITE = "Look", "Train and compare", "Use", "Merge, export, co
 VERBS: dict[str, tuple[str, Callable[..., None]]] = {
     "train": (TRAIN, training.train),
     "train-many": (TRAIN, many.train_many),
+    "forget": (TRAIN, forgetting.forget),
     "eval": (TRAIN, training.evaluate),
     "compare": (TRAIN, compare.compare),
     "study": (TRAIN, studies.study),

@@ -1,6 +1,7 @@
 """Training on `transformers.Trainer`: `undula.train(undula.Run(...))` does it, the rest is imported from here."""
 
 from .fit import Interrupted, train
+from .forgetting import forget
 from .load import load
 from .look import Look, look
 from .prepared import Prepared, prepare
@@ -45,6 +46,7 @@ __all__ = [
     "TokenClassification",
     "dense",
     "evaluate",
+    "forget",
     "load",
     "look",
     "prepare",

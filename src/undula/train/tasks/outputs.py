@@ -1,4 +1,4 @@
-"""A pretrained model's own classes: whether it has a head for those of the data, and in which order."""
+"""A pretrained model's own head: whether it has one for classes of the data, in which order, and what it is given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from ..data.columns import plain
 
@@ -101,3 +102,26 @@ def _renew(model: PreTrainedModel, module: torch.nn.Module) -> None:
         after = list(module.parameters(recurse=False))
         if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             module.reset_parameters()  # type: ignore[operator]
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """A model's answers."""
+    found: Tensor = outputs.logits
+    return found
+
+
+def with_embeddings(model: nn.Module, classes: int, given: Any) -> tuple[Tensor, Tensor]:
+    """(logits, what the last linear layer of the head is given).  Raises TypeError where the head has none."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    if not layers:
+        raise TypeError(
+            f"{type(model).__name__} has no linear layer for {classes} classes at its end, so its rows have no "
+            "prototypes: leave near and apart at 0"
+        )
+    seen: list[Tensor] = []
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        logits = logits_of(model(**given))
+    finally:
+        handle.remove()
+    return logits, seen[-1].flatten(1)

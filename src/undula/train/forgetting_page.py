@@ -1,0 +1,121 @@
+"""OUT/report.html of requests to forget: what went and what stayed, request by request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.extras import needs
+from ..io import files
+from ..observe import drawing as D
+from ..observe.page import html
+from ..observe.page.content import Bullets, Code, Drawn, Figure, Section, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+LOG = logging.getLogger("undula.train")
+PAGE = "report.html"
+
+
+def share(stage: Mapping[str, Any], names: Iterable[str]) -> float:
+    """The accuracy over the rows of these classes."""
+    there = [name for name in names if name in stage["classes"]]
+    rows = sum(stage["rows"][name] for name in there)
+    return sum(stage["classes"][name] * stage["rows"][name] for name in there) / rows if rows else 0.0
+
+
+def write(out: Path, report: Mapping[str, Any]) -> None:
+    """Writes the page.  Whatever goes wrong here is told and ends nothing."""
+    try:
+        figure = Figure(
+            "forgetting",
+            "Accuracy after each request",
+            f"On {report['split']} rows. Blue: the classes that no request names; orange: those of each request",
+            partial(_draw, report),
+        )
+        try:
+            drawn = {figure.name: _rendered(figure)}
+        except ModuleNotFoundError as error:
+            LOG.warning(f"{PAGE} has no pictures: {error}")
+            drawn = {}
+        sections = [
+            Section("In short", (Bullets(tuple(_told(report))),)),
+            Section("Request by request", (_table(report),)),
+            *([Section("Course", (Drawn((figure,)),))] if drawn else []),
+            Section("Classes", (_classes(report),)),
+            Section("How it was asked for", (Code("options", "\n".join(f"{k} = {v}" for k, v in _settings(report))),)),
+        ]
+        files.write_text(out / PAGE, html.page(f"Forgetting in {Path(report['run']['model']).name}", sections, drawn))
+    except Exception as error:
+        LOG.warning(f"{out / PAGE} could not be made: {type(error).__name__}: {error}")
+
+
+def _settings(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [*report["run"].items(), *report["options"].items()]
+
+
+def _told(report: Mapping[str, Any]) -> list[str]:
+    kept = report["kept"]
+    found = [
+        f"{len(report['requests'])} requests; figures are of {report['split']} rows"
+        + (", by which checkpoints were chosen: a little too good." if report["split"] == "validation" else "."),
+        f"Classes that no request names: {_percent(kept['before'])} before, {_percent(kept['after'])} after.",
+    ]
+    return found + [f"Taken back: {', '.join(request)}." for request in report["undone"]]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(report: Mapping[str, Any]) -> Table:
+    head = (
+        "request",
+        "forgotten, before",
+        "after",
+        "kept, before",
+        "after ",
+        "H-mean",
+        "earlier requests",
+        "blocks changed",
+    )
+    rows = []
+    for r in report["requests"]:
+        groups = next((g for g in r["groups"] if "groups" in g), None)
+        changed = "" if groups is None else f"{groups['groups'] - groups['zero']} of {groups['groups']}"
+        shown = [_percent(r[k]) for k in ("forgotten_before", "forgotten", "kept_before", "kept", "h_mean", "earlier")]
+        rows.append((", ".join(r["request"]), *shown, changed))
+    return Table(
+        head, tuple(rows), "Earlier requests: the accuracy on what they have forgotten", frozenset({"request"})
+    )
+
+
+def _classes(report: Mapping[str, Any]) -> Table:
+    stages = report["stages"]
+    head = ("class", "before", *(f"after {i}" for i in range(1, len(stages))))
+    rows = tuple((name, *(_percent(s["classes"].get(name)) for s in stages)) for name in stages[0]["classes"])
+    return Table(head, rows, "", frozenset({"class"}))
+
+
+@needs("plot")
+def _rendered(figure: Figure) -> str:
+    with D.styled(**{"svg.hashsalt": figure.name}):
+        return D.rendered(figure.draw(), "svg", f"{figure.title}: {figure.caption}").decode()
+
+
+def _draw(report: Mapping[str, Any]) -> Drawing:
+    from .curves import drawn, framed
+
+    stages, kept = report["stages"], report["kept"]["classes"]
+    lines = [[(float(i), share(s, r["request"])) for i, s in enumerate(stages)] for r in report["requests"]]
+    rest = [(float(i), share(s, kept)) for i, s in enumerate(stages)]
+    figure, axis = framed([rest, *lines], "accuracy")
+    for each in lines:
+        drawn(axis, each, D.LIGHT["loss"], "o")
+    drawn(axis, rest, D.LIGHT["win"], "o", width=2.4)
+    axis.set_xlabel("requests")
+    return figure
