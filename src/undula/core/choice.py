@@ -33,6 +33,7 @@ class Choice(metaclass=Checked):
     family: ClassVar[type[Choice]]
     registry: ClassVar[dict[str, type[Any]]]
     advice: ClassVar[str] = ""  # what to do where no member is what is wanted
+    offered: ClassVar[bool] = True  # False: made by a verb of its own, to be read back from its files, and in no list
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -50,15 +51,15 @@ class Choice(metaclass=Checked):
 
     @classmethod
     def members(cls) -> list[type]:
-        """All members of this family."""
-        return list(cls.registry.values())
+        """All members of this family that are offered."""
+        return [member for member in cls.registry.values() if member.offered]
 
     @classmethod
     def named(cls, name: str) -> type[Self]:
         """The member of this family called `name`.  Raises LookupError that lists the members."""
         member = cls.registry.get(plain(name))
         if member is None:
-            known = ", ".join(sorted(m.__name__ for m in cls.registry.values()))
+            known = ", ".join(sorted(m.__name__ for m in cls.members()))
             raise LookupError(f"no {cls.__name__.lower()} is called {name!r}; there are: {known}{cls.advice}")
         return member
 

@@ -57,6 +57,7 @@ class Forgets(Classes):
 
     headline = "h_mean"
     own_loss = True
+    offered = False  # `undula forget` makes one for each request
 
     forget: tuple[str, ...] = ()
     earlier: tuple[str, ...] = ()
