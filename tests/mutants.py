@@ -88,6 +88,10 @@ JOBS = "tests/laws/test_jobs.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
+    ("federated/fedsvd.py", "(Q_OK @ U[:, kept]) * s[kept]", "Q_OK @ U[:, kept]", "tests/laws/test_federated.py::test_the_mean_of_the_updates_is_kept"),
+    ("federated/fair.py", " - B_OR @ gram_RR  #", "  #", "tests/laws/test_federated.py::TestFAIR"),
+    ("federated/exact.py", "free = size * complement(", "free = 0 * complement(", "tests/laws/test_federated.py::TestEvery"),
+    ("federated/flasc.py", "torch.lerp(-change, m", "torch.lerp(change, m", "tests/laws/test_federated.py::TestFLASC"),
     ("compress/spectrum.py", "torch.sort(worth, descending=True", "torch.sort(worth, descending=False", SQUEEZE + "::test_a_budget_goes_where_it_keeps_most"),
     ("compress/updates.py", "Pair(B_OR, without(A_RI, padding))", "Pair(B_OR, A_RI)", SQUEEZE + "::test_full_parameters_ties_padding_and_the_rest_stay"),
     ("io/packing.py", "else t.numel() > max(shape)", "else t.numel() >= max(shape)", "tests/laws/test_quantise.py::test_what_is_small_or_counts_stays"),

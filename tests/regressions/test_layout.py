@@ -9,7 +9,8 @@ from pathlib import Path
 import undula
 
 SOURCES = Path(undula.__file__).parent
-AROUND = ("study", "serve", "jobs", "cli", "bundled", "integrations", "__main__")  # what `import undula` does not load
+# what `import undula` does not load
+AROUND = ("federated", "study", "serve", "jobs", "cli", "bundled", "integrations", "__main__")
 
 
 def imports(tree):
@@ -61,7 +62,7 @@ LEVELS = (  # a folder imports what stands before it: of its own level nothing, 
     ("bundled", "integrations", "penalties"),
     ("train",),
     ("jobs",),
-    ("serve", "study"),
+    ("federated", "serve", "study"),
     ("undula",),  # which gives names to all of them
     ("cli",),
     ("__main__",),

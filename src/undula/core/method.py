@@ -237,6 +237,12 @@ class Method(Choice):
         return None
 
     @property
+    def linear_in(self) -> str | None:
+        """The factor that `forward` is affine in while all others stay, so that a mean of it is the mean of what layers
+        compute; of several the one that reaches most.  None where there is none."""
+        return None
+
+    @property
     def bottleneck(self) -> bool:
         """Whether `forward` takes a product A x of the inputs alone, which no convolution in groups has."""
         return True

@@ -91,6 +91,10 @@ class _Bend:
         S_RK = site.uniform(self.r, self.intervals + self.order, bound=0.1)
         return {k: t.requires_grad_() for k, t in {"A": A_RI, "B": B_OR, "H": H_RR, "S": S_RK}.items()}
 
+    @property
+    def linear_in(self) -> str:
+        return "B"
+
     def sigma(self, z: Tensor, f: Factors) -> Tensor:
         """tanh(H tanh z) + S(z) for z (..., R), computed in float32 or wider and returned in z's type."""
         dtype = wide(z.dtype)

@@ -53,6 +53,10 @@ class BlockLoRA(LowRank):
         whole = F.pad(B_OR, (0, -self.r % self.width))  # the last block may be narrower
         return whole.unflatten(1, (-1, self.width)).sum(1)
 
+    @property
+    def linear_in(self) -> str:
+        return "B"
+
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         return self.scaling(self.r, self.alpha) * self.summed(f["B"]), f["A"]
 

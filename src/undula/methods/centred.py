@@ -83,6 +83,10 @@ class Centred(Wrapper):
         return self.inner.products(self.both(f)[0])
 
     @property
+    def linear_in(self) -> str | None:
+        return self.inner.linear_in
+
+    @property
     def drops(self) -> bool:
         return self.inner.drops
 

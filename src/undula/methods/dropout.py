@@ -152,6 +152,10 @@ class Dropout(Wrapper):
         return self.inner.bottleneck
 
     @property
+    def linear_in(self) -> str | None:
+        return self.inner.linear_in
+
+    @property
     def drops(self) -> bool:
         return True
 

@@ -74,6 +74,10 @@ class LoRA(LowRank):
             B_OR, A_RI = start(site, self.r, self.scaling(self.r, self.alpha))
         return {"A": A_RI.requires_grad_(), "B": B_OR.requires_grad_()}
 
+    @property
+    def linear_in(self) -> str:
+        return "B"
+
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         return self.scaling(self.r, self.alpha) * f["B"], f["A"]
 

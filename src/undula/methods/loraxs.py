@@ -28,6 +28,10 @@ class _Between(LowRank):
     def scale(self) -> float:
         """s."""
 
+    @property
+    def linear_in(self) -> str:
+        return "R"
+
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         return f["B"] @ (self.scale() * f["R"]), f["A"]
 

@@ -69,6 +69,10 @@ class Masked(Reweight):
         return self.inner.bottleneck
 
     @property
+    def linear_in(self) -> str | None:
+        return self.inner.linear_in
+
+    @property
     def drops(self) -> bool:
         return self.inner.drops
 

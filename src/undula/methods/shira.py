@@ -62,6 +62,10 @@ class SHiRA(Additive):
         O, I = site.shape
         return self.mask(site, min(self.r * (O + I), O * I)).to(site.device)
 
+    @property
+    def linear_in(self) -> str:
+        return "values"
+
     def delta(self, f: Factors) -> Tensor:
         O, I, _ = f["outline"].shape
         index_K, change_K = self.entries(f)

@@ -55,6 +55,10 @@ class VeRA(LowRank):
 
         return {"A": once("A", I, (r, I), I), "B": once("B", O, (O, r), r)}
 
+    @property
+    def linear_in(self) -> str:
+        return "b"
+
     def pair(self, f: Factors) -> tuple[Tensor, Tensor]:
         return f["b"][:, None] * f["B"], f["d"][:, None] * f["A"]
 

@@ -1,0 +1,25 @@
+"""Adapters of parties that share no data: what a server makes of what clients send."""
+
+from .aggregation import Aggregation, bias
+from .exact import Exact
+from .fair import FAIR, Cosine, Frobenius
+from .fedit import FedIT
+from .fedsvd import FedSVD
+from .ffa import FFA
+from .flasc import FLASC
+from .wire import packed, unpacked
+
+__all__ = [
+    "FAIR",
+    "FFA",
+    "FLASC",
+    "Aggregation",
+    "Cosine",
+    "Exact",
+    "FedIT",
+    "FedSVD",
+    "Frobenius",
+    "bias",
+    "packed",
+    "unpacked",
+]

@@ -1,0 +1,88 @@
+"""FLASC (Kuo, Raje, Rajesh, Smith 2024, arXiv:2406.05233; Raje's thesis CMU-CS-24-123): sparse messages both ways,
+dense training.
+
+P: all numbers of the adapter that train, one vector of n.
+
+    down      clients get top(P, down n), zero elsewhere; they train all of it, and end at E_k
+    up        they send top(E_k - start, up n) of the change, each by its own mask
+    server    the mean change, weighted by the shares, is a negative gradient for Adam on P
+
+Which numbers are the largest is asked of all layers together; of equal ones the first counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import Adapter
+from ..core.method import Factors, Method
+from ..core.ranges import PartShare, Positive, SomeShare
+from .aggregation import Aggregation, Client, State, checked
+from .flat import flat, unflat
+
+
+@Aggregation.register
+@dataclass(frozen=True)
+class FLASC(Aggregation):
+    """`down` and `up` are the shares of numbers that are sent; 1 and 1 is federated Adam (Reddi et al. 2021,
+    arXiv:2003.00295).  It sees numbers alone, so it works on every rung; clients have the server's layers and methods.
+    Its moments are in the `state` of the rounds."""
+
+    source = "Kuo et al. 2024, arXiv:2406.05233"
+
+    down: SomeShare = 0.25
+    up: SomeShare = 0.25
+    lr: Positive = 1e-3
+    beta1: PartShare = 0.9
+    beta2: PartShare = 0.999
+    eps: Positive = 1e-8
+
+    def sent(self, adapter: Adapter) -> Adapter:
+        return unflat(adapter, top(flat(adapter), self.down))
+
+    def reply(self, sent: Adapter, trained: Adapter) -> Adapter:
+        start = flat(sent)
+        return unflat(trained, start + top(flat(trained) - start, self.up))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float] | None = None,
+        before: Adapter | None = None,
+        state: State | None = None,
+    ) -> Adapter:
+        """One step of Adam from `before`, the server's own adapter (not what was sent), by the clients' changes.
+        Raises ValueError without it."""
+        values, shares = checked(adapters, weights)
+        if before is None:
+            raise ValueError("FLASC moves the server's adapter by the clients' changes: give it (before=...)")
+        start, P = flat(self.sent(before)), flat(before)
+        change = torch.stack(
+            [p * top(flat(a, before) - start, self.up) for p, a in zip(shares, values, strict=True)]
+        ).sum(0)
+        state = {} if state is None else state
+        m, v = (state.get(name, torch.zeros_like(P)) for name in ("m", "v"))
+        steps = int(state.get("steps", torch.tensor(0))) + 1
+        m, v = torch.lerp(-change, m, self.beta1), torch.lerp(change.square(), v, self.beta2)
+        state.update(m=m, v=v, steps=torch.tensor(steps))
+        denominator = (v / (1 - self.beta2**steps)).sqrt() + self.eps
+        return unflat(before, P - self.lr * m / (1 - self.beta1**steps) / denominator)
+
+    def at(self, site: str, clients: Sequence[Client], before: Factors | None) -> tuple[Method, Factors]:
+        raise NotImplementedError("all layers are one vector")
+
+
+def top(P: Tensor, share: float) -> Tensor:
+    """The max(1, round(share n)) entries of P that are the largest by size, 0 elsewhere."""
+    k = max(1, round(share * P.numel()))
+    kept = torch.zeros_like(P)
+    if k >= P.numel():
+        return P.clone()
+    index = torch.sort(P.abs(), descending=True, stable=True).indices[:k]
+    kept[index] = P[index]
+    return kept
