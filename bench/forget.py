@@ -3,6 +3,8 @@
     python bench/forget.py --case text --json bench/results/forget-text.json       # about six minutes of one core
     python bench/forget.py --case images --json bench/results/forget-images.json   # longer
     python bench/forget.py --case text --quick                                     # a miniature: a minute
+    python bench/forget.py --case text --work runs/forget                          # goes on there after a kill
+    python bench/forget.py --plot docs/forget.svg --of bench/results/forget-text.json   # and a table
 
 A pretrained model is taught a data set's classes, then asked to forget a sequence of them (`undula.forget`).  Beside
 it the same model taught without those rows (retraining, what forgetting is measured against), and plain gradient ascent
@@ -15,9 +17,12 @@ come back: the accuracy after so many steps on rows of all classes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from record import record
 
 import undula
 from undula.bundled import dataset
+from undula.observe import drawing as D
 from undula.penalties import GroupLasso
 from undula.train.base import open_model
 from undula.train.forgetting import merged
@@ -59,16 +65,20 @@ CASES = {
     "images": Case("efficientnet-lite0", "fashion-mnist", IMAGES, 32, 200, 1e-3, 1e-2, CONVOLUTIONS, 3e-3, 80, 3000),
 }
 RELEARN = (0, 2, 5, 10, 20)
+LASSO = 1e-2  # of the group lasso over blocks
 
 
 def taught(case: Case, data: Any, names: tuple[str, ...], out: Path) -> Path:
     """The whole folder of the model after learning these rows."""
+    if (out / "whole").is_dir():
+        return out / "whole"
     run = undula.Run(
         model=f"bundled:{case.model}", data=data, task=replace(case.task, names=names), method=undula.LoRA(r=8),
         lr=case.lr, head_lr=case.head_lr, max_steps=case.steps, batch=case.batch, where=case.where, out=out / "run",
         eval_every=0, eval_rows=100,
     )  # fmt: skip
-    undula.train(run)
+    if not (run.out / "report.json").is_file():
+        undula.train(run, resume=(run.out / "run.json").is_file())
     merged(run.out, out / "whole")
     return out / "whole"
 
@@ -135,8 +145,8 @@ class Judge:
         return {**self.accuracies(model, "test"), "probe": self.probe(model), "relearned": self.relearned(folder, lr)}
 
 
-def ascent(judge: Judge, folder: Path, out: Path, lr: float, most: int) -> tuple[Path, int]:
-    """Plain gradient ascent on the rows to forget, until their validation accuracy is chance."""
+def ascent(judge: Judge, folder: Path, out: Path, lr: float, most: int) -> tuple[Path, dict[str, Any]]:
+    """(folder, steps) of plain gradient ascent on the rows to forget, until their validation accuracy is chance."""
     model, processor = open_model(str(folder), judge.task, torch.float32, 0)
     adapter = undula.attach(model, undula.LoRA(r=8))
     optimizer, collate = torch.optim.AdamW(adapter.parameters(), lr=lr), judge.task.collator(processor)
@@ -154,65 +164,119 @@ def ascent(judge: Judge, folder: Path, out: Path, lr: float, most: int) -> tuple
     undula.merge(model, keep=False)
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    return out, step
+    return out, {"steps": step}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, required=True)
+    parser.add_argument("--case", choices=CASES, default="text")
     parser.add_argument("--requests", type=int, default=3, help="so many classes, one after another")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--work", type=Path, help="a folder to work in, which is kept")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw what is in --of, and measure nothing")
+    parser.add_argument("--of", nargs="*", type=Path, default=[])
     args = parser.parse_args()
+    if args.plot:
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in args.of]
+        args.plot.write_bytes(plotted(found))
+        print("\n".join(table(found)))
+        return
     warnings.simplefilter("ignore")
     case = CASES[args.case]
     if args.quick:
         case = replace(case, steps=40, forget_steps=20, rows=600)
         args.requests = 2
-    begun = time.perf_counter()
+    with contextlib.ExitStack() as closes:
+        out = args.work or Path(closes.enter_context(tempfile.TemporaryDirectory()))
+        figures = compared(case, args.requests, out)
+    if args.json:
+        record(args.json, {"case": args.case, **figures})
+
+
+def compared(case: Case, number: int, out: Path) -> dict[str, Any]:
+    """What each way leaves, after `number` requests; what is in OUT already is not made again."""
+    begun = time.process_time()
     rows = dataset(case.data)
     task, parts = case.task.read(rows, "train", "validation", "test")
     names: tuple[str, ...] = task.names  # type: ignore[attr-defined]
-    requests = [[name] for name in names[:: max(1, len(names) // args.requests)][: args.requests]]
+    requests = [[name] for name in names[:: max(1, len(names) // number)][:number]]
     gone = {name for request in requests for name in request}
     most = {n: case.rows if n == "train" else min(1000, case.rows) for n in parts}
     small = type(parts)({n: p.shuffle(seed=0).select(range(min(most[n], len(p)))) for n, p in parts.items()})
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place)
+    if not (out / "without").is_dir():
         spoken = type(small)({n: _spoken(part, names) for n, part in small.items()})
         spoken.save_to_disk(out / "data")
         without = {n: part.filter(lambda row: row["label"] not in gone) for n, part in spoken.items()}
         type(small)({**without, "test": spoken["test"]}).save_to_disk(out / "without")
-        whole = taught(case, out / "data", names, out / "known")
-        held = {n: small[n] for n in ("train", "test")} | {"validation": small.get("validation", small["test"])}
-        judge = Judge(case, whole, names, held, gone)
-        figures: dict[str, Any] = {"known": judge.all_of(whole, case.lr)}
-        print("known", figures["known"], flush=True)
-        run = undula.Run(
-            model=str(whole), data=out / "data", task=case.task, method=undula.LoRA(r=8), where=case.where,
-            lr=case.forget_lr, max_steps=case.forget_steps, batch=case.batch, penalty=GroupLasso(1e-2, after=0.2),
-            eval_rows=500, out=out / "forgotten",
-        )  # fmt: skip
-        report = undula.forget(run, requests)
-        for row in report["requests"]:
-            print({k: v for k, v in row.items() if k != "groups"}, row["groups"], flush=True)
-        last = out / "bases" / "after"
-        merged(out / "forgotten" / "requests" / f"{len(requests):02}", last)
-        figures["GS-LoRA"] = judge.all_of(last, case.lr)
-        print("GS-LoRA", figures["GS-LoRA"], flush=True)
-        figures["retrained"] = judge.all_of(taught(case, out / "without", names, out / "retrained"), case.lr)
-        print("retrained", figures["retrained"], flush=True)
-        up, steps = ascent(judge, whole, out / "ascent", case.lr, case.forget_steps)
-        figures["ascent"] = {**judge.all_of(up, case.lr), "steps": steps}
-        print("ascent", figures["ascent"], flush=True)
+    whole = taught(case, out / "data", names, out / "known")
+    held = {n: small[n] for n in ("train", "test")} | {"validation": small.get("validation", small["test"])}
+    judge = Judge(case, whole, names, held, gone)
+    run = undula.Run(
+        model=str(whole), data=out / "data", task=case.task, method=undula.LoRA(r=8), where=case.where,
+        lr=case.forget_lr, max_steps=case.forget_steps, batch=case.batch, penalty=GroupLasso(LASSO, after=0.2),
+        eval_rows=500, out=out / "forgotten",
+    )  # fmt: skip
+    report = undula.forget(run, requests, resume=run.out.is_dir())
     kept = ("request", "forgotten_before", "forgotten", "kept_before", "kept", "h_mean", "earlier", "groups")
     told = [{k: row[k] for k in kept} for row in report["requests"]]
-    seconds = round(time.perf_counter() - begun, 1)
-    if args.json:
-        record(
-            args.json, {"case": args.case, "classes": len(names), "requests": told, "ways": figures, "seconds": seconds}
-        )
-    print(f"{seconds} s")
+    print(*told, sep="\n", flush=True)
+    last = out / "bases" / "after"
+    merged(run.out / "requests" / f"{number:02}", last)
+    ways: dict[str, Callable[[], tuple[Path, dict[str, Any]]]] = {
+        "known": lambda: (whole, {}),
+        "GS-LoRA": lambda: (last, {}),
+        "retrained": lambda: (taught(case, out / "without", names, out / "retrained"), {}),
+        "ascent": lambda: ascent(judge, whole, out / "ascent", case.lr, case.forget_steps),
+    }
+    figures = {name: of_way(judge, make, out / f"{name}.json", case.lr) for name, make in ways.items()}
+    cpu = round(time.process_time() - begun, 1)
+    return {"classes": len(names), "requests": told, "ways": figures, "cpu_seconds_of_the_last_run": cpu}
+
+
+def of_way(judge: Judge, make: Callable[[], tuple[Path, dict[str, Any]]], kept: Path, lr: float) -> dict[str, Any]:
+    """What is measured of a model that `make` leaves; kept in a file."""
+    if not kept.is_file():
+        folder, more = make()
+        kept.write_text(json.dumps({**judge.all_of(folder, lr), **more}), encoding="utf-8")
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    print(kept.stem, found, flush=True)
+    return found
+
+
+def table(cases: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| | way | forgotten | kept | probe | " + " | ".join(f"back after {n}" for n in RELEARN[1:]) + " |"
+    yield "|---|---|---|---|---|" + "---|" * len(RELEARN[1:])
+    for case in cases:
+        for way, found in case["ways"].items():
+            back = [found["relearned"][str(n)] for n in RELEARN[1:]]
+            numbers = (found["forgotten"], found["kept"], found["probe"], *back)
+            yield f"| {case['case']} | {way} | {' | '.join(f'{x:.3f}' for x in numbers)} |"
+
+
+def plotted(cases: list[dict[str, Any]]) -> bytes:
+    """Of each case: what is right of the forgotten classes and of the others, and how fast the former come back."""
+    width, height, top, left, gap = 300.0, 170.0, 45.0, 60.0, 60.0
+    with D.styled():
+        figure = D.blank(left + 2 * width + gap + 110, len(cases) * (height + 2 * top))
+        for row, case in enumerate(cases):
+            ways, y = case["ways"], top + row * (height + 2 * top)
+            bars, curves = (D.axes(figure, left + i * (width + gap), y, width, height) for i in (0, 1))
+            for i, (key, colour) in enumerate((("kept", "win"), ("forgotten", "loss"), ("probe", "open"))):
+                at = [n + 0.26 * (i - 1) for n in range(len(ways))]
+                bars.bar(at, [found[key] for found in ways.values()], 0.24, color=D.LIGHT[colour], label=key)
+            bars.set_xticks(range(len(ways)), list(ways))
+            bars.set_ylabel(f"{case['case']}: accuracy")
+            for (way, found), mark in zip(ways.items(), "os^D", strict=True):
+                back = {int(k): v for k, v in found["relearned"].items()}
+                curves.plot(list(back), list(back.values()), marker=mark, markersize=4, label=way)
+            curves.set_xlabel("steps on all classes: forgotten ones come back")
+            for axis in (bars, curves):
+                axis.set_ylim(0, 1)
+                axis.grid(axis="y")
+            bars.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+            curves.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        return D.rendered(figure, "svg", "What is forgotten, what is kept, and how fast the forgotten comes back")
 
 
 def _spoken(part: Any, names: tuple[str, ...]) -> Any:
