@@ -24,7 +24,7 @@ from record import record
 
 import undula
 from undula import Centred, LoRA, Method, ranks
-from undula.core.method import Wrapper
+from undula.core.wrapper import Wrapper
 from undula.ranks import Allocator
 from undula.starts import Gaussian, Kaiming, Start
 from undula.train import Classification, Run

@@ -42,7 +42,7 @@ from undula import (
     Method,
     SineLoRA,
 )
-from undula.core.method import Wrapper
+from undula.core.wrapper import Wrapper
 from undula.kernels import frozen, mixture
 from undula.study.sizes import at_rank
 

@@ -53,7 +53,7 @@ def test_every_method_has_a_page(method):
     assert re.match(rf"# {method.__name__}\b", text_of(page))
     rung = re.search(r"^\| Rung \| (.+?) \|$", text_of(page), flags=re.M)
     assert rung is not None
-    assert method.rung() in rung[1] or issubclass(method, undula.core.method.Wrapper)
+    assert method.rung() in rung[1] or issubclass(method, undula.core.wrapper.Wrapper)
     grade = re.search(r"^\| Grade \| (\w+)", text_of(page), flags=re.M)
     assert grade is not None
     assert grade[1] == method.grade

@@ -11,7 +11,7 @@ import typer
 
 import undula
 
-from ..core.method import Wrapper
+from ..core.wrapper import Wrapper
 from ..penalties import Penalty
 from ..ranks import Procedure
 from ..starts import Start

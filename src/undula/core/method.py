@@ -19,7 +19,7 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -175,7 +175,9 @@ class Method(Choice):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.takes_start = "start" in inspect.signature(cls.init).parameters
-        if cls.__module__ != __name__ and not cls.__name__.startswith("_"):  # neither a rung nor a helper
+        if cls.__module__.rpartition(".")[0] != __package__ and not cls.__name__.startswith(
+            "_"
+        ):  # neither a rung nor a helper
             Method.register(cls)
 
     @abc.abstractmethod
@@ -376,33 +378,3 @@ def check_within(what: str, t: Tensor, least: int, most: int) -> None:
 
 
 RUNGS: tuple[type[Method], ...] = (LowRank, Additive, Reweight, Method)
-
-
-class Wrapper(Method):
-    """A method around methods.  It stands where they stand: `Dropout(LoRA())` is LowRank, `Dropout(DoRA())` Reweight.
-
-    A public wrapper chooses its variant in `__new__` by `on_rung`; copies and files name the public class alone.
-    """
-
-    @classmethod
-    def public(cls) -> type:
-        """The wrapper that this class is a variant of, or is."""
-        return cls.__mro__[1].public() if cls.__name__.startswith("_") else super().public()  # type: ignore[attr-defined]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.public(), tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
-        return f"{self.public().__name__}({shown})"
-
-
-def on_rung(wrapper: type[Method], inner: Method) -> type[Method]:
-    """The variant of `wrapper` for the rung of `inner`: the one of its subclasses that stands there."""
-    variants = {variant.rung(): variant for variant in wrapper.__subclasses__()}
-    for rung in RUNGS:
-        if isinstance(inner, rung) and rung.__name__ in variants:
-            return variants[rung.__name__]
-    raise TypeError(
-        f"{wrapper.__name__} takes methods on the rungs {', '.join(variants)}; {inner!r} stands on {inner.rung()}"
-    )

@@ -23,14 +23,13 @@ from ..core.method import (
     Method,
     Product,
     Site,
-    Wrapper,
-    on_rung,
 )
+from ..core.wrapper import Around, Wrapper, on_rung
 from ..starts import Gaussian, Start
 
 
 @dataclass(frozen=True, repr=False)
-class Centred(Wrapper):
+class Centred(Around, Wrapper):
     """`inner` (Additive, with a `start`) begun at `start` and counted from there."""
 
     formula = "W' = W + dW(f) - dW(f0)"
@@ -59,12 +58,6 @@ class Centred(Wrapper):
             return f
         return {**f, **{f"{k}0": t.detach().clone() for k, t in f.items() if t.requires_grad}}
 
-    def rebuilt(self, site: Site) -> dict[str, Tensor]:
-        return self.inner.rebuilt(site)
-
-    def check(self, site: Site, f: Factors) -> None:
-        self.inner.check(site, f)
-
     def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
         """Begun where f began: from another start, f's f0 would not lead to the base."""
         if self.at_base():
@@ -81,17 +74,6 @@ class Centred(Wrapper):
 
     def products(self, f: Factors) -> list[Product] | None:
         return self.inner.products(self.both(f)[0])
-
-    @property
-    def linear_in(self) -> str | None:
-        return self.inner.linear_in
-
-    @property
-    def drops(self) -> bool:
-        return self.inner.drops
-
-    def unwrapped(self) -> Method:
-        return self.inner.unwrapped()
 
     def both(self, f: Factors) -> tuple[Factors, Factors]:
         """(the factors, the factors at the start).  Frozen ones are the same in both."""

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.bend import Bend
 from ..core.method import (
     Additive,
     Factors,
@@ -34,6 +33,7 @@ from ..core.method import (
     Settled,
     Site,
 )
+from ..core.wrapper import Around
 from ..kernels import reference
 from ..kernels.autocast import exact, hand_written, wide
 from .lora import LoRA
@@ -44,7 +44,7 @@ LOST = 16  # times the rounding unit, of ||W||: V is rounding and has no directi
 
 
 @dataclass(frozen=True)
-class DoRA(Reweight):
+class DoRA(Around, Reweight):
     """Magnitudes m (O) trained apart from the directions that `inner` (a method on the Additive rung) gives."""
 
     formula = "W' = diag(m / ||W + dW||) (W + dW)"
@@ -71,29 +71,13 @@ class DoRA(Reweight):
         inner = {k: t for k, t in f.items() if k != "m"}
         return {**self.inner.again(site, inner), "m": site.W.norm(dim=1).requires_grad_()}
 
-    def rebuilt(self, site: Site) -> dict[str, Tensor]:
-        return self.inner.rebuilt(site)
-
-    def check(self, site: Site, f: Factors) -> None:
-        self.inner.check(site, f)
-
-    def bend(self, f: Factors) -> Bend | None:
-        return self.inner.bend(f)
-
     def products(self, f: Factors) -> list[Product] | None:
         """Those of the direction V: the gradient that they see is diag(m / ||V||) times the weight's."""
         return self.inner.products(f)
 
     @property
-    def bottleneck(self) -> bool:
-        return self.inner.bottleneck
-
-    @property
-    def drops(self) -> bool:
-        return self.inner.drops
-
-    def unwrapped(self) -> Method:
-        return self.inner.unwrapped()
+    def linear_in(self) -> None:
+        """None: the norms of V divide it."""
 
     def inside(self) -> Method:
         return self.inner.inside()

@@ -18,7 +18,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..core.bend import Bend
 from ..core.method import (
     Additive,
     Factors,
@@ -29,10 +28,9 @@ from ..core.method import (
     Reweight,
     Settled,
     Site,
-    Wrapper,
-    on_rung,
 )
 from ..core.ranges import PartShare
+from ..core.wrapper import Around, Wrapper, on_rung
 from ..kernels import draws, reference
 from ..kernels.bottleneck import fusible, fusible_rounded
 from ..kernels.holes import dropped, few, pair_of_dropped
@@ -85,7 +83,7 @@ class _Detour:
 
 
 @dataclass(frozen=True, repr=False)
-class Dropout(Wrapper):
+class Dropout(Around, Wrapper):
     """`inner` with dropout of rate p on its input while training."""
 
     formula = "y = W x + (W' - W) drop(x)"
@@ -110,12 +108,6 @@ class Dropout(Wrapper):
     def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
         return self.inner.again(site, f)
 
-    def rebuilt(self, site: Site) -> dict[str, Tensor]:
-        return self.inner.rebuilt(site)
-
-    def check(self, site: Site, f: Factors) -> None:
-        self.inner.check(site, f)
-
     def forward(self, x: Tensor, layer: Layer, f: Factors) -> Tensor:
         if not layer.training or self.p == 0 or not x.is_floating_point():
             return self.inner.forward(x, layer, f)
@@ -128,9 +120,6 @@ class Dropout(Wrapper):
             W_OI = layer.weight
             return reference.additive(D, _Detour(layer, x), self.inner.weight(W_OI, f) - W_OI)
         return self.inner.forward(D, _Detour(layer, x), f)
-
-    def bend(self, f: Factors) -> Bend | None:
-        return self.inner.bend(f)
 
     def settled(self, layer: Layer, f: Factors) -> Settled | None:
         return self.inner.settled(layer, f)
@@ -148,19 +137,8 @@ class Dropout(Wrapper):
         return self.inner.at_rank(f, b)
 
     @property
-    def bottleneck(self) -> bool:
-        return self.inner.bottleneck
-
-    @property
-    def linear_in(self) -> str | None:
-        return self.inner.linear_in
-
-    @property
     def drops(self) -> bool:
         return True
-
-    def unwrapped(self) -> Method:
-        return self.inner.unwrapped()
 
     def inside(self) -> Method:
         return self.inner.inside()

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.bend import Bend
 from ..core.method import Factors, Layer, Method, Reweight, Site
+from ..core.wrapper import Around
 from ..kernels import reference
 from .lora import LoRA
 
 
 @dataclass(frozen=True)
-class Masked(Reweight):
+class Masked(Around, Reweight):
     """`inner` (on the rung Reweight or above) with the mask m on the layer's inputs: ones in a new adapter, closed by
     `undula.ranks.loraprune.LoRAPrune`."""
 
@@ -47,37 +47,16 @@ class Masked(Reweight):
     def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
         return {**self.inner.again(site, own(f)), "mask": f["mask"]}
 
-    def rebuilt(self, site: Site) -> dict[str, Tensor]:
-        return self.inner.rebuilt(site)
-
     def check(self, site: Site, f: Factors) -> None:
         self.inner.check(site, own(f))
         if "mask" in f and not ((f["mask"] == 0) | (f["mask"] == 1)).all():
             raise ValueError("the mask of a Masked layer has other numbers than 0 and 1")
-
-    def bend(self, f: Factors) -> Bend | None:
-        return self.inner.bend(f)
 
     def reads(self, f: Factors) -> Tensor | None:
         return f["mask"]
 
     def unmasked(self, f: Factors) -> tuple[Method, Factors]:
         return self.inner, own(f)
-
-    @property
-    def bottleneck(self) -> bool:
-        return self.inner.bottleneck
-
-    @property
-    def linear_in(self) -> str | None:
-        return self.inner.linear_in
-
-    @property
-    def drops(self) -> bool:
-        return self.inner.drops
-
-    def unwrapped(self) -> Method:
-        return self.inner.unwrapped()
 
     def inside(self) -> Method:
         return self.inner.inside()

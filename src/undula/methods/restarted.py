@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.bend import Bend
-from ..core.method import Factors, Layer, LowRank, Method, Product, Site
+from ..core.method import Factors, Layer, LowRank, Product, Site
 from ..core.ranges import Extra
+from ..core.wrapper import Around
 from ..kernels.bottleneck import bottleneck
 from ..kernels.frozen_pair import beside_frozen
 from .lora import LoRA
@@ -45,7 +45,7 @@ class _Merged:
 
 
 @dataclass(frozen=True)
-class Restarted(LowRank):
+class Restarted(Around, LowRank):
     """`inner` (LowRank) beside a frozen pair of rank `past`: zero in a new adapter, grown by `undula.ranks`."""
 
     formula = "W' = W + dW(f) + B_past A_past"
@@ -67,22 +67,6 @@ class Restarted(LowRank):
     def again(self, site: Site, f: Factors) -> dict[str, Tensor]:
         past = {k: f[k] for k in ("A_past", "B_past") if self.past}
         return {**self.inner.again(site, {k: t for k, t in f.items() if k not in past}), **past}
-
-    def rebuilt(self, site: Site) -> dict[str, Tensor]:
-        return self.inner.rebuilt(site)
-
-    def check(self, site: Site, f: Factors) -> None:
-        self.inner.check(site, f)
-
-    def bend(self, f: Factors) -> Bend | None:
-        return self.inner.bend(f)
-
-    @property
-    def drops(self) -> bool:
-        return self.inner.drops
-
-    def unwrapped(self) -> Method:
-        return self.inner.unwrapped()
 
     def products(self, f: Factors) -> list[Product] | None:
         return self.inner.products(f)

@@ -24,10 +24,9 @@ from ..core.method import (
     Method,
     Product,
     Site,
-    Wrapper,
-    on_rung,
 )
 from ..core.ranges import Finite
+from ..core.wrapper import Wrapper, on_rung
 from .lora import Fixed, LoRA
 
 
