@@ -67,6 +67,7 @@ COURSES = "tests/oracles/test_courses.py"
 PROCEDURES = "tests/oracles/test_procedures.py"
 PADDING = "tests/oracles/test_padding.py"
 PACKING = "tests/laws/test_packing.py"
+ATTENTION = "tests/laws/test_attention.py"
 LABELLED, SEGMENTS = "tests/laws/test_labelled.py", "tests/laws/test_segments.py"
 PREFERENCE, LOOK = "tests/interop/test_data_preference.py", "tests/interop/test_data_look.py"
 CHAT, MEDIA = "tests/interop/test_data_chat.py", "tests/interop/test_data_media.py"
@@ -223,6 +224,13 @@ MUTANTS = [
     ("compress/prune_base.py", "nn.Parameter(bias[rows].contiguous()", "nn.Parameter(bias[: len(rows)].contiguous()", "tests/laws/test_loraprune.py"),
     ("compress/gqsa.py", "up = (half.view(torch.int16) + short.to(torch.int16))", "up = half.view(torch.int16)", "tests/laws/test_gqsa.py"),
     ("compress/gqsa.py", "(q - zero[..., None])).sum(-1)", "q).sum(-1)", "tests/laws/test_gqsa.py"),
+    ("kernels/attention.py", "return dP.sub_(D).mul_(P).mul_(scale)", "return dP.mul_(P).mul_(scale)", ATTENTION),
+    ("kernels/attention.py", "ends = torch.arange(len(ends), device=\"cpu\") + 1", "ends = ends + 0", ATTENTION),
+    ("kernels/between.py", "* p * (1.0f + v * (1.0f - p))", "* p", ATTENTION),
+    ("kernels/between.py", "* inverse - UP(x[i]) * along", "* inverse", ATTENTION),
+    ("kernels/between.py", "t.element_size() * i * width", "t.element_size() * width", ATTENTION),
+    ("train/tasks/between.py", "if w.requires_grad or not", "if not", ATTENTION),
+    ("train/tasks/between.py", "seen[kind] = _same(like.forward, lambda x: between.norm(x, weight, eps), x)", "seen[kind] = True", ATTENTION),
     ("kernels/in_c.py", "if not all(torch.allclose(t.double(), want, 1e-5, 1e-4) for t, want in found):", "if False:", "tests/laws/test_in_c.py"),
     ("kernels/in_c.py", "t.data_ptr() + 4 * i for t in blocks", "t.data_ptr() for t in blocks", "tests/laws/test_in_c.py"),
     ("train/recipe.py", "if units.has_bfloat16()", "if True", "tests/interop/test_recipe.py -k fits_the_machine"),
@@ -231,12 +239,12 @@ MUTANTS = [
     ("kernels/holes.py", "torch.mm(gz_RT, emptied(x_TI, at))", "torch.mm(gz_RT, x_TI)", HOLES),
     ("kernels/bottleneck.py", "all(t.dtype == torch.float32 for t in factors)", "False", WORK),
     ("core/method.py", "layer.training and self.plain() is not None", "True", WORK),
-    ("kernels/bottleneck.py", "if ctx.needs_input_grad[0]:", "if True:", WORK),
+    ("kernels/bottleneck.py", "if ctx.needs_input_grad[0]:\n            dx = torch.mm(g_TO, W_OI).addmm_(gh_TR", "if True:\n            dx = torch.mm(g_TO, W_OI).addmm_(gh_TR", WORK),
     ("train/trainer.py", "model.disable_input_require_grads()", "pass", "tests/interop/test_training_weights.py -k again_give"),
     ("methods/activations.py", "torch.addcmul(sin, u, cos.cos_(), value=self.w, out=cos)", "sin", METHODS),
     ("methods/activations.py", "torch.sigmoid(u) - 0.5", "torch.sigmoid(u)", METHODS),
-    ("kernels/bottleneck.py", ".addmm_(gz_TR, A_RI)", "", FUSED + " -k RankStab"),
-    ("kernels/bottleneck.py", "dB = up(torch.mm(h_TR.t(), g_TO).t(), ctx.factor)", "dB = 2 * up(torch.mm(h_TR.t(), g_TO).t(), ctx.factor)", FUSED + " -k RankStab"),
+    ("kernels/bottleneck.py", ".addmm_(gh_TR, A_RI)", "", FUSED + " -k RankStab"),
+    ("kernels/bottleneck.py", "dB = up(torch.mm(h_TR.t(), g_TO).t(), ctx.factors[1])", "dB = 2 * up(torch.mm(h_TR.t(), g_TO).t(), ctx.factors[1])", FUSED + " -k RankStab"),
     ("kernels/elementwise.py", "dA.addmm_(B_OR[rows].t(), dX)", "dA.addmm_(B_OR[rows].t(), G)", "tests/laws/test_kernels.py"),
     ("kernels/elementwise.py", "beta=0 if rows.start == 0 else 1", "beta=0", "tests/laws/test_kernels.py"),
     ("kernels/elementwise.py", "alpha=scale, out=F)", "alpha=1, out=F)", GRADIENTS + " -k linear-LoRAN"),
@@ -486,7 +494,7 @@ MUTANTS = [
     ("train/tasks/packing.py", 'key=lambda each: -len(each["input_ids"]))[:3]', 'key=lambda each: 0)[:3]', SEGMENTS + " -k long_rows"),
     ("train/tasks/packing.py", "counted = ids != self.begin - 1", "counted = ids >= 0", SEGMENTS + " -k within_a_row"),
     ("train/tasks/labelled.py", "made[0] is answer[0]", "True", LABELLED + " -k all_logits"),
-    ("train/tasks/segments.py", "(self.causal if by_itself else self.full)", "True", SEGMENTS + " -k window"),
+    ("train/tasks/segments.py", "(self.causal if _causal(module, said) else self.full)", "True", SEGMENTS + " -k window"),
     ("train/tasks/firsts.py", "segment[0] for", "segment[-1] for", SEGMENTS + " -k first_tokens"),
     ("train/tasks/packing.py", 'for label in (IGNORED, *each["labels"][1:])', 'for label in each["labels"]', SEGMENTS + " -k rows"),
     ("train/config.py", "if version in (1, 2, 3) else {}", "if version == 1 else {}", "tests/interop/test_whole_step.py -k older"),

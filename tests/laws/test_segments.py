@@ -7,6 +7,7 @@ import transformers
 import undula
 from tests.laws.test_packing import WIDE, examples, padded
 from tests.support.models import shake
+from undula.kernels import attention
 from undula.train.tasks.labelled import ALL, Head
 from undula.train.tasks.packing import Flat, longest, next_tokens, of_tokens, probed
 from undula.train.tasks.segments import kept_apart, segments
@@ -158,24 +159,27 @@ def test_labels_of_tokens_are_learned_as_in_padded_rows():
 
 @pytest.mark.parametrize("name", ["llama, grouped heads", "mistral, a window of 3"])
 def test_no_mask_is_over_the_whole_row(name, monkeypatch):
-    """Where a segment's own attention hides what is later by itself, there is none at all."""
+    """Rows without a mask of their own are attended to at once; with one, those of one length together."""
     model, _ = causal(name)
-    heard = []
-    own = torch.nn.functional.scaled_dot_product_attention
+    heard, together = [], []
+    own, at_once = torch.nn.functional.scaled_dot_product_attention, attention.attended
 
     def listened(q, k, v, attn_mask=None, **given):
         heard.append((tuple(q.shape), None if attn_mask is None else tuple(attn_mask.shape)))
         return own(q, k, v, attn_mask=attn_mask, **given)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", listened)
+    monkeypatch.setattr(attention, "attended", lambda *given: together.append(given[3]) or at_once(*given))
     batch = Flat(next_tokens, more={"use_cache": False})(examples(LENGTHS))
     with kept_apart(model), segments(batch.pop("segments")), torch.no_grad():
         model(**batch)
-    shapes = [(q[0], q[2]) for q, _ in heard]
-    assert shapes == [(1, 9), (2, 7), (2, 3), (1, 1)] * 2  # of one length together
+    if "window" not in name:
+        assert (heard, together) == ([], [[9, 7, 7, 3, 3, 1]] * 2)
+        return
+    assert not together
+    assert [(q[0], q[2]) for q, _ in heard] == [(1, 9), (2, 7), (2, 3), (1, 1)] * 2
     masks = {q[2]: mask for q, mask in heard}
-    windowed = {9: (1, 1, 9, 9), 7: (2, 1, 7, 7), 3: None, 1: None} if "window" in name else dict.fromkeys((9, 7, 3, 1))
-    assert masks == windowed
+    assert masks == {9: (1, 1, 9, 9), 7: (2, 1, 7, 7), 3: None, 1: None}
 
 
 def test_activations_that_are_computed_again_are_of_the_same_segments():

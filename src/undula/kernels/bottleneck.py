@@ -41,6 +41,11 @@ def up(gradient: Tensor, factor: torch.dtype) -> Tensor:
     return gradient if gradient.dtype == factor else gradient.to(factor)
 
 
+def _by_few(x: Tensor, M: Tensor) -> Tensor:
+    """x M of a matrix of few columns: in float32 as (M' x')', twice as fast; on units for bfloat16 as it stands."""
+    return torch.mm(x, M) if x.dtype == torch.bfloat16 else torch.mm(M.t(), x.t()).t()
+
+
 class _Tap(Function):
     """(x, W, b, A) -> (W x + b, A x), rows of x (T, I).  W and b are frozen: they get no gradient."""
 
@@ -48,7 +53,7 @@ class _Tap(Function):
     def forward(ctx, x_TI, W_OI, bias, A_RI):
         ctx.factor, A_RI = A_RI.dtype, down(A_RI, x_TI)
         ctx.save_for_backward(x_TI, W_OI, A_RI)
-        return F.linear(x_TI, W_OI, bias), torch.mm(A_RI, x_TI.t()).t()
+        return F.linear(x_TI, W_OI, bias), _by_few(x_TI, A_RI.t())
 
     @staticmethod
     @exact_backward
@@ -78,10 +83,36 @@ class _Lift(Function):
         h_TR, B_OR = ctx.saved_tensors
         dh = dB = None
         if ctx.needs_input_grad[1]:
-            dh = torch.mm(B_OR.t(), g_TO.t()).t()
+            dh = _by_few(g_TO, B_OR)
         if ctx.needs_input_grad[2]:
             dB = up(torch.mm(h_TR.t(), g_TO).t(), ctx.factor)
         return g_TO, dh, dB
+
+
+class _Straight(Function):
+    """(x, W, b, A, B) -> W x + b + B A x: both of the above in one, where nothing stands between them."""
+
+    @staticmethod
+    def forward(ctx, x_TI, W_OI, bias, A_RI, B_OR):
+        ctx.factors = A_RI.dtype, B_OR.dtype
+        A_RI, B_OR = down(A_RI, x_TI), down(B_OR, x_TI)
+        h_TR = _by_few(x_TI, A_RI.t())
+        ctx.save_for_backward(x_TI, W_OI, A_RI, B_OR, h_TR)
+        return F.linear(x_TI, W_OI, bias).addmm_(h_TR, B_OR.t())
+
+    @staticmethod
+    @exact_backward
+    def backward(ctx, g_TO):
+        x_TI, W_OI, A_RI, B_OR, h_TR = ctx.saved_tensors
+        dx = dA = dB = None
+        gh_TR = _by_few(g_TO, B_OR)
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(g_TO, W_OI).addmm_(gh_TR, A_RI)
+        if ctx.needs_input_grad[3]:
+            dA = up(torch.mm(gh_TR.t(), x_TI), ctx.factors[0])
+        if ctx.needs_input_grad[4]:
+            dB = up(torch.mm(h_TR.t(), g_TO).t(), ctx.factors[1])
+        return dx, None, None, dA, dB
 
 
 def fusible(x: Tensor, layer: Layer, *factors: Tensor) -> bool:
@@ -119,5 +150,10 @@ def rounded(x: Tensor, layer: Layer, A_RI: Tensor, B_OR: Tensor) -> Tensor:
 
 
 def _fused(x: Tensor, layer: Layer, A_RI: Tensor, B_OR: Tensor, bend: Bend) -> Tensor:
-    y_TO, z_TR = _Tap.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, A_RI)
-    return _Lift.apply(y_TO, bend(z_TR), B_OR).view(*x.shape[:-1], B_OR.shape[0])
+    x_TI = x.reshape(-1, x.shape[-1])
+    if bend is straight:
+        y_TO = _Straight.apply(x_TI, layer.weight, layer.bias, A_RI, B_OR)
+    else:
+        y_TO, z_TR = _Tap.apply(x_TI, layer.weight, layer.bias, A_RI)
+        y_TO = _Lift.apply(y_TO, bend(z_TR), B_OR)
+    return y_TO.view(*x.shape[:-1], B_OR.shape[0])

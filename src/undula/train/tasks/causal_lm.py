@@ -32,9 +32,8 @@ from .limits import END, NOTHING, UNLIMITED, Cuts
 from .outputs import head_of
 from .packing import Flat, Packer, check_apart, flattens, longest, next_tokens, probed
 from .rouge import agreement, compared
-from .segments import kept_apart
 from .shown import IGNORED
-from .step import Step, packed
+from .step import Step, apart_in_one_pass, packed
 from .task import (
     WINDOW,
     Example,
@@ -237,7 +236,8 @@ class CausalLM(LanguageRows):
         rows = probed(longest(examples))
         labels = next_tokens if head is None else lambda rows: told(next_tokens(rows))
         flat = Flat(labels, more={"use_cache": False})
-        return replace(packed(model, [flat], self.collator(tokenizer), kept_apart, [*rows, rows[0]]), head=head)
+        step = packed(model, [flat], self.collator(tokenizer), apart_in_one_pass, [*rows, rows[0]])
+        return replace(step, head=head)
 
     def _head(self, examples: Examples, model: PreTrainedModel) -> Head | None:
         """How the model's head is asked for what is learned alone; None where it is for all tokens or none."""

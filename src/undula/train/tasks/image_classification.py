@@ -11,8 +11,10 @@ import torch
 from ...core.ranges import Range
 from ..data.faults import Faults
 from ..data.images import frames, images, opened
+from .between import one_pass
 from .heads import Classes
 from .outputs import head_of, own_names, with_head
+from .step import Step
 from .task import Example, Examples, Task
 from .weighing import Weights
 
@@ -110,6 +112,9 @@ class ImageClassification(Classes):
 
     def collator(self, processor: BaseImageProcessor, /) -> Callable[[list[Example]], Mapping[str, torch.Tensor]]:
         return _together
+
+    def step(self, examples: Examples, model: PreTrainedModel) -> Step:
+        return Step(around=one_pass)
 
     def batches(self, examples: Examples, size: int) -> Iterator[tuple[list[int], list[Example]]]:
         """In the order of the rows; one batch at a time is in memory."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ...kernels import attention as kernel
+from ...kernels.holes import few
 
 LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)  # of the segments of the forward
 PREFIX = "undula_segments_"  # of the names of these attentions among transformers': the model's own follows
@@ -57,8 +60,12 @@ class Group:
 
     def hides(self, module: nn.Module, said: bool | None) -> Tensor | None:
         """The mask, or None where this module's attention makes it by itself."""
-        by_itself = getattr(module, "is_causal", True) if said is None else said
-        return None if (self.causal if by_itself else self.full) else self.mask
+        return None if (self.causal if _causal(module, said) else self.full) else self.mask
+
+
+def _causal(module: nn.Module, said: bool | None) -> bool:
+    """Whether this module's attention hides what is later, where there is no mask."""
+    return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,9 @@ def _grouped(lengths: Sequence[int], blocks: Sequence[Any]) -> Groups:
     ))  # fmt: skip
 
 
-def attention(own: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., Any]:
-    """Such an attention; `own`: the model's, of one of its modules."""
+def attention(own: Callable[[nn.Module], Callable[..., Any]], fused: bool = False) -> Callable[..., Any]:
+    """Such an attention; `own`: the model's, of one of its modules.  fused: the model's computes softmax(s q k') v with
+    dropout, so that all rows may be computed at once."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **given: Any
@@ -121,6 +129,8 @@ def attention(own: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., A
                     "cannot be trained on packed rows. Leave packing out"
                 )
             return call(module, query, key, value, attention_mask, *args, **given)
+        if fused and not args and (y := _at_once(module, query, key, value, attention_mask, given)) is not None:
+            return y, None
         found = []
         for group in attention_mask.members:
             mask = group.hides(module, given.get("is_causal"))
@@ -129,6 +139,25 @@ def attention(own: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., A
         return torch.cat(found)[None], None
 
     return attend
+
+
+OTHERWISE = ("softcap", "position_bias", "cache", "output_attentions")  # what is said of another attention
+
+
+def _at_once(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, groups: Groups, given: Mapping[str, Any]
+) -> Tensor | None:
+    """(1, tokens, heads, d), the answer to all rows, where what they see is what is before them, or all; else None."""
+    said, rate, scale = given.get("is_causal"), given.get("dropout", 0.0), given.get("scaling")
+    if any(group.hides(module, said) is not None for group in groups.members):
+        return None
+    if any(given.get(name) is not None and given[name] is not False for name in OTHERWISE):
+        return None
+    if not kernel.applies(query, key, value) or (rate and not few(query, rate)):
+        return None
+    lengths = [group.length for group in groups.members for _ in range(group.count)]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return kernel.attended(query, key, value, lengths, scale, _causal(module, said), rate)
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
@@ -146,7 +175,7 @@ def _register() -> None:
 
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     for name, call, mask in (("sdpa", lambda module: sdpa, sdpa_mask), ("eager", _eager, eager_mask)):
-        ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, attention(call))
+        ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, attention(call, fused=name == "sdpa"))
         ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, masks(mask))
 
 

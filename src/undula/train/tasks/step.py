@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...observe.listen import moved
+from .between import one_pass
 from .firsts import first_tokens
 from .labelled import CLOSE, HALF_CLOSE, NOT_TAKEN, Head
 from .lending import evaluating
@@ -123,7 +124,14 @@ def _off(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 
 @contextlib.contextmanager
+def apart_in_one_pass(model: Any) -> Any:
+    """Rows are kept apart, and what is between products takes one pass."""
+    with kept_apart(model), one_pass(model):
+        yield
+
+
+@contextlib.contextmanager
 def apart_with_firsts(model: Any) -> Any:
-    """Rows are kept apart, and a head reads the first token of each."""
-    with kept_apart(model), first_tokens(model):
+    """The same, and a head reads the first token of each."""
+    with apart_in_one_pass(model), first_tokens(model):
         yield

@@ -18,9 +18,8 @@ from .classification import LENGTH
 from .heads import named_outputs
 from .outputs import head_of, own_names, with_head
 from .packing import Flat, beginnings, longest, of_tokens, probed
-from .segments import kept_apart
 from .shown import Piece, pieces
-from .step import Step, packed
+from .step import Step, apart_in_one_pass, packed
 from .task import (
     Example,
     Examples,
@@ -144,7 +143,7 @@ class TokenClassification(TaggedRows):
     def step(self, examples: Examples, model: PreTrainedModel) -> Step:
         flats = [Flat(of_tokens, begin) for begin in beginnings(model)]
         rows = probed(longest(examples))
-        return packed(model, flats, self.collator(examples.processor), kept_apart, [*rows, rows[0]])
+        return packed(model, flats, self.collator(examples.processor), apart_in_one_pass, [*rows, rows[0]])
 
     def items(self, batch: Mapping[str, torch.Tensor]) -> int:
         return int((batch["labels"] != IGNORED).sum())
