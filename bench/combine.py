@@ -1,18 +1,21 @@
 """Four adapters of four real tasks as one, by every way to combine: how much of each task is left?
 
-    python bench/combine.py --json bench/results/combine.json --plot docs/combine.svg    # a quarter of an hour
-    python bench/combine.py --quick                                                     # to see that it runs
-    python bench/combine.py --table                                                     # writes docs/combine.md's table
+    python bench/combine.py --work runs/combine --json bench/results/combine.json --plot docs/combine.svg
+    python bench/combine.py --quick                                    # to see that it runs
+    python bench/combine.py --table                                    # writes docs/combine.md's table
+
+With --work the adapters and each row are kept as they come, and a run that was stopped goes on from there.
 
 MiniLM, a LoRA of rank 8 at every linear layer and a head for each task, each trained from its own seed: the kind of a
 word's definition (WordNet), the section of a package (Debian), a review's verdict (Rotten Tomatoes), and whether a
 summary is that of a package's description (Debian).  The four updates become one body; each task is measured with that
 body and its own head.  Bounds: the single adapters above, the base with the same heads below, and beside them one
-adapter trained on the rows of all four tasks with one head over all their classes, of which each task takes its own.
+adapter trained on the rows of all four tasks with one head over all their classes, of which each task takes its own;
+its learning rate is the one of two that is better on the validation rows (at the single adapters' it learns nothing).
 
-What a way leaves open is one number, the sum of the weights (the update's size), chosen on validation rows from
-0.5, 1, 2 and 4; averages and what normalises has none.  Every way is measured at the rank that it gives (at most
-4 x 8) and kept at rank 8.  The share is (accuracy - base) / (single - base), averaged over the tasks.
+What a way leaves open is one number, the sum of the weights (the update's size), chosen on validation rows from 1, 2
+and 4; averages and what normalises has none.  Every way is measured at the rank that it gives (at most 4 x 8) and, with
+the same weights, kept at rank 8.  The share is sum(accuracy - base) / sum(single - base), over the tasks.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +39,15 @@ import undula
 from undula import bundled, combine
 from undula.combine.merge import Merge
 from undula.train import Classification, Run, restored
+from undula.train.run import REPORT
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench/results/combine.json", ROOT / "docs/combine.md"
 BEGIN, END = "<!-- combine: written by bench/combine.py -->", "<!-- end of combine -->"
 TASKS = ("wordnet", "section", "reviews", "match")
-SUMS = (0.5, 1.0, 2.0, 4.0)
+SUMS = (1.0, 2.0, 4.0)
 RANK = 8
+RATE, RATES = 2e-3, (5e-4, 1e-3)  # of a single task's adapter; of the one of all tasks
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,10 @@ class Size:
     train: int
     validation: int
     test: int
-    lr: float = 2e-3
+    epochs: float
 
 
-FULL, QUICK = Size(1000, 60, 200), Size(200, 16, 16)
+FULL, QUICK = Size(1000, 60, 200, 2.0), Size(64, 8, 8, 1.0)
 
 
 def rows_of(task: str) -> dict[str, list[dict[str, Any]]]:
@@ -67,7 +73,7 @@ def rows_of(task: str) -> dict[str, list[dict[str, Any]]]:
         draw, pairs = random.Random(split), list(part)
         made[split] = [
             {
-                "text": f"{(row if right else draw.choice(pairs))['summary']}: {' '.join(row['text'].split()[:40])}",
+                "text": f"{(row if right else draw.choice(pairs))['summary']}: {' '.join(row['text'].split()[:12])}",
                 "label": "right" if right else "wrong",
             }
             for row in pairs
@@ -97,14 +103,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def trained(folder: Path, data: Path, task: str, seed: int, size: Size) -> Path:
-    out, names = folder / f"adapter-{task}", set()
+def trained(folder: Path, data: Path, task: str, seed: int, size: Size, lr: float = RATE) -> Path:
+    """The directory of an adapter, which is trained where it is not there yet."""
+    out, names = folder / f"adapter-{task}-{lr:g}", set()
+    if (out / REPORT).is_file():
+        return out
     for split in ("train", "validation", "test"):  # a class may be in one of them alone
         names |= {json.loads(line)["label"] for line in (data / f"{split}.jsonl").read_text().splitlines()}
     task_of = Classification(names=tuple(sorted(names)))
     run = Run(
         model="bundled:minilm", data=str(data), task=task_of, method=undula.LoRA(r=RANK), where="all-linear",
-        lr=size.lr, batch=32, epochs=2.0 if size is FULL else 1.0, eval_every=0, seed=seed, out=out,
+        lr=lr, batch=16, epochs=size.epochs, eval_every=0, seed=seed, out=out,
     )  # fmt: skip
     undula.train(run)
     return out
@@ -131,10 +140,10 @@ class Tasks:
         return found
 
 
-def mixed(path: Path, data: Path) -> dict[str, float]:
+def mixed(path: Path, data: Path, split: str) -> dict[str, float]:
     """Of the adapter that was trained on all: of each row the likeliest class of its own task."""
     opened, right = undula.load(path), {task: [0, 0] for task in TASKS}
-    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
     for row, answer in zip(rows, opened.predict([r["text"] for r in rows]), strict=True):
         task = row["label"].partition("/")[0]
         own = {k: v for k, v in answer["probabilities"].items() if k.startswith(f"{task}/")}
@@ -149,22 +158,27 @@ def sums_for(combiner: combine.Combiner) -> tuple[float, ...]:
     return SUMS if open_ended else (1.0,)
 
 
-def measured(tasks: Tasks, name: str, combiner: combine.Combiner) -> dict[str, Any]:
-    """A row: the sum of weights that was best on validation rows, and the accuracies on the others."""
-    tried = {}
-    for total in sums_for(combiner):
-        begun = time.perf_counter()
-        body = combiner(tasks.bodies, [total / len(TASKS)] * len(TASKS))
-        seconds = time.perf_counter() - begun
-        score = sum(tasks.accuracy(dict.fromkeys(TASKS, body), "validation").values())
-        tried[total] = score, body, seconds
+def measured(tasks: Tasks, name: str, make: Callable[[int | None], combine.Combiner]) -> list[dict[str, Any]]:
+    """The rows of a way: at its own rank, with the sum of weights that is best on validation rows, and kept at RANK."""
+    own, tried = make(None), {}
+    for total in sums_for(own):
+        body, seconds = timed(tasks, own, total)
+        tried[total] = sum(tasks.accuracy(dict.fromkeys(TASKS, body), "validation").values()), body, seconds
     best = max(tried, key=lambda total: tried[total][0])
-    _, body, seconds = tried[best]
-    ranks = {getattr(m, "r", 0) for m in body.methods.values()}
-    found = tasks.accuracy(dict.fromkeys(TASKS, body), "test")
-    row = {"how": name, "rank": max(ranks), "sum of weights": best, "seconds": seconds, "accuracy": found}
-    print(row, flush=True)
-    return row
+    rows = []
+    for kept, (body, seconds) in ((False, tried[best][1:]), (True, timed(tasks, make(RANK), best))):
+        rank = max(getattr(m, "r", 0) for m in body.methods.values())
+        found = tasks.accuracy(dict.fromkeys(TASKS, body), "test")
+        told = {"how": name, "kept": kept, "rank": rank, "sum of weights": best, "seconds": seconds}
+        rows.append(told | {"accuracy": found})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def timed(tasks: Tasks, combiner: combine.Combiner, total: float) -> tuple[undula.Adapter, float]:
+    """The combination with equal weights of that sum, and the seconds that it took."""
+    begun = time.perf_counter()
+    return combiner(tasks.bodies, [total / len(TASKS)] * len(TASKS)), time.perf_counter() - begun
 
 
 def ways(tasks: Tasks, data: dict[str, Path]) -> dict[str, Any]:
@@ -186,29 +200,48 @@ def ways(tasks: Tasks, data: dict[str, Path]) -> dict[str, Any]:
 
 def run(size: Size, folder: Path) -> dict[str, Any]:
     data = files_of(folder, size)
-    paths = {task: trained(folder, data[task], task, seed, size) for seed, task in enumerate((*TASKS, "all"))}
-    tasks = Tasks(paths, size)
-    single = tasks.accuracy(dict(zip(TASKS, tasks.bodies, strict=True)), "test")
-    nothing = {site: {k: torch.zeros_like(t) for k, t in f.items()} for site, f in tasks.bodies[0].factors.items()}
-    base = tasks.accuracy(dict.fromkeys(TASKS, replace(tasks.bodies[0], factors=nothing)), "test")
-    bounds = {"single": single, "base": base, "multi-task": mixed(paths["all"], data["all"])}
+    tasks = Tasks({task: trained(folder, data[task], task, seed, size) for seed, task in enumerate(TASKS)}, size)
+    bounds = kept(folder / "bounds.json", lambda: bounds_of(tasks, data["all"], folder, size))
     print(bounds, flush=True)
-    rows = [measured(tasks, name, make(rank)) for name, make in ways(tasks, data).items() for rank in (None, RANK)]
+    rows = []
+    for name, make in ways(tasks, data).items():
+        rows += kept(folder / f"rows-{name}.json", lambda name=name, make=make: measured(tasks, name, make))
+    rates = bounds.pop("multi-task rates")
     for row in rows:
         row["share"] = share(row["accuracy"], bounds)
     for name, found in bounds.items():
         bounds[name] = found | {"share": share(found, bounds)}
-    return {"bounds": bounds, "rows": rows, "size": vars(size)}
+    return {"bounds": bounds, "multi-task, validation, by rate": rates, "rows": rows, "size": vars(size)}
+
+
+def kept(file: Path, made: Callable[[], Any]) -> Any:
+    """What an earlier run has left in that file, or else what is made now, which is left there."""
+    if not file.is_file():
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(made()), encoding="utf-8")
+        part.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def bounds_of(tasks: Tasks, data: Path, folder: Path, size: Size) -> dict[str, Any]:
+    """{bound: accuracies}; and of each rate for all tasks the mean accuracy on validation rows."""
+    single = tasks.accuracy(dict(zip(TASKS, tasks.bodies, strict=True)), "test")
+    nothing = {site: {k: torch.zeros_like(t) for k, t in f.items()} for site, f in tasks.bodies[0].factors.items()}
+    base = tasks.accuracy(dict.fromkeys(TASKS, replace(tasks.bodies[0], factors=nothing)), "test")
+    paths = {lr: trained(folder, data, "all", len(TASKS), size, lr) for lr in RATES}
+    rates = {lr: sum(mixed(path, data, "validation").values()) / len(TASKS) for lr, path in paths.items()}
+    best = paths[max(rates, key=lambda lr: rates[lr])]
+    return {"single": single, "base": base, "multi-task": mixed(best, data, "test"), "multi-task rates": rates}
 
 
 def share(found: dict[str, float], bounds: dict[str, Any]) -> float:
     base, single = bounds["base"], bounds["single"]
-    return sum((found[t] - base[t]) / max(single[t] - base[t], 1e-9) for t in TASKS) / len(TASKS)
+    return sum(found[t] - base[t] for t in TASKS) / sum(single[t] - base[t] for t in TASKS)
 
 
 def judged(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, bool]]:
     best = max(row["share"] for row in found["rows"])
-    kept = max(row["share"] for row in found["rows"] if row["rank"] == RANK)
+    kept = max(row["share"] for row in found["rows"] if row["kept"])
     slow = max(row["seconds"] for row in found["rows"])
     targets = {
         "best share of what the single adapters gain >= 0.5": best,
@@ -242,8 +275,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "combine"
     import matplotlib.pyplot as plt
 
-    rows = sorted((r for r in found["rows"] if r["rank"] != RANK), key=lambda r: r["share"])
-    kept = {r["how"]: r["share"] for r in found["rows"] if r["rank"] == RANK}
+    rows = sorted((r for r in found["rows"] if not r["kept"]), key=lambda r: r["share"])
+    kept = {r["how"]: r["share"] for r in found["rows"] if r["kept"]}
     figure, axes = plt.subplots(figsize=(7, 0.3 * len(rows) + 1.4), layout="constrained")
     names = [r["how"] for r in rows]
     axes.barh(names, [r["share"] for r in rows], color="#4c72b0", label="at its own rank")
@@ -251,7 +284,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color="black", lw=1, label="the single adapters")
     axes.axvline(found["bounds"]["multi-task"]["share"], color="grey", ls="--", lw=1, label="trained on all tasks")
     axes.axvline(0, color="black", lw=1)
-    axes.set_xlabel("share of what the single adapters gain over the base, mean of four tasks")
+    axes.set_xlabel("share of what the single adapters gain over the base, four tasks together")
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
@@ -260,6 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that it runs")
     parser.add_argument("--table", action="store_true", help=f"write the table of {RESULTS.name} into {PAGE.name}")
+    parser.add_argument("--work", type=Path, help="keep adapters and rows here, and go on from those that are there")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
@@ -272,8 +306,13 @@ def main() -> None:
             f"{before}{BEGIN}\n\n{table(json.loads(RESULTS.read_text()))}\n\n{END}{after}", encoding="utf-8"
         )
         return
+    size = QUICK if given.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
-        found = run(QUICK if given.quick else FULL, Path(folder))
+        place = given.work or Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        if kept(place / "size.json", lambda: vars(size)) != vars(size):
+            sys.exit(f"{place} holds a run of another size: name another folder")
+        found = run(size, place)
     targets, met = judged(found)
     found |= {"targets": targets, "targets_met": met}
     for what, value in targets.items():

@@ -2,11 +2,11 @@
 
     python bench/fuzz.py --cases 20000 --json bench/results/fuzz.json
 
-Directories of every registered method, wrappers, plain LoRAs, a diffusers file, kohya's files, shards, what others make
-(LoHa, MLX, prompts), an allocator's state and a GGUF file are read as adapters or looked at (`undula inspect`), and
-changed at one to three places: values, types, keys and nesting of the JSON; names, types, shapes, offsets and numbers
-of the tensors; bytes.  The targets: nothing but the documented errors, nothing slow, no memory out of proportion to the
-files, and what is accepted attaches and runs, or is refused.
+Directories of every registered method, wrappers, plain LoRAs, diffusers' files, kohya's and llama.cpp's LoRAs,
+shards, what others make (LoHa, MLX, prompts), an allocator's state and a GGUF file are read as adapters or looked at
+(`undula inspect`), and changed at one to three places: values, types, keys and nesting of the JSON; names, types,
+shapes, offsets and numbers of the tensors; bytes. The targets: nothing but the documented errors, nothing slow, no
+memory out of proportion to the files, and what is accepted attaches and runs, or is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -141,6 +142,13 @@ def others(lora: Any) -> Iterator[Kind]:
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "a.safetensors")}
     for name, read in (("kohya", lambda p: undula.io.load_kohya(p / single, model())), ("kohya, looked at", looked)):
         yield Kind(name, {single: bytes_of(kohya)}, read)
+    block = {f"lora_unet_input_blocks_1_0_in_layers_2.{name}": t for name, t in pair.items()}
+    shapes = {"down_blocks.0.resnets.0.conv1": (16, 12)}
+    yield Kind("kohya, Stability", {single: bytes_of(block)}, lambda p: repr(undula.io.load_kohya(p / single, shapes)))
+    part = {f"unet.0.{name}.weight": t for name, t in (("lora_A", torch.ones(2, 12)), ("lora_B", torch.ones(16, 2)))}
+    yield Kind("a file of diffusers", {single: bytes_of(part)}, lambda p: undula.Adapter.load(p / single))
+    llama = {"model.gguf": _gguf_lora()}
+    yield Kind("GGUF LoRA", llama, lambda p: repr(undula.io.load_gguf_lora(p / "model.gguf", LLAMA)))
     for name, read in (("lora_bias", lambda p: undula.io.load_for(p, model())), ("lora_bias, looked at", looked)):
         yield Kind(name, {files.CONFIG: config(**said, lora_bias=True), files.TENSORS: bytes_of(weights | bias)}, read)
     yield Kind("LoHa", {files.CONFIG: config(peft_type="LOHA", r=2), files.TENSORS: bytes_of(loha)}, looked)
@@ -177,6 +185,21 @@ def _gguf() -> bytes:
     tensors = text("t") + struct.pack("<IQQIQ", 2, 4, 2, 0, 0) + text("q") + struct.pack("<IQIQ", 1, 32, 8, 32)
     head = b"GGUF" + struct.pack("<IQQ", 3, 2, 3) + pairs + tensors
     return head + b"\0" * (-len(head) % 32) + struct.pack("<8f", *range(8)) + bytes(range(34))
+
+
+LLAMA = types.SimpleNamespace(
+    model_type="llama", architectures=None, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def _gguf_lora() -> bytes:
+    site = "model.layers.0.self_attn.q_proj"
+    factors = {site: {"A": torch.ones(2, 12), "B": torch.ones(16, 2)}}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.gguf"
+        undula.io.export_gguf_lora(undula.Adapter({site: LoRA(r=2)}, factors, {site: (16, 12)}), LLAMA, file)
+        return file.read_bytes()
 
 
 def _read_gguf(path: Path) -> None:

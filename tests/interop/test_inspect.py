@@ -112,6 +112,20 @@ def test_undulas_own_are_shown_as_they_load(tmp_path):
     assert inspect(tmp_path / "a" / "adapter_model.safetensors").encode()["sites"] == found.encode()["sites"]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_are_values_whatever_they_are_stored_as(bits, tmp_path):
+    """Of integers with scales: what they stand for; the bytes are said beside it.  15 and 25 numbers are no whole
+    bytes of 4 bits each."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 5))
+    adapter = undula.attach(model, undula.LoRA(r=5), full=["0.bias"])
+    adapter.save(tmp_path / "a")
+    undula.compress.quantise_directory(tmp_path / "a", tmp_path / "b", bits, 8)
+    one, other = inspect(tmp_path / "a"), inspect(tmp_path / "b")
+    assert one.parameters == other.parameters == adapter.num_parameters() == 5 * (5 + 6 + 6 + 5) + 6
+    assert [s.parameters for s in one.sites] == [s.parameters for s in other.sites]
+    assert f"stored as integers of {bits} bits in groups of 8 with a scale each, read as float32" in other.notes
+
+
 def test_directories_of_others_are_shown(tmp_path):
     """MLX's, whose factors stand the other way round; a soft prompt of PEFT's; AdapterHub's configuration."""
     mlx = config(tmp_path / "mlx", fine_tune_type="lora", model="m", lora_parameters={"rank": 2, "scale": 20.0})
@@ -141,7 +155,7 @@ def test_a_gguf_adapter_is_shown(tmp_path):
     writer.close()
     found = inspect(tmp_path / "a.gguf")
     spot = found.sites[0]
-    assert (found.form, found.kind, found.use, found.base) == ("GGUF", "LoRA", "show", "llama")
+    assert (found.form, found.kind, found.use, found.base) == ("GGUF", "LoRA", "import", "llama")
     assert (spot.site, spot.rank, spot.alpha, spot.scale, spot.shape) == ("blk.0.attn_q", 3, 6.0, 2.0, (6, 8))
 
 

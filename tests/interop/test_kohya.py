@@ -15,8 +15,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import undula
+from tests.support.numbers import shake
 from undula.cli.main import app
 from undula.io import export_kohya, load_kohya
+from undula.io.stability import stability
 
 
 class Attention(nn.Module):
@@ -282,16 +284,42 @@ def test_a_pipeline_of_diffusers_reads_it(tmp_path):
         assert (other(*inputs).sample - unet()(*inputs).sample).norm() > 0.1
 
 
-def test_names_are_those_that_diffusers_gave_and_took(tmp_path):
-    """Of every kind of layer of a UNet; the list was made by diffusers itself."""
-    told = json.loads((Path(__file__).parents[1] / "fixtures" / "diffusers-unet.json").read_text())
+def built(layers):
+    """A module with layers of these names and shapes."""
     model = nn.Module()
-    for name, (O, I, *kernel) in told["layers"].items():
+    for name, (O, I, *kernel) in layers.items():
         *above, last = name.split(".")
         at = model
         for part in above:
             at = at._modules.setdefault(part, nn.Module())
         at.add_module(last, nn.Conv2d(I, O, kernel, padding=[k // 2 for k in kernel]) if kernel else nn.Linear(I, O))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["SDXL", "SD 1"])
+def test_names_of_stabilitys_layout_are_those_of_diffusers(kind, tmp_path):
+    """Both ways, for blocks with and without attention; the list was made by diffusers' own conversions."""
+    told = json.loads((Path(__file__).parents[1] / "fixtures" / "stability-unet.json").read_text())[kind]
+    assert stability(told) == told
+    assert len(set(told.values())) == len(told)
+    model = built(dict.fromkeys(told, (3, 2)))
+    adapter = undula.attach(model, undula.LoRA(r=1), list(told))
+    shake(adapter.parameters())
+    export_kohya(adapter, tmp_path / "x.safetensors", "unet", model)
+    found = {key.partition(".")[0] for key in load_file(tmp_path / "x.safetensors")}
+    assert found == {f"lora_unet_{name.replace('.', '_')}" for name in told.values()}
+    again = load_kohya(tmp_path / "x.safetensors", dict.fromkeys(told, (3, 2)))
+    assert set(again.methods) == set(told)
+    for site in told:
+        torch.testing.assert_close(again.delta(site), adapter.delta(site))
+    with pytest.raises(ValueError, match=r"conv_in, .*: no layers of a UNet that Stability's layout"):
+        export_kohya(adapter, tmp_path / "y.safetensors", "unet", {"mid_block.resnets.0.conv1": (3, 2)})
+
+
+def test_names_are_those_that_diffusers_gave_and_took(tmp_path):
+    """Of every kind of layer of a UNet; the list was made by diffusers itself."""
+    told = json.loads((Path(__file__).parents[1] / "fixtures" / "diffusers-unet.json").read_text())
+    model = built(told["layers"])
     adapter = undula.attach(model, undula.LoRA(r=2), list(told["layers"]))
     export_kohya(adapter, tmp_path / "x.safetensors")
     undula.io.export_diffusers(adapter, tmp_path)

@@ -16,6 +16,7 @@ from .. import ranks
 from ..core.adapter import Adapter
 from ..core.extras import needs
 from ..host import merging
+from ..io.importing import partly
 from ..io.whole import whole
 from ..observe.diagnose import COLUMNS, diagnose, needs_data
 from ..observe.figure import draw
@@ -27,6 +28,7 @@ from ..train.restored import described
 from ..train.worries import reported, worries
 from . import shell
 from .carry import carry, maker, tell
+from .progress import busy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,14 +99,15 @@ def merge(
     if re.fullmatch(r"[1-9]\d*(KB|MB|GB)", shard) is None:
         raise ValueError(f"--max-shard-size is a number with KB, MB or GB, as in 5GB; found {shard!r:.40}")
     shell.fresh(out)
-    opened = restored(path, model, None if dense else _narrow(path, model))
+    with busy("opening the base"):
+        opened = restored(path, model, None if dense else _narrow(path, model))
     rounded = _rounds(opened.model)
     if dense and not rounded:
         shell.note("--dense changes nothing: the base is neither quantised nor of 16 bits")
     if dense:
         opened = unquantised(opened)
         opened.model.float()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), busy("merging"):
         warnings.simplefilter("ignore", merging.LossyMerge)  # said below, with what to type
         errors = merging.merge(opened.model, keep=False)
     write_whole(opened, out, shard)
@@ -117,7 +120,7 @@ def merge(
 @needs("train")
 def _narrow(path: Path, model: str | None) -> torch.dtype | None:
     """The 16-bit type in which the base's own files are, where they are: a merged model is as large as its base."""
-    run = described(path, Adapter.load(path), model)
+    run = described(path, partly(path), model)
     config = config_of(model or run.model)
     own = getattr(config, "dtype", None)
     return own if own in (torch.bfloat16, torch.float16) and not hasattr(config, "quantization_config") else None
@@ -127,7 +130,7 @@ def write_whole(opened: Restored, out: Path, shard: str = "50GB") -> None:
     """Writes a model that stands for itself, its adapter being merged, as a folder that is complete or not there;
     `shard` is the size of a file of weights at most."""
     tell(opened.model.config, opened.run.task, opened.roles)
-    with whole(out) as folder, quiet():
+    with whole(out) as folder, quiet(), busy(f"writing {out}"):
         try:
             opened.model.save_pretrained(folder, max_shard_size=shard)
             opened.run.task.beside(opened.model, folder)

@@ -25,6 +25,8 @@ from ..train.restored import check_agreed
 from ..train.run import RUN
 from . import gguf, shell
 from .carry import Companions, carry, companions
+from .importing import named_layers
+from .progress import busy
 
 How = Annotated[str | None, typer.Option(help="truncate, substitute or least-squares. (default: by the rung)")]
 Rows = Annotated[
@@ -151,6 +153,14 @@ def export(
     component: Annotated[
         str | None, typer.Option(help="The part of the pipeline: unet, transformer ... (--format diffusers, kohya)")
     ] = None,
+    stability: Annotated[
+        bool,
+        typer.Option(
+            "--stability",
+            help="Name a UNet's layers as Stability does (input_blocks ...), as kohya's scripts do for SDXL; --model "
+            "says the pipeline. (--format kohya)",
+        ),
+    ] = False,
     how: How = None,
     options: shell.Set = [],
     rows: Rows = None,
@@ -165,6 +175,8 @@ def export(
             "--format diffusers and kohya go with --component, the part of the pipeline that is adapted: unet, "
             "transformer, text_encoder ..."
         )
+    if stability and (form is not Form.kohya or model is None):
+        raise ValueError("--stability goes with --format kohya and --model, the pipeline whose UNet has the layers")
     adapter = Adapter.load(path)
     check_agreed(path, adapter, model)
     exact = issubclass(adapter.rung, LowRank) and how is None and not options
@@ -180,7 +192,8 @@ def export(
         gguf.write_lora(path, lora, out, model)
         return _exported(found, adapter, out)
     if form is Form.kohya:
-        export_kohya(lora, out, str(component))
+        unet = named_layers(str(model), component) if stability else None
+        export_kohya(lora, out, str(component), unet)
         return _exported(found, adapter, out)
     beside = companions(path, adapter, model) if component is None else None
     write = vllm.export_vllm if form is Form.vllm else export_lora
@@ -246,11 +259,13 @@ def _squeezed(
     measured = data is not None or rows is not None or (path / RUN).is_file() or not recipe.tells(adapter.rung)
     if not measured and recipe.alone(adapter.rung):
         return Squeezed(compress.collapse(adapter, recipe.approximation(None, None, 0)), None)
-    opened = restored(path, model)
+    with busy("opening the base"):
+        opened = restored(path, model)
     number = ROWS if rows is None else rows
     way = recipe.approximation(opened, data, number)
     held_out = list(opened.batches(opened.examples(data, None, number))) if measured else None
-    return Squeezed(compress.collapse(opened.model, way, held_out=held_out), opened)
+    with busy("collapsing"):
+        return Squeezed(compress.collapse(opened.model, way, held_out=held_out), opened)
 
 
 def _costs(adapter: Adapter, made: compress.Collapsed) -> str:

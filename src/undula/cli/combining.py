@@ -27,8 +27,8 @@ from ..train.restored import described
 from ..train.run import RUN
 from . import shell
 from .carry import carry
+from .progress import layers_bar
 from .several import named_directory
-from .squeezing import layers_bar
 
 if TYPE_CHECKING:
     from ..combine.regmean import RegMean

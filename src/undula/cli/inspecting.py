@@ -10,6 +10,7 @@ import typer
 
 from ..io.inspecting import inspect as looked_at
 from . import shell
+from .progress import busy
 
 if TYPE_CHECKING:
     from ..io.inspecting import Inspected
@@ -31,7 +32,8 @@ def inspect(
 
     Headers alone are read, and pickles never: nothing of the file is run.
     """
-    found = looked_at(path)
+    with busy("reading headers"):
+        found = looked_at(path)
     shell.write(to, found.encode())
     if str(to) == "-":
         return

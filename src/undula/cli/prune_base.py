@@ -14,6 +14,7 @@ from ..host import merging
 from ..train import Restored, Run, restored
 from ..train.recipe import OUTPUT, PANELS
 from . import adapters, declared, shell, training
+from .progress import busy
 
 if TYPE_CHECKING:
     from ..compress.prune_base import Pruned
@@ -117,9 +118,10 @@ def _write(path: Path, out: Path, to: Path | None) -> None:
     """Takes away what the run in `path` has closed, merges its adapter, writes the model to `out`."""
     from ..compress.prune_base import prune_base as smaller
 
-    opened = restored(path)
-    made = smaller(opened.model)
-    errors = merging.merge(opened.model, keep=False)
+    with busy("taking away what is closed"):
+        opened = restored(path)
+        made = smaller(opened.model)
+        errors = merging.merge(opened.model, keep=False)
     adapters.write_whole(opened, out)
     shell.write(to, _told(opened, made, path, out))
     if str(to) == "-":

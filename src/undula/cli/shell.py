@@ -292,7 +292,14 @@ def fresh(path: Path) -> None:
         raise FileExistsError(f"{path} is not empty: name another directory")
 
 
-Directory = Annotated[Path, typer.Argument(help="The directory of an adapter.")]
+def adapter_place(path: Path) -> Path:
+    """What a path to an adapter means; see `undula.io.places.place`."""
+    from ..io.places import place
+
+    return place(path)
+
+
+Directory = Annotated[Path, typer.Argument(help="The directory of an adapter, or its file.", callback=adapter_place)]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too ('-': to the output).")]
 Out = Annotated[Path, typer.Option("--out", help="The directory to write.")]
 Base = Annotated[str | None, typer.Option("--model", help="The base model, where the adapter does not say it.")]

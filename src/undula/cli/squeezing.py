@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from ..train.restored import described
 from ..train.run import RUN
 from . import shell
 from .carry import carry
+from .progress import layers_bar
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
@@ -233,14 +233,3 @@ def _short(found: dict[str, Any]) -> dict[str, Any]:
     return {k.replace("bytes_before", "bytes before"): v for k, v in found.items() if k != "layers"} | {
         "error": found["error"]
     }
-
-
-@contextlib.contextmanager
-def layers_bar(name: str, total: int) -> Iterator[Callable[[str], object]]:
-    """A bar of layers on the error stream, where that is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=shell.err, disable=not shell.err.is_terminal, transient=True) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda _: progress.advance(task)

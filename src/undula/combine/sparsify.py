@@ -117,7 +117,9 @@ class DELLA(Sparsify):
         return self.density == 1
 
     def __call__(self, M_KI: Tensor, kept: Kept, generator: torch.Generator) -> Tensor:
-        ranks = M_KI.abs().argsort(dim=1, stable=True).argsort(dim=1)
+        order = M_KI.abs().argsort(dim=1, stable=True)
+        places = torch.arange(M_KI.shape[1], device=M_KI.device).expand_as(order)
+        ranks = torch.empty_like(order).scatter_(1, order, places)  # half of the time of a second sort
         share = ranks / max(M_KI.shape[1] - 1, 1)
         return _drawn(M_KI, (self.density + self.window * (share - 0.5)).to(M_KI.dtype), generator)
 

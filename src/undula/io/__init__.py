@@ -4,12 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .diffusers import export_diffusers, load_diffusers
-from .gguf_write import Encoding, export_gguf, export_gguf_lora
+from .gguf_lora import export_gguf_lora, load_gguf_lora
+from .gguf_write import Encoding, export_gguf
 from .native import load, save
 from .peft import export_lora, read_lora
 
 if TYPE_CHECKING:
-    from .importing import load_for
+    from .importing import imported, load_for
     from .inspecting import Inspected, inspect
     from .kohya import export_kohya, load_kohya
 
@@ -21,15 +22,17 @@ __all__ = [
     "export_gguf_lora",
     "export_kohya",
     "export_lora",
+    "imported",
     "inspect",
     "load",
     "load_diffusers",
     "load_for",
+    "load_gguf_lora",
     "load_kohya",
     "read_lora",
     "save",
 ]
-LATER = {"Inspected": "inspecting", "inspect": "inspecting", "load_for": "importing"}
+LATER = {"Inspected": "inspecting", "inspect": "inspecting", "load_for": "importing", "imported": "importing"}
 LATER |= {"export_kohya": "kohya", "load_kohya": "kohya"}
 
 

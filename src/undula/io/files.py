@@ -28,8 +28,9 @@ from . import tensorfile
 from .draft import Draft, atomic, clean, write_text
 from .strict import door, parsed
 
-__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "configuration", "door", "headed",
-           "of_one_save", "parsed", "place", "read", "read_state", "write", "write_state", "write_text"]  # fmt: skip
+__all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "configuration", "conversion", "door",
+           "headed", "of_one_save", "parsed", "place", "read", "read_state", "write", "write_state",
+           "write_text"]  # fmt: skip
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
@@ -184,6 +185,11 @@ def _opened(path: Path, name: str) -> BinaryIO:
     elif name == CONFIG and (path / "config.json").is_file():
         hint = ". It is the folder of a model; what is asked for is the directory of an adapter for one"
     raise FileNotFoundError(f"{path} is no adapter directory: {name} is missing; found {there}{hint}")
+
+
+def conversion(path: str | Path) -> str:
+    """The command that makes undula's own directory of what cannot be opened without its base."""
+    return f"`undula import {shlex.quote(str(path))} --model BASE --out DIRECTORY`"
 
 
 def configuration(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write GGUF, the model file of llama.cpp: a decoder of the Llama family with its tokenizer, or a LoRA for one.
+"""Write GGUF, the model file of llama.cpp: a decoder of the Llama family with its tokenizer (a LoRA: `gguf_lora`).
 
     undula.merge(model, keep=False)
     export_gguf(model, tokenizer, "model.gguf", Encoding.f16)
@@ -8,7 +8,7 @@ The file is written by the `gguf` package, one tensor at a time.  What would be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter
 from ..core.extras import needs
 from ..host.quantised import is_plain
 from .draft import atomic
 from .gguf_words import ELSEWHERE, Words, words_of
-from .peft import LEAF, lora_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +70,7 @@ def export_gguf(model: Any, tokenizer: Any, path: str | Path, encoding: Encoding
     one, adapters that are not merged, quantised weights, and numbers that the encoding cannot hold.
     """
     config = model.config
-    family = _family(config, type(model).__name__)
+    family = family_of(config, type(model).__name__)
     state = {n: p for n, p in model.state_dict().items() if not (n == "lm_head.weight" and _tied(model))}
     for name, p in state.items():
         if ".undula." in f".{name}" or "lora_" in name:
@@ -84,7 +82,7 @@ def export_gguf(model: Any, tokenizer: Any, path: str | Path, encoding: Encoding
         raise ValueError(f"the model is of {model.dtype}: say how to store it (encoding=..., or --encoding)")
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     words = words_of(tokenizer, config.vocab_size, [ends] if isinstance(ends, int) else ends or ())
-    places = _places(family, config, state)
+    places = places_of(family, config, state)
     factors = _frequencies(family, config)
     lost: dict[str, float] = {}
 
@@ -92,61 +90,16 @@ def export_gguf(model: Any, tokenizer: Any, path: str | Path, encoding: Encoding
         if factors is not None:
             yield "rope_freqs.weight", factors, Encoding.f32, None
         for name, p in state.items():
-            yield places[name], _turned(family, config, name, p), _stored(p, kept), name
+            yield places[name], turned(family, config, name, p), _stored(p, kept), name
 
     def produce(place: str) -> None:
-        _write(place, family, lambda w: _describe(w, family, config, words, kept), tensors, lost)
+        write_file(place, family, lambda w: _describe(w, family, config, words, kept), tensors, lost)
 
     atomic(Path(path), produce)
     return lost
 
 
-@needs("gguf")
-@torch.no_grad()
-def export_gguf_lora(adapter: Adapter, config: Any, path: str | Path) -> None:
-    """Writes a LowRank adapter as the file that llama.cpp's `--lora` takes, in float32; `config`: that of its base.
-
-    llama.cpp has one alpha for all layers: it is the commonest rank, and B of other ranks r is multiplied by
-    r / alpha.  Raises TypeError below the LowRank rung (`collapse` first); ValueError for parameters trained in full,
-    for layers that are no linear ones of the base, and for other architectures.
-    """
-    family = _family(config, (config.architectures or [None])[0])
-    if adapter.full:
-        raise ValueError(
-            f"llama.cpp's LoRA files hold no parameters trained in full: {', '.join(sorted(adapter.full)[:3])}. "
-            "Merge the adapter and write the whole model"
-        )
-    described, found = lora_state(adapter, None, None)
-    alpha = float(described["lora_alpha"])
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, t in found.items():
-        match = LEAF.fullmatch(key)
-        if match is None or match["leaf"] not in ("lora_A", "lora_B") or t.ndim != 2:
-            raise ValueError(f"{key} is no factor of a linear layer: merge the adapter and write the whole model")
-        pairs.setdefault(match["site"], {})[match["leaf"]] = t
-    places = _places(family, config, {f"{site}.weight": next(iter(pair.values())) for site, pair in pairs.items()})
-    if "output.weight" in places.values() and config.tie_word_embeddings:
-        raise ValueError(
-            "lm_head is adapted, and the base shares its weight with the embedding: llama.cpp has no such layer. Merge "
-            "the adapter and write the whole model"
-        )
-
-    def tensors() -> Iterator[tuple[str, Tensor, Encoding, str | None]]:
-        for site, pair in pairs.items():
-            name = f"{site}.weight"
-            B_OR = pair["lora_B"].float() * (pair["lora_A"].shape[0] / alpha)
-            yield f"{places[name]}.lora_a", pair["lora_A"], Encoding.f32, None
-            yield f"{places[name]}.lora_b", _turned(family, config, name, B_OR), Encoding.f32, None
-
-    def describe(writer: GGUFWriter) -> None:
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", alpha)
-
-    atomic(Path(path), lambda place: _write(place, family, describe, tensors, {}))
-
-
-def _family(config: Any, name: str | None) -> Family:
+def family_of(config: Any, name: str | None) -> Family:
     """The family of a configuration and of the class `name`, where one is known."""
     family = FAMILIES.get(config.model_type)
     if family is None or name not in (None, family.cls):
@@ -171,7 +124,7 @@ def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _places(family: Family, config: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
+def places_of(family: Family, config: Any, state: Iterable[str]) -> dict[str, str]:
     """The names in the file by those of the model.  Raises ValueError for a tensor without one."""
     import gguf
 
@@ -184,13 +137,15 @@ def _places(family: Family, config: Any, state: Mapping[str, Tensor]) -> dict[st
     return {name: place for name, place in places.items() if place is not None}
 
 
-def _turned(family: Family, config: Any, name: str, t: Tensor) -> Tensor:
-    """Rows of q and k in the order in which llama.cpp rotates them; any other tensor as it is."""
+def turned(family: Family, config: Any, name: str, t: Tensor, back: bool = False) -> Tensor:
+    """Rows of q and k in the order in which llama.cpp rotates them, or from it `back`; any other tensor as it is."""
     kind = name.rsplit(".", 2)[-2]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(kind)
     if not family.turned or heads is None:
         return t
-    return t.reshape(heads, 2, t.shape[0] // heads // 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
+    half = t.shape[0] // heads // 2
+    pairs = (half, 2) if back else (2, half)
+    return t.reshape(heads, *pairs, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
 
 
 def _frequencies(family: Family, config: Any) -> Tensor | None:
@@ -277,7 +232,7 @@ def _encoded(name: str, t: Tensor, encoding: Encoding) -> tuple[np.ndarray, floa
     return stored, float((read - exact).norm())
 
 
-def _write(place: str, family: Family, describe: Any, tensors: Any, lost: dict[str, float]) -> None:
+def write_file(place: str, family: Family, describe: Any, tensors: Any, lost: dict[str, float]) -> None:
     """Writes a file in two passes over the tensors: what they are, then their numbers."""
     import gguf
     import numpy as np

@@ -1,4 +1,5 @@
-"""PEFT's LoRAs that say a change of the base's own numbers, read with that base: `lora_bias`, trained tokens."""
+"""Adapters that are read with their base: PEFT's LoRAs that say a change of the base's own numbers (`lora_bias`,
+trained tokens), and files in which the base's names are not told (kohya, GGUF)."""
 
 from __future__ import annotations
 
@@ -13,16 +14,64 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from . import files, lora_config
+from .diffusers import load_diffusers
+from .gguf_lora import load_gguf_lora
+from .inspecting import TRAIN, readable
+from .kohya import PARTS, Layers, load_kohya
 from .native import load
 from .peft import read_lora
+from .places import place
+from .spots import COMFY, DIFFUSERS, GGUF, KOHYA
 
 BIAS = re.compile(r"(?P<site>.+)\.lora_B\.bias", re.DOTALL)
 TOKENS = re.compile(r"(?P<site>.+)\.token_adapter\.trainable_tokens_delta", re.DOTALL)
 
 
-def needs_base(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter's configuration says something that `Adapter.load` cannot read and `load_for` can."""
-    return config.get("peft_type") == "LORA" and any(config.get(name) for name in lora_config.WITH_BASE)
+def needs_base(path: Path) -> bool:
+    """Whether a directory says something that `Adapter.load` cannot read and `load_for` can."""
+    return (path / files.CONFIG).is_file() and lora_config.needs_base(files.configuration(path))
+
+
+def partly(path: str | Path) -> Adapter:
+    """What `Adapter.load` reads; of a LoRA that needs its base (`load_for`) all that it says without."""
+    path = place(path)
+    with files.door(str(path)):
+        if not needs_base(path):
+            return load(path)
+        config, tensors = files.read(path)
+        rest = {k: t for k, t in tensors.items() if not any(p.fullmatch(_bare(k)) for p in (BIAS, TOKENS))}
+        return read_lora({k: v for k, v in config.items() if k not in lora_config.WITH_BASE}, rest, str(path))
+
+
+def imported(path: str | Path, model: Layers | None = None, component: str | None = None) -> Adapter:
+    """The adapter of any form that undula reads: its own, PEFT's LoRA, a file of diffusers, kohya's or llama.cpp's.
+
+    `model` is the base, where the form does not tell all: of kohya's files the part that is adapted, or its layers
+    (`undula.io.layers_of`); of llama.cpp's a model with a configuration; of PEFT's LoRAs see `load_for`.  `component`
+    names the part of a pipeline, where a file is for several.  Raises what reading raises; ValueError for a form or
+    kind that undula does not read, and where the base is missing.
+    """
+    found = readable(path)
+    own = Path(path)
+    file = own / next(iter(found.files)) if own.is_dir() else own
+    if found.form in (DIFFUSERS, COMFY):
+        return load_diffusers(file, component)
+    if found.form in (KOHYA, GGUF) and model is None:
+        raise ValueError(f"{path} does not tell its layers' own names: name the base (model=..., or --model)")
+    if found.form == KOHYA:
+        assert model is not None
+        return load_kohya(file, model, PARTS.get(component, component) if component else None)
+    if found.form == GGUF:
+        return load_gguf_lora(file, getattr(model, "config", None))
+    if found.use == TRAIN:
+        return load(path)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{path} changes numbers of its base: name the base (model=..., or --model)")
+    return load_for(path, model)
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix(files.PREFIX)
 
 
 @torch.no_grad()
@@ -35,18 +84,18 @@ def load_for(path: str | Path, model: nn.Module) -> Adapter:
     holds a whole table.  Raises what `Adapter.load` raises, LookupError for layers that the model has not, ValueError
     for a bias where the layer has none, with how large it is.
     """
-    path = Path(path)
+    path = place(path)
     with files.door(str(path)):
-        if not (path / files.CONFIG).is_file() or not needs_base(files.configuration(path)):
+        if not needs_base(path):
             return load(path)
         config, tensors = files.read(path)
-        if not needs_base(config):
+        if not lora_config.needs_base(config):
             return load(path)
         rest: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
         for key, t in tensors.items():
-            name = key.removeprefix(files.PREFIX)
+            name = _bare(key)
             bias, token = BIAS.fullmatch(name), TOKENS.fullmatch(name)
             if bias is not None:
                 biases[bias["site"]] = t

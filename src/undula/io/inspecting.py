@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from ..core.adapter import Adapter
-from . import diffusers, families, files, importing, kohya, outline
+from . import diffusers, families, files, kohya, lora_config, outline, packing
 from .reading import TYPE
 from .spots import (
     BARE,
@@ -29,12 +28,22 @@ from .spots import (
     UNDULA,
     Spot,
     form_of,
+    numbers,
     spots,
 )
 from .stored import Stored, stored
 from .tensorfile import TYPES
 
 TRAIN, IMPORT, SHOW = "train", "import", "show"
+LLAMA = (
+    "llama.cpp's names are not the model's: undula.io.load_gguf_lora(path, config) reads it, `undula import FILE "
+    "--model BASE --out DIRECTORY` makes a directory of it"
+)
+PARTS = (
+    "it is for {}: undula.io.load_diffusers(path, component) reads one of them, `undula import FILE --component PART "
+    "--out DIRECTORY` makes a directory of it"
+)
+DIRECT = (UNDULA, PEFT, DIFFUSERS, COMFY)  # forms that are opened without their base
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,14 @@ def inspect(path: str | Path) -> Inspected:
         return _of(found)
 
 
+def readable(path: str | Path) -> Inspected:
+    """`inspect` of what undula reads, in whatever way.  Raises ValueError for what can be shown alone."""
+    found = inspect(path)
+    if found.use == SHOW:
+        raise ValueError(f"{path} is {found.kind}, stored as: {found.form}. {found.why}")
+    return found
+
+
 def _of(found: Stored) -> Inspected:
     form = form_of(found)
     adapter, use, why = _judged(found, form)
@@ -82,9 +99,12 @@ def _of(found: Stored) -> Inspected:
     if found.config.get("peft_type") == "LORA":
         notes += _said(found.config)
     base, task = _base(found), found.config.get("task_type")
+    packed = found.config["undula"].get("quantised") if adapter is not None and form == UNDULA else None
+    if packed is not None:
+        notes.append(f"stored as {packing.Packing.decode(packed, str(found.path))}")
     return Inspected(
         str(found.path), form, kind, base, task if isinstance(task, str) else None, use, why, dict(found.files),
-        sum(math.prod(t.shape) for t in found.tensors.values()),
+        numbers(found, adapter),
         dict(Counter(t.kind for t in found.tensors.values()).most_common()), changed, notes, found.config,
     )  # fmt: skip
 
@@ -132,6 +152,8 @@ def _judged(found: Stored, form: str) -> tuple[Adapter | None, str, str]:
     """(the adapter without its numbers where undula reads it, what can be done, why)."""
     if form == KOHYA:
         return None, *kohya.judged(found.tensors)
+    if form == GGUF and found.metadata.get("adapter.type") == "lora":
+        return None, IMPORT, LLAMA
     if form in (UNDULA, PEFT, DIFFUSERS, COMFY) and found.config.get("peft_type", "LORA") in (TYPE, "LORA"):
         return _read(found, form)
     return None, SHOW, _unread(found, form)
@@ -152,8 +174,9 @@ def _read(found: Stored, form: str) -> tuple[Adapter | None, str, str]:
     except (ValueError, LookupError, OSError) as error:
         parts = sorted({name.partition(".")[0] for name in found.tensors})
         if form == DIFFUSERS and isinstance(error, LookupError) and len(parts) > 1:
-            return None, IMPORT, f"undula.io.load_diffusers(path, component), one of {', '.join(parts)}"
-        return None, IMPORT if importing.needs_base(found.config) else SHOW, str(error.args[0] if error.args else error)
+            return None, IMPORT, PARTS.format(", ".join(parts))
+        use = IMPORT if lora_config.needs_base(found.config) else SHOW
+        return None, use, str(error.args[0] if error.args else error)
     if form in (DIFFUSERS, COMFY):
         return adapter, TRAIN, "undula.io.load_diffusers(path) reads it, as a pipeline's own LoRA"
     return adapter, TRAIN, f"undula.Adapter.load(path) reads it: rung {adapter.rung.__name__}"
@@ -171,8 +194,7 @@ def _unread(found: Stored, form: str) -> str:
     return {
         MLX: "MLX's own layout; mlx_lm.fuse merges it into its model there",
         HUB: "AdapterHub's adapters (bottlenecks and their relatives) are modules between layers, which undula has not",
-        GGUF: "llama.cpp's names are not the model's: keep the adapter that it was made from (`undula export --format "
-        "gguf` writes such files)",
+        GGUF: "no LoRA: undula reads LoRAs of llama.cpp's files, and its models not at all",
         MODEL: "no adapter: no tensor has a name of an adapter's. `undula train --model` trains adapters on a model",
         OLD: "one of diffusers' older forms: load it there and save it again (pipeline.save_lora_weights)",
         BARE: f"the file says no scale and no kind: {files.CONFIG} is missing, or its tensors are of no form that "

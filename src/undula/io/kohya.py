@@ -1,6 +1,8 @@
 """The single files of kohya's scripts and LyCORIS, which ComfyUI and others read: `lora_unet_<layer>.lora_down.weight`.
 
-A layer's name has underscores for dots, so that a model is needed to read one.  The update of a layer is
+A layer's name has underscores for dots, so that the model's names are needed to read one: those of diffusers, or of a
+UNet in Stability's layout (`lora_unet_input_blocks_4_1 ...`), as kohya's scripts write SDXL.  CLIP's text encoders
+stand below `text_model`, which transformers 5 has dropped from its own names.  The update of a layer is
 (alpha / r) up down, `alpha` a tensor of one number (without it: alpha = r); of a convolution `down` has the kernel's
 shape, or stands with `lora_mid` (r, r, kh, kw) for a kernel in CP form; `dora_scale` (O, 1 ...) is DoRA's magnitude.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,19 @@ from ..core.adapter import Adapter
 from . import families, files, tensorfile
 from .draft import Draft, clean
 from .peft import lora_state, read_lora
+from .stability import stability
 from .tensorfile import Told
 
 # What stands before a layer's name, and the part of a pipeline that it means.
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_", "lycoris_")
 PARTS = {"unet": "lora_unet", "transformer": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 LORA = {"lora_down", "lora_up", "lora_mid", "alpha", "dora_scale"}
+CLIP = re.compile(r"encoder\.layers\.\d+\..+")
 HOW = (
-    "undula.io.load_kohya(path, model) reads it; the model tells the layers' names (the file has underscores for dots)"
+    "its layers' names have underscores for dots, so the base tells them: undula.io.load_kohya(path, model) reads it, "
+    "`undula import FILE --model BASE --component PART --out DIRECTORY` makes a directory of it"
 )
+Layers = nn.Module | Mapping[str, tuple[int, ...]]
 
 
 def judged(tensors: Mapping[str, Told]) -> tuple[str, str]:
@@ -55,9 +61,10 @@ def check_kinds(names: Mapping[str, Any]) -> None:
         )
 
 
-def load_kohya(path: str | Path, model: nn.Module, prefix: str | None = None) -> Adapter:
-    """The LoRA (LoCon, DoRA) of a file for `model`: a UNet, a transformer or a text encoder, whose layers it names.
-    `prefix` (`lora_unet`, `lora_te1` ...) is needed where the file is for several parts of a pipeline.
+def load_kohya(path: str | Path, model: Layers, prefix: str | None = None) -> Adapter:
+    """The LoRA (LoCon, DoRA) of a file for `model`: a UNet, a transformer or a text encoder, whose layers it names; or
+    {layer: shape of its weight} of one (`undula.io.layers_of`).  `prefix` (`lora_unet`, `lora_te1` ...) is needed where
+    the file is for several parts of a pipeline.
 
     What is stored in CP form (`lora_mid`) becomes the pair of the same update, rounded once.  Raises FileNotFoundError,
     LookupError for a prefix that is not there and for layers that the model has not, ValueError for what is malformed
@@ -76,7 +83,7 @@ def load_kohya(path: str | Path, model: nn.Module, prefix: str | None = None) ->
         for key, name in own.items():
             site, leaf, _ = families.of_name(name)
             found.setdefault(site, {})[leaf] = tensors[key]
-        return _adapter(found, model, str(file))
+        return _adapter(found, _shapes(model), str(file))
 
 
 def _chosen(names: Mapping[str, Any], prefix: str | None, path: str) -> dict[str, str]:
@@ -97,14 +104,13 @@ def _chosen(names: Mapping[str, Any], prefix: str | None, path: str) -> dict[str
     return parts[chosen]
 
 
-def _adapter(found: Mapping[str, Mapping[str, Tensor]], model: nn.Module, path: str) -> Adapter:
-    layers = _layers(model)
+def _adapter(found: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], path: str) -> Adapter:
+    layers = _layers(shapes)
     lost = [site for site in found if site not in layers]
     if lost:
         raise LookupError(
-            f"{path}: the model has no {', '.join(lost[:3])} ({len(lost)} of {len(found)} layers of the file). A file "
-            "with Stability's own names (input_blocks ...) is for its own UNet: a pipeline of diffusers converts it "
-            "(load_lora_weights, then save_lora_weights)"
+            f"{path}: the model has no {', '.join(lost[:3])} ({len(lost)} of {len(found)} layers of the file): it is "
+            "for another model, or for another part of the pipeline"
         )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, float] = {}
@@ -116,9 +122,8 @@ def _adapter(found: Mapping[str, Mapping[str, Tensor]], model: nn.Module, path: 
         several = layers[site]
         if len(several) > 1:
             raise ValueError(f"{path}: {site} may mean {' or '.join(several)}: both have that name without their dots")
-        name, weight = several[0], model.get_submodule(several[0]).weight
-        assert isinstance(weight, Tensor)
-        A, B, m = _pair(site, leaves, tuple(weight.shape), path)
+        name = several[0]
+        A, B, m = _pair(site, leaves, shapes[name], path)
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
         if m is not None:
             tensors[f"{name}.lora_magnitude_vector"] = m
@@ -129,13 +134,22 @@ def _adapter(found: Mapping[str, Mapping[str, Tensor]], model: nn.Module, path: 
     return read_lora(config, tensors, path)
 
 
-def _layers(model: nn.Module) -> dict[str, list[str]]:
-    """{name without dots: the names of layers} of a model."""
+def _shapes(model: Layers) -> Mapping[str, tuple[int, ...]]:
+    """{layer: shape of its weight}."""
+    if not isinstance(model, nn.Module):
+        return model
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    return {name: tuple(w.shape) for name, w in weights.items() if isinstance(w, Tensor) and w.ndim > 1}
+
+
+def _layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """{name without dots: the names of layers that it may mean}."""
+    names = list(names)
+    called = [(name, name) for name in names] + [(other, name) for name, other in stability(names).items()]
+    called += [(f"text_model.{name}", name) for name in names if CLIP.fullmatch(name)]
     made: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim > 1:
-            made.setdefault(name.replace(".", "_"), []).append(name)
+    for other, name in called:
+        made.setdefault(other.replace(".", "_"), []).append(name)
     return made
 
 
@@ -178,12 +192,25 @@ def _widened(t: Tensor, r: int, dim: int) -> Tensor:
     return torch.cat([t, t.new_zeros(lacking)], dim) if lacking[dim] else t.contiguous()
 
 
-def export_kohya(adapter: Adapter, path: str | Path, component: str = "unet") -> None:
+def _called(sites: Iterable[str], prefix: str, unet: Layers | None) -> dict[str, str]:
+    """{layer: its name in a file, with dots}.  Raises ValueError for a layer that Stability's layout has not."""
+    if unet is not None:
+        known = stability(_shapes(unet))
+        lost = [site for site in sites if site not in known]
+        if lost:
+            raise ValueError(f"{', '.join(lost[:3])}: no layers of a UNet that Stability's layout has a name for")
+        return {site: known[site] for site in sites}
+    clip = prefix.startswith("lora_te")
+    return {site: f"text_model.{site}" if clip and CLIP.fullmatch(site) else site for site in sites}
+
+
+def export_kohya(adapter: Adapter, path: str | Path, component: str = "unet", unet: Layers | None = None) -> None:
     """Writes a LowRank adapter as one file in kohya's form (`NAME.safetensors`), which ComfyUI, diffusers and others
     read.  `component` is the part of the pipeline that is adapted (`unet`, `transformer`, `text_encoder`,
     `text_encoder_2`), or the prefix itself (`lora_te1`).  All layers have the largest rank, with zeros where one has
     less, and alpha is that rank: the rest is `pair(f)` to the bit.  (Where layers have several alphas diffusers 0.42
-    gives those of attention the wrong one.)
+    gives those of attention the wrong one.)  With `unet`, the UNet or its layers (`undula.io.layers_of`), under
+    Stability's names, as kohya's scripts write SDXL.
 
     Raises TypeError below the LowRank rung; ValueError for what such files cannot hold (parameters in full, embeddings,
     two names that are one without their dots) and for an unknown part.
@@ -200,13 +227,14 @@ def export_kohya(adapter: Adapter, path: str | Path, component: str = "unet") ->
     _, tensors = lora_state(adapter, None, None)
     r = max((len(t) for key, t in tensors.items() if families.of_name(key)[1] == "lora_A"), default=1)
     named: dict[str, Tensor] = {}
+    called = _called(adapter.methods, prefix, unet)
     for key, t in tensors.items():
         site, leaf, _ = families.of_name(key)
         if leaf not in ("lora_A", "lora_B"):
             raise ValueError(
                 f"{site} is an embedding, for which kohya's files have no form: train without it, or merge"
             )
-        flat = f"{prefix}_{site.replace('.', '_')}"
+        flat = f"{prefix}_{called[site].replace('.', '_')}"
         new = f"{flat}.{'lora_down' if leaf == 'lora_A' else 'lora_up'}.weight"
         if new in named:
             raise ValueError(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import files
+
 ABOUT = ("base_model_name_or_path", "task_type", "revision", "auto_mapping")
 # Where the layers are (the tensors tell), how training went or was stored, how a start was computed: whatever they say,
 # the function is the one that the tensors give.
@@ -35,6 +37,11 @@ CONVERT = (
 )
 
 
+def needs_base(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration says something that `Adapter.load` cannot read and `undula.io.load_for` can."""
+    return config.get("peft_type") == "LORA" and any(config.get(name) for name in WITH_BASE)
+
+
 def check(config: Mapping[str, Any], path: str) -> None:
     """Raises ValueError that names the fields which would change the function and which undula does not read."""
     start = config.get("init_lora_weights", True)
@@ -48,7 +55,7 @@ def check(config: Mapping[str, Any], path: str) -> None:
     if odd and set(odd) <= set(WITH_BASE):
         raise ValueError(
             f"{path} has {' and '.join(f'{k}={v!r:.60}' for k, v in odd.items())}, which the file tells as a change of "
-            "the base's own numbers: undula.io.load_for(path, model) reads it"
+            f"the base's own numbers: undula.io.load_for(path, model) reads it, {files.conversion(path)} writes it anew"
         )
     if odd:
         told = ", ".join(f"{k!s:.60}={v!r:.60}" for k, v in list(odd.items())[:5])

@@ -18,7 +18,7 @@ from ..core.adapter import ABOVE, Adapter
 from ..host.build import rebuilt
 from ..host.sharded import gathered, writes
 from ..kernels import frozen
-from . import diffusers, files
+from . import diffusers, files, places
 from .peft import about, read_lora
 from .reading import (
     ABOUT,
@@ -163,16 +163,16 @@ class Once(Generic[T]):
 
 
 def load(path: str | Path) -> Adapter:
-    """The adapter in a directory: undula's own, or a plain PEFT LoRA.
+    """The adapter in a directory: undula's own, a plain PEFT LoRA, or a pipeline's LoRA, which may be a file too.
 
     Strict: an unknown method or field, a missing, surplus or misshapen tensor, one of another type, NaN, sizes that the
     file does not hold, names that are not module names: each is an error of its own, and nothing is returned.  Time and
     memory follow the size of the files, whatever they claim.  Raises FileNotFoundError, ValueError or LookupError for
     what is wrong with the directory; what the system says (no permission, no memory) comes as it is.
     """
-    path = Path(path)
     with files.door(str(path)):
-        if not (path / files.CONFIG).is_file() and (path / diffusers.WEIGHTS).is_file():
+        path = places.place(path)
+        if places.pipeline_file(path) is not None:
             return diffusers.load_diffusers(path)
         return made(*files.read(path), path)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..core.adapter import Adapter
-from . import diffusers, files, tensorfile
+from . import diffusers, files, places, tensorfile
 from .native import made
 from .reading import ABOUT
 
@@ -54,10 +54,11 @@ class Head:
 def head(path: str | Path, layouts: tensorfile.Layouts | None = None) -> Head:
     """The head of an adapter directory of any form that `Adapter.load` reads; with `layouts`, those that are like one
     that was seen cost little.  Raises FileNotFoundError, or ValueError for what is malformed or cut."""
-    path, layouts = Path(path), layouts or tensorfile.Layouts()
+    layouts = layouts or tensorfile.Layouts()
     with files.door(str(path)):
-        file = path / diffusers.WEIGHTS
-        if (path / files.CONFIG).is_file() or not file.is_file():
+        path = places.place(path)
+        file = places.pipeline_file(path)
+        if file is None:
             config, entries = files.headed(path, layouts.entries)
             return Head(path, config, entries, layouts.digest(entries))
         with open(file, "rb") as opened:

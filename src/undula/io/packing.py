@@ -57,6 +57,10 @@ class Packing(metaclass=Checked):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: `quantised`: {error}") from None
 
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"integers of {self.bits} bits in groups of {self.group} with a scale each, read as {kind}"
+
     def pack(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(integers, scales) of a tensor."""
         rows, length, groups = self._sizes(t.shape)

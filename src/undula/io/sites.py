@@ -25,7 +25,7 @@ from ..core.adapter import Adapter
 from ..core.method import Factors, Method
 from ..host import views
 from ..kernels import frozen
-from . import diffusers, files, lora_parameters, tensorfile
+from . import diffusers, files, lora_parameters, places, tensorfile
 from .files import PREFIX
 from .native import README, Once, checked
 from .outline import Head
@@ -44,8 +44,8 @@ class Opened:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
         with contextlib.ExitStack() as stack, files.door(str(path)):
+            self.path = places.place(path)
             self.head, self._file, self._name = _open(self.path, stack)
             self.outline = self.head.outline()
             self._read_site = _Own(self) if self.head.config.get("peft_type") == TYPE else _PlainLoRA(self)
@@ -85,8 +85,8 @@ class Opened:
 
 def _open(path: Path, stack: contextlib.ExitStack) -> tuple[Head, Any, str]:
     """(the head, the open file of its tensors, what that is called)."""
-    file = path / diffusers.WEIGHTS
-    if (path / files.CONFIG).is_file() or not file.is_file():
+    file = places.pipeline_file(path)
+    if file is None:
         config, opened, entries = files.of_one_save(path, stack)
         return Head(path, config, entries, b""), opened, str(path / files.TENSORS)
     own = stack.enter_context(file.open("rb"))

@@ -10,7 +10,8 @@ from typing import Any
 from ..core.adapter import Adapter
 from ..core.method import Method
 from . import diffusers, families, files, kohya, lora_config
-from .reading import TYPE, split
+from .packing import SCALE
+from .reading import TYPE, key_of, split
 from .stored import Stored
 from .tensorfile import NAMES, Told
 
@@ -66,6 +67,14 @@ def _by_names(found: Stored) -> str:
             return form
     pairs = diffusers.METADATA in found.metadata or all(diffusers.LEAF.fullmatch(name) for name in names)
     return DIFFUSERS if pairs and not all(name.startswith(files.PREFIX) for name in names) else BARE
+
+
+def numbers(found: Stored, adapter: Adapter | None) -> int:
+    """How many numbers the tensors hold; of integers with scales (`io.packing`) those that they stand for."""
+    shapes = {key_of(site, name): t.shape for site, name, t in adapter.tensors()} if adapter is not None else {}
+    packed = {name.removesuffix(SCALE) for name in found.tensors if name.endswith(SCALE)} & set(shapes)
+    told = {name: shapes[name] if name in packed else one.shape for name, one in found.tensors.items()}
+    return sum(math.prod(shape) for name, shape in told.items() if name.removesuffix(SCALE) not in packed - {name})
 
 
 def spots(found: Stored, form: str, adapter: Adapter | None) -> Iterator[Spot]:

@@ -249,10 +249,10 @@ def _count(name: str, adapter: Adapter, of_base: PretrainedConfig) -> int | None
 def _shapes(name: str, of_base: PretrainedConfig, labels: int) -> dict[str, tuple[int, ...]]:
     config = type(of_base).from_dict({**of_base.to_dict(), "num_labels": labels, "id2label": None, "label2id": None})
     config.num_labels = labels
-    return {n: tuple(p.shape) for n, p in _outline(name, config).named_parameters()}
+    return {n: tuple(p.shape) for n, p in outline_of(name, config).named_parameters()}
 
 
-def _outline(name: str, config: PretrainedConfig) -> PreTrainedModel:
+def outline_of(name: str, config: PretrainedConfig) -> PreTrainedModel:
     """A model without numbers."""
     import transformers
 
@@ -265,7 +265,7 @@ def _class(config: Mapping[str, Any], adapter: Adapter, of_base: PretrainedConfi
     """For a directory without a task type: the first class that has all of the adapter's layers among the one that PEFT
     noted, those that wrote the base, and the bare body."""
     for name in _candidates(config, of_base):
-        outline = _outline(name, of_base)
+        outline = outline_of(name, of_base)
         if all(resolve(outline, site) is not None for site in adapter.factors):
             return name
     raise ValueError(

@@ -15,6 +15,9 @@ from ..core.calls import called
 from ..core.extras import needs
 from ..io import files
 from ..io.diffusers import WEIGHTS
+from ..io.importing import partly
+from ..io.places import ADAPTERS
+from ..io.places import place as meant
 from .base import config_of, lacking, open_model
 from .foreign import roles_of, told_task, whole_task
 from .restored import Restored, described, restored
@@ -88,15 +91,16 @@ def known(path: str | Path, model: str | None = None) -> tuple[Run, tuple[str, .
     place = _place(path)
     if not _is_adapter(place):
         return _whole_run(place, model)
-    adapter = Adapter.load(place)
+    adapter = partly(place)
     return described(place, adapter, model), roles_of(place, adapter)
 
 
 def _is_adapter(place: Path) -> bool:
     """Whether a directory holds an adapter, not a whole model.  Raises FileNotFoundError where it holds neither."""
-    if (place / files.CONFIG).is_file() or (place / WEIGHTS).is_file():
+    if place.is_file() or (place / files.CONFIG).is_file() or (place / WEIGHTS).is_file():
         return True
     if not (place / MODEL).is_file():
+        meant(place)  # a lone file of another form is told by name
         there = ", ".join(sorted(p.name for p in place.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
             f"{place} holds neither an adapter ({files.CONFIG}) nor a model ({MODEL}); it has: {there}"
@@ -115,8 +119,10 @@ def _place(path: str | Path) -> Path:
     place = Path(path)
     if place.is_dir():
         return place
-    if place.is_file():
+    if place.is_file() and place.suffix not in ADAPTERS:
         raise FileNotFoundError(f"{place} is a file: name the directory that holds it ({place.parent})")
+    if place.is_file():
+        return meant(place)
     siblings = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
     close = difflib.get_close_matches(place.name, siblings, 1)
     hint = f" Did you mean '{place.parent / close[0]}'?" if close else ""

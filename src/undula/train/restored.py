@@ -14,6 +14,8 @@ from ..core.adapter import Adapter
 from ..core.extras import needs
 from ..host.host import attach, detach
 from ..io import files
+from ..io.importing import load_for, needs_base, partly
+from ..io.places import place
 from .asking import Question, columns_named, is_conversation, question
 from .base import config_of, lacking, model_folder, open_model, same_base
 from .data.conversation import question as turns
@@ -245,11 +247,12 @@ def restored(path: str | Path, model: str | None = None, dtype: torch.dtype | No
     What a run left says by itself what it is for; of any other adapter directory the config says it, or `model` names
     the base.  Raises FileNotFoundError where something is missing, ValueError when the adapter does not fit.
     """
-    path = Path(path)
-    adapter = Adapter.load(path)
+    path = place(path)
+    adapter = partly(path)
     run = described(path, adapter, model)
     run = run if dtype is None else replace(run, dtype=dtype)
     base, processor = open_model(model or run.model, run.task, run.dtype, run.seed, run.bits)
+    adapter = load_for(path, base) if needs_base(path) else adapter
     if not (path / RUN).is_file():
         if isinstance(run.task, HeadTask | Unmeasured):
             named_as(base.config, path, config_of(run.model))

@@ -11,6 +11,7 @@ import torch
 
 from ...compress.int8 import int8
 from ...io.files import CONFIG
+from ...io.places import place
 from ...train.base import asset_of, called_elsewhere, config_of, open_model
 from ...train.data.load import BUNDLED
 from ...train.foreign import base_of
@@ -63,7 +64,7 @@ class Plan:
 def meant(source: str, model: str | None = None) -> Meant:
     """What BASE means: a model, or a directory of one adapter, whose base it says (or `model` names).  Raises
     ValueError for a directory of adapters, which says no base."""
-    path = Path(source)
+    path = place(source)
     if source.startswith(BUNDLED) or not path.is_dir() or (path / "config.json").is_file():
         if model is not None:
             raise ValueError(f"{source} is no directory of an adapter, and --model names the base of one: leave it out")
