@@ -56,9 +56,10 @@ class Size:
     validation: int
     test: int
     epochs: float
+    batch: int = 16
 
 
-FULL, QUICK = Size(1000, 60, 200, 2.0), Size(64, 8, 8, 1.0)
+FULL, SHORT, QUICK = Size(1000, 60, 200, 2.0), Size(400, 48, 150, 2.0, 32), Size(64, 8, 8, 1.0)
 
 
 def rows_of(task: str) -> dict[str, list[dict[str, Any]]]:
@@ -113,7 +114,7 @@ def trained(folder: Path, data: Path, task: str, seed: int, size: Size, lr: floa
     task_of = Classification(names=tuple(sorted(names)))
     run = Run(
         model="bundled:minilm", data=str(data), task=task_of, method=undula.LoRA(r=RANK), where="all-linear",
-        lr=lr, batch=16, epochs=size.epochs, eval_every=0, seed=seed, out=out,
+        lr=lr, batch=size.batch, epochs=size.epochs, eval_every=0, seed=seed, out=out,
     )  # fmt: skip
     undula.train(run)
     return out
@@ -292,6 +293,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few rows, to see that it runs")
+    parser.add_argument("--short", action="store_true", help="400 rows a task")
     parser.add_argument("--table", action="store_true", help=f"write the table of {RESULTS.name} into {PAGE.name}")
     parser.add_argument("--work", type=Path, help="keep adapters and rows here, and go on from those that are there")
     parser.add_argument("--json", type=Path)
@@ -306,7 +308,7 @@ def main() -> None:
             f"{before}{BEGIN}\n\n{table(json.loads(RESULTS.read_text()))}\n\n{END}{after}", encoding="utf-8"
         )
         return
-    size = QUICK if given.quick else FULL
+    size = QUICK if given.quick else SHORT if given.short else FULL
     with tempfile.TemporaryDirectory() as folder:
         place = given.work or Path(folder)
         place.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,10 @@ import typer
 
 from ..core.adapter import Adapter
 from ..core.extras import needs
-from ..io.importing import imported
-from ..io.inspecting import IMPORT, readable
+from ..io.forms import imported, readable
 from ..io.places import layers_of
 from ..io.spots import GGUF, KOHYA, PEFT
+from ..io.verdicts import IMPORT
 from ..io.whole import whole
 from ..train import restored
 from ..train.base import called_elsewhere, config_of, model_folder

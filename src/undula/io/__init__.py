@@ -4,15 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .diffusers import export_diffusers, load_diffusers
-from .gguf_lora import export_gguf_lora, load_gguf_lora
 from .gguf_write import Encoding, export_gguf
 from .native import load, save
 from .peft import export_lora, read_lora
 
 if TYPE_CHECKING:
-    from .importing import imported, load_for
+    from .forms import imported
+    from .gguf_lora import export_gguf_lora, load_gguf_lora
+    from .importing import load_for
     from .inspecting import Inspected, inspect
     from .kohya import export_kohya, load_kohya
+    from .places import layers_of
 
 __all__ = [
     "Encoding",
@@ -24,6 +26,7 @@ __all__ = [
     "export_lora",
     "imported",
     "inspect",
+    "layers_of",
     "load",
     "load_diffusers",
     "load_for",
@@ -32,8 +35,9 @@ __all__ = [
     "read_lora",
     "save",
 ]
-LATER = {"Inspected": "inspecting", "inspect": "inspecting", "load_for": "importing", "imported": "importing"}
+LATER = {"Inspected": "inspecting", "inspect": "inspecting", "load_for": "importing", "imported": "forms"}
 LATER |= {"export_kohya": "kohya", "load_kohya": "kohya"}
+LATER |= {"layers_of": "places", "export_gguf_lora": "gguf_lora", "load_gguf_lora": "gguf_lora"}
 
 
 def __getattr__(name: str) -> Any:

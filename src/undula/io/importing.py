@@ -1,5 +1,4 @@
-"""Adapters that are read with their base: PEFT's LoRAs that say a change of the base's own numbers (`lora_bias`,
-trained tokens), and files in which the base's names are not told (kohya, GGUF)."""
+"""PEFT's LoRAs that say a change of the base's own numbers, read with that base: `lora_bias`, trained tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +13,9 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from . import files, lora_config
-from .diffusers import load_diffusers
-from .gguf_lora import load_gguf_lora
-from .inspecting import TRAIN, readable
-from .kohya import PARTS, Layers, load_kohya
 from .native import load
 from .peft import read_lora
 from .places import place
-from .spots import COMFY, DIFFUSERS, GGUF, KOHYA
 
 BIAS = re.compile(r"(?P<site>.+)\.lora_B\.bias", re.DOTALL)
 TOKENS = re.compile(r"(?P<site>.+)\.token_adapter\.trainable_tokens_delta", re.DOTALL)
@@ -41,33 +35,6 @@ def partly(path: str | Path) -> Adapter:
         config, tensors = files.read(path)
         rest = {k: t for k, t in tensors.items() if not any(p.fullmatch(_bare(k)) for p in (BIAS, TOKENS))}
         return read_lora({k: v for k, v in config.items() if k not in lora_config.WITH_BASE}, rest, str(path))
-
-
-def imported(path: str | Path, model: Layers | None = None, component: str | None = None) -> Adapter:
-    """The adapter of any form that undula reads: its own, PEFT's LoRA, a file of diffusers, kohya's or llama.cpp's.
-
-    `model` is the base, where the form does not tell all: of kohya's files the part that is adapted, or its layers
-    (`undula.io.layers_of`); of llama.cpp's a model with a configuration; of PEFT's LoRAs see `load_for`.  `component`
-    names the part of a pipeline, where a file is for several.  Raises what reading raises; ValueError for a form or
-    kind that undula does not read, and where the base is missing.
-    """
-    found = readable(path)
-    own = Path(path)
-    file = own / next(iter(found.files)) if own.is_dir() else own
-    if found.form in (DIFFUSERS, COMFY):
-        return load_diffusers(file, component)
-    if found.form in (KOHYA, GGUF) and model is None:
-        raise ValueError(f"{path} does not tell its layers' own names: name the base (model=..., or --model)")
-    if found.form == KOHYA:
-        assert model is not None
-        return load_kohya(file, model, PARTS.get(component, component) if component else None)
-    if found.form == GGUF:
-        return load_gguf_lora(file, getattr(model, "config", None))
-    if found.use == TRAIN:
-        return load(path)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{path} changes numbers of its base: name the base (model=..., or --model)")
-    return load_for(path, model)
 
 
 def _bare(key: str) -> str:

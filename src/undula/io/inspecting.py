@@ -11,19 +11,14 @@ from typing import Any
 import torch
 
 from ..core.adapter import Adapter
-from . import diffusers, families, files, kohya, lora_config, outline, packing
+from . import diffusers, families, files, lora_config, outline, packing
 from .reading import TYPE
 from .spots import (
-    BARE,
     COMFY,
     DIFFUSERS,
     GGUF,
-    HUB,
     IN_FULL,
-    KOHYA,
-    MLX,
     MODEL,
-    OLD,
     PEFT,
     UNDULA,
     Spot,
@@ -33,17 +28,13 @@ from .spots import (
 )
 from .stored import Stored, stored
 from .tensorfile import TYPES
+from .verdicts import IMPORT, SHOW, verdict
 
-TRAIN, IMPORT, SHOW = "train", "import", "show"
-LLAMA = (
-    "llama.cpp's names are not the model's: undula.io.load_gguf_lora(path, config) reads it, `undula import FILE "
-    "--model BASE --out DIRECTORY` makes a directory of it"
-)
+TRAIN = "train"
 PARTS = (
     "it is for {}: undula.io.load_diffusers(path, component) reads one of them, `undula import FILE --component PART "
     "--out DIRECTORY` makes a directory of it"
 )
-DIRECT = (UNDULA, PEFT, DIFFUSERS, COMFY)  # forms that are opened without their base
 
 
 @dataclass(frozen=True)
@@ -81,14 +72,6 @@ def inspect(path: str | Path) -> Inspected:
     found = stored(path)
     with files.door(str(path)):
         return _of(found)
-
-
-def readable(path: str | Path) -> Inspected:
-    """`inspect` of what undula reads, in whatever way.  Raises ValueError for what can be shown alone."""
-    found = inspect(path)
-    if found.use == SHOW:
-        raise ValueError(f"{path} is {found.kind}, stored as: {found.form}. {found.why}")
-    return found
 
 
 def _of(found: Stored) -> Inspected:
@@ -150,13 +133,9 @@ def _base(found: Stored) -> str | None:
 
 def _judged(found: Stored, form: str) -> tuple[Adapter | None, str, str]:
     """(the adapter without its numbers where undula reads it, what can be done, why)."""
-    if form == KOHYA:
-        return None, *kohya.judged(found.tensors)
-    if form == GGUF and found.metadata.get("adapter.type") == "lora":
-        return None, IMPORT, LLAMA
     if form in (UNDULA, PEFT, DIFFUSERS, COMFY) and found.config.get("peft_type", "LORA") in (TYPE, "LORA"):
         return _read(found, form)
-    return None, SHOW, _unread(found, form)
+    return None, *verdict(found, form)
 
 
 def _read(found: Stored, form: str) -> tuple[Adapter | None, str, str]:
@@ -180,23 +159,3 @@ def _read(found: Stored, form: str) -> tuple[Adapter | None, str, str]:
     if form in (DIFFUSERS, COMFY):
         return adapter, TRAIN, "undula.io.load_diffusers(path) reads it, as a pipeline's own LoRA"
     return adapter, TRAIN, f"undula.Adapter.load(path) reads it: rung {adapter.rung.__name__}"
-
-
-def _unread(found: Stored, form: str) -> str:
-    """Why undula does not read a form or a kind."""
-    if form == PEFT:
-        told = found.config.get("peft_type")
-        name = families.PEFT.get(told, str(told)[:60]) if isinstance(told, str) else f"peft_type {told!r:.60}"
-        own = families.OWN_NAMES.get(name)
-        return f"undula reads PEFT's LoRA and its own; {name} is another function" + (
-            f" (undula trains {own} anew, and does not read PEFT's file of it)" if own else ": use PEFT for it"
-        )
-    return {
-        MLX: "MLX's own layout; mlx_lm.fuse merges it into its model there",
-        HUB: "AdapterHub's adapters (bottlenecks and their relatives) are modules between layers, which undula has not",
-        GGUF: "no LoRA: undula reads LoRAs of llama.cpp's files, and its models not at all",
-        MODEL: "no adapter: no tensor has a name of an adapter's. `undula train --model` trains adapters on a model",
-        OLD: "one of diffusers' older forms: load it there and save it again (pipeline.save_lora_weights)",
-        BARE: f"the file says no scale and no kind: {files.CONFIG} is missing, or its tensors are of no form that "
-        "undula reads",
-    }[form]  # fmt: skip

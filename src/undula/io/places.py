@@ -26,12 +26,15 @@ def place(path: str | Path) -> Path:
         return path.parent
     if path.suffix not in ADAPTERS:
         return path
-    from .inspecting import DIRECT, TRAIN, readable  # which knows every form
+    from .spots import COMFY, DIFFUSERS, form_of
+    from .stored import stored
+    from .verdicts import verdict
 
-    found = readable(path)
-    if found.form not in DIRECT or found.use != TRAIN:
-        raise ValueError(f"{path}: {found.why}")
-    return path
+    found = stored(path)
+    form = form_of(found)
+    if form in (DIFFUSERS, COMFY):
+        return path
+    raise ValueError(f"{path}, stored as: {form}. {verdict(found, form)[1]}")
 
 
 def _only_file(path: Path) -> Path:
