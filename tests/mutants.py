@@ -532,6 +532,10 @@ MUTANTS = [
     ("combine/merge.py", "t.masked_fill(t.abs() <= rounding, 0.0)", "t", "tests/laws/test_combine.py::test_no_order_counts"),
     ("io/sites.py", "if once[0] in self.often:", "if False:", "tests/laws/test_sites.py::test_layer_by_layer_is_the_whole"),
     ("methods/fusion.py", "OPEN = 2.0", "OPEN = 1.0", "tests/laws/test_fusion.py::test_before_it_trains_it_is_the_sum"),
+    ("observe/curvature.py", "return [s * (a - b) / (2 * h)", "return [(a - b) / (2 * h)", "tests/laws/test_curvature.py::test_a_product_is_the_dense_hessians"),
+    ("train/trying.py", "lr if alone else lr * rate", "lr * rate", "tests/interop/test_tuning.py::test_the_test_moves_what_follows_the_rate_and_nothing_else"),
+    ("train/tuning.py", "if ready.run.lr is not None:\n        return ready, None\n    if", "if ready.run.lr is not None:\n        return ready, None\n    resume = False\n    if", "tests/interop/test_tuning.py::test_a_training_finds_its_rate_writes_it_and_goes_on_with_it"),
+    ("observe/regime.py", '"k": head // (heads // shared)', '"k": head % shared', "tests/oracles/test_regime.py::test_llama_with_fewer_heads_of_keys"),
 ]  # fmt: skip
 
 

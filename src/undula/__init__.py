@@ -53,7 +53,7 @@ from .observe.probe import Probe
 from .optim.groups import loraplus_groups
 from .ranks.prune import prune
 from .study import study
-from .train import Run, evaluate, forget, load, train
+from .train import Run, evaluate, forget, load, train, tune
 
 __all__ = [
     "NOLA",
@@ -130,6 +130,7 @@ __all__ = [
     "study",
     "train",
     "train_many",
+    "tune",
     "unmerge",
 ]
 __version__ = VERSION

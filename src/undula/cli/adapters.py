@@ -26,7 +26,7 @@ from ..train.base import called_elsewhere, config_of, quiet
 from ..train.card import Card, put
 from ..train.restored import described
 from ..train.worries import reported, worries
-from . import shell
+from . import regime, shell
 from .carry import carry, maker, tell
 from .progress import busy
 
@@ -42,10 +42,18 @@ def show(
     ] = None,
     data: shell.Data = None,
     model: shell.Base = None,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Instead: how large q, k and v of its attention are, by rows.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw spectra, ranks and nonlinearity into this file.")] = None,
     to: shell.Json = None,
 ) -> None:
     """Tell what an adapter really is: ranks, norms, how nonlinear; and what should worry its owner."""
+    if norms:
+        if plot is not None:
+            raise ValueError("--plot draws what `undula show` tells without --norms: leave out one of them")
+        regime.show(path, model, data, rows, to)
+        return
     adapter = Adapter.load(path)
     if rows is None and data is None and model is None:
         found = diagnose(adapter)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -62,7 +62,17 @@ def parameters(kind: type[Settings], usual: Mapping[str, str]) -> list[inspect.P
             text = help.format(names=_names(family))
             made.append(_parameter(f.name, Texts, [], flag(f), text, f.metadata["panel"], "NAME,..."))
         else:
-            made.append(_parameter(f.name, *_typed(f, hint, default), flag(f), help, f.metadata["panel"], _shape(hint)))
+            made.append(
+                _parameter(
+                    f.name,
+                    *_typed(f, hint, default),
+                    flag(f),
+                    help,
+                    f.metadata["panel"],
+                    _shape(hint),
+                    f.metadata["word"],
+                )
+            )
     return made
 
 
@@ -159,10 +169,27 @@ def _typed(f: Field[Any], hint: Any, default: Any) -> tuple[Any, Any]:
     return Texts, [default] if isinstance(default, str) else list(default)
 
 
-def _parameter(name: str, kind: Any, default: Any, flag: str, help: str, panel: str, shape: str) -> inspect.Parameter:
+def _parameter(
+    name: str, kind: Any, default: Any, flag: str, help: str, panel: str, shape: str, word: str | None = None
+) -> inspect.Parameter:
     names = f"{flag}/--no-{flag[2:]}" if bool in (kind, *typing.get_args(kind)) else flag
-    declared = Annotated[kind, typer.Option(names, help=help, metavar=shape, rich_help_panel=panel)]
+    kind, parser = (Any, _number_or(word)) if word else (kind, None)
+    declared = Annotated[kind, typer.Option(names, help=help, metavar=shape, rich_help_panel=panel, parser=parser)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
+
+
+def _number_or(word: str) -> Callable[[Any], Any]:
+    """What reads a number, or the word that stands in its place."""
+
+    def number(text: Any) -> Any:
+        if text == word or not isinstance(text, str):
+            return text
+        try:
+            return float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a valid float, nor {word!r}") from None
+
+    return number
 
 
 def _is_choice(hint: Any) -> bool:

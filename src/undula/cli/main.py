@@ -31,6 +31,7 @@ from . import (
     studies,
     threads,
     training,
+    tuning,
     writing,
 )
 
@@ -61,6 +62,7 @@ def main(
 LOOK, TRAIN, USE, WRITE = "Look", "Train and compare", "Use", "Merge, export, convert"
 VERBS: dict[str, tuple[str, Callable[..., None]]] = {
     "train": (TRAIN, training.train),
+    "tune": (TRAIN, tuning.tune),
     "train-many": (TRAIN, many.train_many),
     "forget": (TRAIN, forgetting.forget),
     "eval": (TRAIN, training.evaluate),

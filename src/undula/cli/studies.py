@@ -198,7 +198,7 @@ class _View:
     def begun(self, trial: Any) -> None:
         if self.one is not None:
             run = trial.run
-            described = f"{trial.label}, lr {run.lr:g}, seed {run.seed}"
+            described = f"{trial.label}, lr {run.lr}, seed {run.seed}"
             self.progress.update(self.one, description=described, completed=0)
 
     def ended(self, ended: Any) -> None:
@@ -206,7 +206,7 @@ class _View:
         came = f"failed: {ended.error}" if ended.error else _figures(ended.result)
         count = f"[{told.get('ended', 0) + 1} of {told.get('ended', 0) + told.get('least', 0)}]"
         self.console.print(
-            f"{count} {trial.label}, lr {trial.run.lr:g}, seed {trial.run.seed}: {came}",
+            f"{count} {trial.label}, lr {trial.run.lr}, seed {trial.run.seed}: {came}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
 

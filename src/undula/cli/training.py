@@ -233,6 +233,8 @@ def _course(report: dict[str, Any]) -> Iterator[str]:
     best, early = report["best"], report.get("ended_early")
     if early:
         yield f"The training {early}"
+    if tuned := report.get("tuned"):
+        yield f"The rate {tuned['lr']:g} was found in {tuned['seconds']:.1f} s: {tuned['how']}"
     if best is not None and best["of"] > 1:
         kept = "kept" if best["kept"] else "not kept"
         which = f"step {best['step']}, {best['metric']} {shell.shown(best['value'])}"

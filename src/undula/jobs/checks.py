@@ -50,6 +50,8 @@ def _own(run: Run) -> Iterator[str]:
     if type(run.task) not in TASKS:
         there = ", ".join(task.__name__ for task in TASKS)
         yield f"{type(run.task).__name__} cannot be trained among other jobs, the tasks that can are: {there}. {ALONE}"
+    if run.lr is None:
+        yield f"lr is auto, which is found for one training at a time: name a rate, as `undula tune` finds it. {ALONE}"
     if run.allocator is not None:
         yield f"{run.allocator!r} changes the layers while it trains, which jobs share. {ALONE}"
     if not run.optimiser.beside:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -241,7 +242,7 @@ def _outcome(entry: Entry, opened: Restored, score: Mapping[str, float]) -> Outc
     run, report = entry.run, entry.report
     head = head_size(run.task, opened.model, opened.adapter)
     return Outcome(
-        *(entry.arm, run.model, run.data, type(run.task).__name__.lower(), FINAL, run.lr, run.seed),
+        *(entry.arm, run.model, run.data, type(run.task).__name__.lower(), FINAL, run.lr or math.nan, run.seed),
         metric=run.task.headline,
         more_is_better=run.task.more_is_better,
         validation=report.get("after", {}).get(run.task.headline),

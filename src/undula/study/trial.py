@@ -114,11 +114,11 @@ def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[
         set_seed(run.seed)
         times, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
     if lost := [step for step, loss in losses if not math.isfinite(loss)]:
-        raise Diverged(f"the loss was not finite after {lost[0]} updates (lr={run.lr:g})")
+        raise Diverged(f"the loss was not finite after {lost[0]} updates (lr={run.lr})")
     if not all(p.isfinite().all() for p in ready.adapter.parameters()):
-        raise Diverged(f"the adapter was not finite after {steps} updates (lr={run.lr:g})")
+        raise Diverged(f"the adapter was not finite after {steps} updates (lr={run.lr})")
     if watch.kept is None:
-        raise Diverged(f"the loss was not finite at any evaluation that counts (lr={run.lr:g})")
+        raise Diverged(f"the loss was not finite at any evaluation that counts (lr={run.lr})")
     heads = head_size(run.task, ready.model, ready.adapter)
     found = {
         "validation": watch.best,

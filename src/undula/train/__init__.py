@@ -19,6 +19,7 @@ from .tasks.speech_recognition import SpeechRecognition
 from .tasks.task import Examples, Task
 from .tasks.token_classification import TokenClassification
 from .tasks.transcripts import Normaliser, Spoken
+from .tuning import Tuned, tune
 
 __all__ = [
     "CausalLM",
@@ -44,6 +45,7 @@ __all__ = [
     "Spoken",
     "Task",
     "TokenClassification",
+    "Tuned",
     "dense",
     "evaluate",
     "forget",
@@ -52,4 +54,5 @@ __all__ = [
     "prepare",
     "restored",
     "train",
+    "tune",
 ]

@@ -67,7 +67,7 @@ def concluded(
     if diverged:
         raise Diverged(
             f"the training diverged at step {course['steps']} of {course['steps_asked']}: its loss or its adapter is "
-            f"no longer finite. Lower the rate (lr={run.lr:g}). The report is in {run.out / REPORT}"
+            f"no longer finite. Lower the rate (lr={run.lr}). The report is in {run.out / REPORT}"
         )
     return report
 
@@ -77,9 +77,10 @@ SUMMARY = ("metric", "before", "after", "steps", "train_rows", "eval_rows", "row
 
 def _shown(ready: Prepared, report: Mapping[str, Any]) -> dict[str, Any]:
     """The report's part on single classes and rows."""
-    before = read_run(ready.run.out).get("written")
+    told = read_run(ready.run.out)
     best, others = report["best"], list(ready.figures.get("other_splits", ()))
-    found = {"written_before": before} if before else {}
+    found = {"written_before": told["written"]} if told.get("written") else {}
+    found |= {"tuned": told["tuned"]} if told.get("tuned") else {}  # how the rate was found
     if best is not None and best["kept"] and best["of"] > 1 and report["after"]:
         found["optimism"] = (
             f"These figures are the best of {best['of']} evaluations on the same rows, so a little too good: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from .resume import (
 from .run import Run, read_run
 from .stages import stage
 from .tasks.task import Examples
+from .tuning import with_rate
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -74,14 +75,16 @@ def train(
         ready = processes.first_then_all(lambda: prepare(run))
         if begins is not None:
             processes.by_first(lambda: begins(ready))
-        before = processes.by_first(lambda: measured_before(ready, resume))
+        ready, tuned = with_rate(ready, resume)
+        before = processes.by_first(lambda: measured_before(ready, resume, tuned))
         ready, course = _fit(ready, resume, itertools.chain(services, callbacks))
         return concluded(ready, before, course, memory, begun)
 
 
-def measured_before(ready: Prepared, resume: bool) -> dict[str, float]:
-    """The metric before training: from run.json where an earlier start measured it."""
+def measured_before(ready: Prepared, resume: bool, tuned: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """The metric before training: from run.json where an earlier start measured it.  tuned: how the rate was found."""
     told = read_run(ready.run.out) if resume else {}
+    tuned = told.get("tuned", tuned)
     digest = _digest(ready)
     changed = [name for name, made in told.get("digest", digest).items() if digest.get(name) != made]
     if changed:
@@ -91,10 +94,10 @@ def measured_before(ready: Prepared, resume: bool) -> dict[str, float]:
         )
     if told.get("before") is not None:
         return told["before"]
-    ready.run.save(None, digest)
+    ready.run.save(None, digest, tuned=tuned)
     with stage("measuring before", len(ready.held)):
         found = ready.run.task.score(ready.model, ready.held, ready.run.batch)
-    ready.run.save(found, digest, ready.held.seen.get("written"))
+    ready.run.save(found, digest, ready.held.seen.get("written"), tuned)
     return found
 
 

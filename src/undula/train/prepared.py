@@ -151,7 +151,7 @@ def _idle(run: Run, model: PreTrainedModel, looked: bool) -> Iterator[str]:
     if run.head_lr is not None and not run.task.head(model):
         yield f"head_lr={run.head_lr:g} does nothing: this task has no head of its own; all that trains does so at lr"
     elif run.head_lr is not None and run.method is None and not run.full:
-        yield f"head_lr={run.head_lr:g} does nothing: the head alone trains, and it does so at lr={run.lr:g}"
+        yield f"head_lr={run.head_lr:g} does nothing: the head alone trains, and it does so at lr"
     if run.method is None:
         for f in fields(Settings):
             if f.metadata["layers"] and f.name != "probe_batches" and getattr(run, f.name) != default_of(f):

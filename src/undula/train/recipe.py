@@ -65,6 +65,7 @@ def facts(
     figures: bool = True,
     offered: bool = True,
     panel: str | None = None,
+    word: str | None = None,
 ) -> dict[str, Any]:
     """What is known of a field beside its name, type and default.
 
@@ -73,6 +74,7 @@ def facts(
     layers: of the layers that a method adapts, so without a method it does nothing.
     figures: whether it can change what comes out; offered: whether people may set it.
     panel: under which title the help shows it; None: that of the layers, or of the training.
+    word: what may stand for it in the place of a number.
     """
     return {**locals(), "panel": panel or (LAYERS if layers else TRAINING)}
 
@@ -181,7 +183,9 @@ class Recipe(Settings):
         flag="--from",
         panel=LAYERS,
     )
-    lr: Positive = option(1e-3, "Learning rate, at the top of the schedule.")
+    lr: Positive | None = option(  # None, which people write as "auto": found before the training, see `tuning`
+        1e-3, "Learning rate, at the top of the schedule; auto: found by a few steps that are taken back.", word=AUTO
+    )
     seed: Seed32 = option(0, "Of the factors, a new head, the order of rows, dropout, the split.")
     train_rows: Count | None = option(None, "So many training rows, sampled. (default: all)", panel=DATA)
     eval_rows: Count | None = option(1000, "Rows for the metric, sampled.", figures=False, panel=EVALUATION)
@@ -256,6 +260,8 @@ class Recipe(Settings):
             raise TypeError(f"{name} is a {kind.__name__} such as {such}, found {value!r:.80}")
         if name in ("model", "data") or (name == "begin_from" and value is not None):
             return os.fspath(checked_path(name, value))
+        if name == "lr":
+            return None if value == AUTO else value
         if name == "skip_faulty":  # no row is no share
             return None if type(value) in (int, float) and value == 0 else value
         if name == "encoding" and isinstance(value, str):

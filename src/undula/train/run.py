@@ -49,12 +49,18 @@ class Run(Recipe):
         return Run.of(recipe_of(data), out)
 
     def save(
-        self, before: Mapping[str, float] | None, digest: Mapping[str, str] | None = None, written: Any = None
+        self,
+        before: Mapping[str, float] | None,
+        digest: Mapping[str, str] | None = None,
+        written: Any = None,
+        tuned: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes OUT/run.json; `before` is the metric before training, `digest` tells rows and model from others."""
+        """Writes OUT/run.json; `before` is the metric before training, `digest` tells rows and model from others,
+        `tuned` how the rate was found where it was."""
         self.out.mkdir(parents=True, exist_ok=True)
         given: dict[str, Any] = {} if digest is None else {"digest": dict(digest)}
         given |= {} if not written else {"written": written}  # what was generated before the training
+        given |= {} if tuned is None else {"tuned": dict(tuned)}
         said = self.encode() | {"gradient_checkpointing": self.gradient_checkpointing}  # see `config.told_of_a_run`
         write_json(self.out / RUN, {"version": VERSION, "run": said, "before": before, **given})
         files.write_text(self.out / CONFIG, config.written(self))

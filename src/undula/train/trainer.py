@@ -197,6 +197,8 @@ def trainer(
 ) -> AdapterTrainer:
     """The Trainer of a run.  An allocator that scores by quality does so on `held`, which no result may come from.
     Raises RuntimeError where several processes were started and each would train by itself."""
+    if run.lr is None:
+        raise ValueError("lr is auto, which undula.train and undula.tune find: name a rate here (lr=...)")
     how, beside = run.procedure, None
     if how is not None:
         quality = quality_of(model, held) if held is not None and how.needs_quality else None
@@ -321,5 +323,5 @@ def own_rates(run: Run, model: Any) -> Iterator[tuple[list[torch.nn.Parameter], 
     if run.head_lr is not None and (run.method is not None or run.full):
         names = set(run.task.head(model))
         yield [p for name, p in model.named_parameters() if name in names], run.head_lr
-    if run.b_ratio is not None and run.method is not None:
+    if run.b_ratio is not None and run.method is not None and run.lr is not None:
         yield list(factors_B(model).values()), run.lr * run.b_ratio
