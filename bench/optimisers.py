@@ -27,12 +27,14 @@ from undula.optim import optimisers
 CHOICES = {
     "adamw": optimisers.AdamW(),
     "lorapro": optimisers.LoRAPro(),
+    "lorapro-full": optimisers.LoRAPro(full=True),
     "allora": optimisers.ALLoRA(),
+    "ggpo": optimisers.LoRAGGPO(),
     "mgpo": optimisers.LoRAMGPO(),
     "lorsum": optimisers.LoRSum(),
     "riemannian": optimisers.Riemannian(),
 }
-TARGETS = {"lorapro": 1.15, "mgpo": 1.10}
+TARGETS = {"lorapro": 1.15, "ggpo": 1.10, "mgpo": 1.10}
 WARM = 3  # steps that are not counted: the first have no momentum
 
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = "tests/laws/test_files.py"
 SQUEEZE = "tests/laws/test_squeeze.py"
 ODD = "tests/laws/test_engine_odd.py"
+OPTIM, MOVES = "tests/laws/test_optimisers.py", "tests/laws/test_optimisers_more.py"
 SERVED, KEYS = "tests/interop/test_serve_http.py", "tests/interop/test_serve_keys.py"
 USE = "tests/interop/test_use_"
 POOL, POLICIES = "tests/laws/test_pool.py", "tests/oracles/test_policies.py"
@@ -431,6 +432,18 @@ MUTANTS = [
     ("observe/padding.py", "target = labels != IGNORED", "target = labels >= IGNORED", PADDING),
     ("optim/groups.py", "parts[-1].rpartition(\"_\")[2] == \"B\" and any(mark in parts for mark in MARKS)", "parts[-1] == \"B\" and any(mark in parts for mark in MARKS)", RULES + "::test_groups_for_loraplus"),
     ("optim/groups.py", "and any(mark in parts for mark in MARKS)", "and True", RULES + "::test_groups_for_loraplus"),
+    ("optim/lorapro.py", "return free_A + X @ A, free_B - B @ X", "return free_A, free_B", OPTIM + "::test_lorapros_gradient_is_the_least_squares_optimum"),
+    ("optim/lorapro.py", "damping * values.mean(-1, keepdim=True)", "damping", OPTIM + "::test_lorapros_damping_is_relative"),
+    ("optim/lorapro_full.py", "return p.scale * left.T @ G, p.scale * G @ right.T", "return left.T @ G, G @ right.T", MOVES + "::test_the_full_forms_steps_are_those_of_lora_pro_adamw"),
+    ("optim/lorapro_full.py", "self.state[p.B][\"step\"] = torch.zeros(())", "pass", OPTIM + "::test_narrow_parameters_train_by_wide_copies"),
+    ("optim/lorsum.py", "self.state[pair.B][\"step\"] = torch.zeros(())", "pass", OPTIM + "::test_lorsum_keeps_wide_copies_of_both_factors"),
+    ("optim/ggpo.py", "(c / self.rank**0.5)", "c", MOVES + "::test_ggpos_noise_is_the_formula"),
+    ("optim/ggpo.py", "        self.steps += 1", "        pass", MOVES + "::test_ggpos_noise_is_one_of_an_update_and_none_when_measured"),
+    ("optim/gorp.py", "t.copy_(was + outside(S, t - was, across))", "pass", OPTIM + "::test_a_second_task_moves_nothing_within_what_the_first_has_used"),
+    ("optim/gorp.py", "self.given += [(t, t.grad) for _, t in self.matrices()]", "pass", MOVES + "::test_of_full_rank_the_projected_step_is_adams_in_the_gradients_own_directions"),
+    ("optim/paired.py", "                for p, grad in self.given:\n                    p.grad = grad\n", "                pass\n", OPTIM + "::test_gradients_are_what_they_were_after_a_step"),
+    ("optim/perturbed.py", "p.copy_(found[1])", "pass", OPTIM + "::test_a_forward_without_a_backward_leaves_nothing_moved_for_evaluation"),
+    ("train/begun.py", "return {} if run.begin_from is None else files", "return {} if True else files", RECIPE + "::test_a_training_goes_on_orthogonal_to_what_the_one_before_has_used"),
     ("io/kohya.py", "if \"alpha\" in leaves else len(A)", "if \"alpha\" in leaves else 1.0", "tests/interop/test_kohya.py::test_a_file_computes_what_its_formula_says"),
     ("io/kohya.py", "    called += [(f\"text_model.{name}\", name) for name in names if CLIP.fullmatch(name)]\n", "", "tests/interop/test_importing.py::test_a_text_encoder_is_called_as_others_call_it"),
     ("io/stability.py", "else at + n - 1)", "else at + n)", "tests/interop/test_kohya.py::test_names_of_stabilitys_layout_are_those_of_diffusers"),

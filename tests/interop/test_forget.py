@@ -17,9 +17,10 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.penalties import GroupLasso
-from undula.train import Classification, Regression, Run, forget
+from undula.train import Classification, ImageClassification, Regression, Run, forget
 from undula.train import forgetting as verb
-from undula.train.tasks.forgetting import ForgetTexts, forgetting, h_mean
+from undula.train.forgetting import merged
+from undula.train.tasks.forgetting import ForgetImages, ForgetTexts, forgetting, h_mean
 from undula.train.tasks.forgetting_trainer import balanced, chosen
 from undula.train.tasks.task import Examples
 
@@ -180,6 +181,30 @@ def test_the_forgetting_term_ends_at_its_bound(home):
     assert only.item() == pytest.approx(
         torch.nn.functional.cross_entropy(logits, torch.tensor([1, 1])).item(), abs=1e-6
     )
+
+
+def test_a_class_of_images_is_forgotten_and_comes_back(tmp_path):
+    """A network of convolutions, with prototype terms; its normalisation's statistics are those that it had."""
+    data = tiny.classes(tmp_path / "rows", {"train": tiny.pictures(64), "test": tiny.pictures(40, seed=1)})
+    run = Run(model=tiny.efficientnet(tmp_path / "base"), data=data, task=ImageClassification(), lr=1e-2, batch=8,
+              method=undula.LoRA(r=2), where=("stem", "expand", "project", "top"), max_steps=30, eval_every=0,
+              out=tmp_path / "known")  # fmt: skip
+    undula.train(run)
+    merged(run.out, tmp_path / "whole")
+    asks = dataclasses.replace(run, model=str(tmp_path / "whole"), max_steps=16, out=tmp_path / "gone")
+    report = forget(asks, [["red"]], beta=1.0, near=0.01, apart=0.01)
+    (request,) = report["requests"]
+    assert report["split"] == "test"
+    assert request["forgotten_before"] >= 0.6
+    assert request["forgotten"] <= 0.3
+    assert request["kept"] >= 0.8
+    opened = undula.load(tmp_path / "gone")
+    assert isinstance(Run.load(tmp_path / "gone").task, ForgetImages)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    live = opened.model.state_dict()
+    assert all(torch.equal(live[k], t) for k, t in whole.items() if "running" in k)
+    taken_back = verb.undo(tmp_path / "gone", ["red"])
+    assert not any(bool(m.delta(taken_back.factors[site]).any()) for site, m in taken_back.methods.items())
 
 
 def test_the_h_mean_is_that_of_the_fall_and_what_is_kept():

@@ -92,6 +92,14 @@ def test_batches_that_are_accumulated_are_as_one(usual, tmp_path):
         torch.testing.assert_close(two[key], t)
 
 
+def test_the_teacher_is_the_same_where_activations_are_computed_again(usual, tmp_path):
+    """With the adapter off for its pass, between a forward pass and its backward one, which computes it again."""
+    how = {"penalty": KLToBase(5.0) + BALoRA(), "dtype": torch.float64}
+    one, two = (trained(usual, tmp_path / str(a), gradient_checkpointing=a, **how)[0] for a in (False, True))
+    for key, t in one.items():
+        torch.testing.assert_close(two[key], t)
+
+
 def test_what_compares_with_random_numbers_or_sees_no_answers_is_refused(usual, tmp_path):
     """A new head answers nothing yet; a task with a loss of its own shows no answers."""
     reviews = tiny.jsonl(tmp_path / "r.jsonl", tiny.reviews(20))

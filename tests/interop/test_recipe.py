@@ -18,8 +18,20 @@ from tests.support import tiny
 from tests.support.courses import COURSES
 from undula import ranks
 from undula.cli.main import app
+from undula.io import files
 from undula.kernels import units
-from undula.optim.optimisers import SGD, Adafactor, AdamW, LoRAFA, LoRAMGPO, LoRAPro, SAMReference
+from undula.optim.optimisers import (
+    GORP,
+    SGD,
+    Adafactor,
+    AdamW,
+    LoRAFA,
+    LoRAGGPO,
+    LoRAMGPO,
+    LoRAPro,
+    LoRSum,
+    SAMReference,
+)
 from undula.optim.schedules import Constant, Cosine, Linear
 from undula.ranks.memory import moments
 from undula.ranks.relora import Jagged
@@ -291,8 +303,12 @@ COURSE = (  # optimiser, schedule, the class that it is
     (Adafactor(beta1=0.9), Cosine(), None),
     (LoRAPro(base=AdamW(beta2=0.99)), Linear(), None),
     (LoRAMGPO(rho=0.5), Linear(), None),
+    (LoRAPro(full=True), Linear(), None),
+    (LoRAGGPO(sigma=0.1), Linear(), None),
+    (LoRSum(), Linear(), None),
     (SAMReference(), Linear(), None),
     (LoRAFA(), Linear(), None),
+    (GORP(project=1), Linear(), None),
 )
 
 
@@ -318,6 +334,33 @@ def test_every_optimiser_trains_and_resumes_to_the_bit(optimiser, schedule, kind
     assert all(map(torch.equal, mine.parameters(), theirs.parameters()))
     moved = [f["B"].abs().max().item() for f in theirs.factors.values()]
     assert min(moved) > 0
+
+
+def test_a_training_goes_on_orthogonal_to_what_the_one_before_has_used(usual, tmp_path):
+    """By the command line: `--from RUN --optimiser gorp`; a run that was trained otherwise is refused."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    words = ["train", "--model", usual.model, "--data", usual.data, "--task", "classification", "--lr", 5e-3,
+             "--max-steps", 3, "--batch", 8, "--eval-rows", 4]  # fmt: skip
+
+    def call(*more):
+        return CliRunner().invoke(app, [str(w) for w in (*words, *more)])
+
+    first = ("--where", "query", "--set", "r=2")
+    assert call(*first, "--optimiser", "gorp,energy=0.5", "--out", one).exit_code == 0
+    done = call("--from", one, "--optimiser", "gorp,energy=0.5", "--out", other)
+    assert done.exit_code == 0, done.output
+    bases, more = (files.read_state(place, "tasks")[1] for place in (one, other))
+    begun, ended = (undula.Adapter.load(place) for place in (one, other))
+    for site, name, t in ended.tensors():
+        S, moved = bases[f"{site}.{name}"], t - begun.factors[site][name]
+        moved = moved.T if name == "A" else moved
+        assert S.shape[1] > 0
+        assert (S.T @ moved).abs().max() < 1e-6 < moved.abs().max()
+        assert torch.equal(more[f"{site}.{name}"][:, : S.shape[1]], S)
+    assert call(*first, "--out", tmp_path / "plain").exit_code == 0
+    refused = call("--from", tmp_path / "plain", "--optimiser", "gorp", "--out", tmp_path / "c")
+    assert refused.exit_code != 0
+    assert "train the task before with it too" in " ".join(refused.output.split())
 
 
 def test_the_usual_optimiser_is_the_trainers_own(tmp_path):

@@ -15,11 +15,23 @@ from tests.support import tiny
 from undula import DoRA, Dropout, LoRA, Sum
 from undula.jobs import checkpoint, ending
 from undula.jobs.causal import Causal
+from undula.jobs.checks import faults_of
 from undula.jobs.course import Course
 from undula.jobs.engine import Engine
 from undula.jobs.planner import apart, flat, padded, together
 from undula.jobs.view import Silent
-from undula.optim.optimisers import SGD, LoRAPro
+from undula.optim.optimisers import (
+    GORP,
+    SGD,
+    ALLoRA,
+    LoRAFA,
+    LoRAGGPO,
+    LoRAMGPO,
+    LoRAPro,
+    LoRSum,
+    Riemannian,
+    SAMReference,
+)
 from undula.train import CausalLM, Classification, Interrupted, Run, Seq2Seq, page
 from undula.train.tasks.step import Step
 
@@ -98,6 +110,20 @@ def test_among_others_each_job_has_the_weights_that_it_has_alone(trained):
     """With dropout too, whose numbers are a job's own."""
     for run, by_itself in trained.values():
         same(run.out, by_itself)
+
+
+def test_each_job_may_have_an_optimiser_that_sees_pairs(llama, tmp_path):
+    """Or it is refused with the reason: what acts on the forward passes would act on the others' too."""
+    served = (ALLoRA(), ALLoRA(gradient=True, products=True), Riemannian(), LoRAPro())
+    runs = {str(i): run_of(llama, tmp_path / str(i), LoRA(r=2), optimiser=how) for i, how in enumerate(served)}
+    Engine(runs, planner=planned).run()
+    for name, run in runs.items():
+        same(run.out, alone(run, tmp_path / f"alone-{name}"))
+    apart = (LoRAMGPO(), LoRAGGPO(), LoRSum(), SAMReference(), LoRAFA(), GORP(), LoRAPro(full=True))
+    odd = {str(i): run_of(llama, tmp_path / f"odd{i}", LoRA(r=2), optimiser=how) for i, how in enumerate(apart)}
+    told = faults_of(odd)
+    assert set(told) == set(odd)
+    assert all(run.optimiser.apart in told[name][0] for name, run in odd.items())
 
 
 def separately(pieces):

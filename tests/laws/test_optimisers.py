@@ -11,8 +11,10 @@ from undula.core.method import Additive
 from undula.methods.lora import Fixed
 from undula.optim.allora import ALLoRA, ALLoRAGradient, of_products
 from undula.optim.by_peft import LoRAFA, Riemannian
+from undula.optim.ggpo import LoRAGGPO
 from undula.optim.gorp import GORP, widened
 from undula.optim.lorapro import LoRAPro, corrected
+from undula.optim.lorapro_full import LoRAProFull
 from undula.optim.lorsum import LoRSum, summed
 from undula.optim.mgpo import LoRAMGPO
 from undula.optim.paired import Paired
@@ -201,6 +203,8 @@ def test_lorapro_over_gradient_descent_steps_along_the_projection():
 
 KINDS = {
     "lorapro": LoRAPro,
+    "lorapro, full": LoRAProFull,
+    "ggpo": LoRAGGPO,
     "allora": lambda *given, **more: ALLoRA(*given, eta=3.0, **more),
     "allora, gradient": lambda *given, **more: ALLoRAGradient(*given, eta=3.0, rows=of_products, **more),
     "mgpo": LoRAMGPO,
@@ -211,6 +215,7 @@ NOTHING = {  # of strength zero
     "allora": lambda *given, **more: ALLoRA(*given, eta=float("inf"), rows=ones, **more),
     "allora, gradient": lambda *given, **more: ALLoRAGradient(*given, eta=float("inf"), rows=ones, **more),
     "mgpo": lambda *given, **more: LoRAMGPO(*given, rho=0.0, **more),
+    "ggpo": lambda *given, **more: LoRAGGPO(*given, sigma=0.0, beta=0.0, **more),
     "sam": lambda *given, **more: SAMReference(*given, rho=0.0, **more),
     "sam, lam": lambda *given, **more: SAMReference(*given, steer=mixed(0.0), **more),
     "gorp": GORP,  # in the first task
@@ -294,6 +299,20 @@ def test_narrow_parameters_train_by_wide_copies(kind):
             torch.testing.assert_close(held["undula_master"].bfloat16(), p.detach(), rtol=0, atol=0)
 
 
+def test_lorsum_keeps_wide_copies_of_both_factors():
+    """B moves too little for bfloat16, and its own memory lies with A."""
+    model, adapter = attached(LORA, torch.float32)
+    model.bfloat16()
+    optimizer = LoRSum(adapter.parameters(), model, lr=1e-3)
+    before = [p.detach().clone() for p in adapter.parameters()]
+    for _ in range(3):
+        learnt(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, was in zip(adapter.parameters(), before, strict=True):
+        assert not torch.equal(optimizer.state[p]["undula_master"], was.float())
+
+
 @with_lorsum
 def test_a_scaler_unscales_first_and_skips_what_is_not_finite(kind):
     """A fused base would take scaled gradients as they are, and step on infinite ones."""
@@ -312,9 +331,10 @@ def test_a_scaler_unscales_first_and_skips_what_is_not_finite(kind):
         torch.testing.assert_close(one.detach(), other)
 
 
-@pytest.mark.parametrize("kind", [k for name, k in KINDS.items() if name != "allora"])
+@pytest.mark.parametrize("kind", [KINDS[n] for n in KINDS if n not in ("allora", "lorapro, full")])
 def test_clipping_comes_after_the_change(kind):
-    """The norm of what the base is given, of all parameters together.  (ALLoRA changes what comes of it.)"""
+    """The norm of what the base is given, of all parameters together.  (ALLoRA changes what comes of it; the full form
+    of LoRAPro divides by its moments.)"""
     model, adapter = attached(LORA)
     optimizer = kind(adapter.parameters(), model, base=torch.optim.SGD, lr=1.0, max_norm=1e-3)
     before = [p.detach().clone() for p in adapter.parameters()]
@@ -577,8 +597,8 @@ def test_a_second_task_moves_nothing_within_what_the_first_has_used(base):
         torch.manual_seed(9)
         model(torch.randn(7, 12, dtype=torch.float64)).square().sum().backward()
         again.step()
-    for t, across in again.sides():
-        S, moved = again.bases[again.place(t)], (t - before[id(t)]).detach()
+    for name, t, across in again.sides():
+        S, moved = again.bases[name], (t - before[id(t)]).detach()
         moved = moved.T if across else moved
         assert S.shape[1] > 0
         assert (S.T @ moved).abs().max() < 1e-12

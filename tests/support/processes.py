@@ -1,9 +1,12 @@
 """Several processes of one script, started as torchrun starts them."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import time
+import traceback
 
 
 def together(python, folder, script, world, limit=240.0):
@@ -31,3 +34,46 @@ def together(python, folder, script, world, limit=240.0):
         for each in started:
             each.kill()
             each.wait()
+
+
+def forked(folder, world, work, limit=120.0):
+    """Has `work(rank)` done by `world` forks of this process, which are one process group; each has to end well."""
+    import torch
+
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+            )
+            work(rank)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    until = time.monotonic() + limit
+    try:
+        left = list(children)
+        while left:
+            done = [child for child in left if (ended := os.waitpid(child, os.WNOHANG))[0] and _well(ended[1])]
+            left = [child for child in left if child not in done]
+            assert time.monotonic() < until, f"not done after {limit:g} s"
+            time.sleep(0.02)
+            children = left
+    finally:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def _well(status):
+    assert not status, f"a process ended with {os.waitstatus_to_exitcode(status)}"
+    return True

@@ -54,8 +54,8 @@ def _own(run: Run) -> Iterator[str]:
         yield f"lr is auto, which is found for one training at a time: name a rate, as `undula tune` finds it. {ALONE}"
     if run.allocator is not None:
         yield f"{run.allocator!r} changes the layers while it trains, which jobs share. {ALONE}"
-    if not run.optimiser.beside:
-        yield f"{run.optimiser!r} acts on the model's forward passes, which jobs share. {ALONE}"
+    if why := run.optimiser.apart:
+        yield f"{run.optimiser!r} {why}. {ALONE}"
     if given := [p for p in run.penalty if p.active]:
         yield f"penalty={given[0]!r} acts on layers that jobs share. {ALONE}"
     if run.gradient_checkpointing and (drops := [*_drops(run)]):

@@ -97,11 +97,16 @@ def _lora_fa(
                 numbers.setdefault(id(t), len(numbers))
 
         def step(self, closure: Any = None) -> Any:
+            loss = None
+            if closure is not None:  # PEFT's would call it without gradients
+                with torch.enable_grad():
+                    loss = closure()
             for group in self.param_groups:
                 if group["names"][:1] != made[0]["names"][:1]:
                     group["names"] = [f"full.{numbers[id(t)]}" for t in group["params"]]
                     group["scaling_factors"] = [None] * len(group["params"])
-            return super().step(closure)
+            super().step()
+            return loss
 
     groups_of: Any = made
     return Named(groups_of, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

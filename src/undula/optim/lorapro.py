@@ -20,8 +20,8 @@ that for small rates and then up to half of the step is wrong.  Here it is relat
 Clipping, of gradients of another size, comes after this: `max_norm` here, and none before.  With a gate g (GatedLoRA)
 B stands for B diag(g) in what multiplies g_A, and A for diag(g) A in what multiplies g_B.
 
-Source: the authors' "efficient" form, AdamW's moments on the changed gradients; their "full" form keeps moments of W's
-size, as full fine-tuning does, and is not here.
+Source: the authors' "efficient" form, AdamW's moments on the changed gradients; their "full" form, whose moments are of
+W's size as full fine-tuning's are, is `lorapro_full`.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ class LoRSum(Paired):
         A, B = pair.A.detach(), pair.scale * pair.B.detach()
         if "step" not in state:
             state["step"] = torch.zeros(())  # bases look for it
+            self.state[pair.B]["step"] = torch.zeros(())  # see `Paired.widened`
             state[D_V], state[D_U] = torch.zeros_like(A[0]), torch.zeros_like(B[:, 0])
             state[M_A], state[M_B] = _draw(A), torch.zeros_like(B)
         state["step"] += 1

@@ -13,13 +13,17 @@ import torch
 
 from ..core.choice import Choice
 from ..core.ranges import (
+    Count,
     Inside,
     Natural,
     NotNegative,
     PartShare,
     Positive,
     Share,
+    SomeShare,
 )
+
+PASSES = "acts on the model's forward passes, which jobs share"
 
 
 class Optimiser(Choice):
@@ -31,7 +35,8 @@ class Optimiser(Choice):
     follows: ClassVar[bool] = True  # whether what it remembers can follow an allocator's changes
     groups: ClassVar[bool] = True  # whether A and B may have rates of their own
     at_once: ClassVar[bool] = False  # whether it needs all rows of a step in one batch
-    beside: ClassVar[bool] = True  # whether jobs that share their forward passes can each have their own
+    carries: ClassVar[bool] = False  # whether a training leaves something for the one that goes on from it (`bases`)
+    apart: ClassVar[str] = ""  # why jobs that share their forward passes cannot each have one
     remembers: ClassVar[int] = 2  # numbers of each that trains, at most
 
     @abc.abstractmethod
@@ -117,12 +122,21 @@ class LoRAPro(_Paired):
     """Wang et al. 2024, arXiv:2407.18242: gradients as near to full fine-tuning's as a pair can come."""
 
     damping: NotNegative = 1e-6  # of B'B and A A', relative
+    full: bool = False  # moments of the size of W, as full fine-tuning's, and AdamW's rule whatever the base
     base: Optimiser = AdamW()
 
-    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        from .lorapro import LoRAPro
+    @property
+    def follows(self) -> bool:  # type: ignore[override]
+        return not self.full
 
-        return LoRAPro, self.over(damping=self.damping)
+    @property
+    def apart(self) -> str:  # type: ignore[override]
+        return "remembers two numbers for each of the base's, which is not counted there" if self.full else ""
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from . import lorapro, lorapro_full
+
+        return lorapro_full.LoRAProFull if self.full else lorapro.LoRAPro, self.over(damping=self.damping)
 
 
 @Optimiser.register
@@ -147,7 +161,7 @@ class ALLoRA(_Paired):
 class LoRAMGPO(_Paired):
     """EMNLP Findings 2025, arXiv:2502.14538v2: factors moved along their momentum while the gradient is found."""
 
-    beside = False
+    apart = PASSES
     remembers = 4
 
     rho: NotNegative = 0.05
@@ -164,10 +178,53 @@ class LoRAMGPO(_Paired):
 
 @Optimiser.register
 @dataclass(frozen=True)
+class LoRAGGPO(_Paired):
+    """arXiv:2502.14538v1, before LoRAMGPO: noise on the adapted weights, by the size of their rows and gradients."""
+
+    apart = PASSES
+
+    sigma: NotNegative = 0.03  # of a row's length
+    beta: NotNegative = 0.01  # of its gradient's square
+    rank: Count = 4  # of the noise
+    base: Optimiser = AdamW()
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from .ggpo import LoRAGGPO
+
+        return LoRAGGPO, self.over(sigma=self.sigma, beta=self.beta, rank=self.rank)
+
+
+@Optimiser.register
+@dataclass(frozen=True)
+class GORP(_Paired):
+    """Wang et al. 2025, arXiv:2507.02503: orthogonal to what the trainings before (--from) have used."""
+
+    carries = True
+    apart = "leaves what the training after needs, which jobs do not keep"
+
+    energy: SomeShare = 0.95  # share of what a task has used that is protected
+    project: Natural = 0  # rank at which matrices that train in full are followed; 0: by the base
+    every: Count = 10  # steps between their new directions
+    base: Optimiser = AdamW()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not getattr(self.base, "momentum", True) or getattr(self.base, "beta1", True) is None:
+            raise ValueError(f"GORP reads what a task has used from a first moment, and {self.base!r} has none")
+
+    def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        from .gorp import GORP
+
+        return GORP, self.over(energy=self.energy, project=self.project, every=self.every)
+
+
+@Optimiser.register
+@dataclass(frozen=True)
 class LoRSum(_Paired):
     """Almansoori et al. 2026, arXiv:2602.16456: full fine-tuning's step cut to the rank; rates as of plain descent."""
 
-    clips = beside = follows = False
+    apart = PASSES
+    clips = follows = False
     remembers = 6
 
     rounds: Natural = 1  # of alternating least squares; 0: scaled gradient descent
@@ -190,7 +247,7 @@ class LoRSum(_Paired):
 class SAMReference(_Paired):
     """After GLAD, arXiv:2507.13089: the gradient with a sharpness-aware one beside it; two passes a step."""
 
-    beside = False
+    apart = PASSES
     at_once = True
 
     rho: NotNegative = 0.05
@@ -226,7 +283,8 @@ class LoRAFA(Optimiser):
     """Zhang et al. 2023, arXiv:2308.03303: A stays as it is, B by AdamW along dL/dB (A A')^-1 / s^2; PEFT's."""
 
     paired = True
-    beside = follows = groups = entrywise = False
+    apart = "freezes A for good, on a model that jobs share"
+    follows = groups = entrywise = False
 
     beta1: PartShare = 0.9
     beta2: PartShare = 0.999

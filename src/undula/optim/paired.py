@@ -144,7 +144,8 @@ class Paired(torch.optim.Optimizer):
         finally:
             for p in narrow:
                 grad, p.grad = p.grad, None
-                if self.state.get(p):  # never the first thing there: optimisers begin a state that is empty
+                if self.state.get(p):  # never the first thing there: optimisers begin a state that is empty; who
+                    # moves a parameter without a state of its own gives it one
                     self.state[p][MASTER] = p.data
                 p.data = p.data.to(types[id(p)])
                 p.grad = None if grad is None else grad.to(p.dtype)

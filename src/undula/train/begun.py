@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ..core.adapter import Adapter
+from ..io import files
 from ..io.outline import head
 from .base import called_elsewhere, same_base
 from .run import Run
+
+BASES = "tasks"  # the stem of the two files in which a training leaves what its optimiser carries on
 
 
 def with_method(run: Run) -> Run:
@@ -24,7 +31,29 @@ def with_method(run: Run) -> Run:
             f"the adapter in {run.begin_from} has {outline.method!r}, and goes on with that; found {run.method!r}: "
             "leave out the method (--method)"
         )
+    if run.optimiser.carries and not (Path(run.begin_from) / f"{BASES}.json").is_file():
+        raise FileNotFoundError(
+            f"{run.begin_from} has no {BASES}.json, which a training with {type(run.optimiser).__name__} leaves: train "
+            "the task before with it too"
+        )
     return dataclasses.replace(run, method=outline.method if outline.methods else None)
+
+
+def bases(run: Run) -> dict[str, Tensor]:
+    """What the trainings before have used, of a run whose optimiser carries that; none of a first one."""
+    return {} if run.begin_from is None else files.read_state(Path(run.begin_from), BASES)[1]
+
+
+def leave(optimizer: Any, folder: str | Path) -> None:
+    """Writes what a training has used, with the trainings before it, of an optimiser that carries that."""
+    closed = getattr(getattr(optimizer, "optimizer", optimizer), "closed", None)
+    if closed is not None:
+        files.write_state(Path(folder), BASES, {}, closed())
+
+
+def carry(checkpoint: Path, out: Path) -> None:
+    """Takes what `leave` has written from a training's last checkpoint to its directory."""
+    files.write_state(out, BASES, *files.read_state(checkpoint, BASES))
 
 
 def begun(run: Run, full: Sequence[str]) -> Adapter:

@@ -16,11 +16,13 @@ from ..host.host import attach, detach
 from ..ranks.gates import in_use
 from . import page, processes
 from .base import called_elsewhere
+from .begun import carry
 from .card import of_run, put
 from .details import details, diagnosis
 from .doubts import doubts, finite
 from .measure import PeakMemory, versions
 from .prepared import Prepared
+from .resume import last_checkpoint
 from .run import REPORT, read_run, write_json
 from .stages import stage
 from .tasks.heads import Classes
@@ -103,6 +105,8 @@ def _written(ready: Prepared, report: dict[str, Any]) -> dict[str, Any]:
         training = {"data": data, **{k: report[k] for k in SUMMARY}, "lr": run.lr, "roles": roles}
         adapter.about = {**adapter.about, "training": training}  # type: ignore[misc]
         _save(ready)
+        if run.optimiser.carries and (checkpoint := last_checkpoint(run.out, run.procedure is not None)) is not None:
+            carry(checkpoint, run.out)
         put(of_run(run, adapter), run.out)
     write_json(run.out / REPORT, report)
     return report

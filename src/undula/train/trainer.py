@@ -19,6 +19,7 @@ from ..observe.listen import moved
 from ..optim.groups import factors_B
 from ..optim.schedules import Linear, Schedule
 from . import processes
+from .begun import bases, leave
 from .checkpoints import restore
 from .evaluating import same_draws
 from .quality import quality_of
@@ -164,6 +165,7 @@ class AdapterTrainer(Trainer):
         Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
         if self.args.should_save and all(torch.isfinite(t).all() for t in adapter.parameters()):
             adapter.save(output_dir or str(self.args.output_dir))
+            leave(self.optimizer, output_dir or str(self.args.output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # each process its own; what makes a checkpoint complete comes after all
@@ -240,6 +242,8 @@ def trainer(
     kind, constants = run.optimiser.made()
     if run.optimiser.paired:
         constants |= {"adapted": model} | ({"max_norm": run.max_grad_norm} if run.optimiser.clips else {})
+    if run.optimiser.carries:
+        constants["bases"] = bases(run)
     make: Callable[..., AdapterTrainer] = run.task.fitter() or AdapterTrainer
     made = make(
         model=model,
