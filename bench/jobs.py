@@ -15,6 +15,7 @@ more than that.  One thread unless --threads says more.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -34,7 +35,7 @@ from transformers import TrainerCallback
 
 import undula
 from undula.jobs.engine import Engine
-from undula.jobs.many import KNEE
+from undula.jobs.packing import FRUGAL
 from undula.jobs.planner import apart, together
 from undula.jobs.trial import APART, Tried
 from undula.train import CausalLM, Classification, Run
@@ -110,7 +111,7 @@ def compared(kind: str, count: int, tokens: int, rounds: int, clock: Callable[[]
         engine.open()
         size = engine.base.size
         engine.rounds.clock = clock
-        tried = Tried(KNEE, size, lambda: engine.rounds.spent, lambda: engine.round)
+        tried = Tried(FRUGAL, size, lambda: engine.rounds.spent, lambda: engine.round)
         single = alone(runs_of(kind, 1, tokens, folder)["job0"], clock)
         engine.rounds.planner = tried
         engine.step()
@@ -141,7 +142,7 @@ def held(kind: str, count: int, tokens: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         engine = Engine(
             runs_of(kind, count, tokens, Path(name)),
-            planner=lambda p: apart(p, KNEE) if count == 1 else together(p, KNEE),
+            planner=lambda p: apart(p, FRUGAL) if count == 1 else together(p, FRUGAL),
         )
         engine.open()
         before = resident.begin()  # reading the base may have taken more than training does
@@ -171,6 +172,15 @@ def targets(found: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> 
     return met
 
 
+def told_of(each: dict[str, Any]) -> str:
+    low, high = each["spread"]
+    return (
+        f"{each['model']:8} N={each['jobs']:<3} {each['tokens']:4} tokens a job and step: {each['times_as_fast']:.2f} "
+        f"times as fast as one by one ({low:.2f} to {high:.2f}), "
+        f"{each['against_engine_apart'] or float('nan'):.2f} as the engine apart; by {each['way']}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="SmolLM2, N = 8, 16 and 128 tokens, no memory")
@@ -192,29 +202,24 @@ def main() -> None:
     models = ["smollm2"] if asked.quick else asked.models
     counts, sizes = ((8,), (16, 128)) if asked.quick else (asked.jobs, asked.tokens)
     rounds = 2 if asked.quick else asked.rounds
-    found = []
-    for kind in models:
-        for count in counts:
-            for tokens in sizes:
-                each = compared(kind, count, tokens, rounds, CLOCKS[asked.clock])
-                found.append(each)
-                low, high = each["spread"]
-                print(
-                    f"{kind:8} N={count:<3} {tokens:4} tokens a job and step: {each['times_as_fast']:.2f} times as "
-                    f"fast as one by one ({low:.2f} to {high:.2f}), "
-                    f"{each['against_engine_apart'] or float('nan'):.2f} as the engine apart; by {each['way']}",
-                    flush=True,
-                )
-    kept = [] if asked.quick else [memory(kind, 64) for kind in models]
-    for each in kept:
-        print(f"{each['model']:8} N=8 takes {each['ratio']:.2f} of one job's memory")
-    met = targets(found, kept)
-    for text, yes in met.items():
+    found: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        """After each size: a bench that is stopped keeps what it had."""
+        if asked.json:
+            told = {"found": found, "memory": kept, "targets": targets(found, kept)}
+            record(asked.json, {"threads": asked.threads, "clock": asked.clock, **told})
+
+    for kind in models if not asked.quick else ():
+        kept.append(memory(kind, 64))
+        print(f"{kind:8} N=8 takes {kept[-1]['ratio']:.2f} of one job's memory", flush=True)
+    for count, kind, tokens in itertools.product(counts, models, sizes):
+        found.append(compared(kind, count, tokens, rounds, CLOCKS[asked.clock]))
+        print(told_of(found[-1]), flush=True)
+        keep()
+    for text, yes in targets(found, kept).items():
         print(f"{'met' if yes else 'MISSED'}: {text}")
-    if asked.json:
-        record(
-            asked.json, {"threads": asked.threads, "clock": asked.clock, "found": found, "memory": kept, "targets": met}
-        )
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ WEIGHTS = "tests/laws/test_weights.py"
 BY_REQUEST, ENGINE = "tests/laws/test_attention_by_request.py", "tests/laws/test_engine.py"
 FAULTS, SAMPLING = "tests/laws/test_engine_faults.py", "tests/laws/test_sampling.py"
 WORDS = "tests/laws/test_words.py"
-JOBS = "tests/laws/test_jobs.py"
+JOBS, TOGETHER = "tests/laws/test_jobs.py", "tests/interop/test_study_together.py"
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
@@ -106,6 +106,11 @@ MUTANTS = [
     ("jobs/trial.py", "before = next((t for t in trial.taken if t.round == self.at()), None)", "before = None", "tests/oracles/test_planner.py::test_what_was_tried_is_written_down_and_its_rounds_are_packed_as_they_were"),
     ("jobs/encoders.py", "with rows_of(self.held, names, [1] * len(names)):", "if True:", JOBS + "::test_each_classifier_has_the_head_that_it_has_alone_over_the_shared_body"),
     ("jobs/engine.py", "        if job.state != WAITING:", "        if False:", JOBS + "::test_a_job_may_be_added_before_the_others_begin_and_none_when_all_have_ended"),
+    ("jobs/rounds.py", "        if is_full(error):\n            raise", "        pass", JOBS + "::test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one"),
+    ("jobs/packing.py", "if t.next() is None]", "]", TOGETHER + "::test_what_was_tried_to_its_end_says_whether_sharing_loses"),
+    ("study/together.py", "            restore(course.adapter, watch.kept)\n", "", TOGETHER + "::test_runs_made_together_have_the_figures_of_separate_ones_after_an_interruption_too"),
+    ("study/together.py", "        if found.ended is None:", "        if False:", TOGETHER + "::test_a_run_that_cannot_be_made_among_others_is_made_by_itself"),
+    ("jobs/beforehand.py", "        if run.model in self._lost:", "        if False:", "tests/interop/test_jobs_file.py::test_a_model_that_cannot_be_opened_is_told_once"),
     ("io/whole.py", "    if (lock := _lock(folder)) is None:", "    if (lock := _lock(folder)) == 0:", "tests/interop/test_jobs_many.py::test_one_directory_has_one_process_at_a_time"),
     ("host/modules.py", "y[at : rows.start], mine(x[rows])", "y[at : rows.stop]", READER + "::test_a_pooler_that_the_base_lacks_is_each_adapters_own"),
     ("serve/heads.py", "random += [n for n in missing if n in new]", "pass", READER + "::test_a_head_that_nobody_holds_is_refused"),

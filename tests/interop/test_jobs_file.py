@@ -118,7 +118,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path, place):
 @pytest.mark.parametrize(
     ("name", "why"),
     [("a/b", "letters"), ("..", "letters"), ("a b", "letters"), ("", "letters"), ("A", "case"), ("a", "two jobs"),
-     ("jobs.json", "a file of that name"), ("Jobs.JSON", "a file of that name"), ("x" * 200, "letters"),
+     ("jobs.json", "of that name"), ("Jobs.JSON", "of that name"), ("workers", "of that name"), ("x" * 200, "letters"),
      ("漢" * 90, "letters")],
 )  # fmt: skip
 def test_a_name_that_is_no_directory_of_its_own_is_refused(tmp_path, place, name, why):
@@ -170,6 +170,7 @@ def test_what_is_wrong_with_data_and_with_layers_is_told_of_all_jobs(tmp_path, p
         ('[[jobs]]\nname = "a"\nexclude = "nowhere"', 9, "nowhere"),
         ('[[jobs]]\nname = "a"\nfull = "nowhere"', 9, "nowhere"),
         ('[[jobs]]\nname = "a"\nwhere = "query"\noverrides = {{ nowhere = "loran" }}', 10, "nowhere"),
+        ('[[jobs]]\nname = "a"\nbegin_from = "nowhere"', 9, "no adapter directory"),
         ("", None, "no job"),
         ("jobs = 3", 7, "tables"),
     ],
@@ -201,3 +202,29 @@ def test_a_place_that_is_a_file_is_refused(tmp_path, place):
     ((line, told),) = faults(written(tmp_path, '[[jobs]]\nname = "a"\n', place), out)
     assert line == 7
     assert "is a file" in told
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]", '{"version": 1, "jobs": {"a": 3}}', '{"version": 1, "jobs": []}'])
+def test_a_summary_that_is_broken_is_told_with_the_way_on(tmp_path, place, text):
+    out = tmp_path / "out"
+    runs = read(written(tmp_path, '[[jobs]]\nname = "a"\n', place), out)
+    runs["a"].save({"accuracy": 0.5})
+    (out / "jobs.json").write_text(text)
+    ((_, told),) = faults(tmp_path / "jobs.toml", out, resume=True)
+    assert f"delete {out / 'jobs.json'}, and they go on" in told
+    with pytest.raises(ValueError, match="delete"):
+        summary(out, {"a": Job("a", runs["a"])}, 0.0, {})
+    (out / "jobs.json").unlink()
+    assert read(tmp_path / "jobs.toml", out, resume=True) == runs
+
+
+def test_a_folder_is_no_file_of_jobs(tmp_path):
+    with pytest.raises(IsADirectoryError, match="a TOML file of jobs"):
+        read(tmp_path, tmp_path / "out")
+
+
+def test_a_model_that_cannot_be_opened_is_told_once(tmp_path, place):
+    path = written(tmp_path, '[[jobs]]\nname = "a"\n[[jobs]]\nname = "b"\nwhere = "query"\n', place | {"base": "/no"})
+    ((line, told),) = faults(path, tmp_path / "out")
+    assert line == 2
+    assert "no folder here" in told

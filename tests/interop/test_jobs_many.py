@@ -1,5 +1,6 @@
 """Many jobs from a file: what each leaves, what waits, what a stop leaves, and the verb."""
 
+import errno
 import json
 import os
 import signal
@@ -13,10 +14,13 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.cli.many import size_of
+from undula.host.host import detach
 from undula.io.whole import alone_in
-from undula.jobs.many import one_by_one
+from undula.jobs import checkpoint
+from undula.jobs.many import job_bytes, one_by_one
 from undula.jobs.view import Silent
 from undula.train import Interrupted
+from undula.train.prepared import prepare
 
 JOBS = """
 model = "{base}"
@@ -72,8 +76,16 @@ def assert_as_alone(out, alone):
 
 def test_jobs_have_the_weights_and_directories_of_single_runs_and_one_that_is_lost_touches_none(place, alone):
     """By the verb; its exit code says that one failed, the summary which and why."""
-    told = CliRunner().invoke(app, ["train-many", str(place / "lost.toml"), "--out", str(place / "out")])
+    rows = place / "rows.json"
+    told = CliRunner().invoke(
+        app, ["train-many", str(place / "lost.toml"), "--out", str(place / "out"), "--json", str(rows)]
+    )
     assert told.exit_code == 1, told.output
+    assert [row["loss"] is None for row in json.loads(rows.read_text(), parse_constant=pytest.fail)] == [
+        False,
+        False,
+        True,
+    ]
     assert_as_alone(place / "out", alone)
     assert undula.Run.load(place / "out" / "b").accumulate == 2
     assert json.loads((place / "out" / "a" / "report.json").read_text())["steps"] == 4
@@ -115,7 +127,7 @@ class Stopping(Silent):
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(place, alone, tmp_path, monkeypatch):
     """By the plans that it had: what was tried is kept."""
-    monkeypatch.setattr("undula.jobs.many.LONG", 1)
+    monkeypatch.setattr("undula.jobs.packing.LONG", 1)
     with pytest.raises(Interrupted):
         undula.train_many(place / "jobs.toml", tmp_path, view=Stopping())
     before = json.loads((tmp_path / "jobs.json").read_text())
@@ -128,6 +140,16 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(place, alone, tmp_path
     assert after["tokens"] == before["tokens"]
     assert after["tried"][0]["taken"][0] == before["tried"][0]["taken"][0]
     assert [job.state for job in undula.train_many(place / "jobs.toml", tmp_path, resume=True).values()] == ["done"] * 2
+
+
+def test_a_full_disk_ends_all_and_says_how_to_go_on(place, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    told = CliRunner().invoke(app, ["train-many", str(place / "jobs.toml"), "--out", str(tmp_path)])
+    assert told.exit_code == 2
+    assert "make room, and resume them (--resume)" in " ".join(told.output.split())
 
 
 @pytest.mark.parametrize(
@@ -156,3 +178,18 @@ def test_one_directory_has_one_process_at_a_time(place, tmp_path):
             with pytest.raises(BlockingIOError, match="another process is at work in"):
                 verb(place / "jobs.toml", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_begins_from_an_adapter_and_memory_counts_what_that_holds(place, alone, tmp_path):
+    """Its methods and layers are the adapter's: none is asked for."""
+    text = (place / "jobs.toml").read_text().split("[[jobs]]")[0].replace('where = ["q_proj", "up_proj"]\n', "")
+    path, before = tmp_path / "jobs.toml", place / "alone" / "a"
+    path.write_text(f'{text}[[jobs]]\nname = "on"\nbegin_from = "{before}"\nlr = 1e-9\n')
+    done = undula.train_many(path, tmp_path / "out", budget=10**9)
+    assert (done["on"].state, done["on"].error) == ("done", None)
+    assert_as_alone(tmp_path / "out", {"on": alone["a"]})
+    ready = prepare(done["on"].run)
+    detach(ready.model)
+    trained = sum(t.numel() for t in alone["a"].values())
+    held = trained * next(iter(alone["a"].values())).element_size()
+    assert job_bytes(ready.model, done["on"].run) == held + 4 * 3 * trained

@@ -1,6 +1,7 @@
 """Many jobs at once: each one's weights are those that it would have alone."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import shutil
@@ -18,6 +19,7 @@ from undula.jobs.causal import Causal
 from undula.jobs.checks import faults_of
 from undula.jobs.course import Course
 from undula.jobs.engine import Engine
+from undula.jobs.kept import Best
 from undula.jobs.planner import apart, flat, padded, together
 from undula.jobs.view import Silent
 from undula.optim.optimisers import (
@@ -191,7 +193,11 @@ def killed(*_):
     raise Killed
 
 
-@pytest.mark.parametrize("when", ["while all are saved", "while a job is measured", "on Ctrl-C"])
+def full():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("when", ["while all are saved", "while a job is measured", "on Ctrl-C", "on a full disk"])
 def test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one(
     when, whole, llama, tmp_path, monkeypatch
 ):
@@ -204,7 +210,11 @@ def test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one(
             m.setattr(checkpoint, "save", lambda *args: killed() if next(calls) == 7 else save(*args))
         if when == "while a job is measured":
             m.setattr(ending, "report", killed)
-        with pytest.raises(Interrupted if when == "on Ctrl-C" else Killed):
+        if when == "on a full disk":  # no job's fault: none of them has failed
+            keep, calls = Best.on_evaluate, iter(range(100))
+            m.setattr(Best, "on_evaluate", lambda *args, **how: full() if next(calls) == 2 else keep(*args, **how))
+        ends = {"on Ctrl-C": Interrupted, "on a full disk": OSError}
+        with pytest.raises(ends.get(when, Killed)):
             first.run()
     jobs = Engine(cut, planner=planned, resume=True)
     reports = jobs.run()

@@ -24,6 +24,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ..core.extras import Missing, advice
+from ..train.doubts import finite
 from .helping import Readable
 
 OURS = str(Path(__file__).parents[1])
@@ -238,9 +239,11 @@ def visible(text: str) -> str:
 
 
 def write(path: Path | None, data: Any) -> None:
-    """Writes JSON where the user asked for it; `-` is the output."""
+    """Writes JSON where the user asked for it; `-` is the output.  NaN and infinity, which JSON does not have, are
+    null."""
     if path is None or rank():
         return
+    data = finite(data)
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     if visible(text) != text:
         text = json.dumps(data, indent=2) + "\n"

@@ -40,6 +40,10 @@ def study(
         bool, typer.Option("--report", help="Write the report of what there is; run nothing.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Make failed runs again.")] = False,
+    together: Annotated[
+        int | None,
+        typer.Option(min=2, help="Train so many runs of one model at once, their rows in the same steps.", metavar="N"),
+    ] = None,
     replace: Annotated[list[str], typer.Option(help="SOURCE=OTHER: other models or data. Repeatable.")] = [],
     executor: Annotated[str | None, typer.Option(hidden=True)] = None,
     workers: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -63,7 +67,7 @@ def study(
         found = report(made, out, about)
     else:
         with _View() as view:
-            found = run(made, out, view=view, about=about, retry_failed=retry_failed)
+            found = run(made, out, view=view, about=about, retry_failed=retry_failed, together=together)
     failed = sum(o.error is not None for o in found.outcomes)
     shell.write(to, {"report": str(found.report), "runs": len(found.outcomes), "failed": failed})
     if str(to) != "-":
@@ -77,6 +81,7 @@ def _check_together(ctx: typer.Context, dry_run: bool, report_only: bool) -> Non
         "pilot": None if dry_run else "it goes with --dry-run",
         "report_only": "--dry-run writes no report" if dry_run else None,
         "retry_failed": f"{runs_nothing} runs nothing" if runs_nothing else None,
+        "together": f"{runs_nothing} runs nothing" if runs_nothing else None,
     }
     for name, why in idle.items():
         source = ctx.get_parameter_source(name)
@@ -194,6 +199,9 @@ class _View:
     def step(self, step: int, steps: int) -> None:
         if self.one is not None:
             self.progress.update(self.one, completed=step, total=steps)
+
+    def said(self, text: str) -> None:
+        shell.remark(text)
 
     def begun(self, trial: Any) -> None:
         if self.one is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from ..core.adapter import Live
 from ..host.host import adapters, detach, select
 from ..host.mixing import rows
 from ..train.prepared import Prepared
+from ..train.rows import RunRows, rows_of
 from ..train.run import Run
 from ..train.tasks.lending import still_statistics
 from ..train.tasks.segments import segments
@@ -26,6 +27,8 @@ from .streams import Streams
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Read = Callable[[Run], RunRows]
+READ: Read = rows_of  # of the run's own data
 Part = tuple[Course, Sequence[Row], int]  # rows of a job's step, and the items of the whole step
 
 
@@ -42,15 +45,17 @@ class Base(abc.ABC):
         self.size: Size = padded  # what rows fill of a micro-batch
         self.step = Step()  # how a job's own step is taken
         self._quiet: set[str] = set()  # jobs in whose micro-batches nothing is drawn
-        self._outer = contextlib.ExitStack()  # a `rows` around those of the micro-batches, or a job's own selection
+        self._outer = contextlib.ExitStack()  # a `rows` around those of the micro-batches
         self._inside: set[str] = set()  # the names of that `rows`
-        self._own: str | None = None  # the job whose adapter is selected
+        self._own: str | None = None  # the job whose adapter is selected from one of its steps to the next
+        self._placing = contextlib.ExitStack()  # what that job trains, in its place
         self._around = contextlib.ExitStack()  # what the model stands in while it takes steps
         self._stepping = False
 
     @abc.abstractmethod
-    def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
-        """A run with its adapter attached and selected, and the adapter with all that it trains."""
+    def prepared(self, run: Run, name: str, read: Read = READ) -> tuple[Prepared, Live]:
+        """A run with its adapter attached and selected, and the adapter with all that it trains; `read` gives its
+        rows."""
 
     def _open(self, model: PreTrainedModel, run: Run) -> None:
         """Prepares the model that all share."""
@@ -87,20 +92,27 @@ class Base(abc.ABC):
         """Within, all that a job trains is in its place in the model."""
         return contextlib.nullcontext()
 
+    def draws(self, name: str) -> bool:
+        """Whether random numbers were drawn in the steps of a job."""
+        return name not in self._quiet
+
+    def by_itself(self, ready: Prepared) -> Prepared:
+        """A job whose adapter is selected, as one that nobody shares a model with: it may be merged."""
+        return ready
+
     @contextlib.contextmanager
     def selected(self, course: Course) -> Iterator[None]:
         """Within, the model of a job computes with its adapter alone."""
         self.close()
-        with self._selection(course.job.name):
-            yield
-
-    @contextlib.contextmanager
-    def _selection(self, name: str) -> Iterator[None]:
-        select(self.held, name)
+        self._take(course.job.name)
         try:
             yield
         finally:
-            select(self.held, None)
+            self.leave()
+
+    def selects(self, name: str) -> str | None:
+        """The adapter of a job; None where it has none."""
+        return name
 
     def forget(self, name: str) -> None:
         """Takes a job's adapter off."""
@@ -111,7 +123,21 @@ class Base(abc.ABC):
     def leave(self) -> None:
         """Nobody is inside `rows`, nothing is selected: adapters may come and go."""
         self._outer.close()
+        self._placing.close()
+        if self._own is not None:
+            select(self.held, None)
         self._inside, self._own = set(), None
+
+    def _take(self, name: str) -> None:
+        """Selects the adapter of a job, in the place of another job's or of a `rows`."""
+        if self._own == name:
+            return
+        if self._own is None:
+            self.leave()
+        self._placing.close()
+        self._own = name
+        select(self.held, self.selects(name))
+        self._placing.enter_context(self.placed(name))
 
     def close(self) -> None:
         """The model is what it was between steps."""
@@ -152,10 +178,7 @@ class Base(abc.ABC):
         """Within, each row goes through its job's adapter."""
         course = parts[0][0]
         if apart or course.alone:
-            if self._own != course.job.name:
-                self.leave()
-                self._outer.enter_context(self._selection(course.job.name))
-                self._own = course.job.name
+            self._take(course.job.name)
             return contextlib.nullcontext()
         new = {name for name in self.names(parts) if name is not None} - self._inside
         if new or self._own is not None:

@@ -13,6 +13,7 @@ from ..host.build import assigned, chosen_parameters
 from ..host.checks import check_acts
 from ..host.where import choose
 from ..train.base import config_of, quiet
+from ..train.begun import with_method
 from ..train.rows import rows_of
 from ..train.run import REPORT, Run
 from .checks import TASKS
@@ -35,6 +36,7 @@ class Beforehand:
     def __init__(self, resume: bool = False) -> None:
         self._resume = resume
         self._seen: set[str] = set()
+        self._lost: set[str] = set()  # models that cannot be opened
         self._outlines: dict[tuple[str, str], PreTrainedModel | None] = {}
 
     def at(self, run: Run) -> Iterator[Fault]:
@@ -42,14 +44,24 @@ class Beforehand:
         if self._resume and (run.out / REPORT).is_file():
             return
         if self._new("model", run.model):
-            yield from _faults(("model",), lambda: config_of(run.model))
+            lost = list(_faults(("model",), lambda: config_of(run.model)))
+            self._lost |= {run.model} if lost else set()
+            yield from lost
+        if run.model in self._lost:  # which the rest would say again
+            return
         if self._new("data", run.data, run.task, run.skip_faulty, run.encoding, run.by_chance):
             yield from _faults(("data", "task"), lambda: rows_of(run))
-        if run.method is None and not run.full and not run.task.has_head:
+        begun = run.begin_from is not None
+        if begun:  # its methods and layers are those of the adapter there
+            faults = list(_faults(("begin_from", "method"), lambda: with_method(run)))
+            yield from faults
+            if faults:
+                return
+        elif run.method is None and not run.full and not run.task.has_head:
             yield ("method",), "without a method only a head trains, and this task has none: choose a method"
         model = self._outline(run)
         if model is not None:
-            yield from _layers(run, model)
+            yield from _layers(run, model, begun)
 
     def _new(self, *what: Any) -> bool:
         key = repr(what)
@@ -75,13 +87,13 @@ def _auto(run: Run) -> Any:
     return AutoModelForSequenceClassification if run.task.has_head else AutoModelForCausalLM
 
 
-def _layers(run: Run, model: PreTrainedModel) -> Iterator[Fault]:
+def _layers(run: Run, model: PreTrainedModel, begun: bool) -> Iterator[Fault]:
     """What is wrong with the layers that are asked for."""
     if run.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         yield ("gradient_checkpointing",), f"{type(model).__name__} cannot compute activations again; leave it out"
     if run.full:
         yield from _faults(("full",), lambda: chosen_parameters(model, run.full))
-    if run.method is None:
+    if run.method is None or begun:
         return
     wrong = list(_faults(("where",), lambda: choose(model, run.where)))
     wrong += list(_faults(("exclude",), lambda: choose(model, run.where, run.exclude))) if run.exclude else []

@@ -20,10 +20,10 @@ from ..train.tasks.limits import vocabulary
 from ..train.tasks.packing import Flat, flattens, next_tokens
 from ..train.tasks.shown import IGNORED
 from ..train.tasks.task import Example, Processor
-from .base import Base, Part
+from .base import READ, Base, Part, Read
 from .course import Course, Row
 from .planner import flat, padded
-from .streams import Streams, Stretch, generator_of
+from .streams import Draws, Streams, Stretch, generator_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,7 @@ class Causal(Base):
         super().__init__()
         self.size = flat
         self.model: PreTrainedModel | None = None
+        self.processors: dict[str, Processor] = {}  # by task: jobs share them, a tokenizer takes 12 MB
         self.seen = False  # how the model takes steps
         self.head: str | None = None  # where it stands; "": nowhere
 
@@ -45,9 +46,9 @@ class Causal(Base):
     def whole(self) -> Any:
         return self.model
 
-    def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
+    def prepared(self, run: Run, name: str, read: Read = READ) -> tuple[Prepared, Live]:
         self.close()
-        ready = prepare(run, self._opened, name)
+        ready = prepare(run, self._opened, name, read)
         if not self.seen:  # whichever job is the first that can begin
             self._see(ready)
             self.seen = True
@@ -78,10 +79,11 @@ class Causal(Base):
             self.model, processor = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
             self.held = self.model
             self._open(self.model, run)
-        else:
-            processor = run.task.processor(model_folder(run.model))
+            self.processors[repr(run.task)] = processor
+        elif repr(run.task) not in self.processors:
+            processor = self.processors[repr(run.task)] = run.task.processor(model_folder(run.model))
             run.task.agree(processor, self.model)
-        return self.model, processor
+        return self.model, self.processors[repr(run.task)]
 
     def alone(self, adapter: Live) -> bool:
         return bool(adapter.full)
@@ -105,8 +107,8 @@ class Causal(Base):
         found, at = [], 0
         for course, mine, _ in parts:
             for row in mine:
-                draws = generator_of(course.ready.run.seed, row.number, self.model.device)
-                found.append(Stretch(course.job.name, 0 if width else at, row.tokens, draws))
+                drawn = Draws(course.ready.run.seed, row.number, self.model.device)
+                found.append(Stretch(course.job.name, 0 if width else at, row.tokens, drawn))
                 at += row.tokens
         return Streams(found, width)
 

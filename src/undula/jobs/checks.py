@@ -37,7 +37,7 @@ def faults_of(runs: Mapping[str, Run]) -> dict[str, list[str]]:
     places: dict[Path, str] = {}
     found: dict[str, list[str]] = {}
     for name, run in runs.items():
-        own = [*_own(run), *(_shared(run, *first) if first else ())]
+        own = [*unfit(run), *(_shared(run, *first) if first else ())]
         other = places.setdefault(run.out.resolve(), name)
         if other != name:
             own.append(f"it writes to {run.out}, and so does {other}: name another directory")
@@ -46,7 +46,13 @@ def faults_of(runs: Mapping[str, Run]) -> dict[str, list[str]]:
     return found
 
 
-def _own(run: Run) -> Iterator[str]:
+def wishes(run: Run) -> tuple[Any, ...]:
+    """What it asks for of all that jobs share: equal ones train together."""
+    return tuple(told(run) for _, told in AGREED)
+
+
+def unfit(run: Run) -> Iterator[str]:
+    """Why a run cannot train beside others."""
     if type(run.task) not in TASKS:
         there = ", ".join(task.__name__ for task in TASKS)
         yield f"{type(run.task).__name__} cannot be trained among other jobs, the tasks that can are: {there}. {ALONE}"
@@ -58,15 +64,16 @@ def _own(run: Run) -> Iterator[str]:
         yield f"{run.optimiser!r} {why}. {ALONE}"
     if given := [p for p in run.penalty if p.active]:
         yield f"penalty={given[0]!r} acts on layers that jobs share. {ALONE}"
-    if run.gradient_checkpointing and (drops := [*_drops(run)]):
+    if run.gradient_checkpointing and (found := [*drops(run, HEADS)]):
         yield (
             f"gradient_checkpointing computes dropout again, which among jobs would draw other numbers, and there is "
-            f"dropout: {', '.join(drops)}. Leave out the one or the other. {ALONE}"
+            f"dropout: {', '.join(found)}. Leave out the one or the other. {ALONE}"
         )
 
 
-def _drops(run: Run) -> Iterator[str]:
-    """What of a run's layers is dropped by chance: by its methods, and by the model itself."""
+def drops(run: Run, apart: tuple[str, ...] = ()) -> Iterator[str]:
+    """What of a run's layers is dropped by chance: by its methods, and by the model itself, `apart` from settings that
+    begin so."""
     chosen = [run.method, *run.overrides.values()]
     yield from dict.fromkeys(repr(choice) for choice in chosen if choice is not None and _dropping(choice))
     try:
@@ -74,7 +81,7 @@ def _drops(run: Run) -> Iterator[str]:
     except (LookupError, ValueError, OSError):  # which is told where the model is opened
         return
     for name, value in sorted(config.to_dict().items()):
-        if "drop" in name and not name.startswith(HEADS) and isinstance(value, float) and value > 0:
+        if "drop" in name and not name.startswith(apart) and isinstance(value, float) and value > 0:
             yield f"{name}={value:g} in {run.model}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Live
-from ..train.evaluating import Evaluations, same_draws
+from ..train.evaluating import same_draws
 from ..train.resume import EVALUATIONS
 from ..train.tasks.task import Example, Examples
 from ..train.trainer import trainer
@@ -54,17 +53,6 @@ class Step:
     items: int
 
 
-class Kept(Evaluations):
-    """Evaluations of a job: what is kept of the best is its own adapter."""
-
-    def __init__(self, course: Course, held: int):
-        super().__init__(course.job.run, held)
-        self.course = course
-
-    def adapter(self, model: Any) -> Live:
-        return self.course.adapter
-
-
 class Course:
     """Made while the job's adapter is selected on `ready.model`, with all that trains in its place.
 
@@ -86,12 +74,12 @@ class Course:
         self.taken = 0  # rows
         self.state = SimpleNamespace(global_step=0, max_steps=job.steps, stateful_callbacks={})
         self.control = SimpleNamespace(should_evaluate=False, should_training_stop=False)
-        self.evaluations = Kept(self, len(ready.held))
+        self.evaluations = job.kept.listening(self)
         self.evaluations.on_train_begin(None, self.state, self.control, model=ready.model)
         self.losses: list[list[float]] = []  # [step, mean since the last]
         self.points: list[dict[str, float]] = []  # of the evaluations
         self.sums: list[float] = []  # losses of the steps since
-        self.seconds, self.resumed_from = 0.0, 0
+        self.seconds, self.resumed_from = 0.0, 0  # its share of the rounds, by tokens
         self.before: dict[str, float] = {}
         self.ended: str | None = None  # the state in which it ended
         self.alone = False  # whether its rows cannot be mixed with others'
@@ -154,7 +142,7 @@ class Course:
 
     def stepped(self, step: Step) -> None:
         """Takes the step whose rows were all seen."""
-        begun, run, job = time.perf_counter(), self.ready.run, self.job
+        run, job = self.ready.run, self.job
         if run.max_grad_norm and not run.optimiser.clips:
             torch.nn.utils.clip_grad_norm_(self.parameters, run.max_grad_norm)
         self.optimiser.step()
@@ -169,16 +157,10 @@ class Course:
             self.sums = []
         self.control.should_evaluate = False
         self.evaluations.on_step_end(None, self.state, self.control)
-        self.seconds += time.perf_counter() - begun
 
     def evaluate(self) -> None:
         """What is measured while it trains; the adapter is selected.  No draw of any job moves."""
-        run = self.ready.run
-        with same_draws():
-            found = run.task.watched(self.ready.model, self.ready.held, run.batch)
-        self.points.append({"step": self.job.step, **found})
-        metrics = {f"eval_{k}": v for k, v in found.items()}
-        self.evaluations.on_evaluate(None, self.state, self.control, metrics=metrics, model=self.ready.model)
+        self.job.kept.measure(self)
 
     @property
     def told(self) -> dict[str, Any]:

@@ -11,29 +11,34 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
-from ..host.host import attach, detach, select
+from ..host.host import attach, detach
 from ..host.mixing import rows as rows_of
 from ..host.modules import Given, Split, exchanged, odd, own_modules
 from ..host.state import exchange, stand_in
 from ..kernels import draws
 from ..observe.listen import moved
+from ..train.base import open_model
 from ..train.prepared import Prepared, prepare
 from ..train.rows import LOG
 from ..train.run import Run
 from ..train.tasks.limits import vocabulary
 from ..train.tasks.packing import Flat
 from ..train.tasks.segments import LENGTHS, segments
+from ..train.tasks.task import Processor
 from ..train.tasks.weighing import weighed
-from .base import Base, Part
+from .base import READ, Base, Part, Read
 from .course import Course, Row
 from .planner import flat as in_one_row
-from .streams import Streams, Stretch, generator_of
+from .streams import Draws, Streams, Stretch, generator_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LENGTH = 64  # tokens of a row that stands for others
 POOLER = "pooler"  # of a body: sees the first token of each row alone, see `train.tasks.firsts`
@@ -58,6 +63,7 @@ class Encoders(Base):
         self.held = nn.Module()
         self.prefix = ""
         self.worn: dict[str, Worn] = {}
+        self.processor: Processor | None = None
         self.first: Any = None  # the whole model of the job that opened the body
 
     @property
@@ -68,9 +74,9 @@ class Encoders(Base):
     def body(self) -> nn.Module:
         return self.held.get_submodule(self.prefix)
 
-    def prepared(self, run: Run, name: str) -> tuple[Prepared, Live]:
+    def prepared(self, run: Run, name: str, read: Read = READ) -> tuple[Prepared, Live]:
         self.close()
-        ready = prepare(replace(run, gradient_checkpointing=bool(run.gradient_checkpointing)))
+        ready = prepare(replace(run, gradient_checkpointing=bool(run.gradient_checkpointing)), self._opened, read=read)
         whole, prefix = ready.model, ready.model.base_model_prefix
         if not isinstance(whole._modules.get(prefix), nn.Module):
             raise ValueError(f"{type(whole).__name__} has no body ({prefix!r}) that jobs could share")
@@ -108,6 +114,12 @@ class Encoders(Base):
         )
         return ready, Live.of(whole_adapter)
 
+    def _opened(self, run: Run) -> tuple[PreTrainedModel, Processor]:
+        """The whole model of a job, with the processor that the first one has: a tokenizer takes 12 MB."""
+        model, own = open_model(run.model, run.task, run.dtype, run.seed, run.bits)
+        self.processor = own if self.processor is None else self.processor
+        return model, self.processor
+
     def _inner(self, inside: Mapping[str, nn.Parameter], adapter: Adapter) -> dict[str, nn.Module]:
         """Modules of the body with parameters of a job's own.  Raises ValueError for what not each row of a batch can
         have for itself."""
@@ -140,14 +152,13 @@ class Encoders(Base):
             for n, p in before.items():
                 exchange(worn.whole, n, p)
 
-    @contextlib.contextmanager
-    def _selection(self, name: str) -> Iterator[None]:
-        select(self.held, name if self.worn[name].sites else None)
-        try:
-            with self.placed(name):
-                yield
-        finally:
-            select(self.held, None)
+    def by_itself(self, ready: Prepared) -> Prepared:
+        """On a model of its own: the one of its task has the shared body, on which the adapters of all jobs stand."""
+        model, _ = self._opened(ready.run)
+        return replace(ready, model=model, adapter=attach(model, ready.adapter.copy()))
+
+    def selects(self, name: str) -> str | None:
+        return name if self.worn[name].sites else None
 
     def forget(self, name: str) -> None:
         super().forget(name)
@@ -167,7 +178,7 @@ class Encoders(Base):
         return made
 
     def names(self, parts: Sequence[Part]) -> list[str | None]:
-        return [course.job.name if self.worn[course.job.name].sites else None for course, _, _ in parts]
+        return [self.selects(course.job.name) for course, _, _ in parts]
 
     def flat(self, parts: Sequence[Part]) -> bool:
         """Modules that rows have for themselves are told which rows those are, or which vectors made of rows."""
@@ -186,9 +197,9 @@ class Encoders(Base):
         found, at = [], 0
         for course, mine, _ in parts:
             for row in mine:
-                draws = generator_of(course.ready.run.seed, row.number, device)
+                drawn = Draws(course.ready.run.seed, row.number, device)
                 begin = at if flat else width - row.tokens if left else 0
-                found.append(Stretch(course.job.name, begin, row.tokens, draws))
+                found.append(Stretch(course.job.name, begin, row.tokens, drawn))
                 at += row.tokens
         return Streams(found, None if flat else width)
 

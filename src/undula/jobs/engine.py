@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..train.concluding import Diverged
-from ..train.fit import Interrupted, measured_before
+from ..train.fit import Interrupted
 from ..train.measure import PeakMemory
-from ..train.resume import claim
-from ..train.run import REPORT, RUN, Run, write_json
+from ..train.run import REPORT, Run
 from ..train.stop import Stop, stopping
 from . import checkpoint, ending
 from .base import Base
@@ -20,7 +19,8 @@ from .causal import Causal
 from .checks import check
 from .course import Course
 from .encoders import Encoders
-from .job import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, told_of
+from .job import DIVERGED, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, is_full, told_of
+from .kept import Directory, Kept
 from .rounds import Plan, Rounds, one, tried
 from .view import Silent, View
 
@@ -34,15 +34,21 @@ class Engine:
     The runs share model, dtype and bits; methods, ranks, data, rates, schedules, lengths and seeds are each one's own.
     `planner` packs a round's rows into micro-batches; None: one micro-batch for all of them.  A job that fails or
     diverges ends with a record of it, and no other one notices.  With `resume`, those that have begun go on from the
-    last round at which all were saved: to the bit as without the interruption.  Raises ValueError with all that is
-    wrong with the runs, before anything starts.
+    last round at which all were saved: to the bit as without the interruption.  `kept`: of jobs whose place is no
+    directory.  Raises ValueError with all that is wrong with the runs, before anything starts.
     """
 
     def __init__(
-        self, runs: Mapping[str, Run], *, planner: Plan | None = None, resume: bool = False, view: View | None = None
+        self,
+        runs: Mapping[str, Run],
+        *,
+        planner: Plan | None = None,
+        resume: bool = False,
+        view: View | None = None,
+        kept: Mapping[str, Kept] | None = None,
     ):
         check(runs)
-        self.jobs = {name: Job(name, run) for name, run in runs.items()}
+        self.jobs = {name: Job(name, run, kept=(kept or {}).get(name) or Directory()) for name, run in runs.items()}
         self.resume, self.view = resume, view or Silent()
         self.round = 0  # how many were taken
         first = next(iter(runs.values()))
@@ -58,7 +64,7 @@ class Engine:
 
     # What others may call at any time, also from another thread
 
-    def add(self, name: str, run: Run) -> None:
+    def add(self, name: str, run: Run, kept: Kept | None = None) -> None:
         """One more job, from the next round on.  Raises ValueError for one that cannot train beside the others,
         RuntimeError when all have ended."""
         with self._lock:
@@ -67,7 +73,7 @@ class Engine:
             if name in self.jobs:
                 raise ValueError(f"a job is called {name!r} already; there are: {', '.join(self.jobs)}")
             check({**{n: job.run for n, job in self.jobs.items()}, name: run})
-            job = Job(name, run)
+            job = Job(name, run, kept=kept or Directory())
             self.jobs = {**self.jobs, name: job}  # another dict: this one may be walked through meanwhile
             self._asked.append(lambda: self._join(job))
 
@@ -88,12 +94,17 @@ class Engine:
 
         Raises Interrupted after Ctrl-C or SIGTERM: every job is saved then, and `resume` goes on."""
         stop = Stop()
-        with stopping(stop), contextlib.closing(self.base):
+        with stopping(stop):
+            return self.train(lambda: stop.asked)
+
+    def train(self, asked: Callable[[], bool] = lambda: False) -> dict[str, dict[str, Any] | None]:
+        """As `run`, where someone else hears of signals; `asked` whether to stop."""
+        with contextlib.closing(self.base):
             self.open()
             while self._goes_on():
                 self._answer()
                 self.step()
-                if stop.asked and self.courses:
+                if asked() and self.courses:
                     self._save()
                     raise Interrupted(f"stopped at round {self.round}, and {len(self.courses)} jobs are saved")
         return {name: job.report for name, job in self.jobs.items()}
@@ -114,8 +125,8 @@ class Engine:
             return
         self._opened = True
         self.memory.__enter__()
-        outs = {name: job.run.out for name, job in self.jobs.items() if not (job.run.out / REPORT).is_file()}
-        number = checkpoint.common(outs) if self.resume else None
+        outs = {name: job.run.out for name, job in self.jobs.items() if self.resume and not _finished(job)}
+        number = checkpoint.common(outs)
         self.round = number or 0
         for job in list(self.jobs.values()):
             self._start(job)
@@ -131,22 +142,22 @@ class Engine:
 
     def _start(self, job: Job) -> None:
         """Begins a job, or goes on with it.  Of one that cannot it is kept why."""
-        run = job.run
-        if self.resume and (run.out / REPORT).is_file():
+        if self.resume and _finished(job):
             ending.remembered(job)
             return
-        going_on = self.resume and (run.out / RUN).is_file()
         try:
-            claim(run, going_on)
-            ready, adapter = self.base.prepared(run, job.name)
+            going_on = job.kept.began(job, self.resume)
+            ready, adapter = self.base.prepared(job.run, job.name, job.kept.read)
             with self.base.placed(job.name):
                 course = Course(job, ready, adapter)
             course.alone = self.base.alone(adapter)
             with self.base.selected(course):
-                course.before = measured_before(ready, going_on)
+                job.kept.before(course, going_on)
             if going_on:
                 self._restore(course)
         except Exception as error:
+            if is_full(error):
+                raise
             self._failed(job, error)
             self.base.forget(job.name)
             return
@@ -215,11 +226,14 @@ class Engine:
             if course.ended == FAILED:
                 raise RuntimeError(job.error)
             with self.base.selected(course):
-                job.report = ending.report(course, self._begun, self.memory, [n for n in self.jobs if n != job.name])
+                others = [name for name in self.jobs if name != job.name]
+                job.report = job.kept.report(course, self._begun, self.memory, others)
             job.state = STOPPED if course.ended == STOPPED else DONE
         except Diverged as error:
             job.state, job.error, job.report = DIVERGED, str(error), ending.written(job)
         except Exception as error:
+            if is_full(error):
+                raise
             self._failed(job, error, told=job.error)
         job.course = None
         self.base.forget(job.name)
@@ -228,16 +242,18 @@ class Engine:
 
     def _failed(self, job: Job, error: Exception, told: str | None = None) -> None:
         job.state, job.error = FAILED, told or told_of(error)
-        if job.run.out.is_dir():
-            write_json(job.run.out / ending.FAILURE, {"error": job.error, "step": job.step, "steps": job.steps})
+        job.kept.failed(job)
         self.view.ended(job)
 
     def _save(self) -> None:
         courses = self.courses
         among = [course.job.name for course in courses]
         for course in courses:
-            checkpoint.save(course, self.round, among)
+            course.job.kept.save(course, self.round, among)
         for course in courses:
-            checkpoint.rotate(course)
-            course.evaluations.on_save(None, course.state, course.control)
+            course.job.kept.saved(course)
         self._saved = self.round
+
+
+def _finished(job: Job) -> bool:
+    return (job.run.out / REPORT).is_file()

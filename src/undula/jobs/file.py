@@ -32,14 +32,14 @@ from ..core.choice import Choice
 from ..core.given import hints
 from ..io import toml
 from ..io.toml import Faults, line_of
-from ..train.config import value_of
+from ..train.config import NONE, value_of
 from ..train.fields import bare, default_of
 from ..train.fields import told as told_fields
 from ..train.recipe import Recipe
 from ..train.run import Run
 from .beforehand import KINDS, Beforehand, told
 from .checks import faults_of
-from .place import SUMMARY, check_place
+from .place import SUMMARY, WORKERS, check_place
 
 NAME = re.compile(r"\w(?:[\w.+-]*\w)?")
 LONGEST = 100  # characters of a name, a directory's
@@ -88,6 +88,8 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfi
     FileNotFoundError for a file that is not there.
     """
     path, out = Path(path), Path(out)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a TOML file of jobs in it")
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path} does not exist; TOML files there: {', '.join(there) or 'none'}")
@@ -189,6 +191,8 @@ def _values(reading: _Reading, shared: Table, own: Table, place: Place) -> dict[
     """The values of a job; None where one is wrong or missing."""
     made: dict[str, Any] = {}
     before = len(reading.found)
+    if "begin_from" in {**shared, **own} and "method" not in own:  # the method is that of the adapter
+        shared = {**shared, "method": NONE}
     for name, value, where in _said(shared, own, place):
         if name == "out":
             reading.fault(where, "a job has no `out`: its directory is OUT/NAME")
@@ -237,7 +241,8 @@ def wrong_name(name: str) -> str:
             f"{name!r:.120} is no name of a job: letters, digits and - + . _ between them, {LONGEST} at most, since "
             "its directory is called so"
         )
-    return f"a job cannot be called {name!r}: OUT has a file of that name" if name.casefold() == SUMMARY else ""
+    taken = name.casefold() in (SUMMARY, WORKERS)
+    return f"a job cannot be called {name!r}: OUT has a file or a folder of that name" if taken else ""
 
 
 def _check_unfit(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, Run], unfit: Unfit) -> None:

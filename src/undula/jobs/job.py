@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,15 @@ class Job:
     error: str | None = None
     report: dict[str, Any] | None = None
     course: Any = field(default=None, repr=False)  # its `course.Course`, while it runs
+    kept: Any = field(default=None, repr=False)  # its `kept.Kept`, where an engine trains it
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk is full: no fault of a job's, and nothing that others could go on with."""
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def told_of(error: Exception) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..core.adapter import Adapter
 from ..host.build import assigned, chosen_parameters, outlined
 from ..host.where import choose
-from ..io import files
+from ..io.outline import head
 from ..io.whole import alone_in
 from ..train.doubts import finite
 from ..train.fit import Interrupted, train
@@ -24,15 +25,11 @@ from .checks import check, faults_of
 from .cost import Memory, saved
 from .engine import Engine
 from .file import Unfit, read, wrong_name
-from .job import DONE, FAILED, RUNNING, STOPPED, WAITING, Job
-from .place import SUMMARY, as_asked, check_place
-from .planner import Batch, Piece
-from .trial import Tried
+from .job import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, is_full
+from .packing import KNEE, Packing
+from .place import SUMMARY, VERSION, as_asked, check_place, told_in
 from .view import Silent, View
 
-VERSION = 1
-KNEE = 256  # tokens of a micro-batch above which more gain nothing: what one job's batches need is the bound then
-LONG = 12  # steps: in shorter trainings there is no time to try plans
 BESIDE = 1.5  # activations and what a backward computes beside them, of what a forward keeps
 SAMPLES = 64, 128  # tokens of the forwards whose activations are counted
 
@@ -49,7 +46,15 @@ def many(
     runs, out = runs_of(jobs, out, resume, faults_of), Path(out)
     check(runs)
     with alone_in(out):
-        return Many(runs, out, resume, budget, view or Silent()).run()
+        try:
+            return Many(runs, out, resume, budget, view or Silent()).run()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            told = (
+                f"{out} is full; the jobs are kept as they were at their last checkpoints: make room, and resume them"
+            )
+            raise OSError(error.errno, f"{error.strerror}: {told} (--resume)") from error
 
 
 def runs_of(jobs: str | Path | Mapping[str, Recipe], out: str | Path, resume: bool, unfit: Unfit) -> dict[str, Run]:
@@ -78,9 +83,8 @@ class Many:
 
     def __init__(self, runs: Mapping[str, Run], out: Path, resume: bool, budget: int | None, view: View):
         self.runs, self.out, self.resume, self.budget, self.view = dict(runs), out, resume, budget, view
-        self.told = _told(out) if resume else {}
-        self.planner: Tried | None = None
-        self.most: int | None = self.told.get("tokens")  # of a micro-batch
+        self.told = told_in(out / SUMMARY) if resume else {}
+        self.packing = Packing(self.told.get("tokens"), self.told.get("tried") or (), self._write)
         self.memory: Memory | None = None
         self.began = time.perf_counter()
 
@@ -89,7 +93,7 @@ class Many:
         first = {n: r for n, r in self.runs.items() if self._goes_first(r)} or dict([next(iter(self.runs.items()))])
         self.waiting = [name for name in self.runs if name not in first]
         with PeakMemory() as self.peak:
-            self.engine = Engine(first, planner=self.planned, resume=self.resume, view=self)
+            self.engine = self.packing.engine = Engine(first, planner=self.packing, resume=self.resume, view=self)
             try:
                 self.engine.open()
                 self._write()
@@ -130,7 +134,7 @@ class Many:
             self.engine.add(name, self.runs[name])
             held.append(more)
         if self.memory is not None:
-            self.most = self.memory.tokens(held, self.most or KNEE)
+            self.packing.most = self.memory.tokens(held, self.packing.most or KNEE)
 
     def _measured(self) -> Memory | None:
         """What base and activations take; None where no job is there to tell."""
@@ -146,25 +150,6 @@ class Many:
         weights = {t.data_ptr(): t.nbytes for t in (*base.held.parameters(), *base.held.buffers())}
         own = sum(p.nbytes for course in courses for p in course.parameters)
         return Memory(sum(weights.values()) - own, per_token, self.budget)
-
-    # Planning
-
-    def planned(self, pieces: Sequence[Piece]) -> list[Batch]:
-        """The micro-batches of a round."""
-        if self.most is None:
-            batches = [
-                max(p.tokens for p in pieces if p.job == n) * self.runs[n].batch for n in {p.job for p in pieces}
-            ]
-            self.most = max(KNEE, *batches)
-        if self.planner is None:
-            engine = self.engine
-            self.planner = Tried(
-                self.most, engine.base.size, lambda: engine.rounds.spent, lambda: engine.round,
-                lambda: max(job.steps for job in engine.jobs.values()) >= LONG, self._write,
-            )  # fmt: skip
-            self.planner.decode(self.told.get("tried") or ())
-        self.planner.most = self.most
-        return self.planner(pieces)
 
     # What the engine tells
 
@@ -186,7 +171,7 @@ class Many:
     def _write(self) -> None:
         self.peak.read()
         summary(self.out, self.jobs, time.perf_counter() - self.began, {
-            "tried": self.told.get("tried") if self.planner is None else self.planner.encode(), "tokens": self.most,
+            "tried": list(self.packing.encode()), "tokens": self.packing.most,
             "peak_memory_bytes": self.peak.bytes, "peak_memory_is": self.peak.how,
         })  # fmt: skip
 
@@ -195,17 +180,24 @@ def job_bytes(model: nn.Module, run: Run) -> int:
     """What a job holds beside the base: its factors, and of each number that trains in float32 a gradient and what the
     optimiser remembers of it.  0 where a job cannot be attached, which its start says."""
     try:
-        held = trained = 0
-        if run.method is not None:
-            layers = choose(model, run.where, run.exclude)
-            adapter = outlined(layers, assigned(layers, run.method, run.overrides))
-            tensors = {id(t): t for f in adapter.factors.values() for t in f.values()}
-            held = sum(t.numel() * t.element_size() for t in tensors.values())
-            trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
+        adapter = _outline(model, run)
+        tensors = {id(t): t for f in adapter.factors.values() for t in f.values()} if adapter else {}
+        held = sum(t.numel() * t.element_size() for t in tensors.values())
+        trained = sum(t.numel() for t in tensors.values() if t.requires_grad)
         full = [p.numel() for p in chosen_parameters(model, run.full).values()] if run.full else []
         return held + 4 * sum(full) + 4 * (1 + run.optimiser.remembers) * (trained + sum(full))
-    except (LookupError, ValueError, TypeError, RuntimeError):
+    except (LookupError, ValueError, TypeError, RuntimeError, OSError):
         return 0
+
+
+def _outline(model: nn.Module, run: Run) -> Adapter | None:
+    """The adapter that a job will have, without its numbers."""
+    if run.begin_from is not None:
+        return head(run.begin_from).outline()
+    if run.method is None:
+        return None
+    layers = choose(model, run.where, run.exclude)
+    return outlined(layers, assigned(layers, run.method, run.overrides))
 
 
 def one_by_one(
@@ -250,7 +242,7 @@ def _remember(job: Job) -> None:
 
 def summary(out: Path, jobs: Mapping[str, Job], seconds: float, more: Mapping[str, Any]) -> None:
     """Writes OUT/jobs.json."""
-    before = _told(out).get("jobs", {})  # jobs of another file too, whose words a later resume will want
+    before = told_in(out / SUMMARY).get("jobs", {})  # jobs of another file too, whose words a later resume will want
     told = {name: kept for name, kept in before.items() if name not in jobs and (out / name / RUN).is_file()}
     told |= {name: row(job) for name, job in jobs.items()}
     data = {"version": VERSION, "jobs": told, "seconds": round(seconds, 3), **more, "versions": versions()}
@@ -267,10 +259,3 @@ def row(job: Job) -> dict[str, Any]:
         "metric": metric, "before": figures.get("before"), "after": figures.get("after"), "error": job.error,
         "run": as_asked(job.run),
     }  # fmt: skip
-
-
-def _told(out: Path) -> dict[str, Any]:
-    """What OUT/jobs.json says; nothing where there is none."""
-    path = out / SUMMARY
-    data = files.parsed(path.read_bytes(), str(path)) if path.is_file() else {}
-    return dict(data) if data.get("version") == VERSION else {}

@@ -14,7 +14,8 @@ from ..train.doubts import finite
 from ..train.resume import claim
 from ..train.run import REPORT, RUN, Run
 
-SUMMARY = "jobs.json"  # in OUT
+SUMMARY, VERSION = "jobs.json", 1  # in OUT
+WORKERS = "workers"  # in OUT: what Ray's workers say
 
 
 def check_place(run: Run, resume: bool) -> None:
@@ -60,4 +61,22 @@ def _asked(out: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def _summary(path: Path, *_: int) -> dict[str, Any]:
     """The jobs of a summary, which is read once for all of them."""
-    return dict(files.parsed(path.read_bytes(), str(path)).get("jobs", {}))
+    return dict(told_in(path).get("jobs", {}))
+
+
+def told_in(path: Path) -> dict[str, Any]:
+    """What a summary says; nothing where there is none, or one of another version.  Raises ValueError for one that is
+    broken."""
+    if not path.is_file():
+        return {}
+    advice = f"What was trained lies in the jobs' own directories: delete {path}, and they go on"
+    try:
+        data = files.parsed(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}. {advice}") from None
+    if data.get("version") != VERSION:
+        return {}
+    jobs, tried = data.get("jobs"), data.get("tried") or []
+    if not (isinstance(jobs, dict) and all(isinstance(job, dict) for job in jobs.values()) and isinstance(tried, list)):
+        raise ValueError(f"{path} is no summary of jobs. {advice}")
+    return data

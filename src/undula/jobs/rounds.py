@@ -17,6 +17,7 @@ import torch
 from ..ranks.memory import finite
 from .base import Base, Part
 from .course import Course, Row, Step
+from .job import is_full
 from .planner import Piece
 from .view import View
 
@@ -44,7 +45,7 @@ class Rounds:
         left = {name: len(step.rows) for name, (_, step) in steps.items()}
         batches = self._planned(steps)
         apart = all(len({piece.job for piece in batch}) == 1 for batch in batches)
-        begun = self.clock()
+        begun, since = self.clock(), time.perf_counter()
         for batch in batches:
             for course, mine, _ in self._computed(_parts(batch, steps), apart):
                 name = course.job.name
@@ -55,6 +56,14 @@ class Rounds:
                 if course.ended is None:
                     self.view.stepped(course.job)
         self.spent = self.clock() - begun
+        self._share(steps, time.perf_counter() - since)
+
+    @staticmethod
+    def _share(steps: Steps, seconds: float) -> None:
+        """Gives each job its part of a round's time, by its tokens."""
+        every = sum(row.tokens for _, step in steps.values() for row in step.rows) or 1
+        for course, step in steps.values():
+            course.seconds += seconds * sum(row.tokens for row in step.rows) / every
 
     def _planned(self, steps: Steps) -> list[Sequence[Piece]]:
         """The micro-batches of a round: those of jobs that cannot mix by themselves."""
@@ -102,10 +111,12 @@ class Rounds:
 
 
 def tried(course: Course, what: Callable[[], T]) -> T | None:
-    """what(), or None where it ends its job."""
+    """what(), or None where it ends its job.  A full disk ends none: OSError."""
     try:
         return what()
     except Exception as error:
+        if is_full(error):
+            raise
         course.fail(error)
         return None
 

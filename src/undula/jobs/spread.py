@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from .checks import check, faults_of
 from .ending import remembered
 from .job import FAILED, Job
 from .many import Many, runs_of, summary
+from .place import WORKERS
 from .view import Silent, View
 
+TRIES = 2  # of a share whose worker dies: from its last checkpoints, by another worker
 STORE = 100 * 2**20  # bytes of a local Ray's objects: of jobs nothing but words passes through it
 
 
@@ -36,7 +39,8 @@ def train_spread(
 ) -> dict[str, Job]:
     """What `undula.train_many` does, by `workers` tasks of Ray's, which each ask for `cpus`.  OUT is a directory that
     all of them see; `budget` is each worker's.  Which jobs share a worker depends on their names and order alone, so a
-    resumed training packs them as before.  A worker that dies loses no job of another; `resume` goes on with its own.
+    resumed training packs them as before.  A worker that dies loses no job of another, and a new one goes on with its
+    jobs once; where that dies too they have failed, and `resume` goes on with them.
 
     Uses the Ray that this process is connected to, or that RAY_ADDRESS names, or starts a local one. Raises and returns
     what `train_many` does.
@@ -49,15 +53,22 @@ def train_spread(
     began = time.perf_counter()
     with alone_in(out), _connected(workers, cpus):
         worker = ray.remote(num_cpus=cpus, max_retries=0)(_train)
-        asked = {
-            worker.remote({name: runs[name] for name in share}, out / "workers" / str(i), resume, budget): share
-            for i, share in enumerate(shares)
-        }
+
+        def begun(i: int, resume: bool) -> Any:
+            share = {name: runs[name] for name in shares[i]}
+            return worker.remote(share, out / WORKERS / str(i), resume, budget)
+
+        asked, tries = {begun(i, resume): i for i in range(len(shares))}, Counter(range(len(shares)))
         made: dict[str, Job] = {}
-        left = list(asked)
-        while left:
-            (done, *_), left = ray.wait(left)
-            made |= _ended(ray, done, [runs[name] for name in asked[done]], view)
+        while asked:
+            (done, *_), _ = ray.wait(list(asked))
+            i = asked.pop(done)
+            if (why := _died(ray, done)) and tries[i] < TRIES:
+                tries[i] += 1
+                view.said(f"the worker of {', '.join(shares[i])} has died, another goes on with them: {why}")
+                asked[begun(i, True)] = i
+                continue
+            made |= _ended(ray, done, [runs[name] for name in shares[i]], view)
     found = {name: made[name] for name in runs}
     summary(out, found, time.perf_counter() - began, {"workers": shares})
     return found
@@ -91,8 +102,24 @@ def shared(names: Sequence[str], workers: int) -> list[list[str]]:
 
 def _train(runs: Mapping[str, Run], place: Path, resume: bool, budget: int | None) -> dict[str, tuple[str, str | None]]:
     """In a worker: {job: (state, error)}.  What it measures lies in `place`, the jobs themselves where they belong."""
-    found = Many(runs, place, resume, budget, Silent()).run()
+    with alone_in(place):
+        found = Many(runs, place, resume, budget, Silent()).run()
     return {name: (job.state, job.error) for name, job in found.items()}
+
+
+def _died(ray: Any, done: Any) -> str:
+    """Why a worker is no more; empty where it has come to an end of its own, an error of its code too."""
+    try:
+        ray.get(done)
+    except ray.exceptions.RayTaskError:
+        return ""
+    except ray.exceptions.RayError as error:
+        return _words(error)
+    return ""
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
 
 def _ended(ray: Any, done: Any, runs: Sequence[Run], view: View) -> dict[str, Job]:
@@ -100,8 +127,7 @@ def _ended(ray: Any, done: Any, runs: Sequence[Run], view: View) -> dict[str, Jo
     try:
         told = ray.get(done)
     except ray.exceptions.RayError as error:
-        why = f"its worker ended: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        told = {run.out.name: (FAILED, why) for run in runs}
+        told = {run.out.name: (FAILED, f"its worker ended: {_words(error)}") for run in runs}
     made = {}
     for run in runs:
         job = made[run.out.name] = Job(run.out.name, run)

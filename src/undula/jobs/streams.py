@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.draws import drawing
-from ..methods.dropout import LEVELS, kept
+from ..methods.dropout import LEVELS, noise, stays
 
 _current_backward = torch._C._current_graph_task_id  # -1 outside of a backward
+BLOCK = 1 << 13  # of 64 bits, that a row draws at a time
 PLAIN = (F.dropout, torch.dropout, torch.dropout_)
 OTHERS = (F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
 
@@ -33,7 +35,26 @@ class Stretch:
     name: str
     at: int
     length: int
-    generator: torch.Generator
+    draws: Draws
+
+
+class Draws:
+    """Random numbers of 16 bits of one row of a job, in the order in which they are asked for.  They are drawn many at
+    a time: a layer asks for few."""
+
+    def __init__(self, seed: int, number: int, device: torch.device):
+        self.seed, self.number, self.device = seed, number, device
+        self.generator: torch.Generator | None = None
+        self.left = torch.empty(0, dtype=torch.int16, device=device)
+
+    def take(self, count: int) -> Tensor:
+        """The next numbers (count,)."""
+        if count > len(self.left):
+            self.generator = self.generator or generator_of(self.seed, self.number, self.device)
+            more = noise(max(BLOCK, -(-count // 4)), self.device, self.generator)
+            self.left = torch.cat([self.left, more])
+        found, self.left = self.left[:count], self.left[count:]
+        return found
 
 
 def generator_of(seed: int, number: int, device: torch.device) -> torch.Generator:
@@ -82,15 +103,16 @@ class Streams:
             return self._some(x, p)
         if self.width is None and (x.shape[:1] == (total,) or x.shape[:2] == (1, total)):
             rest = x.shape[1:] if x.shape[0] == total else x.shape[2:]
-            parts = [kept((s.length, *rest), p, x.device, s.generator) for s in self.here]
-            return torch.cat(parts).view(x.shape)
+            each = math.prod(rest)
+            return self._of([s.draws.take(s.length * each) for s in self.here], x.shape, p)
         if len(x) == len(self.here) and x.ndim > 2 and x.shape[1] == self.width:
             found = torch.ones(x.shape, dtype=torch.bool, device=x.device)
             for i, s in enumerate(self.here):
-                found[i, s.at : s.at + s.length] = kept((s.length, *x.shape[2:]), p, x.device, s.generator)
+                place = found[i, s.at : s.at + s.length]
+                place.copy_(self._of([s.draws.take(place.numel())], place.shape, p))
             return found
         if len(x) == len(self.here) and (x.ndim == 2 or x.shape[1] == 1):  # a vector of each row
-            return torch.stack([kept(x.shape[1:], p, x.device, s.generator) for s in self.here])
+            return self._of([s.draws.take(x[0].numel()) for s in self.here], x.shape, p)
         raise TypeError(
             f"dropout of a tensor {tuple(x.shape)}: it is not told which of its entries are of which of the "
             f"{len(self.here)} rows of this batch"
@@ -101,7 +123,8 @@ class Streams:
         found = torch.ones(x.shape, dtype=torch.bool, device=x.device)
         for i, s in enumerate(self.here):
             n, own = (0 if self.width is None else i), slice(s.at, s.at + s.length)
-            found[n, :, own, own] = kept((x.shape[1], s.length, s.length), p, x.device, s.generator)
+            shape = x.shape[1], s.length, s.length
+            found[n, :, own, own] = self._of([s.draws.take(math.prod(shape))], shape, p)
         return found
 
     def _some(self, x: Tensor, p: float) -> Tensor:
@@ -111,7 +134,12 @@ class Streams:
         if len(mine) != len(x) or any(s.length != x.shape[2] for s in mine):
             raise TypeError(f"dropout of probabilities {tuple(x.shape)}: it is not told which rows' these are")
         self._next = (self._next + len(x)) % len(self.here)
-        return torch.stack([kept(x.shape[1:], p, x.device, s.generator) for s in mine])
+        return self._of([s.draws.take(x[0].numel()) for s in mine], x.shape, p)
+
+    @staticmethod
+    def _of(drawn: Sequence[Tensor], shape: Sequence[int], p: float) -> Tensor:
+        """Which entries of a tensor of this shape these numbers keep."""
+        return stays(drawn[0] if len(drawn) == 1 else torch.cat(list(drawn)), p).view(tuple(shape))
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:

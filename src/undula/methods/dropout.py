@@ -51,11 +51,21 @@ def drop(x: Tensor, p: float) -> Tensor:
     return x * kept(x.shape, p, x.device) * (LEVELS / (LEVELS - level))
 
 
-def kept(shape: Sequence[int], p: float, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def kept(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """Which entries a dropout keeps."""
     size = math.prod(shape)
-    noise = torch.empty(-(-size // 4), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    return noise.view(torch.int16)[:size].view(tuple(shape)) >= round(p * LEVELS) - LEVELS // 2
+    return stays(noise(-(-size // 4), device)[:size], p).view(tuple(shape))
+
+
+def noise(number: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """4 x so many random numbers of 16 bits."""
+    drawn = torch.empty(number, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    return drawn.view(torch.int16)
+
+
+def stays(noise: Tensor, p: float) -> Tensor:
+    """Which of these numbers of 16 bits say that an entry is kept."""
+    return noise >= round(p * LEVELS) - LEVELS // 2
 
 
 class _Detour:

@@ -6,39 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from . import splits
 from .floors import floor
-from .orders import Ended, Order, make
+from .orders import Order, make, ordered, record
 from .outcome import ChosenRate, Outcome
 from .plan import Plan
 from .sources import Sources
 from .spec import Study
 from .store import Record, Store
 from .trial import Trial
+from .view import Silent, View
 
 STORE, REPORT = "runs.sqlite", "report"
 POLL = 2.0  # seconds between looks at what another process has finished
 PILOT_STEPS = 4
-
-
-class View(Protocol):
-    """Who watches a study run."""
-
-    def counts(self, counts: Mapping[str, int]) -> None: ...
-    def step(self, step: int, steps: int) -> None: ...
-    def begun(self, trial: Trial) -> None: ...
-    def ended(self, ended: Ended) -> None: ...
-
-
-class Silent:
-    """Nobody."""
-
-    def counts(self, counts: Mapping[str, int]) -> None: ...
-    def step(self, step: int, steps: int) -> None: ...
-    def begun(self, trial: Trial) -> None: ...
-    def ended(self, ended: Ended) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,17 +39,23 @@ def run(
     view: View | None = None,
     about: Mapping[str, str] | None = None,
     retry_failed: bool = False,
+    together: int | None = None,
 ) -> Finished:
     """See `undula.study`."""
     view, out = view or Silent(), Path(out)
-    plan, store = Plan(study), Store(out / STORE)
+    plan = Plan(study)
+    if together is not None:
+        from .together import check_together
+
+        check_together(plan, together)
+    store = Store(out / STORE)
     if changed := "; ".join(plan.strangers(plan.known(store))):
         raise ValueError(f"{changed}: bring them back, or begin again in another --out than {out}")
     _delete_stale(plan, store, retry_failed)
     mine: set[str] = set()
     try:
         with store.beating():
-            _drive(plan, store, view, mine)
+            _drive(plan, store, view, mine, together)
     finally:
         store.release(mine)
     return _report(plan, store, out, about)
@@ -82,14 +70,21 @@ def _delete_stale(plan: Plan, store: Store, retry_failed: bool) -> None:
         store.forget({k: r for k, r in store.records(keys).items() if r.error is not None})
 
 
-def _drive(plan: Plan, store: Store, view: View, mine: set[str]) -> None:
-    """Makes run after run; `mine`: what is in hand."""
+def _drive(plan: Plan, store: Store, view: View, mine: set[str], together: int | None) -> None:
+    """Makes run after run, or so many together; `mine`: what is in hand."""
+    several = None
+    if together is not None:
+        from .together import Together
+
+        several = Together(plan, store, view, mine, together)
     while True:
         known = plan.known(store)
         view.counts(plan.counts(known))
         due = list(plan.due(known))
         if not due:
             return
+        if several is not None and several.make(due, known):
+            continue
         for trial in due:
             mine.add(trial.key)  # first, so that no interruption leaves a claim behind
             if store.claim(trial):
@@ -99,29 +94,9 @@ def _drive(plan: Plan, store: Store, view: View, mine: set[str]) -> None:
             time.sleep(POLL)
             continue
         view.begun(trial)
-        ended = _record(plan, store, make(_order(plan, trial, known), view.step))
+        ended = record(plan, store, make(ordered(plan, trial, known), view.step))
         mine.remove(trial.key)
         view.ended(ended)
-
-
-def _order(plan: Plan, trial: Trial, known: Mapping[str, Record]) -> Order:
-    rivals = plan.rivals(trial, known)
-    if rivals is None:
-        return Order(trial, sources=plan.sources)
-    return Order(trial, plan.study.sweep.halving, rivals, plan.sources)
-
-
-def _record(plan: Plan, store: Store, ended: Ended) -> Ended:
-    """Keeps what a run came to.  One that read other rows than this study did (after a file was written anew) has
-    failed: its figure belongs to no table."""
-    trial, result = ended.order.trial, ended.result
-    if result is not None and result["rows_digest"] != plan.sources.digest(trial.rows, trial.split_seed):
-        ended = Ended(ended.order, None, f"ValueError: the rows of {trial.rows.source} changed while the study ran")
-    if ended.result is None:
-        store.fail(trial, ended.error or "unknown")
-    else:
-        store.finish(trial, ended.result)
-    return ended
 
 
 def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None) -> Finished:

@@ -85,7 +85,7 @@ class Plan:
 
     def mixtures(self, known: Mapping[str, Record]) -> Iterator[str]:
         """Sentences on runs in one table that were not made alike: with other versions, devices, threads."""
-        if len(self._kinds(known)) > 1:
+        if len({_made_with(r.result, False) for r in known.values() if r.result is not None}) > 1:
             yield f"the runs were not all made alike: {self.made(known)['the runs were made']}"
 
     def made(self, known: Mapping[str, Record]) -> dict[str, str]:
@@ -130,13 +130,15 @@ class Plan:
                 "least": len(least), "most": len(least) + more}  # fmt: skip
 
 
-def _made_with(result: Mapping[str, Any]) -> str:
-    """Versions, device and threads of a run, in words."""
+def _made_with(result: Mapping[str, Any], beside: bool = True) -> str:
+    """Versions, device and threads of a run, in words; and whether others were trained `beside` it, which changes no
+    more than rounding."""
     made = result.get("made")
     if made is None:
         return "nothing known of how (older versions did not note it)"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(made["versions"].items()))
-    return f"{versions} on {made['device']}, {made['threads']} threads"
+    others = ", together with others" if beside and made.get("together") else ""
+    return f"{versions} on {made['device']}, {made['threads']} threads{others}"
 
 
 def _cells(study: Study, sources: Sources) -> Iterator[Cell]:

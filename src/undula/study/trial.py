@@ -31,6 +31,7 @@ from .spec import Rows
 from .spent import Spent
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from transformers import PreTrainedModel
 
     from ..core.adapter import Adapter
@@ -103,16 +104,37 @@ def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[
 
     gc.collect()
     begun, sources = time.perf_counter(), sources or Sources()
-    task, parts = sources.opened(trial.rows, trial.split_seed)
-    task, parts, _ = in_own_order(trial.rows.task, task, parts, config_of(trial.run.model))
+    task, parts = rows_of(trial, sources)
     with quiet(), PeakMemory() as memory, tempfile.TemporaryDirectory() as scratch:
         run = Run.of(dataclasses.replace(trial.run, task=task), Path(scratch))
         ready = assembled(run, parts["train"], parts["validation"])
-        if trial.tested:  # rows that the model cannot take are found now, not at the end
-            task.fits(Examples(task, parts["test"], ready.processor), ready.model, "test")
-        watch.begin(ready, trial.evaluations)
+        begin(trial, ready, watch, parts)
         set_seed(run.seed)
         times, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
+    found = came_to(trial, ready, watch, losses, steps)
+    found |= {"seconds": round(times.wall, 3), "cpu_seconds": round(times.cpu, 3), "peak_memory_bytes": memory.bytes}
+    found |= about(trial, ready, watch, sources)
+    found |= tested(watch.restore(), Examples(task, parts["test"], ready.processor)) if trial.tested else {}
+    return found | {"wall_seconds": round(time.perf_counter() - begun, 3)}
+
+
+def rows_of(trial: Trial, sources: Sources) -> tuple[Task, DatasetDict]:
+    """(the task, fitted; the three parts) of a run."""
+    task, parts = sources.opened(trial.rows, trial.split_seed)
+    return in_own_order(trial.rows.task, task, parts, config_of(trial.run.model))[:2]
+
+
+def begin(trial: Trial, ready: Prepared, watch: Watch, parts: DatasetDict) -> None:
+    """What is done before the first step."""
+    if trial.tested:  # rows that the model cannot take are found now, not at the end
+        task: Task = ready.run.task
+        task.fits(Examples(task, parts["test"], ready.processor), ready.model, "test")
+    watch.begin(ready, trial.evaluations)
+
+
+def came_to(trial: Trial, ready: Prepared, watch: Watch, losses: list[tuple[int, float]], steps: int) -> dict[str, Any]:
+    """What was trained.  Raises Diverged."""
+    run = ready.run
     if lost := [step for step, loss in losses if not math.isfinite(loss)]:
         raise Diverged(f"the loss was not finite after {lost[0]} updates (lr={run.lr})")
     if not all(p.isfinite().all() for p in ready.adapter.parameters()):
@@ -120,25 +142,25 @@ def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[
     if watch.kept is None:
         raise Diverged(f"the loss was not finite at any evaluation that counts (lr={run.lr})")
     heads = head_size(run.task, ready.model, ready.adapter)
-    found = {
+    found: dict[str, Any] = {
         "validation": watch.best,
         "parameters": ready.adapter.num_parameters() - heads,
         "head_parameters": heads,
         "steps": steps,
-        "seconds": round(times.wall, 3),
-        "cpu_seconds": round(times.cpu, 3),
-        "peak_memory_bytes": memory.bytes,
         "losses": losses,
         "curve": watch.curve,
         "pruned": watch.pruned,
+    }
+    return found | ({} if run.allocator is None else {"ranks": sum(in_use(watch.kept).values())})
+
+
+def about(trial: Trial, ready: Prepared, watch: Watch, sources: Sources) -> dict[str, Any]:
+    """How it was made."""
+    return {
         "evaluation_seconds": round(watch.spent.wall, 3),
         "rows_digest": sources.digest(trial.rows, trial.split_seed),
         "made": _made(ready, sources),
     }
-    if run.allocator is not None:
-        found["ranks"] = sum(in_use(watch.kept).values())
-    found |= _tested(ready, watch, Examples(task, parts["test"], ready.processor)) if trial.tested else {}
-    return found | {"wall_seconds": round(time.perf_counter() - begun, 3)}
 
 
 def head_size(task: Task, model: PreTrainedModel, adapter: Adapter) -> int:
@@ -180,11 +202,10 @@ def _as_it_is(watch: Watch) -> tuple[Spent, list[tuple[int, float]], int]:
     return Spent(), [], 0
 
 
-def _tested(ready: Prepared, watch: Watch, test: Examples) -> dict[str, Any]:
+def tested(ready: Prepared, test: Examples) -> dict[str, Any]:
     """The figures on the test rows, which are touched here alone: once as trained, once in each deployed form."""
     from .deploy import deployed
 
-    ready = watch.restore()
     task: Task = ready.run.task
     others = task.score(ready.model, test, ready.run.batch)
     forms, errors = deployed(ready, test)

@@ -44,14 +44,21 @@ class Watch(TrainerCallback):
         self.ready, self.evaluations = ready, evaluations
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.heard(state.global_step, state.max_steps)
-        step, steps = state.global_step, state.max_steps
+        if self.stepped(state.global_step, state.max_steps):
+            self.measure(state, control)
+
+    def stepped(self, step: int, steps: int) -> bool:
+        """Whether this step is one of the even ones."""
+        self.heard(step, steps)
         if step == 1 and (how := self.ready.run.procedure) is not None:
             self.counts_from = how.counts_from(steps, self.ready.adapter)
-        if step * self.evaluations // steps > (step - 1) * self.evaluations // steps:
-            self.evaluate(step)
-            if step < steps and self._hopeless():
-                self.pruned = control.should_training_stop = True
+        return step * self.evaluations // steps > (step - 1) * self.evaluations // steps
+
+    def measure(self, state: Any, control: Any) -> None:
+        """Evaluates, and ends a run that has fallen behind."""
+        self.evaluate(state.global_step)
+        if state.global_step < state.max_steps and self._hopeless():
+            self.pruned = control.should_training_stop = True
 
     def evaluate(self, step: int) -> None:
         """Measures the model as it is after so many steps, and keeps its adapter where none was better.  Before an

@@ -25,7 +25,7 @@ from .base import lacking, open_model
 from .data.splitting import told_quality
 from .fields import default_of
 from .recipe import Settings
-from .rows import LOG, rows_of
+from .rows import LOG, RunRows, rows_of
 from .run import Run
 from .stages import stage
 from .tasks.task import Examples, Processor
@@ -51,10 +51,13 @@ class Prepared:
 
 @needs("train")
 def prepare(
-    run: Run, opened: Callable[[Run], tuple[PreTrainedModel, Processor]] | None = None, name: str = "default"
+    run: Run,
+    opened: Callable[[Run], tuple[PreTrainedModel, Processor]] | None = None,
+    name: str = "default",
+    read: Callable[[Run], RunRows] = rows_of,
 ) -> Prepared:
     """Data, model and adapter of a run; the adapter is attached.  `opened` gives model and processor, where they are in
-    memory already, of the run whose task is fitted."""
+    memory already, of the run whose task is fitted; `read` the rows, where they are not those of `run.data`."""
     if run.begin_from is not None:
         from .begun import with_method
 
@@ -62,13 +65,13 @@ def prepare(
     if run.method is None and not run.full and not run.task.has_head:
         raise ValueError("without a method only a head trains, and this task has none: choose a method")
     with stage(f"reading {run.data}"):
-        read = rows_of(run)
-    run = dataclasses.replace(run, task=read.task)
-    ready = assembled(run, read.train, read.held, None if opened is None else opened(run), name)
-    notes = (*read.notes, *ready.notes)
+        rows = read(run)
+    run = dataclasses.replace(run, task=rows.task)
+    ready = assembled(run, rows.train, rows.held, None if opened is None else opened(run), name)
+    notes = (*rows.notes, *ready.notes)
     for note in notes if processes.is_first() else ():
         LOG.warning(note)
-    return dataclasses.replace(ready, notes=notes, figures=read.figures)
+    return dataclasses.replace(ready, notes=notes, figures=rows.figures)
 
 
 def assembled(
