@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from undula.bundled import dataset, model_path
 from undula.train.base import quiet
 
-HELD, LENGTH, BATCH = 12, 64, 2  # sequences that perplexity is measured on, tokens in each, sequences in a step
+HELD, LENGTH, BATCH = 32, 64, 4  # sequences that perplexity is measured on, tokens in each, sequences in a step
 
 
 def model() -> Any:

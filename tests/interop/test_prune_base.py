@@ -39,6 +39,7 @@ def test_what_it_writes_opens_in_plain_transformers_and_computes_what_the_traini
     assert sum(p.numel() for p in small.parameters()) == after < before
     assert small.config.num_attention_heads == told["structures"]["heads"]["after"] == 1
     assert "channels: " in output
+    assert f"{after:,} of {before:,} parameters stay." in (folder / "small/README.md").read_text()
     report = json.loads((folder / "small-run/report.json").read_text())
     assert evaluate(folder / "small-run") == pytest.approx(report["after"])
 

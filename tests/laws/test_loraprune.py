@@ -110,6 +110,29 @@ def test_what_masks_close_can_be_taken_away_and_plain_transformers_opens_the_res
     assert not isinstance(adapter.method, undula.Masked)
 
 
+@pytest.mark.parametrize(("name", "leaf"), [("qwen2", "*.q_proj.bias"), ("gpt2", "*.c_fc.bias")])
+def test_what_trains_in_full_of_a_matrix_that_is_cut_is_cut_too(name, leaf):
+    torch.manual_seed(3)
+    model = MODELS[name]().double().eval()
+    adapter = undula.attach(model, undula.LoRA(r=2), full=[leaf])
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    course = LoRAPrune(0.5, structures=KINDS[name], every=1).start(model, optimizer, 4)
+    for _ in range(4):
+        course.before_forward()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        course.before_update()
+        optimizer.step()
+        course.after_update()
+        optimizer.zero_grad()
+    course.finish()
+    with torch.no_grad():
+        y = model(input_ids=IDS).logits
+        prune_base(model)
+        torch.testing.assert_close(model(input_ids=IDS).logits, y)
+        undula.merge(model, keep=False)
+        torch.testing.assert_close(model(input_ids=IDS).logits, y)
+
+
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_what_is_closed_stays_closed_and_all_layers_lose_as_much(name):
     *_, seen, course = trained(name, LoRAPrune(0.6, structures=KINDS[name], every=1), steps=12)

@@ -15,7 +15,7 @@ import undula
 from tests.support.layers import net
 from tests.support.numbers import shake
 from tests.support.zoo import LOW_RANK, MERGEABLE
-from undula import Additive, DoRA, Dropout, LoRA, LoRAN, RankStabilised, SHiRA, Sum, compress
+from undula import Additive, DoRA, Dropout, LoRA, LoRAN, Masked, RankStabilised, SHiRA, Sum, compress
 from undula.cli.main import app
 from undula.cli.squeezing import bytes_in, sum_of
 from undula.compress import ByBudget, ByEnergy, ByError, ByRank, BySize, Randomised
@@ -244,6 +244,44 @@ def test_full_parameters_ties_padding_and_the_rest_stay():
     assert torch.equal(made.full["2.weight"], adapter.full["2.weight"])
     assert made.full["2.weight"] is not adapter.full["2.weight"]
     assert made.about == tied.about
+
+
+def test_the_row_of_padding_is_in_the_norms_of_dora():
+    model = nn.Sequential(nn.Embedding(11, 6, padding_idx=3))
+    adapter = shake(undula.attach(model, DoRA(LoRA(r=2)), where="*"), 0.3)
+    y = model(torch.arange(11))
+    made = undula.squeeze(adapter, ByRank(9))
+    undula.detach(model)
+    undula.attach(model, made.adapter)
+    torch.testing.assert_close(model(torch.arange(11)), y)
+
+
+def test_factors_that_their_type_cannot_hold_are_refused_by_name():
+    adapter = adapter_of(LoRA(r=2, alpha=1e9)).map(lambda f: {k: (1e3 * t.detach()).half() for k, t in f.items()})
+    with pytest.raises(ValueError, match=r"^0: the update is too large for factors of float16: .*adapter.map"):
+        undula.squeeze(adapter, ByRank(1))
+
+
+@pytest.mark.parametrize("m", [PLAIN, BENT], ids=repr)
+def test_inputs_that_a_mask_has_closed_are_no_part_of_the_update(m):
+    adapter = adapter_of(Masked(m), nn.Sequential(nn.Linear(12, 16)))
+    f = adapter.factors["0"]
+    f["mask"][::2] = 0
+    made = undula.squeeze(adapter, ByRank(2))
+    new, wanted = made.adapter.factors["0"], m.delta({k: t for k, t in f.items() if k != "mask"}) * f["mask"]
+    s = torch.linalg.svdvals(wanted)
+    missed = (wanted - new["B"] @ new["A"] * new["mask"]).norm()
+    torch.testing.assert_close(missed, s[2:].norm(), rtol=1e-6, atol=1e-9)
+    assert made.errors["0"] == pytest.approx(float((s[2:].norm() / s.norm()).detach()))
+
+
+def test_an_adapter_without_layers_has_no_rank_to_lose(tmp_path):
+    undula.Adapter({}, {}, {}, {"2.weight": torch.randn(8, 16)}).save(tmp_path / "a")
+    for target in ("--rank", "--budget", "--size"):
+        done = CliRunner().invoke(app, ["squeeze", str(tmp_path / "a"), target, "9000", "--out", str(tmp_path / "b")])
+        assert done.exit_code == 2
+        assert "adapts no layer" in " ".join(done.output.split())
+    assert not (tmp_path / "b").exists()
 
 
 def test_what_cannot_be_squeezed_is_refused_by_name():

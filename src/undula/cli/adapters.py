@@ -134,9 +134,9 @@ def _narrow(path: Path, model: str | None) -> torch.dtype | None:
     return own if own in (torch.bfloat16, torch.float16) and not hasattr(config, "quantization_config") else None
 
 
-def write_whole(opened: Restored, out: Path, shard: str = "50GB") -> None:
+def write_whole(opened: Restored, out: Path, shard: str = "50GB", note: str = "") -> None:
     """Writes a model that stands for itself, its adapter being merged, as a folder that is complete or not there;
-    `shard` is the size of a file of weights at most."""
+    `shard` is the size of a file of weights at most, `note` a paragraph of its card."""
     tell(opened.model.config, opened.run.task, opened.roles)
     with whole(out) as folder, quiet(), busy(f"writing {out}"):
         try:
@@ -146,15 +146,16 @@ def write_whole(opened: Restored, out: Path, shard: str = "50GB") -> None:
             raise RuntimeError("transformers cannot write this quantised base: merge with --dense") from error
         if opened.processor is not None:
             opened.processor.save_pretrained(folder)
-        put(_card(opened, out), folder)
+        put(_card(opened, out, note), folder)
 
 
-def _card(opened: Restored, out: Path) -> Card:
+def _card(opened: Restored, out: Path, note: str) -> Card:
     run, labels = opened.run, dict[Any, Any](opened.model.config.id2label or {})
     names = [str(labels[i]) for i in sorted(labels)] if getattr(run.task, "names", ()) else []
     base = called_elsewhere(run.model)
     kind = maker(opened.processor)
-    return Card("whole", out.resolve().name, run.task, base, run.model, opened.adapter, names, kind)
+    notes = (note, "") if note else ()
+    return Card("whole", out.resolve().name, run.task, base, run.model, opened.adapter, names, kind, notes)
 
 
 def _rounds(model: PreTrainedModel) -> bool:

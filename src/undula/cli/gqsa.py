@@ -50,9 +50,9 @@ def gqsa(
     rows: Annotated[int, typer.Option(help="So many of them.", min=1)] = 64,
     batch: Annotated[int, typer.Option(help="Rows in a batch.", min=1)] = 4,
     steps: Annotated[
-        int, typer.Option(help="That each block learns; 0: none, the rows choose the groups.", min=0)
+        int, typer.Option(help="That each block learns; 0: none, the rows choose the groups and fit them.", min=0)
     ] = 40,
-    lr: Annotated[float, typer.Option(help="Of the kept weights while a block learns.", min=0)] = 1e-4,
+    lr: Annotated[float, typer.Option(help="Of the kept weights while a block learns.", min=0)] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the sample of rows.", min=0)] = 0,
     to: shell.Json = None,
 ) -> None:

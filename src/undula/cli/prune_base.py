@@ -122,15 +122,17 @@ def _write(path: Path, out: Path, to: Path | None) -> None:
         opened = restored(path)
         made = smaller(opened.model)
         errors = merging.merge(opened.model, keep=False)
-    adapters.write_whole(opened, out)
+    parts = [f"{kind}: {after:,} of {before:,} in each layer" for kind, (before, after) in made.structures.items()]
+    stay = f"{made.after:,} of {made.before:,} parameters stay"
+    adapters.write_whole(opened, out, note=f"Pruned while it was trained (LoRAPrune): {'; '.join(parts)}; {stay}.")
     shell.write(to, _told(opened, made, path, out))
     if str(to) == "-":
         return
-    for kind, (before, after) in made.structures.items():
-        shell.note(f"{kind}: {after:,} of {before:,} in each layer")
+    for part in parts:
+        shell.note(part)
     worst = max((e for e in errors.values() if math.isfinite(e)), default=0.0)
     told = f"; storing the merged weights costs {worst:.1e} of the change at most" if worst > 1e-3 else ""
-    shell.note(f"{made.after:,} of {made.before:,} parameters stay{told}. Saved in {out}, its training in {path}")
+    shell.note(f"{stay}{told}. Saved in {out}, its training in {path}")
 
 
 def _told(opened: Restored, made: Pruned, path: Path, out: Path) -> dict[str, Any]:

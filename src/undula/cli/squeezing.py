@@ -91,6 +91,10 @@ def quantise(
             for s, e in made.errors.items()
         ]
         sizes = {"bytes_before": files_of(place), "bytes": files_of(folder)}
+        if sizes["bytes"] >= sizes["bytes_before"]:
+            shell.remark(
+                f"{place} is no smaller so: its numbers are few beside the names and scales that are stored too"
+            )
         return {"error": made.error, "bits": bits, **sizes, "layers": rows}
 
     _each(path, out, to, one)

@@ -15,7 +15,6 @@ every row, so that a row needs no pointer) and all rates are settled here.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ..kernels import gqsa as kernel
 from ..kernels.autocast import exact_backward
+from .dense_layers import layers_of
 
 METHOD = "undula-gqsa"  # what a configuration calls it
 TOP = 15  # the largest q
@@ -122,8 +122,8 @@ def _check(W_OI: Tensor, form: Form) -> None:
 
 
 class GQSALinear(nn.Linear):
-    """A linear layer whose weight is stored so: `weight` holds the codes, `index` the places of the groups.  `scale`
-    and `zero` (float32) can train."""
+    """A linear layer whose weight is stored so: `weight` holds the codes, as int8 (which models that look at the type
+    of a weight know to be quantised), `index` the places of the groups.  `scale` and `zero` (float32) can train."""
 
     index: Tensor
 
@@ -131,7 +131,7 @@ class GQSALinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = O, I
         K, kind = form.kept(I), torch.uint8 if I // form.group <= 256 else torch.int16
-        self.weight = nn.Parameter(torch.zeros(O, K * form.group // 2, dtype=torch.uint8), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(O, K * form.group // 2, dtype=torch.int8), requires_grad=False)
         self.register_buffer("index", torch.zeros(O, K, dtype=kind))
         self.scale = nn.Parameter(torch.ones(O, K, dtype=torch.float32), requires_grad=False)
         self.zero = nn.Parameter(torch.zeros(O, K, dtype=torch.float32), requires_grad=False)
@@ -143,12 +143,17 @@ class GQSALinear(nn.Linear):
         """In the place of `layer`."""
         new = GQSALinear(layer.out_features, layer.in_features, form, layer.bias, layer.weight.dtype)
         device = layer.weight.device
-        for name, t in (("weight", made.codes.flatten(1)), ("scale", made.scale), ("zero", made.zero)):
+        for name, t in (("weight", made.codes.flatten(1).view(torch.int8)), ("scale", made.scale), ("zero", made.zero)):
             setattr(new, name, nn.Parameter(t.to(device), requires_grad=False))
         new.index = made.index.to(device)
         return new.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(
+                f"a layer in 4-bit groups was given {x.dtype}: the model casts to the type of its weight, which holds "
+                "codes. Leave the layer out when compressing (exclude)"
+            )
         if kernel.applies(x, self.scale):
             y = kernel.product(x, self.codes, self.index, self.scale, self.zero)
             return y if self.bias is None else y.add_(self.bias)
@@ -158,7 +163,7 @@ class GQSALinear(nn.Linear):
     @property
     def codes(self) -> Tensor:
         """q (O, K, G/2), two to a byte; `weight` has them with K G/2 columns."""
-        return self.weight.view(*self.index.shape, -1)
+        return self.weight.view(torch.uint8).view(*self.index.shape, -1)
 
     def extra_repr(self) -> str:
         _, K, half = self.codes.shape
@@ -224,26 +229,6 @@ class Compressed:
 
     errors: Mapping[str, float]
     bits: float
-
-
-def layers_of(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The layers that can be stored so: `nn.Linear` ones, but for the output head and those excluded (a name, its end,
-    or a glob).  Raises ValueError for a model with adapters, or without such layers."""
-    if "_undula" in model.__dict__:
-        raise ValueError("adapters are attached to this model: compress the base first, then attach")
-    head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = head_of()
-    found = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m is not head}
-    for pattern in exclude:
-        hit = [n for n in found if n == pattern or n.endswith(f".{pattern}") or fnmatch.fnmatchcase(n, pattern)]
-        if not hit:
-            raise ValueError(
-                f"exclude: {pattern!r} matches none of the {len(found)} layers: {', '.join(list(found)[:5])}, ..."
-            )
-        found = {n: m for n, m in found.items() if n not in hit}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear layers left to compress (GPT-2's are Conv1D)")
-    return found
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def prune_base(model: nn.Module) -> Pruned:
         )
     name = next(iter(adapters(model)))
     rows, columns = _places(kept)
-    smaller = _smaller(adapter.copy(), rows, columns)
+    smaller = _smaller(model, adapter.copy(), rows, columns)
     detach(model, name)
     before = sum(p.numel() for p in model.parameters())
     for site in {**rows, **columns}:
@@ -117,21 +117,24 @@ def _places(kept: list[tuple[Coupled, Tensor]]) -> tuple[dict[str, Tensor], dict
 
 def _cut(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
     """Leaves these rows and columns of a linear layer."""
+    for leaf in ("weight", "bias"):
+        if (p := getattr(module, leaf, None)) is not None:
+            setattr(module, leaf, nn.Parameter(_left(p.detach(), module, leaf, rows, columns), p.requires_grad))
     W: Tensor = module.weight  # type: ignore[assignment]
-    W_OI = W.T if transposed(module) else W
-    if rows is not None:
-        W_OI = W_OI[rows]
-    if columns is not None:
-        W_OI = W_OI[:, columns]
-    made = W_OI.T if transposed(module) else W_OI
-    module.weight = nn.Parameter(made.contiguous(), W.requires_grad)
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    if rows is not None and bias is not None:
-        module.bias = nn.Parameter(bias[rows].contiguous(), bias.requires_grad)
-    O, I = W_OI.shape
+    O, I = W.T.shape if transposed(module) else W.shape
     for name, size in (("out_features", O), ("in_features", I), ("nf", O), ("nx", I)):
         if hasattr(module, name):
             setattr(module, name, size)
+
+
+def _left(t: Tensor, module: nn.Module, leaf: str, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """What is left of a linear layer's weight or bias."""
+    if leaf == "bias":
+        return t if rows is None else t[rows].contiguous()
+    W_OI = t.T if transposed(module) else t
+    W_OI = W_OI if rows is None else W_OI[rows]
+    W_OI = W_OI if columns is None else W_OI[:, columns]
+    return (W_OI.T if transposed(module) else W_OI).contiguous()
 
 
 def _recount(attention: nn.Module, part: Coupled, number: int) -> None:
@@ -152,8 +155,8 @@ def _reconfigure(model: nn.Module, config: object) -> None:
             setattr(text, name, value)
 
 
-def _smaller(adapter: Adapter, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> Adapter:
-    """The adapter on what is left, without masks."""
+def _smaller(model: nn.Module, adapter: Adapter, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> Adapter:
+    """The adapter on what is left, without masks; what it trains in full of the matrices that are cut is cut too."""
     methods: dict[str, Method] = dict(adapter.methods)
     factors: dict[str, Factors] = {}
     shapes = dict(adapter.shapes)
@@ -162,7 +165,13 @@ def _smaller(adapter: Adapter, rows: Mapping[str, Tensor], columns: Mapping[str,
         factors[site] = _factors(site, methods[site], left, rows.get(site), columns.get(site))
         O, I = shapes[site]
         shapes[site] = (len(rows[site]) if site in rows else O, len(columns[site]) if site in columns else I)
-    return replace(adapter, methods=methods, factors=factors, shapes=shapes)
+    full = dict(adapter.full)
+    for name, t in full.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in rows or owner in columns:
+            cut = _left(t.detach(), model.get_submodule(owner), leaf, rows.get(owner), columns.get(owner))
+            full[name] = cut.requires_grad_(t.requires_grad)
+    return replace(adapter, methods=methods, factors=factors, shapes=shapes, full=full)
 
 
 def _factors(site: str, method: Method, f: Factors, rows: Tensor | None, columns: Tensor | None) -> Factors:

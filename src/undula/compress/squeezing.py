@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
-from ..core.method import Factors, Method
+from ..core.method import Additive, Factors, Method
 from ..host import views
 from ..host.sharded import check_whole
 from ..io import files
@@ -149,6 +149,8 @@ class _Source:
 def _cuts(source: _Source, target: Target, seen: Seen | None) -> Iterator[tuple[str, _Cut]]:
     """Every site, in order, as the target has it.  One is held at a time, and those that others share."""
     outline, first = source.outline, source.firsts()
+    if not outline.methods:
+        raise ValueError("this adapter adapts no layer (it holds parameters in full alone): it has no rank to lose")
     for site, method in outline.methods.items():
         inside(site, method)  # what cannot be squeezed is told before anything is computed
     ranks = None if isinstance(target, EachSite) else _shared_out(source, target, first)
@@ -169,9 +171,10 @@ def _cuts(source: _Source, target: Target, seen: Seen | None) -> Iterator[tuple[
 
 
 def padding_of(adapter: Adapter, site: str) -> int | None:
-    """The column of an embedding's update that stays zero."""
+    """The column of an embedding's update that stays zero; none under DoRA, whose norms have it in them."""
     kernel = adapter.kernels.get(site)
-    return kernel[0] if kernel is not None and len(kernel) == 1 else None
+    added = isinstance(adapter.methods[site].undropped(), Additive)
+    return kernel[0] if added and kernel is not None and len(kernel) == 1 else None
 
 
 def dtype_of(f: Factors) -> torch.dtype:
@@ -215,6 +218,11 @@ def _cut(outline: Adapter, site: str, f: Factors, update: Update, k: int) -> _Cu
         return _Cut(outline.methods[site], None, 0, update.whole, update.whole)
     triple = update.leading(k)
     B, A = (t.to(dtype_of(f)) for t in svd.halves(*triple))
+    if not (B.isfinite().all() and A.isfinite().all()):
+        raise ValueError(
+            f"{site}: the update is too large for factors of {str(B.dtype).removeprefix('torch.')}: bring the adapter "
+            "into float32 first (adapter.map)"
+        )
     if update.whole == 0:  # B = 0 alone: with A = 0 too no training could leave that
         A = triple[2].T.to(A.dtype).contiguous()
     return _placed(outline, site, f, B, A, update.missed(triple, B, A), update.whole)

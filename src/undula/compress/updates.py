@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -111,10 +113,17 @@ def update_of(
     law = inside(site, method)
     check_finite(site, f)
     f = {k: t.detach().double() if t.is_floating_point() else t for k, t in f.items()}
+    read = method.reads(f)  # what the layer does without is no part of the update
     if isinstance(law, LowRank):
         B_OR, A_RI = law.pair(f)
-        return Pair(B_OR, without(A_RI, padding))
-    return Computed(blocks_of(law, f, shape, padding), solver)
+        return Pair(B_OR, without(A_RI if read is None else A_RI * read, padding))
+    M = blocks_of(law, f, shape, padding)
+    return Computed(M if read is None else replace(M, rows=_reading(M.rows, read)), solver)
+
+
+def _reading(rows: Callable[[slice], Tensor], read_I: Tensor) -> Callable[[slice], Tensor]:
+    """The rows of a matrix whose other columns are zero."""
+    return lambda some: rows(some) * read_I
 
 
 def check_finite(site: str, f: Factors) -> None:

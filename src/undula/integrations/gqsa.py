@@ -46,11 +46,11 @@ class GQSAQuantizer(HfQuantizer):
             raise ValueError("the configuration names no layers that are in 4-bit groups: the folder is not whole")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        there = dict(model.named_modules())
+        there = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
         form = self.quantization_config.form
-        if missing := [n for n in self.quantization_config.layers if type(there.get(n)) is not nn.Linear]:
-            raise ValueError(f"{type(model).__name__} has no linear layer {missing[0]}, which the configuration names")
-        for name in self.quantization_config.layers:
+        for said in self.quantization_config.layers:
+            if (name := next((n for n in _called(model, said) if n in there), None)) is None:
+                raise ValueError(f"{type(model).__name__} has no linear layer {said}, which the configuration names")
             layer = there[name]
             with torch.device("meta"):
                 new = GQSALinear(layer.out_features, layer.in_features, form, layer.bias, layer.weight.dtype)
@@ -71,6 +71,12 @@ class GQSAQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _called(model: Any, name: str) -> tuple[str, ...]:
+    """What a layer may be called here: with a head on the base model, and without."""
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def register() -> None:
