@@ -13,6 +13,7 @@ from tests.support.layers import net
 from undula import combine
 from undula.cli.main import app
 from undula.combine import Elect, Magnitude, Merge, Sum
+from undula.train import searching
 from undula.train.base import open_model
 from undula.train.run import Run
 from undula.train.tasks.classification import Classification
@@ -119,6 +120,9 @@ def test_the_command_works_on_directories_alone(plain, tmp_path):
     call("combine", f"{a}:0.5", f"{b}:-1", "--how", "task-arithmetic", "--out", tmp_path / "e")
     one, other = undula.Adapter.load(a), undula.Adapter.load(b)
     same(undula.Adapter.load(tmp_path / "e"), {"0": 0.5 * one.delta("0") - other.delta("0")})
+    for i, weights in enumerate((["--weights", ".5", "-1e0"], ["--weights=0.5,-1"])):
+        call("combine", a, b, "--how", "task-arithmetic", *weights, "--out", tmp_path / f"e{i}")
+        same(undula.Adapter.load(tmp_path / f"e{i}"), {"0": 0.5 * one.delta("0") - other.delta("0")})
     out, _ = call("combine", a, b, "--how", "ties", "--density", "0.3", "--rank", "2", "--out", tmp_path / "f")
     assert "what the rank leaves out: 0." in out
 
@@ -132,10 +136,14 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_written(plain, tm
         ([a, b, "--how", "tise"], "no way to combine is called 'tise'"),
         ([a, b, "--weights", "1,2,3"], "2 adapters take 2 weights, found 3"),
         ([a, b, "--weights", "half"], "--weights takes numbers"),
+        ([a, b, "--how", "ties", "--weights", "0", "0"], "nothing is left of the adapters"),
+        ([a, b, "--hwo", "ties"], "No such option: --hwo"),
         ([f"{a}:1", b, "--weights", "1,2"], "by --weights or as DIR:0.5, not both"),
         ([a, b, "--density", "0.5"], "has no density"),
         ([a, b, "--how", "svd"], "say which (--rank 16"),
         ([a, b, "--data", "x.csv"], "the others look at no rows"),
+        ([a, b, "--how", "regmean", "--set", "shrink=much"], "shrink is a number from 0 to 1, found 'much'"),
+        ([a, b, "--how", "regmean", "--set", "shrink=2"], "RegMean.shrink is at least 0 and at most 1, found 2.0"),
         ([a, tmp_path / "nowhere"], "no adapter directory"),
     ):
         _, told = call("combine", *words, "--out", tmp_path / "out", code=2)
@@ -190,3 +198,12 @@ def test_a_search_takes_the_best_of_its_trials(runs, tmp_path, data):
     assert found["trials"][0]["how"] == "average"
     assert "the best of 4 trials" in out
     assert bool(undula.Adapter.load(tmp_path / "d").full) == data, "with rows of its own, each adapter keeps its head"
+
+
+def test_no_share_is_taken_of_what_is_not_above_zero(runs, tmp_path, monkeypatch):
+    """A correlation below zero: twice as bad would count as twice as good."""
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(searching, "_measured", lambda *_: -0.5)
+    _, told = call("combine", runs / "a", runs / "b", "--search", "2", "--rows", "8", "--out", tmp_path / "d", code=2)
+    assert "a reaches -0.5 alone (accuracy), of which there are no shares: search on other rows (--data)" in told
+    assert not (tmp_path / "d").exists()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import undula
 from undula.cli.main import app
-from undula.io import inspect
+from undula.io import inspect, lora_config
 
 F = torch.zeros
 
@@ -157,6 +157,16 @@ def test_a_gguf_adapter_is_shown(tmp_path):
     spot = found.sites[0]
     assert (found.form, found.kind, found.use, found.base) == ("GGUF", "LoRA", "import", "llama")
     assert (spot.site, spot.rank, spot.alpha, spot.scale, spot.shape) == ("blk.0.attn_q", 3, 6.0, 2.0, (6, 8))
+    assert "undula import FILE" in found.why
+    model = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    model.add_tensor("blk.0.attn_q.weight", F(6, 8).numpy())
+    model.write_header_to_file()
+    model.write_kv_data_to_file()
+    model.write_tensors_to_file()
+    model.close()
+    whole = inspect(tmp_path / "m.gguf")
+    assert (whole.kind, whole.use) == ("whole model", "show")
+    assert "its models not at all" in whole.why
 
 
 def sharded(folder, places, held):
@@ -326,6 +336,20 @@ def test_the_verb_says_it_in_a_table_and_as_json(tmp_path):
     told = json.loads((tmp_path / "out.json").read_text())
     assert (len(told["sites"]), told["use"], told["dtypes"]["F16"]) == (13, "show", 28)
     assert "blocks_7_to_q" in CliRunner().invoke(app, ["inspect", str(tmp_path), "--all"]).output
+
+
+def test_a_file_of_very_many_layers_fills_no_terminal(tmp_path, monkeypatch):
+    """Layers that are all called otherwise, and patterns as many: nothing is done for each of them times each other."""
+    many, calls, patterns = 600, [], lora_config.patterns
+    monkeypatch.setattr(lora_config, "patterns", lambda *words: calls.append(words) or patterns(*words))
+    folder = config(tmp_path, peft_type="LOHA", r=4, alpha_pattern={f"w{i}y": i for i in range(many)})
+    raw(tmp_path / "adapter_model.safetensors", {f"w{i}y.hada_w1_a": entry(0, 0, [0, 4]) for i in range(many)}, b"")
+    done = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert len(calls) < 5
+    assert done.output.count("LoHa") < 300
+    assert f"{many - 200:,} more lines: --all shows them" in done.output
+    assert inspect(folder).sites[-1].alpha == many - 1
 
 
 def test_inspect_reads_headers_alone(tmp_path):

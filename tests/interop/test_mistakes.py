@@ -220,6 +220,7 @@ def test_advice_is_in_options_on_the_command_line():
         "say on which data (data=..., or --data)": "say on which data (--data)",
         "collapse(Truncate(4)) makes the best": "`undula collapse --how truncate --set r=4` makes the best",
         "undula.collapse fits a LowRank adapter": "`undula collapse` fits a LowRank adapter",
+        "fits one: collapse(model, LeastSquares(r, calibration))": "fits one: `undula collapse --how least-squares`",
         "use Plain(), or --task-set format=plain": "use --task-set format=plain",
     }
     assert {text: shell.spoken(text) for text in texts} == texts

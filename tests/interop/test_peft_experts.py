@@ -57,9 +57,14 @@ def test_a_lora_on_parameters_computes_what_it_does_in_peft(name, parameters, mo
     wanted = saved(name, tmp_path, target_modules=["q_proj"], target_parameters=parameters, **more)
     model = made(name)
     base = model(input_ids=torch.arange(8).view(2, 4)).logits
-    undula.attach(model, undula.Adapter.load(tmp_path))
+    adapter = undula.Adapter.load(tmp_path)
+    undula.attach(model, adapter)
     torch.testing.assert_close(model(input_ids=torch.arange(8).view(2, 4)).logits, wanted, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(base, wanted)
+    for each in (adapter, undula.squeeze(adapter, undula.compress.ByRank(1)).adapter, adapter + adapter):
+        with pytest.raises(ValueError, match="which undula reads and does not write"):
+            undula.io.export_lora(each, tmp_path / "out")  # under names that PEFT would leave out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -20,6 +20,7 @@ from undula import (
     LoRA,
     Sum,
 )
+from undula.io.sites import Opened
 from undula.starts import Gaussian
 
 LINEAR = ("q_proj", "v_proj", "down_proj")
@@ -154,14 +155,18 @@ def test_gradients_are_pefts(options, method, make, tmp_path):
         torch.testing.assert_close(p.grad, wanted[name].grad.reshape(p.shape))
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_biases_that_were_trained_beside_are_read(bias, tmp_path):
-    """They stand in the file as they are after the training: parameters in full."""
-    x, model = tokens(), theirs(gpt2(), ["c_attn"], r=2, bias=bias, fan_in_fan_out=True)
+@pytest.mark.parametrize(("bias", "more"), [("lora_only", {}), ("all", {}), ("all", {"modules_to_save": ["ln_f"]})])
+def test_biases_that_were_trained_beside_are_read(bias, more, tmp_path):
+    """They stand in the file as they are after the training: parameters in full.  Those of
+    `modules_to_save` stand there under the names of PEFT's wrapper too."""
+    x, model = tokens(), theirs(gpt2(), ["c_attn"], r=2, bias=bias, fan_in_fan_out=True, **more)
     model.save_pretrained(tmp_path)
     own = gpt2()
     adapter = undula.attach(own, undula.Adapter.load(tmp_path))
     assert "transformer.h.0.attn.c_attn.bias" in adapter.full
+    with Opened(tmp_path) as opened:
+        assert set(opened.outline.full) == set(adapter.full)
+        assert all(torch.equal(opened.parameter(n), t) for n, t in undula.Adapter.load(tmp_path).full.items())
     torch.testing.assert_close(own(x).logits, model(x).logits)
 
 

@@ -687,8 +687,15 @@ def test_a_training_goes_on_from_a_squeezed_adapter(usual, tmp_path):
     with its head; stopped and resumed it is the same."""
     first = dataclasses.replace(usual, method=undula.LoRA(r=4), out=tmp_path / "first")
     undula.train(first)
-    done = CliRunner().invoke(app, ["squeeze", str(first.out), "--budget", "7", "--out", str(tmp_path / "less")])
+    less, place = tmp_path / "less", tmp_path / "told"
+    words = ["squeeze", str(first.out), "--budget", "7", "--out", str(less), "--json", str(place)]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
+    told, twins = json.loads(place.read_text()), [first.out / p.name for p in less.iterdir()]
+    assert first.out / "run.json" in twins
+    done = CliRunner().invoke(app, [*words[:2], "--size", "5k", "--out", str(tmp_path / "tiny")])
+    assert re.search(r"what goes with the adapter \(its run, its card\) takes [\d,]+ bytes", done.output), done.output
+    assert told["bytes_before"] == sum(p.stat().st_size for p in twins)  # of the same files
     assert Run.load(tmp_path / "less").model == first.model
     less = undula.Adapter.load(tmp_path / "less")
     run = dataclasses.replace(

@@ -3,6 +3,7 @@
 No training: the adapters have random numbers, as after it.
 """
 
+import errno
 import json
 import os
 import re
@@ -522,6 +523,25 @@ def test_folders_of_living_processes_are_left_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
     with pytest.raises(FileExistsError, match="is not empty"), whole(tmp_path / "a"):
         pass
+
+
+def test_where_nothing_can_be_written_the_place_is_named(tmp_path):
+    """As it was asked for, and not the hidden name; a full disk says none at all."""
+    from undula.io.draft import Draft
+    from undula.io.whole import whole
+
+    (tmp_path / "file").touch()
+    within, full = tmp_path / "file" / "a", tmp_path / "a"
+    with pytest.raises(OSError, match=f"^{re.escape(str(within))} cannot be written: "), whole(within):
+        pass
+    told = f"No space left on device: '{re.escape(str(full))}'"
+    with pytest.raises(OSError, match=told), whole(full):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=told), whole(full) as folder, Draft(folder / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=told), Draft(full):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_umask_counts(tmp_path):

@@ -267,6 +267,9 @@ def test_regmean_is_the_minimum_on_all_inputs_together():
             )
             close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-9)
     same(RegMean([grams[0]] * 2)([low(1), low(1)]), low(1))
+    apart = [{"0": grams[0]["0"]}, {"2": grams[1]["2"]}]
+    lone = quietly(RegMean(apart), [low(1, where=("0",)), low(2, where=("2",))], [0.0, 1.0])
+    same(lone, {"0": torch.zeros(16, 12).double(), "2": low(2, where=("2",)).delta("2")})
     with pytest.raises(ValueError, match="adapter 2 has an update at 0 and no Gram matrix"):
         RegMean([grams[0], {}])([low(1), low(2)])
 
@@ -329,6 +332,81 @@ def test_directories_give_what_values_give(tmp_path):
         same(undula.Adapter.load(tmp_path / name), quietly(combiner, loaded, [0.5, 0.3, 0.2]), rtol=1e-5, atol=1e-6)
 
 
+def test_what_trained_trains_on_in_the_combination(tmp_path):
+    """Where there is no plain LoRA too: the parts of a `Sum` train, those that a method freezes do not."""
+    adapters = [
+        low(1, where=("0",)),
+        low(2, where=("0",)),
+        drawn(3, [LoRAN(r=2)], ["0"]),
+        drawn(4, [undula.VeRA()], ["0"]),
+    ]
+    for i, a in enumerate(adapters):
+        a.save(tmp_path / str(i))
+    for others in ([0, 1], [0, 2], [2, 3]):
+        combine.combine_directories(Merge(), [tmp_path / str(i) for i in others], tmp_path / f"all {others}")
+        for found in (Merge()([adapters[i] for i in others]), undula.Adapter.load(tmp_path / f"all {others}")):
+            trains = {k: t.requires_grad for _, k, t in found.tensors()}
+            if 2 in others:
+                own = [(j, k, t) for j, i in enumerate(others) for _, k, t in adapters[i].tensors()]
+                assert trains == {f"{j}_{k}": t.requires_grad for j, k, t in own}
+            else:
+                assert trains == {"A": True, "B": True}
+            assert found.num_parameters() == sum(t.numel() for _, _, t in found.tensors() if t.requires_grad) > 0
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_what_is_in_full_is_averaged_and_rounded_once(dtypes, tmp_path):
+    """In the widest type of all, in whatever order they come, from directories as from values."""
+    heads = []
+    for i in range(3):
+        a = undula.attach(net(), LoRA(r=1), ["0"], full=["2"]).copy()
+        torch.manual_seed(i)
+        full = {n: torch.randn(t.shape).to(dtypes[i > 0]).requires_grad_() for n, t in a.full.items()}
+        heads.append(replace(a, full=full))
+        heads[i].save(tmp_path / str(i))
+    weights = [0.5, 0.3, 0.2]
+    wanted = sum(w * a.full["2.weight"].detach().double() for w, a in zip(weights, heads, strict=True))
+    for turn in (1, -1):
+        combine.combine_directories(
+            Merge(), [tmp_path / str(i) for i in range(3)][::turn], tmp_path / f"to {turn}", weights[::turn]
+        )
+        for found in (Merge()(heads[::turn], weights[::turn]), undula.Adapter.load(tmp_path / f"to {turn}")):
+            head = found.full["2.weight"]
+            assert head.requires_grad
+            assert head.dtype == torch.promote_types(*dtypes)
+            close(head.double(), wanted, rtol=1.01 * 2.0**-8 if dtypes[1] == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def test_parameters_in_full_without_an_average_are_refused_before_anything_is_computed(tmp_path):
+    for i in range(2):
+        undula.attach(net(), LoRA(r=1), ["0"], full=["2"]).save(tmp_path / str(i))
+    for weights, why in (([1.0, -0.5], "weights that sum to 0.5"), ([1.0, 1.0], "cannot be added")):
+        with pytest.raises(ValueError, match=why):
+            combine.combine_directories(
+                Merge(consensus=Sum()), [tmp_path / "0", tmp_path / "1"], tmp_path / "out", weights, seen=pytest.fail
+            )
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_row_of_padding_is_no_part_of_an_update():
+    """So the rank that is kept is spent on rows that count, and magnitudes are those of such rows."""
+    adapters = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        a = shake(
+            undula.attach(nn.Sequential(nn.Embedding(12, 8, padding_idx=3)).double(), LoRA(r=2), ["0"]), 0.5
+        ).copy()
+        for f in a.factors.values():
+            f["A"].detach()[:, 3] = 1e3  # no forward reads it
+        adapters.append(a)
+    total = sum(a.delta("0").index_fill(1, torch.tensor([3]), 0.0) for a in adapters)
+    for combiner in (Merge(consensus=Sum(), rank=3), Merge(ALL, Sum(), rank=3), Merge(ALL, Sum(), Aligned(), rank=3)):
+        (made,) = combiner.steps(adapters)
+        U, s, V = torch.linalg.svd(total, full_matrices=False)
+        close(made.part.delta("0").detach(), U[:, :3] * s[:3] @ V[:3])
+        close(torch.tensor([made.missed, made.whole]).double(), torch.stack([s[3:].square().sum(), s.square().sum()]))
+
+
 def test_what_does_not_belong_together_is_refused():
     a, b = low(1), low(2, where=("0",))
     with pytest.warns(combine.Missing, match=r"adapter 2 has nothing at 1 of 2 layers: its update is zero there \(2\)"):
@@ -339,6 +417,7 @@ def test_what_does_not_belong_together_is_refused():
         ("2 adapters take 2 weights, found 1", [a, a], [1.0]),
         ("finite", [a, a], [1.0, float("nan")]),
         ("weights with a sum", [a, a], [1.0, -1.0]),
+        ("nothing is left of the adapters", [a, a], [0.0, 0.0]),
     ):
         with pytest.raises(ValueError, match=text):
             Merge()(adapters, weights)
@@ -356,6 +435,18 @@ def test_what_does_not_belong_together_is_refused():
     heads = undula.attach(net().double(), LoRA(r=1), ["0"], full=["2"]).copy()
     with pytest.raises(ValueError, match="train parameters in full cannot be added"):
         combine.named("stack")([heads, heads])
+    wider = replace(heads, full={n: torch.cat([t, t]) for n, t in heads.full.items()})
+    with pytest.raises(ValueError, match=r"2.weight is \(8, 16\) and \(16, 16\) in the adapters"):
+        combine.named("average")([heads, wider])
+    vast = a.map(lambda f: {"A": f["A"] * 1e100, "B": f["B"] * 1e100})
+    for wrong, combiner in ((1e13, Merge()), (1.0, Merge(Magnitude(0.5), Sum(), rank=2))):
+        with pytest.raises(
+            ValueError, match=r"at most 1e\+12 in size|at 0 the combination is beyond what torch.float64"
+        ):
+            combiner([vast, a], [wrong, 1.0])
+    for weights in ([1.0], [0.5, float("nan")]):
+        with pytest.raises(ValueError, match=r"2 adapters take 2 weights|finite"):
+            combine.fused([a, a], weights)
     halves = combine.named("average")([heads, heads])
     close(halves.full["2.weight"], heads.full["2.weight"])
     model = nn.Sequential(nn.Linear(12, 5))

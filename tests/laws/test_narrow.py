@@ -168,3 +168,13 @@ def test_outlines_have_an_update_too(method):
     """The meta device has no autocast to turn off: shapes are counted there."""
     f = method.init(undula.host.views.outline("l", (6, 4)))
     assert method.delta(f).shape == (6, 4)
+
+
+def test_a_weight_beyond_its_type_is_not_merged():
+    """Half of its entries would be infinite; the adapter stays what it was, and alive."""
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+    adapter, W = shake(undula.attach(model, undula.LoRA(r=2)), 300.0), model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"^0: merged, its weight is beyond what torch.float16 holds"):
+        undula.merge(model)
+    assert undula.selected(model) is adapter
+    assert torch.equal(model[0].weight, W)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import undula
@@ -64,6 +65,26 @@ def test_every_number_goes_to_its_nearest_integer_as_torchao_rounds(bits, shape)
     far = ((found.movedim(axis, -1).reshape(rows.shape) - rows).abs() / step).max()
     assert far <= 0.5 * (1 + 127 * 2**-8) if bits == 8 else far < 3
     assert torch.equal(how.unpack(*how.pack(found), x.shape, "x"), found)  # again changes nothing
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_group_that_is_larger_than_a_row_takes_no_more_memory(bits):
+    """A file says how large it is, so what a file says fills no memory."""
+    largest = 0
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            found = func(*args, **(kwargs or {}))
+            largest = max(largest, found.numel() if isinstance(found, torch.Tensor) else 0)
+            return found
+
+    x, whole, row = torch.randn(20, 30), Packing(bits, group=1_000_000), Packing(bits, group=30)
+    with Watched():
+        q, scale = whole.pack(x)
+        found = whole.unpack(q, scale, x.shape, "x")
+    assert largest <= 2 * x.numel()
+    assert torch.equal(found, row.unpack(*row.pack(x), x.shape, "x"))
 
 
 @pytest.mark.parametrize(("bits", "share", "error"), [(8, 0.53, 0.012), (4, 0.28, 0.2)])

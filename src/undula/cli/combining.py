@@ -166,13 +166,16 @@ def _regmean(
     said = dict(split_pair(pair, "an option") for pair in options)
     if set(said) - {"shrink"}:
         raise LookupError(f"regmean has no option {', '.join(set(said) - {'shrink'})}; it has: shrink")
+    shrink = _number(said.get("shrink", "1"))
+    if shrink is None:
+        raise ValueError(f"regmean's shrink is a number from 0 to 1, found {said['shrink']!r:.40}")
+    way = RegMean((), rank=rank, **({"shrink": shrink} if said else {}))  # refused before rows are run
     measured = []
     for path in paths:
         opened = restored(path, model)
         batches = list(opened.batches(opened.examples(data, "train" if data is None else None, rows)))
         measured.append(dict(grams(opened.model, batches)))
-    more = {"shrink": float(said["shrink"])} if said else {}
-    return RegMean(tuple(measured), rank=rank, **more)
+    return replace(way, grams=tuple(measured))
 
 
 def _searched(

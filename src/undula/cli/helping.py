@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import re
 from typing import Any
 
 from typer.core import TyperCommand
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 SHAPES = {"str": "TEXT", "list[str]": "TEXT", "int": "N", "float": "X", "path": "PATH"}  # of a value, by its type
 
 
@@ -46,6 +49,22 @@ class Readable:
 
 class Verb(Readable, TyperCommand):
     """A verb."""
+
+
+class Weighted(Verb):
+    """One whose --weights takes the numbers that follow: those below zero are no options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, joined(list(args)))
+
+
+def joined(args: list[str]) -> list[str]:
+    """`--weights 1 -1` as `--weights=1,-1`."""
+    at = args.index("--weights") + 1 if "--weights" in args else len(args)
+    numbers = list(itertools.takewhile(NUMBER.fullmatch, args[at:]))
+    if not any(n.startswith("-") for n in numbers):
+        return args
+    return [*args[: at - 1], f"--weights={','.join(numbers)}", *args[at + len(numbers) :]]
 
 
 def paragraphs(text: str | None) -> str:

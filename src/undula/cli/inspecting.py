@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..io.inspecting import Inspected
     from ..io.spots import Spot
 
+MOST_LINES = 200  # of layers that are not alike: a terminal shows no more, and a file may say any number
 NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)|^\d+(?=[._]|$)")
 
 
@@ -37,7 +38,11 @@ def inspect(
     shell.write(to, found.encode())
     if str(to) == "-":
         return
-    shell.out.print(shell.table(_rows(found, every)) if found.sites else "no tensors", highlight=False)
+    rows = _rows(found, every)
+    shown = rows if every else rows[:MOST_LINES]
+    shell.out.print(shell.table(shown) if rows else "no tensors", highlight=False)
+    if len(shown) < len(rows):
+        shell.note(f"{len(rows) - len(shown):,} more lines: --all shows them, --json FILE writes them")
     size, tensors = sum(found.files.values()), sum(found.dtypes.values())
     types = ", ".join(f"{n:,} {kind}" for kind, n in found.dtypes.items())
     shell.note(f"{found.kind}; stored as: {found.form}")

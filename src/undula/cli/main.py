@@ -93,7 +93,7 @@ VERBS: dict[str, tuple[str, Callable[..., None]]] = {
 for name, (panel, verb) in VERBS.items():
     app.command(
         name,
-        cls=helping.Verb,
+        cls=helping.Weighted if verb is combining.combine else helping.Verb,
         help=helping.paragraphs(verb.__doc__),
         short_help=helping.first_sentence(verb.__doc__),
         rich_help_panel=panel,

@@ -40,6 +40,7 @@ PYTHON = (
         r"(?:Use )?(?:undula\.)?[Cc]ollapse\((?:undula\.)?Truncate\((\w+)\)\)",
         lambda found: f"`undula collapse --how truncate --set r={found[1] if found[1].isdigit() else 'RANK'}`",
     ),
+    (r"collapse\(model, LeastSquares\(r, calibration\)\)", "`undula collapse --how least-squares`"),
     (r"LeastSquares\(r, calibration\)", "`undula collapse --how least-squares`"),
     (r"(?<!`)undula\.collapse\b(?!\()", "`undula collapse`"),
     (r"undula\.merge\b(?!\()", "`undula merge`"),

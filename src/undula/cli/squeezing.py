@@ -58,12 +58,12 @@ def squeeze(
         outline = head(place).outline()
         with layers_bar(place.name, len(outline.methods)) as seen:
             made = _squeezed(place, target, folder, called, seen)
-        if made.bytes[1] > made.bytes[0]:
+        if made.bytes[1] > made.bytes[0] and made.adapter.num_parameters() > outline.num_parameters():
             shell.remark(
                 f"{place} is larger as a plain LoRA than it was: its method shares or rebuilds its numbers, and a LoRA "
                 "stores them"
             )
-        return _lost(outline, made, sum_of(folder))
+        return _lost(outline, made, (_same_files(place, folder), sum_of(folder)))
 
     _each(path, out, to, one)
 
@@ -134,7 +134,14 @@ def _squeezed(
     """Squeezes one adapter into `folder`.  With a size for a target, all that lies there is counted."""
     asked, beside = target, 0
     while True:
-        made = compress.squeeze_directory(place, folder, asked, seen=seen)
+        try:
+            made = compress.squeeze_directory(place, folder, asked, seen=seen)
+        except ValueError as error:
+            if not beside:
+                raise
+            raise ValueError(
+                f"what goes with the adapter (its run, its card) takes {beside:,} bytes: {error}"
+            ) from None
         _card(place, made.adapter, folder, called, _told(made))
         if not isinstance(target, BySize) or sum_of(folder) <= target.bytes:
             return made
@@ -173,8 +180,14 @@ def _card(place: Path, adapter: Adapter, folder: Path, called: Path, note: str) 
         files.write_text(folder / "README.md", f"{README}\n{note}\n")
 
 
-def _lost(adapter: Adapter, made: compress.Squeezed, size: int) -> dict[str, Any]:
-    """What is said of one adapter."""
+def _same_files(place: Path, folder: Path) -> int:
+    """The bytes in `place` of the files that `folder` has too."""
+    twins = [place / file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    return sum(twin.stat().st_size for twin in twins if twin.is_file())
+
+
+def _lost(adapter: Adapter, made: compress.Squeezed, sizes: tuple[int, int]) -> dict[str, Any]:
+    """What is said of one adapter; `sizes` are the bytes of its files, before and after."""
     rows = []
     for site, k in made.ranks.items():
         before = adapter.factors[site].get("A")
@@ -182,8 +195,8 @@ def _lost(adapter: Adapter, made: compress.Squeezed, size: int) -> dict[str, Any
             {"layer": site, "rank before": None if before is None else len(before), "rank": k,
              "relative error": made.errors[site]}
         )  # fmt: skip
-    return {"error": made.error, "ranks": sum(made.ranks.values()), "bytes_before": made.bytes[0], "bytes": size,
-            "layers": rows}  # fmt: skip
+    return {"error": made.error, "ranks": sum(made.ranks.values()), "bytes_before": sizes[0],
+            "bytes": sizes[1], "layers": rows}  # fmt: skip
 
 
 def adapters_in(path: Path) -> list[Path]:

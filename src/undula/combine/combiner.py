@@ -16,6 +16,7 @@ from .update import Layer, Made, layer_of
 from .weighted import agreed, averaged
 
 Source = Adapter | Opened
+LARGEST = 1e12  # of a weight: squares of what it makes larger are beyond float32
 SameBase = Callable[[str, str], bool]
 
 
@@ -65,15 +66,23 @@ class Combiner(Choice):
         return list(weights)
 
     def weights(self, weights: Sequence[float] | None, number: int) -> tuple[float, ...]:
-        """One finite weight per adapter.  Raises ValueError."""
-        if not number:
-            raise ValueError("there is nothing to combine: give at least one adapter")
-        given = tuple(1.0 for _ in range(number)) if weights is None else tuple(map(float, weights))
-        if len(given) != number:
-            raise ValueError(f"{number} adapters take {number} weights, found {len(given)}: {list(given)}")
-        if not all(math.isfinite(w) for w in given):
-            raise ValueError(f"weights are finite numbers, found {list(given)}")
+        """One finite weight per adapter, not all of them 0.  Raises ValueError."""
+        given = one_each(weights, number)
+        if not any(given):
+            raise ValueError(f"with weights that are all 0 nothing is left of the adapters: {list(given)}")
         return given
+
+
+def one_each(weights: Sequence[float] | None, number: int) -> tuple[float, ...]:
+    """One finite weight per adapter, 1 each by default.  Raises ValueError."""
+    if not number:
+        raise ValueError("there is nothing to combine: give at least one adapter")
+    given = tuple(1.0 for _ in range(number)) if weights is None else tuple(map(float, weights))
+    if len(given) != number:
+        raise ValueError(f"{number} adapters take {number} weights, found {len(given)}: {list(given)}")
+    if not all(abs(w) <= LARGEST for w in given):
+        raise ValueError(f"weights are finite numbers of at most {LARGEST:g} in size, found {list(given)}")
+    return given
 
 
 class Missing(UserWarning):

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..io.sites import Opened, Writer
 from .combiner import Combiner, SameBase, bases, equal_names
-from .weighted import agreed, averaged
+from .weighted import agreed, averaged, mixed
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ def combine_directories(
         weights = combiner.weights(weights, len(opened))
         outlines = [o.outline for o in opened]
         shares = combiner.shares(weights)
-        if not drop_full:
-            averaged(list(zip(shares, outlines, strict=True)))  # which refuses what has no average
+        named = {} if drop_full else averaged(list(zip(shares, outlines, strict=True)))
+        weight = math.fsum(shares) if named else 1.0
+        replace(outlines[0], full=named, weight=weight).check_usable()  # before anything is computed
         writer = stack.enter_context(Writer(out))
         squares: dict[str, tuple[float, float]] = {}
         for made in combiner.steps(opened, weights, same_base):
@@ -62,22 +62,13 @@ def combine_directories(
             (site,) = made.part.methods
             squares[site] = made.missed, made.whole
             seen(site)
-        names = [] if drop_full else sorted({n for a in outlines for n in a.full})
-        full = {name: _average(opened, shares, name) for name in names}
+        full = {
+            name: mixed((share, o.parameter(name)) for share, o in zip(shares, opened, strict=True)) for name in named
+        }
         about = agreed(outlines)
         base = next((base for _, base in bases(opened)), None)
-        outline = writer.finish(
-            full, about | ({"base_model_name_or_path": base} if base else {}), math.fsum(shares) if full else 1.0
-        )
+        outline = writer.finish(full, about | ({"base_model_name_or_path": base} if base else {}), weight)
     errors = {site: math.sqrt(missed / whole) if whole else None for site, (missed, whole) in squares.items()}
     total = math.fsum(whole for _, whole in squares.values())
     error = math.sqrt(math.fsum(missed for missed, _ in squares.values()) / total) if total else None
     return Combined(replace(outline, full=full), errors, error)
-
-
-def _average(opened: Sequence[Opened], shares: Sequence[float], name: str) -> Tensor:
-    """One parameter in full."""
-    total = shares[0] * opened[0].parameter(name)
-    for share, o in zip(shares[1:], opened[1:], strict=True):
-        total += share * o.parameter(name)
-    return total.requires_grad_()

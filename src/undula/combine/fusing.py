@@ -12,7 +12,7 @@ from ..core.method import Factors, Method
 from ..io.sites import walk
 from ..methods.fusion import GATES, OPEN, Fusion
 from ..methods.sum import together
-from .combiner import Missing, check_one_base, missing
+from .combiner import Missing, check_one_base, missing, one_each
 from .weighted import agreed, averaged
 
 
@@ -25,10 +25,8 @@ def fused(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
 
     Raises ValueError for no adapters, and adapters of other bases, or whose parameters in full have no average.
     """
-    if not adapters:
-        raise ValueError("there is nothing to fuse: give at least one adapter")
+    shares = one_each([1 / len(adapters)] * len(adapters) if weights is None else weights, len(adapters))
     values = [a.copy() if isinstance(a, Live) else a for a in adapters]
-    shares = [1 / len(values)] * len(values) if weights is None else list(weights)
     full = averaged(list(zip(shares, values, strict=True)))
     check_one_base(values)
     for told in missing(values):

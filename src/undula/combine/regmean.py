@@ -18,7 +18,7 @@ from ..host.host import layer_at
 from ..observe.listen import Batch, live
 from ..observe.probe import Probe
 from .combiner import Combiner
-from .update import Layer, Made, compressed, truncated
+from .update import Layer, Made, compressed, linear, truncated
 
 Gram = Mapping[str, Tensor]
 
@@ -46,6 +46,8 @@ class RegMean(Combiner):
 
     def at(self, layer: Layer) -> Made:
         grams = [self._gram(layer, i) for i in range(len(self.grams))]
+        if not any(w for w, G in zip(layer.weights, grams, strict=True) if G is not None):
+            return linear(layer, [0.0] * len(layer.terms), None)  # of those that count none knows the layer
         total_II = torch.stack([w * G for w, G in zip(layer.weights, grams, strict=True) if G is not None]).sum(0)
         root_II = _root(total_II)
         maps = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.method import Additive, Factors, LowRank, Method
 from ..kernels import svd
+from ..kernels.svd import without
 from ..methods.lora import LoRA
 from ..methods.sum import added, as_pair
 
@@ -23,11 +24,13 @@ WHOLE = 1 << 28  # numbers that may be held where rows come all together or not 
 
 @dataclass(frozen=True)
 class Term:
-    """dW of one adapter at a layer; `number` is its place among the adapters, its factors are float32 or wider."""
+    """dW of one adapter at a layer; `number` is its place among the adapters, its factors are float32 or wider.
+    `padding` is the column of an embedding's update that stays the base's, and so is none of it."""
 
     number: int
     method: Additive
     factors: Factors
+    padding: int | None = None
 
     @property
     def rank(self) -> int | None:
@@ -37,13 +40,14 @@ class Term:
     def pair(self) -> tuple[Tensor, Tensor]:
         """(B (O, R), A (R, I)): its factors, or of an update without factors its own singular triples."""
         if isinstance(self.method, LowRank):
-            return self.method.pair(self.factors)
-        dW_OI = self.method.delta(self.factors)
+            B_OR, A_RI = self.method.pair(self.factors)
+            return B_OR, without(A_RI, self.padding)
+        dW_OI = without(self.method.delta(self.factors), self.padding)
         return svd.halves(*svd.exact(dW_OI, min(dW_OI.shape)))
 
     def rows(self, some: slice) -> Tensor:
         """Those rows of dW."""
-        return self.method.rows(self.factors, some)
+        return without(self.method.rows(self.factors, some), self.padding)
 
 
 @dataclass(frozen=True)
@@ -90,25 +94,37 @@ class Made:
 def layer_of(site: str, parts: Sequence[Adapter | None], weights: Sequence[float]) -> Layer:
     """The updates at one layer.  Raises TypeError below the Additive rung."""
     there = [part for part in parts if part is not None]
+    kernels = _kernels(site, there)
+    padding = kernels[-1][0] if kernels and len(kernels[-1]) == 1 else None
     terms, types = [], []
     for number, part in enumerate(parts):
         if part is not None:
             floats = [t.dtype for t in part.factors[site].values() if t.is_floating_point()]
             kind = _promoted(floats or [torch.float32])
             wide = torch.promote_types(kind, torch.float32)
-            f = {k: t.detach().to(wide) if t.is_floating_point() else t for k, t in part.factors[site].items()}
-            terms.append(Term(number, part.additive(site), f))
+            f = {k: _wide(t, wide) for k, t in part.factors[site].items()}
+            terms.append(Term(number, part.additive(site), f, padding))
             types.append(kind)
-    kernels = sorted({part.kernels[site] for part in there if site in part.kernels}, key=len)
-    tables = all(len(kernel) < 2 for kernel in kernels)  # of embeddings some may say which row is padding
-    if any(site not in part.kernels for part in there) and kernels or (len(kernels) > 1 and not tables):
-        raise ValueError(f"the adapters are for different models: {site} is another kind of layer in some of them")
     like = replace(
         there[0],
         kernels={site: kernels[-1]} if kernels else {},
         apart={s: why for part in there for s, why in part.apart.items()},
     )
     return Layer(site, there[0].shapes[site], tuple(terms), tuple(weights), like, _promoted(types))
+
+
+def _kernels(site: str, there: Sequence[Adapter]) -> list[tuple[int, ...]]:
+    """What the adapters say of the layer beside its shape, the one that says most last.  Raises ValueError."""
+    kernels = sorted({part.kernels[site] for part in there if site in part.kernels}, key=len)
+    tables = all(len(kernel) < 2 for kernel in kernels)  # of embeddings some may say which row is padding
+    if any(site not in part.kernels for part in there) and kernels or (len(kernels) > 1 and not tables):
+        raise ValueError(f"the adapters are for different models: {site} is another kind of layer in some of them")
+    return kernels
+
+
+def _wide(t: Tensor, wide: torch.dtype) -> Tensor:
+    """A factor to compute with; whether it trains stays, for what of it stands in the result."""
+    return t.detach().to(wide).requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
 
 def _promoted(types: Sequence[torch.dtype]) -> torch.dtype:
@@ -163,11 +179,17 @@ def compressed(layer: Layer, rows: Rows, rank: int) -> Made:
     M = blocks(layer, rows, len(layer.terms))
     if rank >= min(layer.shape):
         return Made(_named(layer, *as_pair(M.whole())))
-    B, A = svd.halves(*M.leading(rank, 16, 4, 0))
+    told = f"at {layer.site} the combination is beyond what {layer.dtype} holds: has an adapter diverged?"
+    try:
+        B, A = svd.halves(*M.leading(rank, 16, 4, 0))
+    except torch.linalg.LinAlgError:
+        raise ValueError(told) from None
     missed = whole = 0.0
     for some, block in M.each():
         missed += float((block - B[some] @ A).square().sum())
         whole += float(block.square().sum())
+    if not math.isfinite(whole):
+        raise ValueError(told)
     return Made(_lora(layer, B, A), missed, whole)
 
 

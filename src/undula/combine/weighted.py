@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,18 +51,39 @@ def averaged(terms: Terms) -> dict[str, Tensor]:
         raise ValueError(
             f"adapters that train parameters in full cannot be added: {', '.join(lacking[:5] or names[:5])}. They have "
             "an average, of adapters that all have them and with weights that sum to 1 (0.5 * a + 0.5 * b); else drop "
-            "`full` first (dataclasses.replace(adapter, full={}))"
+            "`full` first (dataclasses.replace(adapter, full={}); undula combine --drop-full)"
         )
     orders = {tuple(a.about["classes"]) for _, a in terms if a.full and "classes" in a.about}
     if len(orders) > 1:
         raise ValueError(
             "the adapters' heads answer other classes, or the same in another order: "
             f"{' and '.join(str(list(order)[:8]) for order in sorted(orders))}. Train them with the same names "
-            "(Classification(names=...)), or drop `full` first (dataclasses.replace(adapter, full={}))"
+            "(Classification(names=...)), or drop `full` first (dataclasses.replace(adapter, full={}); undula combine "
+            "--drop-full)"
         )
-    with torch.no_grad():
-        sums = {n: sum((w * a.full[n] for w, a in terms[1:]), terms[0][0] * terms[0][1].full[n]) for n in names}
-    return {n: t.requires_grad_(terms[0][1].full[n].requires_grad) for n, t in sums.items()}
+    for n in names:
+        shapes = dict.fromkeys(tuple(a.full[n].shape) for _, a in terms)
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{n} is {' and '.join(map(str, shapes))} in the adapters, which has no average: heads of tasks that "
+                "answer other things. Drop `full` first (dataclasses.replace(adapter, full={}); undula combine "
+                "--drop-full)"
+            )
+    return {n: mixed((w, a.full[n]) for w, a in terms) for n in names}
+
+
+@torch.no_grad()
+def mixed(parts: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """sum_i w_i t_i, computed in float32 or wider and rounded once, to the widest type of them; one is held at a time.
+    It trains where the first does."""
+    total, kind, trains = None, None, False
+    for w, t in parts:
+        kind = t.dtype if kind is None else torch.promote_types(kind, t.dtype)
+        wide = torch.promote_types(kind, torch.float32)
+        trains = t.requires_grad if total is None else trains
+        total = w * t.to(wide) if total is None else total.to(wide) + w * t.to(wide)
+    assert total is not None
+    return total.to(kind).requires_grad_(trains)
 
 
 ABOVE["combined"] = combined

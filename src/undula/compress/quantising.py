@@ -24,8 +24,9 @@ from ..io.packing import SCALE, Packing, is_packed
 from ..io.reading import key_of
 from ..io.sites import Opened, Writer
 from ..kernels import svd
+from ..kernels.svd import without
 from .squeezing import InFull, Seen, files_of, padding_of, relative
-from .updates import blocks_of, check_finite, inside, without
+from .updates import blocks_of, check_finite, inside
 
 
 @dataclass(frozen=True)

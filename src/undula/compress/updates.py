@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.method import Additive, Factors, LowRank, Method, Reweight
 from ..kernels import svd
 from ..kernels.solver import Solver
+from ..kernels.svd import without
 from .spectrum import Spectrum
 
 BLOCK = 1 << 22  # numbers of a block: 32 MiB of float64
@@ -141,9 +142,3 @@ def blocks_of(law: Additive, f: Factors, shape: tuple[int, int], padding: int | 
     step = max(1, BLOCK // max(1, shape[1])) if type(law).rows is not Additive.rows else shape[0]
     device = next(iter(f.values())).device
     return svd.Blocks(shape, lambda some: without(law.rows(f, some), padding), step, device)
-
-
-def without(M_KI: Tensor, column: int | None) -> Tensor:
-    if column is None:
-        return M_KI
-    return M_KI.index_fill(1, torch.tensor([column], device=M_KI.device), 0.0)

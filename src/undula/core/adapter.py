@@ -182,7 +182,8 @@ class Adapter:
             raise ValueError(
                 f"this combination holds {', '.join(list(self.full)[:5])} in full with weights that sum to "
                 f"{self.weight:g}: parameters in full have an average, with weights that sum to 1, and no other sum. "
-                "Drop them (dataclasses.replace(adapter, full={})), or give weights that sum to 1"
+                "Drop them (dataclasses.replace(adapter, full={}); undula combine --drop-full), or give weights that "
+                "sum to 1"
             )
 
     # Arithmetic: exact, on the Additive rung; lazily, as a Sum of the parts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +42,7 @@ def merge(model: nn.Module, *, keep: bool = True) -> dict[str, float]:
     they came trains again.  A weight that other layers share is not changed for them: the layer gets its own.
     Warns (`LossyMerge`) where storing takes a tenth or more of what the adapter does.
     Raises TypeError for a method on the bare Method rung, a layer whose weight is computed, and shards, naming the
-    sites; nothing is changed then.
+    sites, ValueError for a weight that is infinite then; nothing is changed then.
     """
     model = inner(model)
     with changing(host_of(model), "merge"):
@@ -100,6 +101,11 @@ def _merge(model: nn.Module, host: Host, adapter: Live, keep: bool) -> dict[str,
             wide_OI, f = W_OI.double(), {k: _double(t) for k, t in adapter.factors[path].items()}
             exact_OI = layer.stays(wide_OI, method.weight(wide_OI, f))
         errors[path] = rounding(layer, weights[path], exact_OI, W_OI)
+        if not math.isfinite(errors[path]):
+            raise ValueError(
+                f"{path}: merged, its weight is beyond what {layer.module.weight.dtype} holds (infinity or NaN): the "
+                "adapter is damaged or diverged, or the base too narrow for it (model.float(), or --dense)"
+            )
     new: dict[str, nn.Parameter] = {}
     for path, slot in host.slots.items():
         parameter = parameter_of(path, slot.layer)

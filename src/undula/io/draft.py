@@ -56,7 +56,9 @@ class Draft:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(self.path)  # a full disk says no name
         if not self.placed:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.name)

@@ -64,8 +64,9 @@ class Packing(metaclass=Checked):
     def pack(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(integers, scales) of a tensor."""
         rows, length, groups = self._sizes(t.shape)
+        group = min(self.group, length)
         x = _in_rows(t.detach().float()).reshape(rows, length)
-        x = torch.nn.functional.pad(x, (0, groups * self.group - length)).view(rows, groups, self.group)
+        x = torch.nn.functional.pad(x, (0, groups * group - length)).view(rows, groups, group)
         largest = LARGEST[self.bits]
         most = x.abs().amax(2) / largest
         best = scale = torch.zeros_like(most)
@@ -89,7 +90,7 @@ class Packing(metaclass=Checked):
         if q.is_meta:
             return torch.empty(shape, dtype=self.dtype, device="meta")
         whole = q if self.bits == 8 else _whole(q)[: rows * length].view(rows, length)
-        each = scale.float().repeat_interleave(self.group, 1)[:, :length]
+        each = scale.float().repeat_interleave(min(self.group, length), 1)[:, :length]
         axis = _longest(shape)
         moved = [n for i, n in enumerate(shape) if i != axis] + [length]
         return (whole.float() * each).view(moved).movedim(-1, axis).to(self.dtype).contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from ..methods.lora import LoRA, RankStabilised
 from . import files, lora_config, lora_parameters
 from .lora_config import about
 
+COPY = re.compile(r"\.(modules_to_save|original_module)\.")
+OF_A_PARAMETER = "a weight that its module reads itself (`target_parameters`, which undula reads and does not write)"
 LEAF = re.compile(
     r"(?P<site>.+)\.(?P<leaf>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?",
     re.DOTALL,
@@ -168,7 +170,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: st
     """A PEFT LoRA (rsLoRA, DoRA, rank and alpha patterns, `target_parameters` included) as an Adapter.  Raises
     ValueError for what would change the function and is not understood (see `io.lora_config`)."""
     lora_config.check(config, path)
-    whole, full = _sorted(tensors, path)
+    whole, full = _sorted({k: t for k, t in tensors.items() if not is_copy(k, tensors)}, path)
     if not whole:
         raise ValueError(f"{path} holds no LoRA factors")
     alphas = lora_config.patterns(config, "alpha_pattern", path)
@@ -194,9 +196,8 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: st
             raise ValueError(f"{path}: {site} has the rank {f['A'].shape[0]}; its config says {ranks.of(named, r):g}")
         methods[site], shapes[site], factors[site] = _method(config, path, site, f, alphas.of(named, alpha))
     said = {k: config[k] for k in lora_config.ABOUT if k in config}
-    return Adapter(
-        methods, factors, shapes, full, kernels, about(said, path), {s: THEIRS for s in found if s not in parameters}
-    )
+    apart = {s: OF_A_PARAMETER if s in parameters else THEIRS for s in found}
+    return Adapter(methods, factors, shapes, full, kernels, about(said, path), apart)
 
 
 def _sorted(tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -212,6 +213,13 @@ def _sorted(tensors: Mapping[str, Tensor], path: str) -> tuple[dict[str, dict[st
             raise ValueError(f"{path} holds {key!r:.100} twice")
         place[leaf] = t.requires_grad_() if site is None else t
     return found, full
+
+
+def is_copy(key: str, keys: Container[str]) -> bool:
+    """Whether a tensor is a second one of what `keys` have under its own name: with `bias` PEFT writes the biases of
+    `modules_to_save` under the names of its wrapper too, those of the layer that it has replaced included."""
+    name = COPY.sub(".", key)
+    return name != key and name in keys
 
 
 def placed(key: str) -> tuple[str | None, str]:

@@ -30,7 +30,7 @@ from .files import PREFIX
 from .native import README, Once, checked
 from .outline import Head
 from .packing import SCALE, Packing
-from .peft import placed, read_lora
+from .peft import is_copy, placed, read_lora
 from .reading import TYPE, key_of, rebuild
 from .spool import Spool
 
@@ -155,6 +155,8 @@ class _PlainLoRA:
         self.modules: dict[str, set[str]] = {}  # the keys of each module: factors of stacks are cut of one tensor
         self.raw: set[str] = set()
         for name, key in keys.items():
+            if is_copy(name, keys):
+                continue
             site, leaf = placed(name)
             if site is None:
                 self.parameters[leaf] = key

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.adapter import Adapter
 from ..core.method import Method
-from . import diffusers, families, files, kohya, lora_config
+from . import diffusers, families, files, kohya, lora_config, lora_parameters
 from .packing import SCALE
 from .reading import TYPE, key_of, split
 from .stored import Stored
@@ -92,20 +92,35 @@ def spots(found: Stored, form: str, adapter: Adapter | None) -> Iterator[Spot]:
         for site in adapter.methods:
             yield _own(adapter, site, sites.get(site, {}))
             shown.add(site)
+    alphas = _alphas(found.config)
+    taken = _above(adapter.methods) if adapter is not None else set()
     for site, leaves in sites.items():
-        if site not in shown and not (adapter is not None and _inner(site, adapter)):
-            yield _foreign(found, form, site, leaves)
+        if site not in shown and lora_parameters.module_of(site) not in taken:
+            yield _foreign(found, form, site, leaves, alphas)
     for name, one in full:
         shape = one.shape if len(one.shape) == 2 else None
         numbers = math.prod(one.shape)
         yield Spot(name, IN_FULL, None, None, None, shape, one.kind, numbers, {"": one.shape})  # type: ignore[arg-type]
 
 
-def _inner(site: str, adapter: Adapter) -> bool:
-    """Whether PEFT's name of a stack's factors (`target_parameters`) is one that the adapter has taken apart."""
-    while site.endswith(".base_layer"):
-        site = site.removesuffix(".base_layer")
-    return any(own.startswith(f"{site}.") for own in adapter.methods)
+def _above(sites: Iterable[str]) -> set[str]:
+    """What these sites lie in: PEFT's name of a stack's factors (`target_parameters`) is one of these, where the
+    adapter has taken them apart."""
+    found: set[str] = set()
+    for site in sites:
+        while site := site.rpartition(".")[0]:
+            if site in found:
+                break
+            found.add(site)
+    return found
+
+
+def _alphas(config: Mapping[str, Any]) -> Callable[[str, Any], Any]:
+    """(site, default) -> its alpha in PEFT's configuration; None where that is malformed."""
+    try:
+        return lora_config.patterns(config, "alpha_pattern", "").of
+    except ValueError:
+        return lambda site, default: None
 
 
 def _placed(name: str, form: str) -> tuple[str, str]:
@@ -138,7 +153,9 @@ def _own(adapter: Adapter, site: str, leaves: Mapping[str, Told]) -> Spot:
     )  # fmt: skip
 
 
-def _foreign(found: Stored, form: str, site: str, leaves: Mapping[str, Told]) -> Spot:
+def _foreign(
+    found: Stored, form: str, site: str, leaves: Mapping[str, Told], alphas: Callable[[str, Any], Any]
+) -> Spot:
     """A site of one that undula does not read, by the names and shapes of its tensors."""
     known = {leaf: families.LEAVES.get(leaf) for leaf in leaves}
     kinds = dict.fromkeys(leaf.kind for leaf in known.values() if leaf is not None)
@@ -156,8 +173,8 @@ def _foreign(found: Stored, form: str, site: str, leaves: Mapping[str, Told]) ->
     if I is not None and "lora_mid" in leaves:
         I *= math.prod(leaves["lora_mid"].shape[2:])
     said = found.config.get("r") if form == PEFT else None
-    rank = max(ranks, default=said if type(said) is int and kind != "trainable tokens" else None)
-    alpha, scale = _scale(found, form, site, kind, rank)
+    rank = max(ranks, default=said if type(said) is int and said > 0 and kind != "trainable tokens" else None)
+    alpha, scale = _scale(found, form, site, kind, rank, alphas)
     return Spot(
         site, kind, rank, alpha, scale, None if O is None or I is None else (O, I),
         ", ".join(sorted({one.kind for one in leaves.values()})), sum(math.prod(t.shape) for t in leaves.values()),
@@ -165,7 +182,9 @@ def _foreign(found: Stored, form: str, site: str, leaves: Mapping[str, Told]) ->
     )  # fmt: skip
 
 
-def _scale(found: Stored, form: str, site: str, kind: str, rank: int | None) -> tuple[float | None, float | None]:
+def _scale(
+    found: Stored, form: str, site: str, kind: str, rank: int | None, alphas: Callable[[str, Any], Any]
+) -> tuple[float | None, float | None]:
     """(alpha, what the update is multiplied by), where it is told."""
     config = found.config
     if form == MLX:
@@ -176,11 +195,7 @@ def _scale(found: Stored, form: str, site: str, kind: str, rank: int | None) -> 
     if form == GGUF:
         alpha = found.metadata.get("adapter.lora.alpha")
     elif alpha is None:
-        alpha = config.get("lora_alpha", config.get("alpha"))
-        try:
-            alpha = lora_config.patterns(config, "alpha_pattern", "").of(site, alpha)
-        except ValueError:
-            alpha = None
+        alpha = alphas(site, config.get("lora_alpha", config.get("alpha")))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         alpha = None
     if kind not in SCALED or not rank:

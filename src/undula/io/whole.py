@@ -22,13 +22,17 @@ def whole(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to write into; it becomes `path` when the context ends without an error.
 
     Whatever happens in between, `path` is not there or has all of it.  What dead processes left beside it is removed:
-    each folder is locked while its process lives.  Raises FileExistsError where `path` holds something.
+    each folder is locked while its process lives.  Raises FileExistsError where `path` holds something,
+    OSError that names it where nothing can be written.
     """
     place = path.resolve()
     refuse_full(place, path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    sweep(place.parent)
-    folder, lock = _locked(place.parent, place.name)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sweep(place.parent)
+        folder, lock = _locked(place.parent, place.name)
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}") from None
     try:
         yield folder
         for file in folder.rglob("*"):
@@ -38,8 +42,10 @@ def whole(path: Path) -> Iterator[Path]:
             place.rmdir()  # empty; os.replace does not take its place everywhere
         os.replace(folder, place)
         sync(place.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno and str(error.filename or folder).startswith(str(folder)):
+            error.filename = str(path)  # a full disk says no name, or the hidden one
         raise
     finally:
         _unlock(lock)

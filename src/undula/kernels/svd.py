@@ -123,6 +123,13 @@ def balanced(B_OR: Tensor, A_RI: Tensor) -> tuple[Tensor, Tensor]:
     return B_OR * gain, A_RI / gain[:, None]
 
 
+def without(M_KI: Tensor, column: int | None) -> Tensor:
+    """M with zeros in this column."""
+    if column is None:
+        return M_KI
+    return M_KI.index_fill(1, torch.tensor([column], device=M_KI.device), 0.0)
+
+
 def halves(U_OR: Tensor, s_R: Tensor, V_IR: Tensor) -> tuple[Tensor, Tensor]:
     """U diag(s) V' as a pair (B (O, R), A (R, I)) of equal norms: U sqrt(s) and sqrt(s) V'."""
     root = s_R.sqrt()

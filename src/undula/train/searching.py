@@ -154,13 +154,19 @@ class _OnOwn(_Judge):
         self.bodies = [replace(a, full={}, about={}) for a in self.whole]
         self.examples = [o.examples(None, None, rows) for o in opened]
         self.alone = [_measured(*each) for each in zip(opened, self.whole, self.examples, strict=True)]
+        for o, alone in zip(opened, self.alone, strict=True):
+            if not alone > 0:
+                raise ValueError(
+                    f"{o.run.out} reaches {alone:g} alone ({o.run.task.headline}), of which there are no shares: "
+                    "search on other rows (data=..., or --data), or leave it out"
+                )
 
     def __call__(self, combiner: Combiner, weights: Sequence[float]) -> float:
         made = combiner(self.bodies, weights)
         shares = []
         for o, whole, examples, alone in zip(self.opened, self.whole, self.examples, self.alone, strict=True):
             value = _measured(o, replace(made, full=whole.full, about=whole.about), examples)
-            over = value / alone if alone else math.nan
+            over = value / alone
             shares.append(over if o.run.task.more_is_better else 1 / over if over else math.nan)
         return math.fsum(shares) / len(shares)
 
