@@ -188,12 +188,15 @@ def test_few_rows_and_nothing_to_learn(usual, tmp_path):
     assert tuning._lowest([(1e-5, 2.0), (1e-4, 1.995), (1e-3, 2.005), (1e-2, 2.2), (1e-1, torch.nan)], 2.0) == 1e-3
 
 
-def test_what_cannot_find_a_rate_says_so(usual, tmp_path):
+def test_what_cannot_find_a_rate_says_so(usual, tmp_path, monkeypatch):
     ready = prepare(usual)
     with pytest.raises(ValueError, match=r"lr is auto, which undula\.train and undula\.tune find"):
         trainer(usual, ready.model, ready.train, ())
     with pytest.raises(ValueError, match="lr is auto, which is found for one training at a time"):
         check({"a": dataclasses.replace(usual, out=tmp_path / "a")})
+    monkeypatch.setattr(tuning.processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="lr is auto, which one process finds: find it by `undula tune`"):
+        tuning.with_rate(ready, False)
 
 
 @pytest.mark.parametrize(
