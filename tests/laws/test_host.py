@@ -326,17 +326,17 @@ def test_a_forward_replaced_before_or_after_an_adapter_survives_every_verb(metho
     b = called()
     assert not torch.equal(a, b)
     undula.select(model, "a")
-    assert torch.equal(called(), a)
+    torch.testing.assert_close(called(), a)  # a wrapped forward may take another kernel
     with undula.rows(model, ["b", None]):
         mixed = called(times=1 if method.bottleneck else 2)  # for all rows; where W is needed for its own too
     torch.testing.assert_close(mixed[0], b[0])
     torch.testing.assert_close(mixed[1], base[1])
-    assert torch.equal(called(), a)
+    torch.testing.assert_close(called(), a)
     if isinstance(method, undula.Reweight):
         undula.merge(model)
         torch.testing.assert_close(called(), a)
         undula.unmerge(model)
-        assert torch.equal(called(), a)
+        torch.testing.assert_close(called(), a)
     undula.detach(model, "a")
     undula.detach(model, "b")
     assert torch.equal(called(), base)

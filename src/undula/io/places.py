@@ -43,7 +43,7 @@ def _only_file(path: Path) -> Path:
         return path
     with os.scandir(path) as entries:
         names = [entry.name for entry in itertools.islice(entries, MOST_NAMES)]
-    found = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    found = [name for name in names if name.endswith((".safetensors", ".gguf")) and name != files.TENSORS]
     return path / found[0] if len(found) == 1 and len(names) < MOST_NAMES else path
 
 
