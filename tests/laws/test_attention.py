@@ -203,6 +203,58 @@ def test_a_trained_norm_and_code_of_another_kind_stay_their_own(monkeypatch):
     assert model[1].weight.grad is not None
 
 
+class Odd(nn.Module):
+    """A norm, or a gated layer, whose law is another one somewhere: in one mode, of large numbers, by what it holds."""
+
+    def __init__(self, how, i, gate):
+        super().__init__()
+        self.how, self.eps, self.act_fn = how, 1e-5, F.gelu if how == "function" and i else F.silu
+        if gate:
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        else:
+            self.weight = nn.Parameter(torch.rand(2, 8) if how == "heads" else torch.rand(8))
+        if how == "buffer":
+            self.register_buffer("gain", torch.tensor(1.0 + i))
+        if how == "hook":
+            self.act_fn = nn.SiLU()
+            self.act_fn.register_forward_hook(lambda module, given, y: 2 * y)
+
+    def forward(self, x, more=None):
+        if self.how == "cut":
+            x = x.clamp(-9, 9)
+        if hasattr(self, "gate_proj"):
+            y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        else:
+            y = self.weight * (x * torch.rsqrt(x.square().mean(-1, True) + self.eps))
+        y = y if more is None else y + more
+        return y * (2 if self.how == "mode" and self.training else getattr(self, "gain", 1))
+
+
+@FLAT
+@pytest.mark.parametrize("gate", [False, True], ids=["norm", "gate"])
+@pytest.mark.parametrize("how", ["mode", "cut", "buffer", "function", "hook", "heads", "more", "named", "nothing"])
+def test_a_law_that_is_another_one_somewhere_is_not_taken_for_one_that_is_known(how, gate, monkeypatch):
+    """The training begins in evaluation mode, as models are opened."""
+    monkeypatch.setattr(inside, "LEAST", 0)
+    torch.manual_seed(0)
+    model = nn.ModuleList([Odd(how, i, gate) for i in range(2)]).requires_grad_(False).eval()
+    x = (20 * torch.randn(3, 2, 8)).requires_grad_()
+
+    def found():
+        more = {"more": x} if how == "more" else {}
+        y = sum(m.train()(x=x) if how == "named" else m.train()(x, **more) for m in model)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), x)
+
+    wanted, before = found(), torch.get_rng_state()
+    with inside.one_pass(model.eval()):
+        changed = ["forward" in m.__dict__ for m in model]
+        for a, b in zip(found(), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(changed) or how != "nothing"
+    assert not any("forward" in m.__dict__ for m in model)
+
+
 def test_dropout_draws_what_falls_out_and_nothing_in_evaluation(monkeypatch):
     monkeypatch.setattr(inside, "LEAST", 0)
     model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1), nn.Dropout(0.5), nn.Dropout(0.0))

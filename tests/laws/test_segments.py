@@ -1,5 +1,7 @@
 """Rows behind each other in one: what a model answers, and its gradients, are those of each row by itself."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -282,6 +284,46 @@ def test_outside_of_a_training_the_model_is_what_it_was():
         written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert model.config._attn_implementation == "sdpa"
     assert written.tolist() == model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).tolist()
+
+
+def test_models_of_one_configuration_end_in_any_order():
+    model, _ = causal("llama, grouped heads")
+    twin = type(model)(model.config)
+    first, second = kept_apart(model), kept_apart(twin)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.config._attn_implementation != "sdpa"
+    second.__exit__(None, None, None)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_someone_put_in_sdpas_place_is_called():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model, _ = causal("llama, grouped heads")
+    own, called, ids = ALL_ATTENTION_FUNCTIONS["sdpa"], [], torch.tensor([[5, 6, 7, 5, 6]])
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", lambda *given, **named: called.append(1) or own(*given, **named))
+    try:
+        with kept_apart(model), segments((3, 2)):
+            model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=False)
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", own)
+    assert len(called) == 2 * model.config.num_hidden_layers
+
+
+def test_what_a_model_is_put_into_may_not_change_what_rows_answer():
+    """The rows alone are answered by the model as it is, in plain steps."""
+    model, _ = causal("llama, grouped heads")
+
+    @contextlib.contextmanager
+    def around(model):
+        with kept_apart(model):
+            model.lm_head.weight.data.mul_(1.1)
+            yield
+            model.lm_head.weight.data.div_(1.1)
+
+    step = packed(model, [Flat(next_tokens, more={"use_cache": False})], padded, around, examples((7, 3, 5)))
+    assert step.gather is None
 
 
 def test_what_is_not_of_each_token_is_not_put_behind_each_other():

@@ -26,6 +26,7 @@ from .autocast import exact_backward, hand_written
 from .elementwise import under_mode
 from .in_c import built, pool
 
+KINDS = (Tensor, torch.nn.Parameter)
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 HEAD = r"""
 #include <math.h>
@@ -189,7 +190,8 @@ def applies(*tensors: Tensor) -> bool:
     first = tensors[0]
     if first.dtype not in SUFFIX or not hand_written() or under_mode() or torch.is_autocast_enabled("cpu"):
         return False
-    return all(t.dtype == first.dtype and t.device.type == "cpu" for t in tensors) and passes() is not None
+    known = all(t.dtype == first.dtype and t.device.type == "cpu" and type(t) in KINDS for t in tensors)
+    return known and passes() is not None
 
 
 def _run(name: str, dtype: torch.dtype, tensors: tuple[tuple[Tensor, int], ...], n: int, *rest: float) -> None:

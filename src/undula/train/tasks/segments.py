@@ -13,7 +13,9 @@ is done by its own code; what holds for packed rows alone is here.
 from __future__ import annotations
 
 import contextlib
-import sys
+import inspect
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from ...kernels.holes import few
 LENGTHS: ContextVar[tuple[int, ...] | None] = ContextVar("lengths", default=None)  # of the segments of the forward
 PREFIX = "undula_segments_"  # of the names of these attentions among transformers': the model's own follows
 KNOWN = ("sdpa", "eager")
+LOCK = threading.RLock()
+HELD: Counter[int] = Counter()  # how many are at a configuration, by its id
 
 
 @contextlib.contextmanager
@@ -161,22 +165,25 @@ def _at_once(
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention of the file that a module's class is from.  Raises RuntimeError where there is none."""
+    """The eager attention of the file in which a module's forward is written, or the forward that it goes on with.
+    Raises RuntimeError where there is none."""
     for kind in type(module).__mro__:
-        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        written = inspect.unwrap(kind.__dict__.get("forward", _eager))
+        found = getattr(written, "__globals__", {}).get("eager_attention_forward")
         if found is not None:
             return found
     raise RuntimeError(f"no eager attention is known of {type(module).__name__}. Leave packing out")
 
 
 def _register() -> None:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    for name, call, mask in (("sdpa", lambda module: sdpa, sdpa_mask), ("eager", _eager, eager_mask)):
-        ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, attention(call, fused=name == "sdpa"))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, masks(mask))
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]  # transformers', or what someone put in its place
+    for name, call, fused in (("sdpa", lambda module: sdpa, sdpa is sdpa_attention_forward), ("eager", _eager, False)):
+        ALL_ATTENTION_FUNCTIONS.register(PREFIX + name, attention(call, fused))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + name, masks(ALL_MASK_ATTENTION_FUNCTIONS[name]))
 
 
 def served(model: nn.Module) -> bool:
@@ -192,14 +199,20 @@ def _configs(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def kept_apart(model: nn.Module) -> Iterator[None]:
-    """Within, `segments` hold for this model; a forward outside of them is what it was."""
-    _register()
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    for config, name in before:
-        if not name.startswith(PREFIX):
+    """Within, `segments` hold for this model; a forward outside of them is what it was.  Of models that share a
+    configuration, as in several threads, the last to end puts back what it said."""
+    with LOCK:
+        _register()
+        own = [(config, config._attn_implementation.removeprefix(PREFIX)) for config in _configs(model)]
+        for config, name in own:
             config._attn_implementation = PREFIX + name
+        HELD.update(id(config) for config, _ in own)
     try:
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation = name
+        with LOCK:
+            HELD.subtract(id(config) for config, _ in own)
+            for config, name in own:
+                if not HELD[id(config)]:
+                    del HELD[id(config)]
+                    config._attn_implementation = name

@@ -81,6 +81,7 @@ def _mixed(model: PreTrainedModel, gather: Flat, padded: Gather, around: Around,
             with segments(first.pop("segments")):
                 placed = _answers(model, first)
                 counted = _answers(model, {k: v for k, v in first.items() if k != "position_ids"})
+        with evaluating(model):  # as a plain step has it
             single = [_answers(model, moved(padded([row]), device)) for row in longest]
     except NOT_TAKEN:
         return f"{name} takes no row of several"
