@@ -559,6 +559,7 @@ MUTANTS = [
     ("train/details.py", "losses.argsort(descending=True, stable=True)", "losses.argsort(stable=True)", "tests/interop/test_training_report.py::test_figures_of_classes_are_those_of_scikit_learn"),
     ("combine/lego.py", "return svd.balanced(B_OR, A_RI)", "return B_OR, A_RI", "tests/laws/test_combine.py::test_lego_of_as_many_groups_as_ranks_is_the_sum"),
     ("combine/update.py", "torch.cat([w * B for w, (B, _)", "torch.cat([B for w, (B, _)", "tests/laws/test_combine.py::test_stacking_is_the_sum_and_taking_away_gives_the_base"),
+    ("combine/regmean.py", "A_RI @ root_II, self.rank), root_II)", "A_RI, self.rank), torch.eye(len(root_II)).double())", "tests/laws/test_combine.py::test_regmean_of_a_rank_is_the_minimum_of_that_rank"),
     ("combine/consensus.py", "elected = _total(signed).sign()", "elected = _total(terms).sign()", "tests/laws/test_combine.py::test_ties_is_its_papers_whatever_the_blocks"),
     ("combine/merge.py", "t.masked_fill(t.abs() <= rounding, 0.0)", "t", "tests/laws/test_combine.py::test_no_order_counts"),
     ("combine/update.py", "t.detach().to(wide).requires_grad_(t.requires_grad)", "t.detach().to(wide)", "tests/laws/test_combine.py::test_what_trained_trains_on_in_the_combination"),

@@ -73,7 +73,8 @@ VERBS = {
 def test_a_verb_opens_a_file_that_says_all_and_refuses_another_with_what_to_type(verb, made, tmp_path):
     room, adapter = made
     more = [str(w).format(own=room / "own") for w in VERBS[verb]]
-    call(verb, room / "diffusers.safetensors", *more, "--out", tmp_path / "a")
+    told, _ = call(verb, room / "diffusers.safetensors", *more, "--out", tmp_path / "a")
+    assert "bytes before: 0" not in told
     assert set(undula.Adapter.load(tmp_path / "a").methods) == set(adapter.methods)
     call(verb, room / "own" / "adapter_model.safetensors", *more, "--out", tmp_path / "b")
     told = call(verb, room / "kohya.safetensors", *more, "--out", tmp_path / "c", code=2)[1]

@@ -274,6 +274,26 @@ def test_regmean_is_the_minimum_on_all_inputs_together():
         RegMean([grams[0], {}])([low(1), low(2)])
 
 
+def test_regmean_of_a_rank_is_the_minimum_of_that_rank():
+    """What it costs beyond the minimum itself is what Eckart and Young leave of dW L, L L' = sum_i w_i G_i; cutting dW
+    costs more."""
+    torch.manual_seed(0)
+    stretched = {I: torch.logspace(0, 2, I).double() for I in (12, 16)}
+    inputs = [{s: torch.randn(40, I).double() * stretched[I] for s, I in (("0", 12), ("2", 16))} for _ in range(2)]
+    grams = [{s: X.T @ X for s, X in own.items()} for own in inputs]
+    for adapters in ([low(1, 2), low(2, 3)], [low(1, 2), drawn(5, [LoRAN(r=2)], ["0"])]):
+        best = quietly(RegMean(grams, shrink=1.0, rank=100), adapters, [1.0, 3.0])
+        found = quietly(RegMean(grams, shrink=1.0, rank=2), adapters, [1.0, 3.0])
+        site = "0"
+        L = torch.linalg.cholesky(0.25 * grams[0][site] + 0.75 * grams[1][site])
+        left = torch.linalg.svdvals(delta(best, site) @ L)[2:].square().sum()
+        cost = ((delta(found, site) - delta(best, site)) @ L).square().sum()
+        close(cost, left, rtol=1e-6, atol=0)
+        U, s, Vh = torch.linalg.svd(delta(best, site))
+        cut = (U[:, :2] * s[:2]) @ Vh[:2]
+        assert float(((cut - delta(best, site)) @ L).square().sum()) > 1.5 * float(cost)
+
+
 def test_regmean_measures_the_inputs_of_the_adapted_layers():
     model = net().double()
     adapter = shake(undula.attach(model, LoRA(r=2)))

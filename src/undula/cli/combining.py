@@ -19,6 +19,7 @@ from ..core.choice import plain
 from ..io import files
 from ..io.native import README
 from ..io.outline import head
+from ..io.places import place
 from ..io.whole import whole
 from ..train import restored
 from ..train.base import same_base
@@ -113,7 +114,7 @@ def _asked(words: Sequence[str], weights: Sequence[str]) -> _Asked:
             said.append(word)
             continue
         path, weight = named_directory(word) or (Path(word), None)
-        paths.append(path)
+        paths.append(place(path))
         own.append(weight)
     numbers = [_number(text) for text in said]
     for text, number in zip(said, numbers, strict=True):

@@ -18,6 +18,7 @@ from ..io import files
 from ..io.diffusers import WEIGHTS
 from ..io.native import README
 from ..io.outline import head
+from ..io.places import place as meant
 from ..io.whole import whole
 from ..train.card import of_run, put
 from ..train.restored import described
@@ -182,6 +183,8 @@ def _card(place: Path, adapter: Adapter, folder: Path, called: Path, note: str) 
 
 def _same_files(place: Path, folder: Path) -> int:
     """The bytes in `place` of the files that `folder` has too."""
+    if place.is_file():
+        return files_of(place)
     twins = [place / file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
     return sum(twin.stat().st_size for twin in twins if twin.is_file())
 
@@ -220,6 +223,7 @@ def _each(path: Path, out: Path, to: Path | None, one: Callable[[Path, Path, Pat
     """`one(directory, where to write, how that will be called)` for the adapter, or for each of a folder; all of them
     are there in the end, or none."""
     shell.fresh(out)
+    path = meant(path)
     places = adapters_in(path)
     several = places != [path]
     found: dict[str, dict[str, Any]] = {}

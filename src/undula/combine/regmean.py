@@ -7,7 +7,7 @@ what that adapter does, as nearly as one can.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..host.host import layer_at
 from ..observe.listen import Batch, live
 from ..observe.probe import Probe
 from .combiner import Combiner
-from .update import Layer, Made, compressed, linear, truncated
+from .update import Layer, Made, as_lora, compressed, linear, truncated
 
 Gram = Mapping[str, Tensor]
 
@@ -27,7 +27,8 @@ Gram = Mapping[str, Tensor]
 class RegMean(Combiner):
     """`grams[i][site]` is G_i of adapter i: see `grams`.  What lies beside its diagonal is multiplied by `shrink` (1:
     the minimum itself; less is more robust).  Of low-rank updates the result is of the rank of all together, from the
-    factors (A_i becomes A_i G_i (sum G)^-1), or the nearest of rank `rank`.  Weights are not negative.
+    factors (A_i becomes A_i G_i (sum G)^-1); with `rank` it is the minimum of that rank: dW L is cut by its singular
+    values, L L' = sum_i w_i G_i.  What a rank misses is told of dW L too, on the inputs.  Weights are not negative.
 
     Raises ValueError where an adapter has no Gram matrix at one of its layers.
     """
@@ -55,16 +56,22 @@ class RegMean(Combiner):
             own = grams[term.number]
             assert own is not None
             maps[term.number] = torch.cholesky_solve(layer.weights[term.number] * own, root_II)
-        kind = layer.dtype  # dW_i G_i S^-1 = dW_i (S^-1 G_i)'
+        kind, wide = layer.dtype, replace(layer, kept=torch.float64)  # dW_i G_i S^-1 = dW_i (S^-1 G_i)'
         if all(isinstance(term.method, LowRank) for term in layer.terms):
             pairs = [term.pair() for term in layer.terms]
-            moved = [(A.double() @ maps[t.number].T).to(kind) for (_, A), t in zip(pairs, layer.terms, strict=True)]
-            return truncated(layer, torch.cat([B for B, _ in pairs], 1), torch.cat(moved), self.rank)
+            B_OR = torch.cat([B for B, _ in pairs], 1)
+            A_RI = torch.cat([A.double() @ maps[t.number].T for (_, A), t in zip(pairs, layer.terms, strict=True)])
+            if self.rank is None or self.rank >= B_OR.shape[1]:
+                return truncated(layer, B_OR, A_RI.to(kind), None)
+            return _back(layer, truncated(wide, B_OR.double(), A_RI @ root_II, self.rank), root_II)
 
         def rows(some: slice) -> Tensor:
-            return torch.stack([(t.rows(some).double() @ maps[t.number].T).to(kind) for t in layer.terms]).sum(0)
+            return torch.stack([t.rows(some).double() @ maps[t.number].T for t in layer.terms]).sum(0)
 
-        return compressed(layer, rows, layer.rank if self.rank is None else self.rank)
+        rank = layer.rank if self.rank is None else self.rank
+        if rank >= min(layer.shape):
+            return compressed(layer, lambda some: rows(some).to(kind), rank)
+        return _back(layer, compressed(wide, lambda some: rows(some) @ root_II, rank), root_II)
 
     def _gram(self, layer: Layer, number: int) -> Tensor | None:
         try:
@@ -83,6 +90,13 @@ class RegMean(Combiner):
             )
         G = G.detach().to(layer.device, torch.float64)
         return self.shrink * G + (1 - self.shrink) * torch.diag(G.diagonal())
+
+
+def _back(layer: Layer, made: Made, L_II: Tensor) -> Made:
+    """dW of a LoRA that is dW L."""
+    f = made.part.factors[layer.site]
+    A_RI = torch.linalg.solve_triangular(L_II, f["A"].detach().double(), upper=False, left=False)
+    return Made(as_lora(layer, f["B"].detach(), A_RI), made.missed, made.whole)
 
 
 def _root(S_II: Tensor) -> Tensor:

@@ -158,10 +158,10 @@ def truncated(layer: Layer, B_OR: Tensor, A_RI: Tensor, rank: int | None) -> Mad
     if rank is None or rank >= B_OR.shape[1]:
         if B_OR.shape[1] > min(layer.shape):
             return Made(_named(layer, *as_pair(B_OR @ A_RI)))
-        return Made(_lora(layer, B_OR, A_RI))
+        return Made(as_lora(layer, B_OR, A_RI))
     U, s, V = svd.factored(B_OR, A_RI)
     B, A = svd.halves(U[:, :rank], s[:rank], V[:, :rank])
-    return Made(_lora(layer, B, A), float(s[rank:].square().sum()), float(s.square().sum()))
+    return Made(as_lora(layer, B, A), float(s[rank:].square().sum()), float(s.square().sum()))
 
 
 def blocks(layer: Layer, rows: Rows, together: int = 1) -> svd.Blocks:
@@ -190,10 +190,10 @@ def compressed(layer: Layer, rows: Rows, rank: int) -> Made:
         whole += float(block.square().sum())
     if not math.isfinite(whole):
         raise ValueError(told)
-    return Made(_lora(layer, B, A), missed, whole)
+    return Made(as_lora(layer, B, A), missed, whole)
 
 
-def _lora(layer: Layer, B_OR: Tensor, A_RI: Tensor) -> Adapter:
+def as_lora(layer: Layer, B_OR: Tensor, A_RI: Tensor) -> Adapter:
     r = B_OR.shape[1]
     f = {"A": A_RI.to(layer.kept).contiguous(), "B": B_OR.to(layer.kept).contiguous()}
     return _named(layer, LoRA(r=r, alpha=float(r)), {k: t.requires_grad_() for k, t in f.items()})

@@ -84,7 +84,9 @@ def squeeze_directory(
 
 
 def files_of(path: str | Path) -> int:
-    """The bytes of an adapter's own files."""
+    """The bytes of an adapter's own files, or of the one that it is."""
+    if Path(path).is_file():
+        return Path(path).stat().st_size
     names = (files.CONFIG, files.TENSORS, WEIGHTS, "README.md")
     return sum(file.stat().st_size for name in names if (file := Path(path) / name).is_file())
 
