@@ -208,7 +208,7 @@ def main() -> None:
     def keep() -> None:
         """After each size: a bench that is stopped keeps what it had."""
         if asked.json:
-            told = {"found": found, "memory": kept, "targets": targets(found, kept)}
+            told = {"found": found, "memory": kept, "targets_met": targets(found, kept)}
             record(asked.json, {"threads": asked.threads, "clock": asked.clock, **told})
 
     for kind in models if not asked.quick else ():

@@ -14,7 +14,10 @@ import torch
 
 
 def record(path: Path, figures: dict[str, Any], command: str = "") -> None:
-    """Writes PATH whole or not at all.  `command` where the words of this process are not those that repeat it."""
+    """Writes PATH whole or not at all.  `command` where the words of this process are not those that repeat it.  Where
+    `targets_met` says it of several aims, they stand under `met`, and it is whether all are."""
+    if isinstance(each := figures.get("targets_met"), dict):
+        figures = {**figures, "met": each, "targets_met": bool(each) and all(each.values())}
     head = {
         "date": datetime.date.today().isoformat(),
         "command": command or " ".join(["python", *sys.argv]),
