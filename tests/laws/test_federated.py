@@ -308,8 +308,14 @@ class TestFLASC:
 
     def test_another_layout_is_told(self):
         (one,), (other,) = clients(number=1), clients(undula.LoRA(r=2), number=1)
-        with pytest.raises(ValueError, match=r"0\.[AB] is \(.*\) in a client and \(.*\) in the server's"):
+        with pytest.raises(ValueError, match=r"0 is LoRA\(r=2.* in client 1 and LoRA\(r=3"):
             FLASC()([other], before=one)
+
+    def test_frozen_factors_of_its_own_are_told(self):
+        (one,) = clients(undula.VeRA(r=4), number=1)
+        odd = one.map(lambda f: {**f, "A": f["A"] + 1})
+        with pytest.raises(ValueError, match=r"0\.A is frozen and not the same in client 0 and client 1"):
+            FLASC()([odd], before=one)
 
     def test_ties_go_to_the_first(self):
         assert top(torch.tensor([1.0, -1, 1, 1]), 0.5).tolist() == [1, -1, 0, 0]

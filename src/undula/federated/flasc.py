@@ -22,6 +22,7 @@ from ..core.adapter import Adapter
 from ..core.method import Factors, Method
 from ..core.ranges import PartShare, Positive, SomeShare
 from .aggregation import Aggregation, Client, State, checked
+from .fedit import check_frozen
 from .flat import flat, unflat
 
 
@@ -61,6 +62,8 @@ class FLASC(Aggregation):
         values, shares = checked(adapters, weights)
         if before is None:
             raise ValueError("FLASC moves the server's adapter by the clients' changes: give it (before=...)")
+        for number, a in enumerate(values, 1):
+            check_same(a, number, before)
         start, P = flat(self.sent(before)), flat(before)
         change = torch.stack(
             [p * top(flat(a, before) - start, self.up) for p, a in zip(shares, values, strict=True)]
@@ -75,6 +78,19 @@ class FLASC(Aggregation):
 
     def at(self, site: str, clients: Sequence[Client], before: Factors | None) -> tuple[Method, Factors]:
         raise NotImplementedError("all layers are one vector")
+
+
+def check_same(client: Adapter, number: int, server: Adapter) -> None:
+    """Raises ValueError where a client has another method at a layer, or other frozen factors: its numbers would mean
+    something else."""
+    for site, method in server.methods.items():
+        if client.methods.get(site) != method:
+            raise ValueError(
+                f"{site} is {client.methods.get(site)!r} in client {number} and {method!r} in the server's adapter"
+            )
+        f = server.factors[site]
+        frozen = {name for name, t in f.items() if not t.requires_grad}
+        check_frozen(site, Client(0, 0.0, method, f), Client(number, 0.0, method, client.factors[site]), frozen)
 
 
 def top(P: Tensor, share: float) -> Tensor:
