@@ -167,7 +167,6 @@ def worker(rank, file, folder):
             course.after_update()
             loop.optimizer.zero_grad()
         torch.save(every(loop.adapter), f"{folder}/{name}.{rank}")
-    torch.distributed.destroy_process_group()
 
 
 WORKER = f"""

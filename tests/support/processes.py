@@ -8,11 +8,22 @@ import subprocess
 import time
 import traceback
 
+# A process that leaves while another is in its last exchange may hold that one up for good
+LEAVE = """
+import pathlib, sys, time
+folder, rank, world = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+(folder / f"done-{rank}").touch()
+while not all((folder / f"done-{each}").exists() for each in range(int(world))):
+    time.sleep(0.02)
+"""
+
 
 def together(python, folder, script, world, limit=240.0):
-    """Runs `script` by this interpreter with the arguments FOLDER RANK WORLD in `world` processes; where one fails,
-    ends the others."""
-    (folder / "script.py").write_text(script, encoding="utf-8")
+    """Runs `script` by this interpreter with the arguments FOLDER RANK WORLD in `world` processes, which leave
+    together; where one fails, ends the others.  One that is not done in time says where it stands."""
+    (folder / "script.py").write_text(
+        f"import faulthandler\nfaulthandler.enable()\n{script}\n{LEAVE}", encoding="utf-8"
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -28,7 +39,11 @@ def together(python, folder, script, world, limit=240.0):
     try:
         while (codes := [each.poll() for each in started]).count(0) < world:
             assert not any(codes), f"exit codes {codes}"
-            assert time.monotonic() < until, f"not done after {limit:g} s: {codes}"
+            if time.monotonic() > until:
+                for each in started:
+                    each.send_signal(signal.SIGABRT)
+                time.sleep(1)  # it writes to the streams of the test
+                raise AssertionError(f"not done after {limit:g} s: {codes}")
             time.sleep(0.05)
     finally:
         for each in started:

@@ -46,7 +46,7 @@ socket.send_fds(warm, [len(told).to_bytes(8, "big")], [0, 1, 2])
 warm.sendall(told)
 answer = warm.makefile()
 process = int(answer.readline())
-for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGABRT:
     signal.signal(number, lambda number, frame: os.kill(process, number))
 code = int(answer.readline() or 1)
 if code < 0:  # by a signal: as a shell calls it
