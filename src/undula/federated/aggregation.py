@@ -42,6 +42,8 @@ class Aggregation(Choice):
     """A way to make one adapter of the clients'.  A layer that a client has not is an update of zero there; parameters
     in full (heads, norms) are averaged by the shares."""
 
+    sparse: ClassVar[bool] = False  # whether what is sent is zero for the most part, and travels packed, see `wire`
+    remakes: ClassVar[bool] = False  # whether factors that clients do not train change all the same
     trains: ClassVar[str | None] = None  # what alone clients may train of each layer: "linear", see `Method.linear_in`
 
     def sent(self, adapter: Adapter) -> Adapter:

@@ -32,6 +32,7 @@ class FedSVD(Aggregation):
 
     source = "Lee et al. 2025, arXiv:2505.12805"
     trains = "linear"
+    remakes = True
 
     def at(self, site: str, clients: Sequence[Client], before: Factors | None) -> tuple[Method, Factors]:
         pairs_of(site, clients, "FedSVD")  # which refuses what has none

@@ -34,6 +34,7 @@ class FLASC(Aggregation):
     Its moments are in the `state` of the rounds."""
 
     source = "Kuo et al. 2024, arXiv:2406.05233"
+    sparse = True
 
     down: SomeShare = 0.25
     up: SomeShare = 0.25

@@ -12,13 +12,13 @@ from ..core.adapter import Adapter
 
 
 def trained(adapter: Adapter) -> Iterator[tuple[str, str, Tensor]]:
-    """(layer, factor, tensor) of what trains; parameters in full come last, with an empty factor name."""
-    for site, name, t in adapter.tensors():
-        if t.requires_grad:
+    """(layer, factor, tensor) of what trains, each tensor once, whichever layers share it; parameters in full come
+    last, with an empty factor name."""
+    seen: set[int] = set()
+    for site, name, t in [*adapter.tensors(), *((name, "", t) for name, t in adapter.full.items())]:
+        if t.requires_grad and id(t) not in seen:
+            seen.add(id(t))
             yield site, name, t
-    for name, t in adapter.full.items():
-        if t.requires_grad:
-            yield name, "", t
 
 
 def flat(adapter: Adapter, like: Adapter | None = None) -> Tensor:
@@ -39,14 +39,11 @@ def flat(adapter: Adapter, like: Adapter | None = None) -> Tensor:
 
 
 def unflat(adapter: Adapter, P: Tensor) -> Adapter:
-    """`adapter` with the numbers of P in the place of what trains."""
-    factors = {site: dict(f) for site, f in adapter.factors.items()}
-    full, first = dict(adapter.full), 0
-    for site, name, t in trained(adapter):
-        made = P[first : first + t.numel()].view(t.shape).to(t.dtype).clone().requires_grad_()
+    """`adapter` with the numbers of P in the place of what trains; what layers share stays shared."""
+    made: dict[int, Tensor] = {}
+    first = 0
+    for _, _, t in trained(adapter):
+        made[id(t)] = P[first : first + t.numel()].view(t.shape).to(t.dtype).clone().requires_grad_()
         first += t.numel()
-        if name:
-            factors[site][name] = made
-        else:
-            full[site] = made
-    return replace(adapter, factors=factors, full=full)
+    factors = {site: {name: made.get(id(t), t) for name, t in f.items()} for site, f in adapter.factors.items()}
+    return replace(adapter, factors=factors, full={name: made.get(id(t), t) for name, t in adapter.full.items()})

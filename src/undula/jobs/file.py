@@ -50,7 +50,7 @@ Unfit = Callable[[Mapping[str, Run]], Mapping[str, Sequence[str]]]  # {name: wha
 
 
 @dataclass
-class _Reading:
+class Reading:
     """The lines of a file, and what is wrong there."""
 
     where: dict[Place, int]
@@ -94,7 +94,7 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfi
         there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path} does not exist; TOML files there: {', '.join(there) or 'none'}")
     text = toml.text_of(path)
-    data, reading = toml.parsed(text, str(path)), _Reading(toml.lines(text))
+    data, reading = toml.parsed(text, str(path)), Reading(toml.lines(text))
     asked = list(_jobs(reading, data))
     if not reading.found and not asked:
         reading.fault((), "there is no job: write a table [[jobs]] with a name for each")
@@ -110,7 +110,7 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfi
     return runs
 
 
-def _jobs(reading: _Reading, data: Table) -> Iterator[Asked]:
+def _jobs(reading: Reading, data: Table) -> Iterator[Asked]:
     shared = {key: value for key, value in data.items() if key != "jobs"}
     tables = data.get("jobs", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -135,7 +135,7 @@ def _jobs(reading: _Reading, data: Table) -> Iterator[Asked]:
                 yield Asked(f"{name}{label}", made, place)
 
 
-def _grid(reading: _Reading, place: Place, shared: Table, own: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+def _grid(reading: Reading, place: Place, shared: Table, own: Table) -> Iterator[tuple[str, dict[str, Any]]]:
     """(end of the name, values) of each job that a table comes to; none where something is wrong."""
     lists = {name: (value, where) for name, value, where in _said(shared, own, place) if _is_grid(name, value)}
     for name, (several, where) in lists.items():
@@ -187,7 +187,7 @@ def _fields() -> dict[str, Any]:
     return {f.name: f for f in fields(Recipe)}
 
 
-def _values(reading: _Reading, shared: Table, own: Table, place: Place) -> dict[str, Any] | None:
+def _values(reading: Reading, shared: Table, own: Table, place: Place) -> dict[str, Any] | None:
     """The values of a job; None where one is wrong or missing."""
     made: dict[str, Any] = {}
     before = len(reading.found)
@@ -218,7 +218,7 @@ def _over(shared: Any, own: Any) -> Any:
     return {**(shared if isinstance(shared, Mapping) else {"is": shared}), **own}
 
 
-def _check_names(reading: _Reading, asked: Sequence[Asked]) -> None:
+def _check_names(reading: Reading, asked: Sequence[Asked]) -> None:
     first: dict[str, str] = {}
     for job in asked:
         if why := wrong_name(job.name):
@@ -245,7 +245,7 @@ def wrong_name(name: str) -> str:
     return f"a job cannot be called {name!r}: OUT has a file or a folder of that name" if taken else ""
 
 
-def _check_unfit(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, Run], unfit: Unfit) -> None:
+def _check_unfit(reading: Reading, asked: Sequence[Asked], runs: Mapping[str, Run], unfit: Unfit) -> None:
     """What cannot train beside the others, at the setting (or its value) that its words begin with, where the job says
     that."""
     places = {job.name: job.place for job in asked}
@@ -256,13 +256,13 @@ def _check_unfit(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, R
             reading.fault((*places[name], values.get(first, first)), f"{name}: {why}")
 
 
-def _check_beforehand(reading: _Reading, asked: Sequence[Asked], runs: Mapping[str, Run], looked: Beforehand) -> None:
+def _check_beforehand(reading: Reading, asked: Sequence[Asked], runs: Mapping[str, Run], looked: Beforehand) -> None:
     """What would keep a job from beginning, at the first of the settings it is about that the job says itself."""
     for job in asked:
         for settings, why in looked.at(runs[job.name]):
             reading.fault(_place(reading, job, *settings), why)
 
 
-def _place(reading: _Reading, job: Asked, *names: str) -> Place:
+def _place(reading: Reading, job: Asked, *names: str) -> Place:
     """Where the first of these fields that a job says itself stands; else the first, at the top."""
     return next(((*job.place, name) for name in names if (*job.place, name) in reading.where), names[:1])

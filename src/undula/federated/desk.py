@@ -1,0 +1,53 @@
+"""The base model of a federation, opened once in a process, with the adapter on it: a server measures there, and
+clients that are in the process train there one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.adapter import Adapter
+from ..core.extras import needs
+from ..train.base import model_folder
+from ..train.begun import with_method
+from ..train.checkpoints import restore
+from ..train.measure import files_digest
+from ..train.prepared import assembled
+from ..train.tasks.task import Examples
+from .ffa import linear_factor
+from .spec import Federation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Desk:
+    """federation: its task is fitted.  rows: some of this party's own, for methods that begin with a look at data.
+
+    `adapter` is on the model; what of it clients do not train asks for no gradients.
+    """
+
+    @needs("train")
+    def __init__(self, federation: Federation, rows: Dataset):
+        run = federation.run(Path())
+        ready = assembled(with_method(run) if run.begin_from is not None else run, rows, rows)
+        self.federation, self.run, self.notes = federation, ready.run, ready.notes
+        self.model, self.processor, self.adapter = ready.model, ready.processor, ready.adapter
+        folder = Path(model_folder(run.model))
+        self.base = files_digest(folder) if folder.is_dir() else str(getattr(self.model.config, "_commit_hash", None))
+        if federation.how.trains == "linear":
+            for site, name, t in self.adapter.tensors():
+                t.requires_grad_(t.requires_grad and name == linear_factor(self.adapter.methods[site], site))
+
+    def examples(self, rows: Dataset) -> Examples:
+        """Rows as the model takes them."""
+        return Examples(self.run.task, rows, self.processor)
+
+    def put(self, adapter: Adapter) -> None:
+        """Takes over the numbers of an adapter made as this one."""
+        restore(self.adapter, adapter)
+
+    def score(self, adapter: Adapter, examples: Examples) -> dict[str, float]:
+        """The task's metrics of the model with that adapter."""
+        self.put(adapter)
+        return self.run.task.score(self.model, examples, self.run.batch)

@@ -1,0 +1,38 @@
+"""What a federation lets others learn of single rows, or of single clients: where privacy takes part in the rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..core.adapter import Adapter
+from ..core.choice import Choice
+
+Federation = Any  # a `spec.Federation`, which holds one of these
+
+
+class Privacy(Choice):
+    """Each of these does nothing where a kind does not need it."""
+
+    def refusals(self, federation: Federation) -> Iterator[str]:
+        """Why a federation cannot be private so: sentences that begin with the name of the setting they are about."""
+        return iter(())
+
+    def fit(self, fitter: Any, federation: Federation, rows: int) -> Any:
+        """A client's training of one round on so many rows, by a Trainer that is ready: what `fitter.train()` gives."""
+        return fitter.train()
+
+    def reply(self, sent: Adapter, trained: Adapter) -> Adapter:
+        """What a client lets out of where it has come to from what it was sent."""
+        return trained
+
+    def pooled(
+        self, sent: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], federation: Federation, seed: int
+    ) -> tuple[Sequence[Adapter], Sequence[float]]:
+        """What the server's aggregation gets in the place of the clients' adapters; all noise of the round follows the
+        seed."""
+        return adapters, weights
+
+    def spent(self, federation: Federation, rounds: int, rows: Sequence[int]) -> dict[str, Any] | None:
+        """{"epsilon", "delta", ...} after so many rounds, `rows` being those that clients have said."""
+        return None

@@ -1,0 +1,86 @@
+"""federate(federation, out): all rounds in this process, one client after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ..core.extras import needs
+from ..io.whole import alone_in
+from .client import Client
+from .messages import Arrays, Counts, Failure
+from .rows import Rows
+from .server import Record, Server
+from .spec import Federation
+
+T = TypeVar("T")
+
+
+class Party(Protocol):
+    """What takes part: a `Client`, or what stands for one."""
+
+    def train(self, round: int, arrays: Arrays) -> tuple[Arrays, Counts]:
+        """See `Client.train`."""
+
+    def evaluate(self, arrays: Arrays) -> Counts:
+        """See `Client.evaluate`."""
+
+
+def clients_of(server: Server, rows: Rows) -> dict[str, Party]:
+    """All clients of a federation, on the server's own desk."""
+    return {name: Client(server.federation, name, rows, server.desk) for name in server.federation.names}
+
+
+@needs("train")
+def federate(
+    federation: Federation,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    parties: Callable[[Server, Rows], Mapping[str, Party]] = clients_of,
+    told: Callable[[Record], Any] = lambda record: None,
+) -> Server:
+    """Runs the rounds that are left, and returns the server.  parties: what stands for the clients, by their names;
+    told: is given the record of each round.
+
+    Raises what `Server` and `Client` raise before the first round; RuntimeError where no client gets through the first.
+    """
+    out = Path(out)
+    with alone_in(out):
+        rows = Rows(federation)
+        server = Server(federation, out, rows, resume=resume)
+        there = parties(server, rows)
+        while server.round < federation.rounds or server.measures():
+            if server.measures():
+                brief = server.brief()
+                server.spread(each(federation.names, there, lambda party: party.evaluate(dict(brief)), None))  # noqa: B023
+                continue
+            number, brief = server.round + 1, server.brief()
+            chosen = server.chosen()
+            record = server.take(
+                each(chosen, there, lambda party: party.train(number, dict(brief)), federation.timeout)  # noqa: B023
+            )
+            failed = [c for c in record["clients"].values() if "failed" in c]
+            if number == 1 and len(failed) == len(chosen):
+                raise RuntimeError(f"no client got through the first round; the first of them: {failed[0]['why']}")
+            told(record)
+    return server
+
+
+def each(
+    names: Iterable[str], parties: Mapping[str, Party], ask: Callable[[Party], T], timeout: float | None
+) -> dict[str, T | Failure]:
+    """What each of these answers; of one that raises, is not there or takes more than `timeout` seconds, a Failure."""
+    found: dict[str, T | Failure] = {}
+    for name in names:
+        begun = time.perf_counter()
+        try:
+            found[name] = ask(parties[name]) if name in parties else Failure("absent", "no answer")
+        except Exception as error:  # whatever a client's training or rows raise: the round goes on
+            found[name] = Failure("error", f"{type(error).__name__}: {error}")
+        seconds = time.perf_counter() - begun
+        if timeout is not None and seconds > timeout:
+            found[name] = Failure("late", f"{seconds:.1f} s, and the server waits {timeout:g} s")
+    return found

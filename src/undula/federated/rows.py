@@ -1,0 +1,96 @@
+"""Whose rows are whose: the server's, and of each client those to train on and those to measure on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..train.base import config_of
+from ..train.data.faults import Faults
+from ..train.data.load import load_data, sample, with_validation
+from ..train.rows import in_own_order
+from ..train.tasks.task import Task
+from .spec import Federation
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+class Parts(NamedTuple):
+    """Rows to train on, and rows of the same party to measure on (none where it has one row alone)."""
+
+    train: Dataset
+    held: Dataset | None
+
+
+class Rows:
+    """Reads what is asked for, and that once."""
+
+    def __init__(self, federation: Federation):
+        self.asked = federation
+
+    @functools.cached_property
+    def federation(self) -> Federation:
+        """With the task fitted (its classes named), which all parties must agree on: by the server's rows, unless the
+        file says it."""
+        recipe = self.asked.recipe
+        said = getattr(recipe.task, "names", None)
+        task = recipe.task if said else self._server[0]
+        return dataclasses.replace(self.asked, recipe=dataclasses.replace(recipe, task=task))
+
+    @functools.cached_property
+    def _server(self) -> tuple[Task, DatasetDict]:
+        recipe = self.asked.recipe
+        faults = Faults(recipe.skip_faulty, recipe.encoding)
+        task, parts = recipe.task.read(load_data(recipe.data, faults), "train", "validation", "test", faults=faults)
+        if self.asked.split is not None:
+            parts = with_validation(parts, recipe.seed)
+        task, parts, _ = in_own_order(recipe.task, task, parts, config_of(recipe.model))
+        return task, parts
+
+    @functools.cached_property
+    def server(self) -> Dataset:
+        """What the server measures on after each round."""
+        parts, recipe = self._server[1], self.asked.recipe
+        return sample(parts["validation"] if "validation" in parts else parts["train"], recipe.eval_rows, recipe.seed)
+
+    @functools.cached_property
+    def test(self) -> Dataset | None:
+        """What the server measures on at the end, by which nothing was chosen; None where its data have none."""
+        return self._server[1].get("test")
+
+    @functools.cached_property
+    def divided(self) -> dict[str, Dataset]:
+        """{client: its rows} of a data set that is divided."""
+        split, recipe = self.asked.split, self.asked.recipe
+        assert split is not None
+        rows = sample(self._server[1]["train"], recipe.train_rows, recipe.seed)
+        names = getattr(self._server[0], "names", ())
+        labels = rows["label"][:] if names and "label" in rows.column_names else None
+        parts = split.parts(labels, len(rows), self.asked.seed("split"))
+        return {name: rows.select(part) for name, part in zip(split.names, parts, strict=True)}
+
+    def client(self, name: str) -> Parts:
+        """The rows of one client.  Raises LookupError for one that there is not, ValueError or LookupError for rows
+        that its task cannot take."""
+        f = self.federation
+        if name not in f.names:
+            raise LookupError(f"there is no client {name!r}; there are: {', '.join(f.names[:20])}")
+        if f.split is not None:
+            parts = {"train": self.divided[name]}
+        else:
+            party = next(p for p in f.clients if p.name == name)
+            faults = Faults(f.recipe.skip_faulty, f.recipe.encoding)
+            _, found = f.recipe.task.read(load_data(party.data, faults), "train", "validation", faults=faults)
+            parts = dict(found) | {"train": sample(found["train"], f.recipe.train_rows, f.seed("rows", name))}
+        return self._with_held(name, parts)
+
+    def _with_held(self, name: str, parts: dict[str, Dataset]) -> Parts:
+        from datasets import DatasetDict
+
+        if "validation" not in parts and len(parts["train"]) < 2:
+            return Parts(parts["train"], None)
+        made = with_validation(DatasetDict(parts), self.asked.seed("held", name))
+        recipe = self.asked.recipe
+        return Parts(made["train"], sample(made["validation"], recipe.eval_rows, recipe.seed))

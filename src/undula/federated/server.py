@@ -1,0 +1,222 @@
+"""The server: what goes out in each round, what is made of what comes back, what is kept of it on disk.
+
+OUT/federation.json              the federation, and what tells its base and the server's rows from others
+OUT/state.{json,safetensors}     the last round: the adapter, what the aggregation keeps, the records of all rounds
+
+A client that fails, or sends what is no answer, is a line in the round's record; the round goes on without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.adapter import Adapter
+from ..io import files
+from ..train.measure import rows_digest
+from ..train.run import write_json
+from . import messages
+from .aggregation import bias, shares_of
+from .desk import Desk
+from .flat import flat
+from .messages import ROWS, Arrays, Failure, Reply
+from .rows import Rows
+from .spec import ALIKE, Federation
+
+SPEC, STATE, VERSION = "federation.json", "state", 1
+Record = dict[str, Any]
+
+
+class Server:
+    """round: the last one that is done.  adapter: what it has come to.  records: of round 0, before any, and of each
+    since.
+
+    rows, desk: where this process has them already.  With `resume` it goes on from the last round in OUT, to the bit as
+    if it had not ended.  Raises FileExistsError where OUT holds another, ValueError where it was begun with something
+    else.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        out: Path,
+        rows: Rows | None = None,
+        desk: Desk | None = None,
+        resume: bool = False,
+    ):
+        rows = rows or Rows(federation)
+        self.federation, self.out = rows.federation, Path(out)
+        self.desk = desk or Desk(self.federation, rows.server)
+        self.held = self.desk.examples(rows.server)
+        self.test = None if rows.test is None else self.desk.examples(rows.test)
+        self._claim(resume)
+        self.state: dict[str, torch.Tensor] = {}
+        self.adapter, self.round, self.records = self.desk.adapter.copy(), 0, list[Record]()
+        if not (resume and self._restored()):
+            self._check()
+            self.records.append({"round": 0, "server": self.desk.score(self.adapter, self.held)})
+            self._save()
+
+    def chosen(self) -> tuple[str, ...]:
+        """The clients of the next round."""
+        return self.federation.chosen(self.round + 1)
+
+    def brief(self) -> Arrays:
+        """What each of them is sent; also what clients measure on."""
+        return messages.brief(self.adapter, self.federation.how, self.desk.base)
+
+    def take(self, replies: Mapping[str, Reply | Failure]) -> Record:
+        """Ends the next round with what came of its clients, and returns its record.  The same replies make the same
+        adapter, in whatever order they came."""
+        f, number, told = self.federation, self.round + 1, self.brief()
+        sent = messages.briefed(told, self.adapter, f.how, self.desk.base)
+        record: Record = {"round": number, "clients": {}, "down": 0, "up": 0}
+        adapters, weights = [], []
+        for name in self.chosen():
+            record["down"] += messages.size(told)
+            found = self._heard(name, replies.get(name, Failure("absent", "no answer")), sent)
+            if isinstance(found, Failure):
+                record["clients"][name] = {"failed": found.kind, "why": found.why[:500]}
+                continue
+            adapter, counts, size = found
+            change = float((flat(adapter) - flat(sent)).norm())
+            record["clients"][name] = {**counts, "change": change, "bytes": size}
+            record["up"] += size
+            adapters.append(adapter)
+            weights.append(1.0 if f.weights == ALIKE else float(counts[ROWS]))
+        record |= self._moved(sent, adapters, weights)
+        self.round = number
+        self.records.append(record)
+        self._save()
+        return record
+
+    def _heard(self, name: str, said: Reply | Failure, sent: Adapter) -> Failure | tuple[Adapter, messages.Counts, int]:
+        if isinstance(said, Failure):
+            return said
+        try:
+            arrays, counts = said
+            known = messages.counted(counts, name)
+            adapter = messages.replied(arrays, sent, self.federation.how, name)
+        except (ValueError, TypeError) as error:
+            return Failure("refused", str(error))
+        before = next((r["clients"][name][ROWS] for r in self.records[1:] if ROWS in r["clients"].get(name, {})), None)
+        if before is not None and known[ROWS] != before:
+            return Failure("refused", f"{name}: {before} rows before, now {known[ROWS]}: a client's rows stay as many")
+        return adapter, known, messages.size(arrays)
+
+    def _moved(self, sent: Adapter, adapters: list[Adapter], weights: list[float]) -> Record:
+        """Goes on to what the aggregation makes, where that is sound; the part of the record on it."""
+        f = self.federation
+        if len(adapters) < f.min_clients:
+            return self._stayed(f"{len(adapters)} replies count, and a round takes {f.min_clients} (min_clients)")
+        state, found = dict(self.state), {}
+        try:
+            if f.privacy is not None:
+                pooled = f.privacy.pooled(sent, adapters, weights, f, f.seed("noise", self.round + 1))
+                adapters, weights = list(pooled[0]), list(pooled[1])
+            made = messages.taken_over(self.adapter, f.how(adapters, weights, self.adapter, state))
+            if not f.how.sparse:  # else it is no estimate of the mean
+                found = self._bias(adapters, weights, made)
+        except (ValueError, TypeError) as error:
+            return self._stayed(str(error))
+        measured = self.desk.score(made, self.held) if _finite(made) else {"loss": math.nan}
+        if not all(math.isfinite(v) for v in measured.values()):
+            return self._stayed("with what the clients sent the model's answers are not finite")
+        self.adapter, self.state = made, state
+        return {"server": measured, **found, **self._spent()}
+
+    def _stayed(self, why: str) -> Record:
+        return {"server": self.records[-1]["server"], "stayed": why, **self._spent()}
+
+    def _spent(self) -> Record:
+        f = self.federation
+        if f.privacy is None:
+            return {}
+        rows = {n: c[ROWS] for r in self.records[1:] for n, c in r["clients"].items() if ROWS in c}
+        return {"privacy": f.privacy.spent(f, self.round + 1, list(rows.values()))}
+
+    def _bias(self, adapters: list[Adapter], weights: list[float], made: Adapter) -> Record:
+        try:
+            each = list(bias(adapters, shares_of(weights, len(adapters)), made).values())
+        except TypeError:  # of a rung without updates
+            return {}
+        return {"bias": {"mean": sum(each) / len(each), "most": max(each)}} if each else {}
+
+    def measures(self) -> bool:
+        """Whether clients are to measure what this round has made, and have not."""
+        every, last = self.federation.client_eval_every, self.round == self.federation.rounds
+        return self.round > 0 and (last or bool(every and self.round % every == 0)) and "spread" not in self.records[-1]
+
+    def spread(self, said: Mapping[str, Mapping[str, Any] | Failure]) -> None:
+        """Adds what clients have measured to the record of this round."""
+        found: Record = {}
+        for name in self.federation.names:
+            counts = said.get(name, Failure("absent", "no answer"))
+            try:
+                told = counts if isinstance(counts, Failure) else messages.counted(counts, name)
+            except ValueError as error:
+                told = Failure("refused", str(error))
+            found[name] = {"failed": told.kind, "why": told.why[:500]} if isinstance(told, Failure) else told
+        self.records[-1]["spread"] = found
+        self._save()
+
+    def _check(self) -> None:
+        """That rounds can go on with what the aggregation makes.  Raises TypeError or ValueError before any begins."""
+        how, first = self.federation.how, self.adapter
+        messages.taken_over(first, how([first, first], [1, 1], first, {}))
+
+    def _claim(self, resume: bool) -> None:
+        path, said = self.out / SPEC, self.federation.encode()
+        digest = {"model": self.desk.base, "the server's rows": rows_digest(self.held.rows)}
+        if not path.is_file():
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise FileExistsError(f"{self.out} is not empty: name another directory")
+            write_json(path, {"version": VERSION, "federation": said, "digest": digest})
+            return
+        if not resume:
+            raise FileExistsError(f"{self.out} holds a federation already: --resume goes on with it; or name another")
+        there = stored(self.out)
+        odd = [k for k in said if there["federation"].get(k) != said[k]]
+        odd += [k for k in digest if there["digest"].get(k) != digest[k]]
+        if odd:
+            raise ValueError(
+                f"{', '.join(odd)}: not what the federation in {self.out} began with. Name another directory"
+            )
+
+    def _save(self) -> None:
+        tensors = {f"adapter/{name}": t.detach() for name, t in messages.named(self.adapter).items()}
+        tensors |= {f"state/{name}": t for name, t in self.state.items()}
+        files.write_state(self.out, STATE, {"round": self.round, "records": self.records}, tensors)
+
+    def _restored(self) -> bool:
+        if not (self.out / f"{STATE}.json").is_file():  # it ended before its first round
+            return False
+        values, tensors = files.read_state(self.out, STATE)
+        with files.door(str(self.out / STATE)):
+            parts = {kind: {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
+                     for kind in ("adapter/", "state/")}  # fmt: skip
+            if set(parts["adapter/"]) != set(messages.named(self.adapter)):
+                raise ValueError("it holds another adapter")
+            self.adapter = messages.filled(self.adapter, parts["adapter/"])
+            self.state, self.round, self.records = parts["state/"], values["round"], values["records"]
+        return True
+
+
+def _finite(adapter: Adapter) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in adapter.parameters())
+
+
+def stored(out: Path) -> dict[str, Any]:
+    """What OUT/federation.json says.  Raises FileNotFoundError or ValueError."""
+    path = Path(out) / SPEC
+    if not path.is_file():
+        raise FileNotFoundError(f"{out} holds no federation: {SPEC} is missing")
+    with files.door(str(path)):
+        found: dict[str, Any] = files.parsed(path.read_bytes(), str(path))
+        if found.get("version") != VERSION or not {"federation", "digest"} <= set(found):
+            raise ValueError(f"{path} is none of version {VERSION}")
+        return found
