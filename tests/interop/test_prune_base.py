@@ -1,5 +1,6 @@
 """`undula prune-base`: from rows to a smaller model that plain transformers opens."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 
 from tests.support import tiny
 from undula.cli.main import app
-from undula.train import Run, evaluate, restored
+from undula.ranks.loraprune import LoRAPrune
+from undula.train import CausalLM, Run, evaluate, look, restored, train
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,18 @@ def test_what_would_do_nothing_or_overwrite_is_refused(made, tmp_path):
         assert done.exit_code != 0
         assert told in " ".join(done.output.split())
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"allocator": LoRAPrune(0.99)}, "would leave none of the"),
+        ({"allocator": LoRAPrune(0.5), "where": "*q_proj"}, "no adapter is there"),
+    ],
+)
+def test_what_a_course_has_against_a_run_is_said_before_anything_is_measured(made, tmp_path, monkeypatch, given, told):
+    run = dataclasses.replace(Run.load(made[0] / "small-run"), out=tmp_path / "run", max_steps=2, **given)
+    monkeypatch.setattr(CausalLM, "score", lambda *_: pytest.fail("measured"))
+    for verb in train, look:
+        with pytest.raises((ValueError, TypeError), match=told):
+            verb(run)

@@ -14,6 +14,7 @@ from ..core.extras import needs
 from . import processes
 from .base import model_folder
 from .concluding import concluded, course_of, with_best
+from .look import check_course
 from .measure import PeakMemory, files_digest, rows_digest
 from .prepared import Prepared, prepare
 from .recipe import Recipe
@@ -75,6 +76,7 @@ def train(
         ready = processes.first_then_all(lambda: prepare(run))
         if begins is not None:
             processes.by_first(lambda: begins(ready))
+        check_course(ready)
         ready, tuned = with_rate(ready, resume)
         before = processes.by_first(lambda: measured_before(ready, resume, tuned))
         ready, course = _fit(ready, resume, itertools.chain(services, callbacks))

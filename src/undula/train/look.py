@@ -83,6 +83,7 @@ def look(run: Recipe) -> Look:
 def looked(ready: Prepared) -> Look:
     """The look at a run that is in memory."""
     run, parts = ready.run, {"train": ready.train, "validation": ready.held}
+    check_course(ready)
     steps = steps_of(run, len(ready.train))
     spread = sorted({i * (len(ready.train) - 1) // (EXAMPLES - 1) for i in range(EXAMPLES)})
     made = [run.task.shown(ready.train.rows[i], ready.processor) for i in spread]
@@ -113,6 +114,14 @@ def steps_of(run: Run, rows: int) -> int:
         rows -= told_quality(rows)
     batches = math.ceil(math.ceil(rows / run.batch) / processes.count())
     return math.ceil(run.epochs * max(1, math.ceil(batches / run.accumulate)))
+
+
+def check_course(ready: Prepared) -> None:
+    """Raises what an allocator or a penalty has against this model, adapter or number of steps: the training would say
+    it after all rows are measured.  To start a course changes nothing."""
+    if (how := ready.run.procedure) is not None:
+        optimizer = torch.optim.SGD(ready.adapter.parameters(), lr=0.0)
+        how.start(ready.model, optimizer, steps_of(ready.run, len(ready.train)), quality=lambda: 0.0)
 
 
 def _lengths(part: Examples) -> Lengths | None:
