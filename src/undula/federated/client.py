@@ -24,8 +24,8 @@ class Client:
     def __init__(self, federation: Federation, name: str, rows: Rows | None = None, desk: Desk | None = None):
         rows = rows or Rows(federation)
         parts = rows.client(name)
-        self.name, self.federation = name, rows.federation
-        self.desk = desk or Desk(self.federation, parts.train)
+        self.name, self.federation = name, rows.settled(federation)
+        self.desk = (desk or Desk(self.federation, parts.train)).made_for(self.federation)
         self.rows = self.desk.examples(parts.train)
         self.held = None if parts.held is None else self.desk.examples(parts.held)
         self.desk.run.task.fits(self.rows, self.desk.model, name)
@@ -42,9 +42,9 @@ class Client:
         trained = desk.adapter.copy()
         if not all(torch.isfinite(t).all() for t in trained.parameters()):
             raise RuntimeError(f"{self.name} diverged in round {round}: a number is not finite. Lower lr")
+        counts: Counts = {ROWS: len(self.rows), "loss": float(done.training_loss), "steps": int(done.global_step)}
         if f.privacy is not None:
-            trained = f.privacy.reply(sent, trained)
-        counts = {ROWS: len(self.rows), "loss": float(done.training_loss), "steps": int(done.global_step)}
+            trained, counts = f.privacy.reply(sent, trained), f.privacy.said(counts)
         return reply(sent, trained, f.how), counts
 
     def _fit(self, round: int) -> Any:

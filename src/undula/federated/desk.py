@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 class Desk:
     """federation: its task is fitted.  rows: some of this party's own, for methods that begin with a look at data.
 
-    `adapter` is on the model; what of it clients do not train asks for no gradients.
+    `adapter` is on the model; what of it clients do not train asks for no gradients.  `first`: what it was.
     """
 
     @needs("train")
     def __init__(self, federation: Federation, rows: Dataset):
         run = federation.run(Path())
+        if getattr(run.task, "names", None) == ():
+            raise ValueError("the classes are not named: take Rows(federation).settled(federation)")
         ready = assembled(with_method(run) if run.begin_from is not None else run, rows, rows)
         self.federation, self.run, self.notes = federation, ready.run, ready.notes
         self.model, self.processor, self.adapter = ready.model, ready.processor, ready.adapter
@@ -38,6 +40,13 @@ class Desk:
         if federation.how.trains == "linear":
             for site, name, t in self.adapter.tensors():
                 t.requires_grad_(t.requires_grad and name == linear_factor(self.adapter.methods[site], site))
+        self.first = self.adapter.copy()
+
+    def made_for(self, federation: Federation) -> Desk:
+        """This desk.  Raises ValueError where it is of other layers, or others of their factors train."""
+        if (self.federation.recipe, self.federation.how) != (federation.recipe, federation.how):
+            raise ValueError("this desk was made for another federation, with another recipe or aggregation")
+        return self
 
     def examples(self, rows: Dataset) -> Examples:
         """Rows as the model takes them."""

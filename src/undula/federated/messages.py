@@ -166,15 +166,15 @@ def size(arrays: Mapping[str, np.ndarray]) -> int:
     return sum(a.nbytes for a in arrays.values())
 
 
-def counted(counts: Any, who: str) -> Counts:
+def counted(counts: Any, who: str, least: int = 1) -> Counts:
     """What a client says of its training: numbers by name, its rows among them.  Raises ValueError."""
     if not isinstance(counts, Mapping) or not all(isinstance(name, str) for name in counts):
         raise ValueError(f"{who} sent no counts: numbers by name, found {counts!r:.80}")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{who}: {name} is a finite number, found {value!r:.80}")
-    if not isinstance(rows := counts.get(ROWS), int) or not 0 < rows < 1 << 31:
-        raise ValueError(f"{who}: {ROWS} is a whole number of rows above 0, found {rows!r:.80}")
+    if not isinstance(rows := counts.get(ROWS), int) or not least <= rows < 1 << 31:
+        raise ValueError(f"{who}: {ROWS} is a whole number of rows, {least} or more, found {rows!r:.80}")
     return dict(counts)
 
 

@@ -26,6 +26,10 @@ class Privacy(Choice):
         """What a client lets out of where it has come to from what it was sent."""
         return trained
 
+    def said(self, counts: dict[str, int | float]) -> dict[str, int | float]:
+        """What a client lets out of {"num-examples", "loss", "steps"}."""
+        return counts
+
     def pooled(
         self, sent: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], federation: Federation, seed: int
     ) -> tuple[Sequence[Adapter], Sequence[float]]:

@@ -11,6 +11,7 @@ from ..core.extras import needs
 from ..io.whole import alone_in
 from .client import Client
 from .messages import Arrays, Counts, Failure
+from .report import concluded
 from .rows import Rows
 from .server import Record, Server
 from .spec import Federation
@@ -41,9 +42,10 @@ def federate(
     resume: bool = False,
     parties: Callable[[Server, Rows], Mapping[str, Party]] = clients_of,
     told: Callable[[Record], Any] = lambda record: None,
-) -> Server:
-    """Runs the rounds that are left, and returns the server.  parties: what stands for the clients, by their names;
-    told: is given the record of each round.
+) -> dict[str, Any]:
+    """Runs the rounds that are left, writes the adapter and the report, and returns this (OUT/report.json).
+
+    parties: what stands for the clients, by their names; told: is given the record of each round.
 
     Raises what `Server` and `Client` raise before the first round; RuntimeError where no client gets through the first.
     """
@@ -51,22 +53,25 @@ def federate(
     with alone_in(out):
         rows = Rows(federation)
         server = Server(federation, out, rows, resume=resume)
-        there = parties(server, rows)
-        while server.round < federation.rounds or server.measures():
-            if server.measures():
-                brief = server.brief()
-                server.spread(each(federation.names, there, lambda party: party.evaluate(dict(brief)), None))  # noqa: B023
-                continue
-            number, brief = server.round + 1, server.brief()
-            chosen = server.chosen()
-            record = server.take(
-                each(chosen, there, lambda party: party.train(number, dict(brief)), federation.timeout)  # noqa: B023
-            )
-            failed = [c for c in record["clients"].values() if "failed" in c]
-            if number == 1 and len(failed) == len(chosen):
-                raise RuntimeError(f"no client got through the first round; the first of them: {failed[0]['why']}")
-            told(record)
-    return server
+        go(server, parties(server, rows), told)
+        return concluded(server)
+
+
+def go(server: Server, parties: Mapping[str, Party], told: Callable[[Record], Any] = lambda record: None) -> None:
+    """The rounds that are left.  Raises RuntimeError where no client gets through the first."""
+    f = server.federation
+    while server.round < f.rounds or server.measures():
+        brief, number = server.brief(), server.round + 1
+        if server.measures():
+            server.spread(each(f.names, parties, lambda party: party.evaluate(dict(brief)), None))  # noqa: B023
+            continue
+        chosen = server.chosen()
+        answers = each(chosen, parties, lambda party: party.train(number, dict(brief)), f.timeout)  # noqa: B023
+        record = server.take(answers)
+        failed = [c for c in record["clients"].values() if "failed" in c]
+        if number == 1 and len(failed) == len(chosen):
+            raise RuntimeError(f"no client got through the first round; the first of them: {failed[0]['why']}")
+        told(record)
 
 
 def each(

@@ -31,13 +31,15 @@ class Rows:
         self.asked = federation
 
     @functools.cached_property
-    def federation(self) -> Federation:
-        """With the task fitted (its classes named), which all parties must agree on: by the server's rows, unless the
-        file says it."""
-        recipe = self.asked.recipe
-        said = getattr(recipe.task, "names", None)
-        task = recipe.task if said else self._server[0]
-        return dataclasses.replace(self.asked, recipe=dataclasses.replace(recipe, task=task))
+    def task(self) -> Task:
+        """The task, fitted (its classes named), which all parties must agree on: by the server's rows, unless the file
+        names the classes."""
+        task = self.asked.recipe.task
+        return task if getattr(task, "names", None) else self._server[0]
+
+    def settled(self, federation: Federation) -> Federation:
+        """The same with the task fitted."""
+        return dataclasses.replace(federation, recipe=dataclasses.replace(federation.recipe, task=self.task))
 
     @functools.cached_property
     def _server(self) -> tuple[Task, DatasetDict]:
@@ -58,7 +60,8 @@ class Rows:
     @functools.cached_property
     def test(self) -> Dataset | None:
         """What the server measures on at the end, by which nothing was chosen; None where its data have none."""
-        return self._server[1].get("test")
+        test, recipe = self._server[1].get("test"), self.asked.recipe
+        return None if test is None else sample(test, recipe.eval_rows, recipe.seed)
 
     @functools.cached_property
     def divided(self) -> dict[str, Dataset]:
@@ -74,7 +77,7 @@ class Rows:
     def client(self, name: str) -> Parts:
         """The rows of one client.  Raises LookupError for one that there is not, ValueError or LookupError for rows
         that its task cannot take."""
-        f = self.federation
+        f = self.asked
         if name not in f.names:
             raise LookupError(f"there is no client {name!r}; there are: {', '.join(f.names[:20])}")
         if f.split is not None:
@@ -82,7 +85,7 @@ class Rows:
         else:
             party = next(p for p in f.clients if p.name == name)
             faults = Faults(f.recipe.skip_faulty, f.recipe.encoding)
-            _, found = f.recipe.task.read(load_data(party.data, faults), "train", "validation", faults=faults)
+            found = self.task.splits(load_data(party.data, faults), "train", "validation", faults=faults)
             parts = dict(found) | {"train": sample(found["train"], f.recipe.train_rows, f.seed("rows", name))}
         return self._with_held(name, parts)
 

@@ -49,13 +49,13 @@ class Server:
         resume: bool = False,
     ):
         rows = rows or Rows(federation)
-        self.federation, self.out = rows.federation, Path(out)
-        self.desk = desk or Desk(self.federation, rows.server)
+        self.federation, self.out = rows.settled(federation), Path(out)
+        self.desk = (desk or Desk(self.federation, rows.server)).made_for(self.federation)
         self.held = self.desk.examples(rows.server)
         self.test = None if rows.test is None else self.desk.examples(rows.test)
         self._claim(resume)
         self.state: dict[str, torch.Tensor] = {}
-        self.adapter, self.round, self.records = self.desk.adapter.copy(), 0, list[Record]()
+        self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
         if not (resume and self._restored()):
             self._check()
             self.records.append({"round": 0, "server": self.desk.score(self.adapter, self.held)})
@@ -113,20 +113,19 @@ class Server:
         f = self.federation
         if len(adapters) < f.min_clients:
             return self._stayed(f"{len(adapters)} replies count, and a round takes {f.min_clients} (min_clients)")
-        state, found = dict(self.state), {}
+        state = dict(self.state)
         try:
             if f.privacy is not None:
                 pooled = f.privacy.pooled(sent, adapters, weights, f, f.seed("noise", self.round + 1))
                 adapters, weights = list(pooled[0]), list(pooled[1])
             made = messages.taken_over(self.adapter, f.how(adapters, weights, self.adapter, state))
-            if not f.how.sparse:  # else it is no estimate of the mean
-                found = self._bias(adapters, weights, made)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a factorisation of what is too large
             return self._stayed(str(error))
         measured = self.desk.score(made, self.held) if _finite(made) else {"loss": math.nan}
         if not all(math.isfinite(v) for v in measured.values()):
             return self._stayed("with what the clients sent the model's answers are not finite")
         self.adapter, self.state = made, state
+        found = {} if f.how.sparse else self._bias(adapters, weights, made)  # if sparse it is no estimate of the mean
         return {"server": measured, **found, **self._spent()}
 
     def _stayed(self, why: str) -> Record:
@@ -142,7 +141,7 @@ class Server:
     def _bias(self, adapters: list[Adapter], weights: list[float], made: Adapter) -> Record:
         try:
             each = list(bias(adapters, shares_of(weights, len(adapters)), made).values())
-        except TypeError:  # of a rung without updates
+        except (TypeError, RuntimeError):  # of a rung without updates, or of numbers that are too large
             return {}
         return {"bias": {"mean": sum(each) / len(each), "most": max(each)}} if each else {}
 
@@ -157,7 +156,7 @@ class Server:
         for name in self.federation.names:
             counts = said.get(name, Failure("absent", "no answer"))
             try:
-                told = counts if isinstance(counts, Failure) else messages.counted(counts, name)
+                told = counts if isinstance(counts, Failure) else messages.counted(counts, name, 0)
             except ValueError as error:
                 told = Failure("refused", str(error))
             found[name] = {"failed": told.kind, "why": told.why[:500]} if isinstance(told, Failure) else told

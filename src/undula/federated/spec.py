@@ -32,7 +32,7 @@ from ..io import toml
 from ..io.toml import Faults
 from ..jobs.file import Reading, wrong_name
 from ..optim.schedules import Constant
-from ..train.config import value_of
+from ..train.config import NONE, said, said_of, value_of
 from ..train.fields import default_of, told
 from ..train.recipe import Recipe, checked_path, recipe_of
 from ..train.run import Run
@@ -148,6 +148,14 @@ class Federation(metaclass=Checked):
         own = {k: from_json(v, kinds[k], k) for k, v in data.items() if k not in ("recipe", "clients")}
         clients = tuple(Party(**each) for each in data.get("clients", ()))
         return Federation(recipe_of(data["recipe"]), clients=clients, **own)
+
+
+def written(f: Federation) -> str:
+    """The federation as a TOML file, from which `read` makes the same one."""
+    r = f.recipe
+    always = {"epochs": r.epochs, "warmup": r.warmup, "schedule": NONE if r.schedule is None else r.schedule.encode()}
+    data = {**said(r), **always, **said_of(Federation, {k: v for k, v in f.encode().items() if k != "recipe"})}
+    return f"# undula federate THIS_FILE --out DIRECTORY   repeats this federation\n\n{toml.written(data)}"
 
 
 def _absolute(path: str) -> str:

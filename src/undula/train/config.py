@@ -158,11 +158,19 @@ def _choice(table: Mapping[str, Any], family: type[Choice], default: Any, where:
 
 def written(recipe: Any) -> str:
     """The recipe as a TOML file, from which `load` makes the same one (its `encode` again)."""
-    encoded, fields = recipe.encode(), {f.name: f for f in told(type(recipe))}
-    kinds = hints(recipe.__class__)
+    return f"# undula train --config THIS_FILE --out DIRECTORY   repeats this run\n\n{toml.written(said(recipe))}"
+
+
+def said(recipe: Any) -> dict[str, Any]:
+    """What a TOML file says of a recipe."""
+    return said_of(type(recipe), recipe.encode())
+
+
+def said_of(kind: type, encoded: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a `kind` as TOML holds them, from JSON values; without those that say nothing."""
+    kinds, fields = hints(kind), {f.name: f for f in told(kind)}
     data = {name: _said(value, kinds[name], default_of(fields[name])) for name, value in encoded.items()}
-    kept = {name: value for name, value in data.items() if value is not MISSING and value not in ([], {})}
-    return f"# undula train --config THIS_FILE --out DIRECTORY   repeats this run\n\n{toml.written(kept)}"
+    return {name: value for name, value in data.items() if value is not MISSING and value not in ([], {})}
 
 
 def _said(value: Any, hint: Any, default: Any) -> Any:

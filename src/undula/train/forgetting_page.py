@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.extras import needs
-from ..io import files
 from ..observe import drawing as D
-from ..observe.page import html
 from ..observe.page.content import Bullets, Code, Drawn, Figure, Section, Table
+from . import page
+from .page import LOG, PAGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
-
-LOG = logging.getLogger("undula.train")
-PAGE = "report.html"
 
 
 def share(stage: Mapping[str, Any], names: Iterable[str]) -> float:
@@ -31,25 +26,20 @@ def share(stage: Mapping[str, Any], names: Iterable[str]) -> float:
 def write(out: Path, report: Mapping[str, Any]) -> None:
     """Writes the page.  Whatever goes wrong here is told and ends nothing."""
     try:
-        figure = Figure(
+        course = Figure(
             "forgetting",
             "Accuracy after each request",
             f"On {report['split']} rows. Blue: the classes that no request names; orange: those of each request",
             partial(_draw, report),
         )
-        try:
-            drawn = {figure.name: _rendered(figure)}
-        except ModuleNotFoundError as error:
-            LOG.warning(f"{PAGE} has no pictures: {error}")
-            drawn = {}
         sections = [
             Section("In short", (Bullets(tuple(_told(report))),)),
             Section("Request by request", (_table(report),)),
-            *([Section("Course", (Drawn((figure,)),))] if drawn else []),
+            Section("Course", (Drawn((course,)),)),
             Section("Classes", (_classes(report),)),
             Section("How it was asked for", (Code("options", "\n".join(f"{k} = {v}" for k, v in _settings(report))),)),
         ]
-        files.write_text(out / PAGE, html.page(f"Forgetting in {Path(report['run']['model']).name}", sections, drawn))
+        page.placed(out / PAGE, f"Forgetting in {Path(report['run']['model']).name}", sections)
     except Exception as error:
         LOG.warning(f"{out / PAGE} could not be made: {type(error).__name__}: {error}")
 
@@ -99,12 +89,6 @@ def _classes(report: Mapping[str, Any]) -> Table:
     head = ("class", "before", *(f"after {i}" for i in range(1, len(stages))))
     rows = tuple((name, *(_percent(s["classes"].get(name)) for s in stages)) for name in stages[0]["classes"])
     return Table(head, rows, "", frozenset({"class"}))
-
-
-@needs("plot")
-def _rendered(figure: Figure) -> str:
-    with D.styled(**{"svg.hashsalt": figure.name}):
-        return D.rendered(figure.draw(), "svg", f"{figure.title}: {figure.caption}").decode()
 
 
 def _draw(report: Mapping[str, Any]) -> Drawing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +46,20 @@ def write(run: Run, report: Mapping[str, Any], rows: Dataset, sites: list[Mappin
     """Writes both, from the report; `rows` are those it was measured on, `sites` what `diagnose` says of the adapter.
     Whatever goes wrong here is told and ends no training."""
     try:
-        sections = [s for s in _sections(run, report, rows, sites) if s.blocks]
-        drawn = _drawn(sections)
-        shown = sections if drawn is not None else [_undrawn(section) for section in sections]
-        if drawn is not None and "loss" in drawn:
+        drawn = placed(run.out / PAGE, _title(run, report), _sections(run, report, rows, sites))
+        if "loss" in drawn:
             files.write_text(run.out / CURVE, drawn["loss"])
-        files.write_text(run.out / PAGE, html.page(_title(run, report), shown, drawn or {}))
     except Exception as error:
         LOG.warning(f"{run.out / PAGE} could not be made: {type(error).__name__}: {error}")
+
+
+def placed(path: Path, title: str, sections: Iterable[Section]) -> dict[str, str]:
+    """Writes a page of those sections that hold something, and returns its drawings; without any where nothing can
+    draw."""
+    full = [s for s in sections if s.blocks]
+    drawn = _drawn(full)
+    files.write_text(path, html.page(title, full if drawn is not None else [_undrawn(s) for s in full], drawn or {}))
+    return drawn or {}
 
 
 def _drawn(sections: list[Section]) -> dict[str, str] | None:

@@ -1,0 +1,95 @@
+"""`undula federate`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..core.extras import needs
+from . import shell
+
+if TYPE_CHECKING:
+    from ..federated.spec import Federation
+
+
+def federate(
+    path: Annotated[Path, typer.Argument(metavar="FED.toml", help="The federation: a TOML file (docs/federated.md).")],
+    *,
+    out: Annotated[Path, typer.Option(help="The directory to write: the adapter, its report, the last round.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the federation in OUT.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the file and all rows, show who has which, and train nothing.")
+    ] = False,
+    to: shell.Json = None,
+) -> None:
+    """Train one adapter with clients that share no rows: rounds on this machine.
+
+    Each round the server sends its adapter, clients train it on rows of theirs, and the server makes one adapter of
+    what comes back.  A client that fails is a line in the report.
+    """
+    if dry_run:
+        shell.show(_looked_at(path), to)
+        return
+    try:
+        report = _run(path, out, resume)
+    except KeyboardInterrupt:
+        again = f"undula federate {shlex.quote(str(path))} --out {shlex.quote(str(out))} --resume"
+        shell.say(f"stopped; the rounds that are done are kept: go on with {again}", "yellow")
+        raise typer.Exit(130) from None
+    shell.write(to, report)
+    if str(to) != "-":
+        shell.show(list(_rows(report)))
+        shell.note(f"Saved in {out}: the adapter, report.html, report.json")
+
+
+@needs("train")
+def _looked_at(path: Path) -> list[dict[str, Any]]:
+    from ..federated.rows import Rows
+    from ..federated.spec import read
+
+    rows = Rows(read(path))
+    found = []
+    for name in rows.asked.names:
+        train, held = rows.client(name)
+        kinds = len(set(train["label"][:])) if "label" in train.column_names else None
+        found.append({"client": name, "rows": len(train), "to measure": 0 if held is None else len(held),
+                      "labels": kinds})  # fmt: skip
+    return [*found, {"client": "(the server)", "rows": 0, "to measure": len(rows.server), "labels": None}]
+
+
+@needs("train")
+def _run(path: Path, out: Path, resume: bool) -> dict[str, Any]:
+    from ..federated.rounds import federate as verb
+    from ..federated.spec import read
+    from ..train.base import quiet
+
+    federation = read(path)
+    with quiet():
+        return verb(federation, out, resume=resume, told=lambda record: _told(record, federation))
+
+
+def _told(record: dict[str, Any], federation: Federation) -> None:
+    """A line for a round."""
+    from ..federated.report import said, size
+
+    if shell.voice.quiet:
+        return
+    failed = {name: c for name, c in record["clients"].items() if "failed" in c}
+    measured = ", ".join(f"{k} {said(v)}" for k, v in record["server"].items())
+    counted = f"{len(record['clients']) - len(failed)} of {len(record['clients'])} clients"
+    text = f"round {record['round']} of {federation.rounds}: {measured}; {counted}, {size(record['up'])} up"
+    shell.err.print(text, soft_wrap=True, highlight=False, markup=False)
+    for name, c in failed.items():
+        shell.remark(f"{name} ({c['failed']}): {c['why']}")
+    if "stayed" in record:
+        shell.remark(f"the adapter stays as it was: {record['stayed']}")
+
+
+def _rows(report: dict[str, Any]) -> Any:
+    first = report["rounds"][0]["server"]
+    for name, value in report["after"].items():
+        test = (report["test"] or {}).get(name)
+        yield {"metric": name, "before": first.get(name), "after": value} | ({} if test is None else {"test": test})
