@@ -1,30 +1,38 @@
-"""When does a nonlinear adapter pay?  What few trained numbers can hold of a matrix.
+"""When does a nonlinear adapter pay?  What few trained numbers can hold.
 
-    python bench/capacity.py --json bench/results/capacity-planted.json       # three minutes of one core
-    python bench/capacity.py --ranks 1 --methods LoRA "LoRAN, learnable" --seeds 0
+    python bench/capacity.py planted --json bench/results/capacity-planted.json   # three minutes of one core
+    python bench/capacity.py labels --json bench/results/capacity-labels.json     # MiniLM: ten minutes
+    python bench/capacity.py facts --json bench/results/capacity-facts.json       # SmolLM2: an hour; --sizes 100 a part
+    python bench/capacity.py planted --ranks 1 --methods LoRA "LoRAN, learnable" --seeds 0
 
-A matrix (64, 64) is to become W + D, D random and so of full rank: the figure is the share of |D|^2 that is reached,
-beside the truncated singular value decomposition's, the most that an update of rank r can.  AuroRA's B h(x) has that
-rank too, whatever h is; methods that bend the product itself may have more.
+planted   a matrix (64, 64) is to become W + D, D random and so of full rank: the share of |D|^2 that is reached, beside
+          the truncated singular value decomposition's, the most that an update of rank r can.  AuroRA's B h(x) has
+          that rank too, whatever h is; methods that bend the product itself may have more
+labels    WordNet glosses with labels of two drawn by lot, MiniLM with one adapted layer and a frozen random head: the
+          share of labels that is right after training on them
+facts     WordNet glosses -> two of twelve words drawn by lot (log2 144 = 7.2 bits, which no language model could
+          guess), SmolLM2 with one adapted layer: the share of rows whose words are both the likeliest, the second
+          given the first
 
-Ranks 1, 2 and 4; every method has as many trained numbers as LoRA of that rank, or as near as its form allows (told in
-each row).  Rates are swept on the first seed, and the best serves the others.  Rows that the file holds are not made
-again.
+Numbers are to bind, so labels and facts adapt one layer, at rank 1 unless said.  Every method has as many trained
+numbers as LoRA of that rank, or as near as its form allows (told in each row).  Rates are swept on the first seed, and
+the best serves the others.  Rows that the file holds are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import kept, record
 from torch import Tensor, nn
 
 import undula
+from undula.bundled import dataset, model_path
 
 VISIBLE = {"is": "sinter", "a": 0.02, "w": 300.0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,14 +44,20 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "AuroRA": ("aurora", {}),
     "VeRA": ("vera", {}),
 }
-RATES = (1e-2, 3e-2, 1e-1)
+RATES = {"planted": (1e-2, 3e-2, 1e-1), "labels": (3e-3, 1e-2, 3e-2), "facts": (3e-3, 1e-2)}
+RANKS = {"planted": (1, 2, 4), "labels": (1,), "facts": (1,)}
+SIZES = {"planted": (64,), "labels": (512,), "facts": (100, 300, 1000, 3000)}  # of a matrix; of rows
+STEPS = {"planted": 400, "labels": 250, "facts": 600}
+LAYER = {"labels": "bert.encoder.layer.3.intermediate.dense", "facts": "model.layers.20.mlp.up_proj"}
+BATCH, LENGTH = 32, 32
+CODES = ("red", "blue", "green", "stone", "river", "cloud", "bread", "horse", "piano", "tiger", "north", "seven")
 
 
-def method_of(name: str, r: int, rows: int) -> undula.Method:
-    """At rank r; VeRA's rank so that its r + O numbers a layer of O = `rows` outputs are LoRA's 2 r O."""
+def method_of(name: str, r: int, O: int, I: int) -> undula.Method:
+    """At rank r; VeRA's so that its rank + O numbers are the r (O + I) of LoRA."""
     kind, options = METHODS[name]
     if name == "VeRA":
-        return undula.Method.build(kind, {"r": max(1, (2 * r - 1) * rows)})
+        return undula.Method.build(kind, {"r": max(1, r * (O + I) - O)})
     return undula.Method.build(kind, {"r": r, "alpha": 2 * r, **options})
 
 
@@ -64,7 +78,7 @@ def planted(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> d
     model = nn.Sequential(nn.Linear(size, size, bias=False))
     D = torch.randn(size, size) / size**0.5
     W = model[0].weight.detach().clone()
-    adapter = undula.attach(model, method_of(name, r, size), "*")
+    adapter = undula.attach(model, method_of(name, r, size, size), "*")
     one = torch.eye(size)
     trained(adapter, lambda _: (model(one).T - W - D).square().sum(), steps, lr)
     with torch.no_grad():
@@ -74,40 +88,117 @@ def planted(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> d
     return {"score": float(1 - left), "linear_bound": bound, "trained": adapter.num_parameters()}
 
 
+def rows_of(step: int, size: int) -> Tensor:
+    """The rows of a step: all in turn, in an order of each turn's own."""
+    at = step * BATCH + torch.arange(BATCH)
+    orders = {
+        int(turn): torch.randperm(size, generator=torch.Generator().manual_seed(int(turn))) for turn in at // size
+    }
+    return torch.stack([orders[int(i) // size][int(i) % size] for i in at])
+
+
+def attached(model: Any, kind: str, name: str, r: int) -> undula.Adapter:
+    layer = model.requires_grad_(False).get_submodule(LAYER[kind])
+    return undula.attach(model, method_of(name, r, layer.out_features, layer.in_features), [LAYER[kind]])
+
+
+def labels(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> dict[str, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(model_path("minilm"), num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(model_path("minilm"))
+    words = tokenizer(glosses(size), max_length=LENGTH, truncation=True, padding=True, return_tensors="pt")
+    truth = torch.randint(2, (size,), generator=torch.Generator().manual_seed(seed))
+    adapter = attached(model.eval(), "labels", name, r)
+
+    def answers(at: Tensor) -> Tensor:
+        return model(input_ids=words["input_ids"][at], attention_mask=words["attention_mask"][at]).logits
+
+    def loss(step: int) -> Tensor:
+        at = rows_of(step, size)
+        return nn.functional.cross_entropy(answers(at), truth[at])
+
+    trained(adapter, loss, steps, lr)
+    with torch.no_grad():
+        right = [answers(at).argmax(1) == truth[at] for at in torch.arange(size).split(64)]
+    return {"score": float(torch.cat(right).double().mean()), "trained": adapter.num_parameters()}
+
+
+def facts(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(model_path("smollm2"))
+    tokenizer = AutoTokenizer.from_pretrained(model_path("smollm2"))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    codes = torch.tensor([tokenizer(f" {word}")["input_ids"][0] for word in CODES])
+    how = {"max_length": LENGTH, "truncation": True, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+    words = tokenizer(glosses(size), **how)
+    truth = codes[torch.randint(len(codes), (size, 2), generator=torch.Generator().manual_seed(seed))]
+    ids = torch.cat([words["input_ids"], truth], 1)
+    mask = torch.cat([words["attention_mask"], torch.ones_like(truth)], 1)
+    adapter = attached(model.eval(), "facts", name, r)
+
+    def answers(at: Tensor) -> Tensor:
+        return model(input_ids=ids[at], attention_mask=mask[at], logits_to_keep=3).logits[:, :2]
+
+    def loss(step: int) -> Tensor:
+        at = rows_of(step, size)
+        return nn.functional.cross_entropy(answers(at).flatten(0, 1), truth[at].flatten())
+
+    trained(adapter, loss, steps, lr)
+    with torch.no_grad():
+        right = [(answers(at).argmax(-1) == truth[at]).all(1) for at in torch.arange(size).split(BATCH)]
+    return {"score": float(torch.cat(right).double().mean()), "trained": adapter.num_parameters()}
+
+
+def glosses(size: int) -> list[str]:
+    return list(dataset("wordnet")["train"].shuffle(seed=0).select(range(size))["text"])
+
+
+KINDS = {"planted": planted, "labels": labels, "facts": facts}
+
+
 def made(args: argparse.Namespace, there: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each (method, rank, seed) that is not there; the first seed's tells its sweep."""
-    kept = {(r["method"], r["r"], r["seed"]): r for r in there}
-    for r in args.ranks:
-        for name in args.methods:
-            best: float | None = None
-            for seed in args.seeds:
-                row = kept.get((name, r, seed))
-                if row is None:
-                    rates = RATES if best is None else (best,)
-                    tried = {lr: planted(name, r, args.size, seed, lr, args.steps) for lr in rates}
-                    lr = max(tried, key=lambda rate: tried[rate]["score"])
-                    swept = {f"{rate:g}": t["score"] for rate, t in tried.items()} if best is None else {}
-                    yield (row := {"method": name, "r": r, "seed": seed, "lr": lr, **tried[lr], "swept": swept})
-                best = row["lr"]
+    """A row for each (size, rank, method, seed) that is not there; the first seed's tells its sweep."""
+    measure, rates = KINDS[args.kind], RATES[args.kind]
+    held = {(r["size"], r["r"], r["method"], r["seed"]): r for r in there}
+    for size, r, name in itertools.product(args.sizes, args.ranks, args.methods):
+        best: float | None = None
+        for seed in args.seeds:
+            row = held.get((size, r, name, seed))
+            if row is None:
+                tried = {
+                    lr: measure(name, r, size, seed, lr, args.steps) for lr in (rates if best is None else (best,))
+                }
+                lr = max(tried, key=lambda rate: tried[rate]["score"])
+                swept = {f"{rate:g}": t["score"] for rate, t in tried.items()} if best is None else {}
+                what = {"method": name, "r": r, "size": size, "seed": seed, "lr": lr}
+                yield (row := {**what, **tried[lr], "swept": swept})
+            best = row["lr"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--ranks", nargs="*", type=int, default=[1, 2, 4])
+    parser.add_argument("--sizes", nargs="*", type=int)
+    parser.add_argument("--ranks", nargs="*", type=int)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
+    args.sizes, args.ranks = args.sizes or SIZES[args.kind], args.ranks or RANKS[args.kind]
+    args.steps = args.steps or STEPS[args.kind]
     torch.set_num_threads(1)
-    there = args.json is not None and args.json.is_file()
-    rows: list[dict[str, Any]] = json.loads(args.json.read_text(encoding="utf-8"))["rows"] if there else []
+    how = {"kind": args.kind, "steps": args.steps}
+    rows = kept(args.json, how)
     for row in made(args, list(rows)):
         rows.append(row)
         print(row, flush=True)
         if args.json:
-            record(args.json, {"size": args.size, "steps": args.steps, "rows": rows})
+            record(args.json, {**how, "rows": rows})
 
 
 if __name__ == "__main__":

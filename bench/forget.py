@@ -32,8 +32,8 @@ from record import record
 
 import undula
 from undula.bundled import dataset
+from undula.cli.forgetting import PENALTY
 from undula.observe import drawing as D
-from undula.penalties import GroupLasso
 from undula.train.base import open_model
 from undula.train.forgetting import merged
 from undula.train.tasks.classification import Classification
@@ -65,7 +65,6 @@ CASES = {
     "images": Case("efficientnet-lite0", "fashion-mnist", IMAGES, 32, 200, 1e-3, 1e-2, CONVOLUTIONS, 3e-3, 80, 3000),
 }
 RELEARN = (0, 2, 5, 10, 20)
-LASSO = 1e-2  # of the group lasso over blocks
 
 
 def taught(case: Case, data: Any, names: tuple[str, ...], out: Path) -> Path:
@@ -214,7 +213,7 @@ def compared(case: Case, number: int, out: Path) -> dict[str, Any]:
     judge = Judge(case, whole, names, held, gone)
     run = undula.Run(
         model=str(whole), data=out / "data", task=case.task, method=undula.LoRA(r=8), where=case.where,
-        lr=case.forget_lr, max_steps=case.forget_steps, batch=case.batch, penalty=GroupLasso(LASSO, after=0.2),
+        lr=case.forget_lr, max_steps=case.forget_steps, batch=case.batch, penalty=PENALTY,
         eval_rows=500, out=out / "forgotten",
     )  # fmt: skip
     report = undula.forget(run, requests, resume=run.out.is_dir())

@@ -28,3 +28,16 @@ def record(path: Path, figures: dict[str, Any], command: str = "") -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(head | figures, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def kept(path: Path | None, how: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that PATH holds; none where there is no file.  Raises ValueError where they were made otherwise."""
+    if path is None or not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if odd := [name for name, value in how.items() if found[name] != value]:
+        raise ValueError(
+            f"{path} was made with other {', '.join(odd)} ({[found[k] for k in odd]}): name another --json"
+        )
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows

@@ -20,6 +20,7 @@ from undula.penalties import GroupLasso
 from undula.train import Classification, ImageClassification, Regression, Run, forget
 from undula.train import forgetting as verb
 from undula.train.forgetting import merged
+from undula.train.forgetting_page import blocks, selected
 from undula.train.tasks.forgetting import ForgetImages, ForgetTexts, forgetting, h_mean
 from undula.train.tasks.forgetting_trainer import balanced, chosen
 from undula.train.tasks.task import Examples
@@ -90,6 +91,24 @@ def test_the_sum_is_an_adapter_of_the_model_as_it_was(done, home):
         a, b = (each.predict(text)["probabilities"] for each in (opened, last))
         assert a == pytest.approx(b, abs=1e-4)
     assert (out / "report.html").read_text().count("<svg") >= 1
+
+
+def test_it_is_told_which_blocks_changed(done):
+    """In the record and on the page; and where the penalty closed none, or all."""
+    out, report = done
+    groups = report["requests"][0]["groups"]
+    assert groups[0]["in_use"] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    page = (out / "report.html").read_text()
+    assert "2 of 2" in page
+    assert "red: the penalty has closed no group: a larger weight, or more steps" in page
+    few = [{"groups": 3, "zero": 1, "in_use": ["layer.0", "layer.2"]}]
+    assert blocks(few) == "2 of 3: layer.0, layer.2"
+    assert list(selected(few)) == []
+    assert [next(selected([{"groups": 3, "zero": zero}])).split(":")[0] for zero in (0, 3)] == [
+        "the penalty has closed no group",
+        "the penalty has closed all groups, so nothing was forgotten",
+    ]
+    assert blocks([]) == ""
 
 
 def test_a_request_that_is_taken_back_comes_back_exactly(done, home, tmp_path):

@@ -17,7 +17,7 @@ from undula import penalties
 from undula.cli.main import app
 from undula.jobs.checks import check
 from undula.optim.optimisers import SGD, LoRAPro
-from undula.study.guess import grid
+from undula.study.rates import around
 from undula.train import CausalLM, Classification, Interrupted, Recipe, Run, prepare, tuning
 from undula.train.trainer import trainer
 from undula.train.trying import trying
@@ -242,7 +242,7 @@ def test_the_arms_of_a_study(usual, tmp_path):
     assert middle == told["found"][0]["rate"]
     assert low < middle < high
     assert f"LoRA: rates = [{low:g}, {middle:g}, {high:g}]" in done.output
-    assert grid([1e-4, 1e-3, 1e-2], 10.0) == (1e-4, 1e-3, 1e-2)
+    assert around([1e-4, 1e-3, 1e-2], 10.0) == (1e-4, 1e-3, 1e-2)
     done = CliRunner().invoke(app, ["tune", "--study", str(path), "--batch", "4"])
     assert "--study takes everything from its file: leave out --batch" in done.output
 

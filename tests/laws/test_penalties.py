@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import tempfile
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import undula
 from undula import penalties
+from undula.cli.forgetting import PENALTY
 from undula.penalties import (
     L1,
     NLG,
@@ -27,12 +29,13 @@ from undula.penalties import (
     KLToBase,
     Matrices,
     Orthogonal,
+    OrthogonalToEarlier,
     Ranks,
     SparseGroups,
 )
 from undula.penalties.answers import base_answers, kl, scored
 from undula.penalties.group_lasso import shrunk
-from undula.penalties.groups import block_of
+from undula.penalties.groups import block_of, pairs
 from undula.penalties.wgsef import conjugate, envelope, factors, levels
 from undula.ranks import Together
 
@@ -56,6 +59,18 @@ def fill(adapter, seed=3):
     with torch.no_grad():
         for p in adapter.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * 0.3)
+
+
+def before(place, r=2, where="*", model=None):
+    """The directory of an adapter of a task before."""
+    adapter = undula.attach(model or net(), undula.LoRA(r=r), where=where)
+    fill(adapter, seed=r)
+    adapter.save(place)
+    return str(place)
+
+
+HOME = tempfile.TemporaryDirectory()
+EVERY.append(OrthogonalToEarlier(0.1, earlier=(before(HOME.name),)))
 
 
 def trained(how, steps=6, optimizer=torch.optim.AdamW, lr=0.05, parts=1, clip=None, method=None, where="*", p=0.2):
@@ -232,7 +247,11 @@ def test_a_long_step_of_the_envelope_keeps_the_k_largest_groups():
     assert found.nonzero().flatten().tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("groups", [GroupLasso(0.05), L1(0.05), WGSEF(0.2, sparsity=0.5, settle=1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "groups",
+    [GroupLasso(0.05), GroupLasso(0.01, by_size=True), L1(0.05), WGSEF(0.2, sparsity=0.5, settle=1.0)],
+    ids=repr,
+)
 def test_under_plain_descent_it_is_the_proximal_gradient_method(groups):
     """One step is prox(x - eta g), told from parts: the gradient of the loss alone, then the operator."""
     model = net()
@@ -383,6 +402,130 @@ def test_outputs_that_are_no_multiple_of_a_head_are_refused():
     for groups, words in ((Heads(3), "multiple|has 8"), (Heads(), "how large its heads are")):
         with pytest.raises(ValueError, match=words):
             GroupLasso(groups=groups).start(model, torch.optim.AdamW(adapter.parameters()), 3)
+
+
+def test_by_size_a_step_takes_weight_times_rate_from_the_root_mean_square_of_each_group():
+    """Whatever the size of the group."""
+    model = net().double()
+    adapter = undula.attach(model, undula.LoRA(r=3), where="*", dtype=torch.float64)
+    fill(adapter)
+    how = GroupLasso(0.4, by_size=True, groups=Matrices())
+    before = how.grouping.of(model, adapter)
+    was = before.norms() / before.sizes.sqrt()
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.05)
+    course = how.start(model, optimizer, 1)
+    course.before_forward()
+    for p in adapter.parameters():
+        p.grad = torch.zeros_like(p)
+    course.before_update()
+    optimizer.step()
+    course.after_update()
+    assert len(set(before.sizes.tolist())) > 1
+    torch.testing.assert_close(before.norms() / before.sizes.sqrt(), was - 0.4 * 0.05)
+
+
+class Paths(nn.Module):
+    """Four blocks beside each other, each with inputs and outputs of its own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.block = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        return torch.cat([block(part) for block, part in zip(self.block, x.chunk(4, -1), strict=True)], -1)
+
+
+@pytest.mark.parametrize("width", [8, 32])
+def test_the_default_of_forgetting_closes_blocks_that_are_not_needed_and_no_others(width):
+    """Two of four blocks have something to learn; answers are noisy.  One weight serves both widths."""
+    torch.manual_seed(2)
+    model, target = Paths(width), Paths(width)
+    target.load_state_dict(model.state_dict())
+    for i in (1, 3):
+        with torch.no_grad():
+            target.block[i].weight.add_(torch.outer(torch.randn(width), torch.randn(width)) / width)
+    adapter = undula.attach(model, undula.LoRA(r=2), where="*")
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    course = PENALTY.start(model, optimizer, 150)
+    for _ in range(150):
+        course.before_forward()
+        x = torch.randn(32, 4 * width)
+        nn.functional.mse_loss(model(x), target(x).detach() + 0.05 * torch.randn(32, 4 * width)).backward()
+        course.before_update()
+        optimizer.step()
+        course.after_update()
+        optimizer.zero_grad()
+    course.finish()
+    assert PENALTY.figures(model)["in_use"] == ["block.1", "block.3"]
+    with torch.no_grad():
+        x = torch.randn(512, 4 * width)
+        assert float((model(x) - target(x)).square().mean()) < 0.01
+
+
+def test_what_is_settled_stays_and_trains_on_without_the_penalty():
+    """A group that is zero at `settle` cannot come back, the others move by the optimiser alone; a state that is taken
+    up again has settled the same; an end before it settles too."""
+    how = GroupLasso(3.0, groups=Filters(), settle=0.5)
+    model, course = trained(how, steps=6)
+    norms = how.grouping.of(model, undula.selected(model)).norms()
+    assert course.stays.tolist() == [1.0 if norm else 0.0 for norm in norms.tolist()]
+    assert 0 < int(course.stays.sum()) < len(norms)
+    _, other = trained(dataclasses.replace(how, weight=1e-9), steps=6)
+    assert other.stays.tolist() == [1.0] * len(norms)
+    short = how.start(model, torch.optim.AdamW(undula.selected(model).parameters()), 100)
+    short.finish()
+    assert short.stays.tolist() == course.stays.tolist()
+    assert how.counts_from(10) == 5
+    assert how.fixed
+    assert not GroupLasso().fixed
+    assert GroupLasso().counts_from(10) == 0
+    with pytest.raises(ValueError, match=r"settles at 0\.2"):
+        GroupLasso(after=0.5, settle=0.2)
+
+
+def test_tasks_in_sequence_keep_apart(tmp_path):
+    """R and its step are what the formula says, over all earlier tasks where they have the layer; A does not vanish."""
+    how = OrthogonalToEarlier(1.0, earlier=(before(tmp_path / "a"), before(tmp_path / "b", 3, ["0"])))
+    model = net().double()
+    adapter = undula.attach(model, undula.LoRA(r=2), where=["0", "2"])
+    fill(adapter)
+    rows = {site: torch.cat([A.detach() for place in how.earlier for at, _, A in pairs(undula.Adapter.load(place), how)
+                             if at == site]).double() for site in ("0", "2")}  # fmt: skip
+    assert [len(those) for those in rows.values()] == [5, 2]
+    A = {site: A for site, _, A in pairs(adapter, how)}
+    was = {site: a.detach().clone() for site, a in A.items()}
+    wanted = sum((rows[site] @ a.T.double()).square().sum().item() for site, a in was.items())
+    assert how.figures(model)["value"] == pytest.approx(wanted)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.02)
+    course = how.start(model, optimizer, 300)
+    for step in range(300):
+        course.before_forward()
+        for p in adapter.parameters():
+            p.grad = torch.zeros_like(p)
+        course.before_update()
+        optimizer.step()
+        course.after_update()
+        for site, a in A.items() if step == 0 else ():
+            expected = was[site].double() - 0.02 * 2 * was[site].double() @ rows[site].T @ rows[site]
+            torch.testing.assert_close(a.detach().double(), expected, rtol=1e-5, atol=1e-7)
+    assert how.figures(model)["value"] < 0.1 * wanted
+    assert all(a.norm() > 0.1 for a in A.values())
+
+
+def test_tasks_before_that_say_nothing_are_refused(tmp_path):
+    model = net()
+    adapter = undula.attach(model, undula.LoRA(r=2), where=["2"])
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    other, wide = before(tmp_path / "a", where=["0"]), nn.Sequential(*(nn.Linear(5, 5) for _ in range(3)))
+    for earlier, words in (
+        ((), "needs the directories of adapters of tasks before"),
+        ((other,), "has no layer of this one's"),
+        ((before(tmp_path / "b", model=wide),), "2 takes 8 inputs, and 5 in the adapter in"),
+        ((str(tmp_path / "none"),), "none"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            OrthogonalToEarlier(earlier=earlier).start(model, optimizer, 3)
+    OrthogonalToEarlier(0.0).start(model, optimizer, 3)
 
 
 def test_penalties_add_up_and_multiply():

@@ -92,12 +92,11 @@ def _check_together(ctx: typer.Context, dry_run: bool, report_only: bool) -> Non
 
 def _dry(made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     """The plan in numbers."""
-    from ..study.drive import counted, estimate, warnings
-    from ..study.plan import Plan
+    from ..study.drive import counted, estimate, foreseen, warnings
     from ..study.power import power
 
-    plan = Plan(made)
-    foreseen = power(plan)
+    plan = foreseen(made, out)
+    decidable = power(plan)
     rows = [
         {
             "method": c.arm.name,
@@ -105,7 +104,7 @@ def _dry(made: Any, out: Path, pilot: bool, to: Path | None) -> None:
             "data": c.rows.label,
             "budget": c.budget.label,
             "configuration": repr(c.method) if c.method else c.arm.name,
-            "rates": ", ".join(f"{lr:g}" for lr in sorted(c.grid)),
+            "rates": c.told_rates,
         }
         for c in plan.cells
     ]
@@ -113,12 +112,12 @@ def _dry(made: Any, out: Path, pilot: bool, to: Path | None) -> None:
     found = estimate(made, out, shell.note if str(to) != "-" else lambda _: None) if pilot else None
     counts = found.counts if found else counted(plan, out)
     searches = [len(cell.searches) for cell in plan.cells if any(s.seeds for s in cell.searches)]
-    sweeps = {"sweeps": sum(searches), "shared": foreseen.shared}
+    sweeps = {"sweeps": sum(searches), "shared": decidable.shared}
     told = {
         "cells": rows,
         "runs": dict(counts),
         **sweeps,
-        "decidable": dataclasses.asdict(foreseen),
+        "decidable": dataclasses.asdict(decidable),
         "warnings": warned,
     }
     if found:
@@ -134,7 +133,9 @@ def _dry(made: Any, out: Path, pilot: bool, to: Path | None) -> None:
         f"at most {counts['most']} if every grid of rates grows to its bound"
     )
     shell.note(_cost(sweeps, len(made.seeds)))
-    shell.note(foreseen.words)
+    if missing := sum(c.auto and not c.grid for c in plan.cells):
+        shell.note(f"rates to find first, to sweep around: {missing}, each by about forty batches")
+    shell.note(decidable.words)
     if found:
         least, most = _lasting(found.seconds_least), _lasting(found.seconds_most)
         shell.note(f"about {least}, at most {most}, by {found.based_on}, one run at a time")

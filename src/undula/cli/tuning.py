@@ -96,7 +96,8 @@ def _check_study(given: Mapping[str, str]) -> None:
 @needs("study")
 def _study(path: Path, to: Path | None) -> None:
     """A line for each arm and place, and the rates that would go into the file."""
-    from ..study.guess import grid, guesses
+    from ..study.guess import guesses
+    from ..study.rates import around
     from ..study.read import read
 
     made = read(path)
@@ -110,7 +111,7 @@ def _study(path: Path, to: Path | None) -> None:
     rates = {
         arm: [g.found.lr for g in every if g.arm == arm and g.found] for arm in dict.fromkeys(g.arm for g in every)
     }
-    begin = {arm: grid(found, made.sweep.factor) for arm, found in rates.items() if found}
+    begin = {arm: around(found, made.sweep.factor) for arm, found in rates.items() if found}
     shell.write(to, {"found": rows, "rates": {arm: list(found) for arm, found in begin.items()}})
     if str(to) == "-":
         return

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .kl_to_base import KLToBase
     from .l1 import L1
     from .orthogonal import Orthogonal
+    from .orthogonal_to_earlier import OrthogonalToEarlier
     from .sparse_groups import SparseGroups
     from .wgsef import WGSEF
 
@@ -34,6 +35,7 @@ __all__ = [
     "KLToBase",
     "Matrices",
     "Orthogonal",
+    "OrthogonalToEarlier",
     "Penalty",
     "Ranks",
     "SparseGroups",
@@ -46,6 +48,7 @@ PLACES = {
     "kl_to_base": ("KLToBase",),
     "l1": ("L1",),
     "orthogonal": ("Orthogonal",),
+    "orthogonal_to_earlier": ("OrthogonalToEarlier",),
     "sparse_groups": ("SparseGroups",),
     "wgsef": ("WGSEF",),
 }

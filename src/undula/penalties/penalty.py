@@ -44,7 +44,16 @@ from ..core.method import Method
 from ..ranks.procedure import Course, Procedure, Quality
 from ..ranks.together import Together
 
-FILES = ("ba_lora", "group_lasso", "kl_to_base", "l1", "orthogonal", "sparse_groups", "wgsef")  # one of each
+FILES = (  # one of each
+    "ba_lora",
+    "group_lasso",
+    "kl_to_base",
+    "l1",
+    "orthogonal",
+    "orthogonal_to_earlier",
+    "sparse_groups",
+    "wgsef",
+)
 
 
 class Penalty(Procedure, Choice):
@@ -52,7 +61,6 @@ class Penalty(Procedure, Choice):
 
     works_on: ClassVar[tuple[type[Method], ...]] = (Method,)
     compares: ClassVar[bool] = False  # with what the base answers
-    fixed: ClassVar[bool] = False  # whether the adapter must keep its shapes
     weight: float
 
     @classmethod
@@ -67,6 +75,11 @@ class Penalty(Procedure, Choice):
         for name in FILES:
             import_module(f"{__package__}.{name}")
         return super().members()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the adapter must keep its shapes."""
+        return False
 
     @property
     def active(self) -> bool:

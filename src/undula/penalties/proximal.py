@@ -9,6 +9,7 @@ gradients it keeps the rate alone, so zeros stay exact.  Groups at zero may come
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ..host.host import selected
 from ..ranks.procedure import Quality
 from .groups import Grouped, Groups, zero_is_base
 from .penalty import Penalty, PenaltyCourse, rates
+
+TOLD = 64  # groups whose names a report tells
 
 
 class Proximal(Penalty):
@@ -49,12 +52,15 @@ class Proximal(Penalty):
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
         grouped = self.grouping.of(model, selected(model))
-        norms = grouped.norms()
-        return {
+        stays = grouped.norms() > 0
+        found = {
             "groups": grouped.count,
-            "zero": int((norms == 0).sum()),
+            "zero": int((~stays).sum()),
             "value": self.weight * float(self.value(grouped)),
         }
+        if len(grouped.names) == grouped.count <= TOLD:
+            found["in_use"] = [name for name, stay in zip(grouped.names, stays.tolist(), strict=True) if stay]
+        return found
 
 
 class ProximalCourse(PenaltyCourse):
@@ -104,3 +110,49 @@ class ProximalCourse(PenaltyCourse):
         """The proximal step."""
         lengths = self._rates(grouped) * self.how.weight
         grouped.scale(self.how.factors(grouped, grouped.norms(), lengths))
+
+
+class SettlingCourse(ProximalCourse):
+    """From one update on it is settled which groups stay: the others are zero, and what stays trains on without the
+    penalty.  `stays`: 1 for each group that stays, 0 for the others; None before."""
+
+    stays: Tensor | None = None
+
+    @property
+    def settled(self) -> int:
+        """The update at which it is settled."""
+        raise NotImplementedError
+
+    def staying(self, grouped: Grouped) -> Tensor:
+        """`stays`, from what the groups are now."""
+        raise NotImplementedError
+
+    def stepped(self, grouped: Grouped) -> None:
+        if self.stays is None:
+            super().stepped(grouped)
+            if self.step >= self.settled:
+                self._settle(grouped)
+        elif len(self.stays) != grouped.count:
+            raise RuntimeError(
+                f"{self.how!r} has settled which of {len(self.stays)} groups stay, and there are {grouped.count} now: "
+                "no allocator goes with it"
+            )
+        else:
+            grouped.scale(self.stays)
+
+    def on_end(self) -> None:
+        """A training that ended before it was settled is settled now."""
+        if self.how.active and self.stays is None:
+            self._settle(self.grouped())
+
+    @torch.no_grad()
+    def _settle(self, grouped: Grouped) -> None:
+        self.stays = self.staying(grouped)
+        grouped.scale(self.stays)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {} if self.stays is None else {"stays": self.stays}, super().state()[1]
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        super().restore(tensors, values)
+        self.stays = tensors["stays"].to(self.grouped().sizes) if "stays" in tensors else None

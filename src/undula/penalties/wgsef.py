@@ -15,9 +15,7 @@ largest |x_g|^2 / d_g stay (what prox_l keeps as l grows), the others are zero f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ from ..core.ranges import NotNegative, PartShare, Share, SomeShare
 from ..ranks.procedure import Quality
 from .groups import Grouped, Groups, Ranks
 from .penalty import Penalty
-from .proximal import Proximal, ProximalCourse
+from .proximal import Proximal, SettlingCourse
 
 
 def levels(a: Tensor, c: Tensor, k: float) -> Tensor:
@@ -77,7 +75,6 @@ class WGSEF(Proximal):
 
     source = "Refael, Arbel, Huleihel 2022, arXiv:2212.12921"
     grade = "interpretation"
-    fixed = True
 
     weight: NotNegative = 1e-2
     sparsity: PartShare = 0.5
@@ -89,6 +86,10 @@ class WGSEF(Proximal):
     def __post_init__(self) -> None:
         if self.after >= self.settle:
             raise ValueError(f"{self!r}: it begins after {self.after:g} and settles at {self.settle:g} of the updates")
+
+    @property
+    def fixed(self) -> bool:
+        return True
 
     @property
     def grouping(self) -> Groups:
@@ -124,41 +125,17 @@ class WGSEF(Proximal):
         return WGSEFCourse(self, model, optimizer, steps)
 
 
-class WGSEFCourse(ProximalCourse):
-    """`stays`: 1 for each group that stays, 0 for the others; None before it is settled."""
+class WGSEFCourse(SettlingCourse):
+    """The k largest groups stay."""
 
     how: WGSEF
-    stays: Tensor | None = None
 
-    def stepped(self, grouped: Grouped) -> None:
-        if self.stays is None:
-            super().stepped(grouped)
-            if self.step >= self.how.settled(self.steps):
-                self._settle(grouped)
-        elif len(self.stays) != grouped.count:
-            raise RuntimeError(
-                f"{self.how!r} has settled which of {len(self.stays)} groups stay, and there are {grouped.count} now: "
-                "no allocator goes with it"
-            )
-        else:
-            grouped.scale(self.stays)
+    @property
+    def settled(self) -> int:
+        return self.how.settled(self.steps)
 
-    def on_end(self) -> None:
-        """A training that ended before it was settled is settled now."""
-        if self.how.active and self.stays is None:
-            self._settle(self.grouped())
-
-    @torch.no_grad()
-    def _settle(self, grouped: Grouped) -> None:
-        k = self.how.kept(grouped.count)
+    def staying(self, grouped: Grouped) -> Tensor:
         size = grouped.squares() / self.how.weights(grouped)
-        self.stays = torch.zeros_like(size)
-        self.stays[size.topk(k).indices] = 1.0
-        grouped.scale(self.stays)
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {} if self.stays is None else {"stays": self.stays}, super().state()[1]
-
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        super().restore(tensors, values)
-        self.stays = tensors["stays"].to(self.grouped().sizes) if "stays" in tensors else None
+        stays = torch.zeros_like(size)
+        stays[size.topk(self.how.kept(grouped.count)).indices] = 1.0
+        return stays

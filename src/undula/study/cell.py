@@ -8,9 +8,9 @@ from functools import cached_property
 from statistics import fmean
 
 from ..core.method import Method
-from ..train.recipe import Recipe, dtype_called
+from ..train.recipe import AUTO, Recipe, dtype_called
 from .outcome import FINAL, SWEEP, ChosenRate, Outcome
-from .rates import Decision, decide, reachable
+from .rates import Decision, around, decide, reachable
 from .spec import Arm, Base, Budget, Rows, Study
 from .splits import place
 from .store import Record
@@ -30,6 +30,7 @@ class Cell:
     budget: Budget
     method: Method | None  # the arm's, at the size that the budget asks for
     wanted: int | None  # parameters, by an equal-parameter budget
+    guesses: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)  # see `Plan`
     made: dict[tuple[float, int, bool], Trial] = field(default_factory=dict, repr=False, compare=False)
 
     def trial(self, lr: float, seed: int, tested: bool) -> Trial:
@@ -59,13 +60,39 @@ class Cell:
         return self.method is None and not trained
 
     @property
+    def place(self) -> str:
+        return ", ".join((self.base.label, self.rows.label, self.budget.label))
+
+    @property
+    def auto(self) -> bool:
+        """Whether the grid is to lie around a rate that is found first (see `guess`)."""
+        said = self.study.sweep.rates if self.arm.rates == () else self.arm.rates
+        return said is None and not self.untrained
+
+    @property
+    def asker(self) -> Trial:
+        """The run whose rate is looked for; its own counts for nothing."""
+        return self.trial(Recipe.lr, (self.study.sweep.seeds or self.study.seeds)[0], tested=False)
+
+    @property
     def grid(self) -> tuple[float, ...]:
-        return self.arm.rates or self.study.sweep.rates
+        """The rates to begin with; none as long as they are to be found."""
+        if self.auto:
+            found = self.guesses.get(self.asker.key)
+            return () if found is None else around((found,), self.study.sweep.factor)
+        return self.arm.rates or self.study.sweep.rates or (Recipe.lr,)
+
+    @property
+    def told_rates(self) -> str:
+        """The grid, in words."""
+        return ", ".join([AUTO] * self.auto + [f"{lr:g}" for lr in sorted(self.grid)])
 
     @cached_property
     def rates(self) -> list[float]:
         """Every rate that a search could come to."""
         s = self.study.sweep
+        if not self.grid:
+            return []
         return [min(self.grid)] if self.untrained else reachable(self.grid, s.factor, s.extend)
 
     @cached_property
@@ -111,6 +138,8 @@ class Search:
     def decision(self, known: Mapping[str, Record]) -> Decision:
         """What the search has come to."""
         s, cell = self.cell.study.sweep, self.cell
+        if not cell.grid:
+            return Decision()
         if not self.seeds:
             return Decision(chosen=cell.rates[0])
         return decide(cell.grid, self.scores(known), s.factor, s.extend, cell.rows.task.more_is_better)
@@ -151,11 +180,14 @@ class Search:
 
     def to_come(self, known: Mapping[str, Record]) -> tuple[set[str], int]:
         """(the keys of runs that are still to come at least, how many more there may be): see `Plan.counts`."""
+        finals = {f"{seed} {id(self)}" for seed in self.finals}
+        if not self.cell.grid:  # three to begin with, wherever they will lie
+            begun = {f"{i} {seed} {id(self)}" for i in range(3) for seed in self.seeds}
+            return begun | finals, 2 * self.cell.study.sweep.extend * len(self.seeds)
         decision = self.decision(known)
         if decision.chosen is not None or not decision.more:
             return {t.key for t in self.due(known)}, 0
         swept = {t.key for lr in decision.more for t in self.sweep(lr) if not _ended(t, known)}
-        finals = {f"{seed} {id(self)}" for seed in self.finals}
         beyond = len(self.cell.rates) - len(decision.asked)
         return swept | finals, beyond * len(self.seeds)
 

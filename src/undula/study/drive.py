@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import splits
 from .floors import floor
+from .guess import begun, planned
 from .orders import Order, make, ordered, record
 from .outcome import ChosenRate, Outcome
 from .plan import Plan
@@ -49,6 +50,8 @@ def run(
 
         check_together(plan, together)
     store = Store(out / STORE)
+    if any(cell.auto for cell in plan.cells):
+        plan = begun(plan, store, view)
     if changed := "; ".join(plan.strangers(plan.known(store))):
         raise ValueError(f"{changed}: bring them back, or begin again in another --out than {out}")
     _delete_stale(plan, store, retry_failed)
@@ -101,7 +104,8 @@ def _drive(plan: Plan, store: Store, view: View, mine: set[str], together: int |
 
 def report(study: Study, out: str | Path, about: Mapping[str, str] | None = None) -> Finished:
     """Writes OUT/report from what has ended so far; nothing is run."""
-    return _report(Plan(study), Store(Path(out) / STORE), Path(out), about)
+    store = Store(Path(out) / STORE)
+    return _report(planned(study, store), store, Path(out), about)
 
 
 def _report(plan: Plan, store: Store, out: Path, about: Mapping[str, str] | None) -> Finished:
@@ -135,11 +139,16 @@ def _notes(plan: Plan, store: Store, known: Mapping[str, Record]) -> Iterator[st
 
 def warnings(study: Study, out: str | Path | None = None) -> list[str]:
     """What makes the data of a study doubtful, and the runs in `out`, if there are any."""
-    plan = Plan(study)
     if out is None or not (Path(out) / STORE).is_file():
-        return list(_doubts(plan, None, {}))
+        return list(_doubts(Plan(study), None, {}))
     store = Store(Path(out) / STORE)
+    plan = planned(study, store)
     return list(_doubts(plan, store, plan.known(store)))
+
+
+def foreseen(study: Study, out: Path) -> Plan:
+    """The plan, with the rates that were found in `out`."""
+    return planned(study, Store(out / STORE)) if (out / STORE).is_file() else Plan(study)
 
 
 def _doubts(plan: Plan, store: Store | None, known: Mapping[str, Record]) -> Iterator[str]:
@@ -184,7 +193,7 @@ class Estimate:
 def estimate(study: Study, out: str | Path, heard: Callable[[str], None] = lambda _: None) -> Estimate:
     """How long `run` would take.  Only a pilot of the first arm with a method is run: a few steps and one evaluation
     per model and data set; the other arms are taken to be as fast, full fine-tuning included."""
-    plan = Plan(study)
+    plan = foreseen(study, Path(out))
     known = _known(plan, Path(out))
     counts = plan.counts(known)
     mean, based_on = _mean_seconds(plan, known, heard)
@@ -201,7 +210,7 @@ def _mean_seconds(plan: Plan, known: Mapping[str, Record], heard: Callable[[str]
             here = [c for c in plan.cells if c.base == base and c.rows == rows]
             cell = next((c for c in here if c.method is not None), here[0])
             heard(f"pilot: {PILOT_STEPS} steps of {cell.arm.name} on {base.label}, {rows.label}")
-            spent.append(_pilot(cell.trial(cell.grid[0], 0, tested=False), plan.sources))
+            spent.append(_pilot(cell.asker, plan.sources))
     return sum(spent) / len(spent), f"a pilot of {PILOT_STEPS} steps"
 
 

@@ -1,15 +1,14 @@
-"""Where the sweeps of a study may begin: the rate that `train.tuning` finds for each arm, on each model and data set.
+"""Where the sweeps of a study begin: around the rate that `train.tuning` finds for each arm in each place.
 
-The rates go into the study's file, by hand: what a study sweeps is part of what it is.
+With `rates = "auto"` a study finds them by its first seed, before any run, and keeps them beside its runs, so that what
+goes on later sweeps the same; `undula tune --study` says what would be found, to be written into the file by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,9 @@ from ..train.tuning import Tuned, tuned
 from .plan import Plan
 from .sources import Sources
 from .spec import Study
+from .store import Store
 from .trial import Trial
+from .view import View
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,35 @@ def proposed(trial: Trial, sources: Sources) -> Tuned:
 def guesses(study: Study) -> Iterator[Guess]:
     """Of every arm that trains, in every place, by the first seed that sweeps."""
     plan = Plan(study)
-    seed = (study.sweep.seeds or study.seeds)[0]
     for cell in plan.cells:
         if cell.untrained:
             continue
-        place = ", ".join((cell.base.label, cell.rows.label, cell.budget.label))
         try:
-            yield Guess(cell.arm.name, place, proposed(cell.trial(cell.grid[0], seed, False), plan.sources))
+            yield Guess(cell.arm.name, cell.place, proposed(cell.asker, plan.sources))
         except (ValueError, RuntimeError) as error:
-            yield Guess(cell.arm.name, place, None, str(error))
+            yield Guess(cell.arm.name, cell.place, None, str(error))
 
 
-def grid(rates: Sequence[float], factor: float) -> tuple[float, float, float]:
-    """Three rates to begin a sweep with, a `factor` apart: around the median of those that were found, in log rate."""
-    middle = math.exp(statistics.median(math.log(rate) for rate in rates))
-    lower, centre, higher = (float(f"{middle * factor**i:.2g}") for i in (-1, 0, 1))
-    return lower, centre, higher
+def begun(plan: Plan, store: Store, view: View) -> Plan:
+    """The plan with the rates that its sweeps begin around: what the store does not hold is found, and kept there.
+
+    Raises ValueError, which names the arm, where none can be found.
+    """
+    for cell in plan.cells:
+        if not cell.auto or cell.asker.key in store.rates():
+            continue
+        name = f"{cell.arm.name} ({cell.place})"
+        try:
+            found = proposed(cell.asker, plan.sources)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f'{name}: rates = "auto" finds none ({error}): name some') from error
+        store.keep_rate(cell.asker.key, found.encode())
+        view.said(f"{name}: its sweep begins around {found.lr:g} ({found.how}; {found.seconds:.1f} s)")
+        for note in found.notes:
+            view.said(f"{name}: {note}")
+    return planned(plan.study, store, plan.sources)
+
+
+def planned(study: Study, store: Store, sources: Sources | None = None) -> Plan:
+    """A plan with the rates that the store holds."""
+    return Plan(study, sources, {key: found["lr"] for key, found in store.rates().items()})

@@ -25,15 +25,16 @@ from .trial import Trial
 
 class Plan:
     """The cells of a study.  Opens its models once, where a budget counts parameters; `sources` holds what is read.
+    guesses: {key of `Cell.asker`: the rate that was found}, where a study asks for them.
 
     Raises ValueError for a study that cannot be carried out.
     """
 
-    def __init__(self, study: Study, sources: Sources | None = None):
+    def __init__(self, study: Study, sources: Sources | None = None, guesses: Mapping[str, float] | None = None):
         if found := "; ".join(text for _, text in faults(study)):
             raise ValueError(found)
         self.study, self.sources = study, sources or Sources()
-        self.cells = tuple(_cells(study, self.sources))
+        self.cells = tuple(_cells(study, self.sources, guesses or {}))
         self.searches = tuple(search for cell in self.cells for search in cell.searches)
 
     def trials(self) -> dict[str, Trial]:
@@ -89,9 +90,15 @@ class Plan:
             yield f"the runs were not all made alike: {self.made(known)['the runs were made']}"
 
     def made(self, known: Mapping[str, Record]) -> dict[str, str]:
-        """With what the runs were made, for a report."""
-        kinds = self._kinds(known)
-        return {"the runs were made": "; ".join(f"{n} with {kind}" for kind, n in kinds.most_common())} if kinds else {}
+        """With what the runs were made, for a report; and where sweeps began, if that was found."""
+        kinds, told = self._kinds(known), dict[str, str]()
+        if kinds:
+            told["the runs were made"] = "; ".join(f"{n} with {kind}" for kind, n in kinds.most_common())
+        if auto := [cell for cell in self.cells if cell.auto and cell.grid]:
+            told["sweeps began around rates that were found"] = "; ".join(
+                f"{c.arm.name} ({c.place}) {c.grid[1]:g}" for c in auto
+            )
+        return told
 
     def _kinds(self, known: Mapping[str, Record]) -> Counter[str]:
         return Counter(_made_with(r.result) for r in known.values() if r.result is not None)
@@ -141,7 +148,7 @@ def _made_with(result: Mapping[str, Any], beside: bool = True) -> str:
     return f"{versions} on {made['device']}, {made['threads']} threads{others}"
 
 
-def _cells(study: Study, sources: Sources) -> Iterator[Cell]:
+def _cells(study: Study, sources: Sources, guesses: Mapping[str, float]) -> Iterator[Cell]:
     """In the order of the arms first: a study that is cut short has compared the first ones everywhere."""
     for arm in study.arms:
         for base in study.models:
@@ -149,7 +156,7 @@ def _cells(study: Study, sources: Sources) -> Iterator[Cell]:
                 for budget in study.budgets:
                     wanted = _wanted(study, base, rows, budget, sources)
                     shapes = None if wanted is None else sources.shapes(study, arm, base, rows)
-                    yield Cell(study, arm, base, rows, budget, sized(arm, budget, wanted, shapes), wanted)
+                    yield Cell(study, arm, base, rows, budget, sized(arm, budget, wanted, shapes), wanted, guesses)
 
 
 def impossible(study: Study, sources: Sources) -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,13 @@ def decide(
             return Decision(asked=tuple(asked))
         else:
             return Decision(chosen=best, bracketed=tried[0] < best < tried[-1], asked=tuple(asked))
+
+
+def around(rates: Sequence[float], factor: float) -> tuple[float, float, float]:
+    """Three rates to begin a sweep with, a `factor` apart: around the median of those that were found, in log rate."""
+    middle = math.exp(statistics.median(math.log(rate) for rate in rates))
+    lower, centre, higher = (float(f"{middle * factor**i:.2g}") for i in (-1, 0, 1))
+    return lower, centre, higher
 
 
 def reachable(grid: Sequence[float], factor: float, extend: int) -> list[float]:

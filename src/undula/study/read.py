@@ -2,7 +2,7 @@
 
 title = "..."                           baseline = "LoRA"      seeds = [1, 2, 3]      split_seed = 0
 [train]     steps, and the other settings of a run (`train.recipe.Settings`) by their names; evaluations
-[sweep]     rates, seeds, factor, extend, halving
+[sweep]     rates (a list, or "auto"), seeds, factor, extend, halving
 [[models]]  source, bits, dtype
 [[data]]    source, task, set, label, train, validation, test (rows), splits, skip_faulty;
             epochs, batch (in the place of [train]'s)
@@ -22,7 +22,7 @@ from ..core.method import Method
 from ..core.options import build_from
 from ..io import toml
 from ..ranks import Procedure
-from ..train.recipe import dtype_called
+from ..train.recipe import AUTO, dtype_called
 from ..train.tasks.task import Task
 from . import splits
 from .plan import impossible
@@ -42,12 +42,12 @@ from .spec import (
 TOP = {"title": str, "baseline": str, "seeds": list, "split_seed": int}
 TABLES: dict[str, dict[str, Any]] = {
     "train": {**kinds(Training), "evaluations": int},
-    "sweep": {"rates": list, "seeds": list, "factor": NUMBER, "extend": int, "halving": int},
+    "sweep": {"rates": (list, str), "seeds": list, "factor": NUMBER, "extend": int, "halving": int},
     "models": {"source": str, "bits": int, "dtype": str},
     "data": {"source": str, "task": str, "set": dict, "label": str, "train": int, "validation": int, "test": int,
              "splits": dict, "epochs": NUMBER, "batch": int, "skip_faulty": NUMBER},
     "budgets": {"rank": int, "parameters": int, "parameters_of": str},
-    "methods": {"name": str, "method": str, "set": dict, "rates": list, "allocator": str, "allocate": dict,
+    "methods": {"name": str, "method": str, "set": dict, "rates": (list, str), "allocator": str, "allocate": dict,
                 **kinds(Training)},
 }  # fmt: skip
 MANY = ("models", "data", "budgets", "methods")
@@ -128,7 +128,7 @@ def _rows(reader: Reader, name: str, tables: Any) -> Iterator[tuple[int, dict[st
 
 
 def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
-    rates = reader.numbers(("methods", i, "rates"), t["rates"], NUMBER) if "rates" in t else ()
+    rates = _rates(reader, ("methods", i, "rates"), t["rates"]) if "rates" in t else ()
     own, name = read_settings(reader, ("methods", i), t), t["method"]
     if name in YARDSTICKS:
         if t.get("set"):
@@ -148,6 +148,11 @@ def _arm(reader: Reader, i: int, t: dict[str, Any]) -> Arm | None:
     called = " + ".join(type(part).public().__name__ for part in (method, allocator) if part is not None)
     called = " ".join([called, *(f"{KEYS.get(name, name)}={shown(value)}" for name, value in own.items())])
     return Arm(t.get("name", called), method, False, rates, allocator, own)
+
+
+def _rates(reader: Reader, place: toml.Path, found: Any) -> tuple[float, ...] | None:
+    """A grid; None: to be found."""
+    return None if found == AUTO else reader.numbers(place, found, NUMBER)
 
 
 def _allocator(reader: Reader, i: int, t: dict[str, Any], method: Method | None) -> Procedure | None:
@@ -211,9 +216,10 @@ def _budget(reader: Reader, i: int, t: dict[str, Any]) -> Budget | None:
 
 def _sweep(reader: Reader, data: dict[str, Any]) -> Sweep:
     t = reader.table(("sweep",), data, TABLES["sweep"])
-    for key, kind in (("rates", NUMBER), ("seeds", int)):
-        if key in t:
-            t[key] = reader.numbers(("sweep", key), t[key], kind)
+    if "rates" in t:
+        t["rates"] = _rates(reader, ("sweep", "rates"), t["rates"])
+    if "seeds" in t:
+        t["seeds"] = reader.numbers(("sweep", "seeds"), t["seeds"], int)
     return Sweep(**reader.within(("sweep",), Sweep, t))
 
 

@@ -47,6 +47,7 @@ class Reader:
             if key not in kinds:
                 close = difflib.get_close_matches(key, kinds, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
+                hint = '; a study sweeps it: rates = [1e-3, 3e-3], or rates = "auto"' if key == "lr" else hint
                 self.fault((*place, key), f"there is no {key!r} here; there are: {', '.join(kinds)}{hint}")
             elif (
                 not isinstance(found, kinds[key]) or isinstance(found, bool) != (kinds[key] is bool) or _endless(found)
@@ -65,7 +66,8 @@ class Reader:
         wrong += [v for v in values if kind is NUMBER and v not in wrong and not 0 < v < math.inf]
         if wrong or not values or len(set(values)) < len(values):
             what = "rates greater than 0" if kind is NUMBER else "whole numbers"
-            self.fault(place, f"{place[-1]} is a list of different {what}, found {values!r:.60}")
+            told = ' or "auto"' if kind is NUMBER else ""
+            self.fault(place, f"{place[-1]} is a list of different {what}{told}, found {values!r:.60}")
             return ()
         return tuple(float(v) if kind is NUMBER else v for v in values)
 

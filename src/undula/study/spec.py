@@ -20,10 +20,14 @@ from ..core.ranges import (
 )
 from ..ranks import Procedure
 from ..train.fields import default_of
-from ..train.recipe import Settings, refusals
+from ..train.recipe import AUTO, Settings, refusals
 from ..train.tasks.task import Task
 
 Halving = Annotated[int, Range(least=2, most=1 << 16)]
+
+
+def rates_meant(name: str, value: Any) -> Any:
+    return None if name == "rates" and value == AUTO else value
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,14 @@ class Arm(metaclass=Checked):
     name: str
     method: Method | None
     full: bool = False  # with method None: train everything
-    rates: tuple[Positive, ...] = ()  # its own grid to begin with; empty: the sweep's
+    rates: tuple[Positive, ...] | None = ()  # its own grid to begin with; empty: the sweep's; None: as of `Sweep`
     allocator: Procedure | None = None
     own: Mapping[str, Any] = field(default_factory=dict)  # settings in the place of [train]'s, by their names
+
+    @staticmethod
+    def as_meant(name: str, value: Any) -> Any:
+        """See `Sweep`."""
+        return rates_meant(name, value)
 
     def __post_init__(self) -> None:
         names = [f.name for f in fields(Settings)]
@@ -102,11 +111,16 @@ class Budget(metaclass=Checked):
 class Sweep(metaclass=Checked):
     """How the learning rate of each arm is chosen, on validation rows."""
 
-    rates: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[Positive, ...] | None = (3e-4, 1e-3, 3e-3)  # None, which people write as "auto": see `guess`
     seeds: tuple[Seed32, ...] = ()  # none: each final seed has a sweep of its own; else one choice that all seeds share
     factor: Annotated[float, Range(least=1.01, most=1e6)] = 10**0.5  # between a rate and the next, where the grid grows
     extend: Natural = 3  # how often it may grow at either end
     halving: Halving | None = None  # successive halving that keeps one run in so many
+
+    @staticmethod
+    def as_meant(name: str, value: Any) -> Any:
+        """`rates` of "auto" as None."""
+        return rates_meant(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

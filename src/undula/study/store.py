@@ -27,6 +27,7 @@ create table if not exists runs (
     result text                -- done: figures, JSON; failed: the error
 );
 """
+RATES = "create table if not exists rates (key text primary key, found text not null)"  # see `guess`; since version 1
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,19 @@ class Store:
         with self._open() as db:
             read = [(key, r.state, r.worker, r.beat) for key, r in records.items()]
             db.executemany("delete from runs where key = ? and state = ? and worker = ? and beat = ?", read)
+
+    def rates(self) -> dict[str, dict[str, Any]]:
+        """{key: what was found} of the rates around which sweeps begin."""
+        with self._open() as db:
+            there = db.execute("select 1 from sqlite_master where name = 'rates'").fetchone()
+            rows = db.execute("select key, found from rates").fetchall() if there else []
+        return {key: json.loads(text) for key, text in rows}
+
+    def keep_rate(self, key: str, found: Mapping[str, Any]) -> None:
+        """Records what was found, unless another process was first."""
+        with self._open() as db:
+            db.execute(RATES)
+            db.execute("insert or ignore into rates values (?, ?)", (key, json.dumps(found)))
 
     def beat(self) -> None:
         """A sign of life of this process."""

@@ -71,7 +71,7 @@ def check_together(plan: Plan, most: int) -> None:
     if most < 2:
         raise ValueError(f"together is how many runs train at once, 2 at least; found {most}")
     alone = Alone()
-    reasons = {alone(trial) for trial in plan.trials().values()}
+    reasons = {alone(trial) for trial in (*plan.trials().values(), *(c.asker for c in plan.cells if c.auto))}
     if None not in reasons:
         raise ValueError(f"no runs of this study can be made together: {'; '.join(sorted(map(str, reasons))[:3])}")
 

@@ -27,6 +27,7 @@ from ..io.whole import whole
 from .base import called_elsewhere, config_of, quiet
 from .fit import train
 from .restored import Restored, restored
+from .rows import LOG
 from .run import REPORT, RUN, Run, write_json
 from .tasks.forgetting import Forgets, accuracy, forgetting, h_mean
 from .tasks.outputs import own_names
@@ -226,7 +227,7 @@ def by_class(opened: Restored, examples: Any) -> dict[str, Any]:
 
 def concluded(out: Path, stages: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes the sum of the requests, and the report; returns it."""
-    from .forgetting_page import share, write
+    from .forgetting_page import selected, share, write
 
     said = told(out)
     run, requests = Run.decode(said["run"], out), [tuple(r) for r in said["requests"]]
@@ -257,6 +258,9 @@ def concluded(out: Path, stages: list[dict[str, Any]]) -> dict[str, Any]:
         "options": said["options"],
         "out": str(out),
     }
+    for row in rows:
+        for why in selected(row["groups"]):
+            LOG.warning(f"{', '.join(row['request'])}: {why}")
     _summed(out, run, requests, said["undone"])
     write(out, report)
     write_json(out / REPORT, report)

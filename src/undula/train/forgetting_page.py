@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,27 @@ def _told(report: Mapping[str, Any]) -> list[str]:
         + (", by which checkpoints were chosen: a little too good." if report["split"] == "validation" else "."),
         f"Classes that no request names: {_percent(kept['before'])} before, {_percent(kept['after'])} after.",
     ]
+    found += [f"{', '.join(r['request'])}: {why}." for r in report["requests"] for why in selected(r["groups"])]
     return found + [f"Taken back: {', '.join(request)}." for request in report["undone"]]
+
+
+def selected(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What there is to say of how a penalty chose among the groups of a request."""
+    for found in groups:
+        if found.get("groups") and found["zero"] == found["groups"]:
+            yield "the penalty has closed all groups, so nothing was forgotten: a lower weight"
+        elif found.get("groups", 1) > 1 and found.get("zero") == 0:
+            yield "the penalty has closed no group: a larger weight, or more steps"
+
+
+def blocks(groups: Iterable[Mapping[str, Any]]) -> str:
+    """How many groups are in use, and which."""
+    found = next((g for g in groups if "groups" in g), None)
+    if found is None:
+        return ""
+    told = f"{found['groups'] - found['zero']} of {found['groups']}"
+    names = found.get("in_use", ()) if found["zero"] else ()
+    return f"{told}: {', '.join(names)}" if names else told
 
 
 def _percent(value: float | None) -> str:
@@ -75,10 +95,8 @@ def _table(report: Mapping[str, Any]) -> Table:
     )
     rows = []
     for r in report["requests"]:
-        groups = next((g for g in r["groups"] if "groups" in g), None)
-        changed = "" if groups is None else f"{groups['groups'] - groups['zero']} of {groups['groups']}"
         shown = [_percent(r[k]) for k in ("forgotten_before", "forgotten", "kept_before", "kept", "h_mean", "earlier")]
-        rows.append((", ".join(r["request"]), *shown, changed))
+        rows.append((", ".join(r["request"]), *shown, blocks(r["groups"])))
     return Table(
         head, tuple(rows), "Earlier requests: the accuracy on what they have forgotten", frozenset({"request"})
     )
