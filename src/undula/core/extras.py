@@ -23,6 +23,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "preference": ("trl",),
     "serve": ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"),
     "ray": ("ray",),
+    "federated": ("opacus",),
     "triton": ("triton",),
 }
 INCLUDED = {
@@ -36,6 +37,7 @@ INCLUDED = {
     "preference": ("train",),
     "serve": ("train",),
     "ray": ("serve",),
+    "federated": ("train",),
 }
 EXTRAS = {package: extra for extra, packages in BROUGHT.items() for package in packages}  # the smallest that brings it
 

@@ -7,13 +7,16 @@ from .fedit import FedIT
 from .fedsvd import FedSVD
 from .ffa import FFA
 from .flasc import FLASC
+from .private import DPSGD, ClientLevel
 from .wire import packed, unpacked
 
 __all__ = [
+    "DPSGD",
     "FAIR",
     "FFA",
     "FLASC",
     "Aggregation",
+    "ClientLevel",
     "Cosine",
     "Exact",
     "FedIT",

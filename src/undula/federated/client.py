@@ -59,7 +59,7 @@ class Client:
             fitter = trainer(run, desk.model, self.rows, ())
             fitter.args.save_strategy = SaveStrategy.NO
             set_seed(seed)
-            return fitter.train() if f.privacy is None else f.privacy.fit(fitter, f, len(self.rows))
+            return fitter.train() if f.privacy is None else f.privacy.fit(fitter, f, len(self.rows), self.name, round)
 
     def evaluate(self, arrays: Arrays) -> Counts:
         """The metrics of what it is sent on rows of its own that it does not train on; {"num-examples": 0} without

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.adapter import Adapter
@@ -18,7 +18,7 @@ class Privacy(Choice):
         """Why a federation cannot be private so: sentences that begin with the name of the setting they are about."""
         return iter(())
 
-    def fit(self, fitter: Any, federation: Federation, rows: int) -> Any:
+    def fit(self, fitter: Any, federation: Federation, rows: int, name: str, round: int) -> Any:
         """A client's training of one round on so many rows, by a Trainer that is ready: what `fitter.train()` gives."""
         return fitter.train()
 
@@ -37,6 +37,6 @@ class Privacy(Choice):
         seed."""
         return adapters, weights
 
-    def spent(self, federation: Federation, rounds: int, rows: Sequence[int]) -> dict[str, Any] | None:
-        """{"epsilon", "delta", ...} after so many rounds, `rows` being those that clients have said."""
+    def spent(self, federation: Federation, asked: Mapping[str, int], rows: Mapping[str, int]) -> dict[str, Any] | None:
+        """{"epsilon", "delta", ...} where clients were asked so many times, `rows` being those that they have said."""
         return None

@@ -65,7 +65,7 @@ def go(server: Server, parties: Mapping[str, Party], told: Callable[[Record], An
         if server.measures():
             server.spread(each(f.names, parties, lambda party: party.evaluate(dict(brief)), None))  # noqa: B023
             continue
-        chosen = server.chosen()
+        chosen = server.ask()
         answers = each(chosen, parties, lambda party: party.train(number, dict(brief)), f.timeout)  # noqa: B023
         record = server.take(answers)
         failed = [c for c in record["clients"].values() if "failed" in c]

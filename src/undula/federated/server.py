@@ -9,6 +9,7 @@ A client that fails, or sends what is no answer, is a line in the round's record
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Server:
         self._claim(resume)
         self.state: dict[str, torch.Tensor] = {}
         self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
+        self.asked: list[int] = []  # the rounds that clients were asked for, see `ask`
         if not (resume and self._restored()):
             self._check()
             self.records.append({"round": 0, "server": self.desk.score(self.adapter, self.held)})
@@ -64,6 +66,14 @@ class Server:
     def chosen(self) -> tuple[str, ...]:
         """The clients of the next round."""
         return self.federation.chosen(self.round + 1)
+
+    def ask(self) -> tuple[str, ...]:
+        """The clients of the next round, who are asked now.  Under privacy that is written down before: where the
+        round is asked for again after a kill, it has cost twice."""
+        if self.federation.privacy is not None:
+            self.asked.append(self.round + 1)
+            self._save()
+        return self.chosen()
 
     def brief(self) -> Arrays:
         """What each of them is sent; also what clients measure on."""
@@ -89,6 +99,7 @@ class Server:
             adapters.append(adapter)
             weights.append(1.0 if f.weights == ALIKE else float(counts[ROWS]))
         record |= self._moved(sent, adapters, weights)
+        record |= self._spent(record)
         self.round = number
         self.records.append(record)
         self._save()
@@ -126,17 +137,18 @@ class Server:
             return self._stayed("with what the clients sent the model's answers are not finite")
         self.adapter, self.state = made, state
         found = {} if f.how.sparse else self._bias(adapters, weights, made)  # if sparse it is no estimate of the mean
-        return {"server": measured, **found, **self._spent()}
+        return {"server": measured, **found}
 
     def _stayed(self, why: str) -> Record:
-        return {"server": self.records[-1]["server"], "stayed": why, **self._spent()}
+        return {"server": self.records[-1]["server"], "stayed": why}
 
-    def _spent(self) -> Record:
+    def _spent(self, record: Record) -> Record:
         f = self.federation
         if f.privacy is None:
             return {}
-        rows = {n: c[ROWS] for r in self.records[1:] for n, c in r["clients"].items() if ROWS in c}
-        return {"privacy": f.privacy.spent(f, self.round + 1, list(rows.values()))}
+        rows = {n: c[ROWS] for r in (*self.records[1:], record) for n, c in r["clients"].items() if ROWS in c}
+        asked = Counter(name for number in self.asked for name in f.chosen(number))
+        return {"privacy": f.privacy.spent(f, asked, rows)}
 
     def _bias(self, adapters: list[Adapter], weights: list[float], made: Adapter) -> Record:
         try:
@@ -189,7 +201,7 @@ class Server:
     def _save(self) -> None:
         tensors = {f"adapter/{name}": t.detach() for name, t in messages.named(self.adapter).items()}
         tensors |= {f"state/{name}": t for name, t in self.state.items()}
-        files.write_state(self.out, STATE, {"round": self.round, "records": self.records}, tensors)
+        files.write_state(self.out, STATE, {"round": self.round, "records": self.records, "asked": self.asked}, tensors)
 
     def _restored(self) -> bool:
         if not (self.out / f"{STATE}.json").is_file():  # it ended before its first round
@@ -202,6 +214,7 @@ class Server:
                 raise ValueError("it holds another adapter")
             self.adapter = messages.filled(self.adapter, parts["adapter/"])
             self.state, self.round, self.records = parts["state/"], values["round"], values["records"]
+            self.asked = values["asked"]
         return True
 
 

@@ -24,6 +24,7 @@ from ..core.ranges import (
 )
 
 PASSES = "acts on the model's forward passes, which jobs share"
+MOVED = "computes the gradient at other factors than it has, where rows are not heard"
 
 
 class Optimiser(Choice):
@@ -37,6 +38,7 @@ class Optimiser(Choice):
     at_once: ClassVar[bool] = False  # whether it needs all rows of a step in one batch
     carries: ClassVar[bool] = False  # whether a training leaves something for the one that goes on from it (`bases`)
     apart: ClassVar[str] = ""  # why jobs that share their forward passes cannot each have one
+    private: ClassVar[str] = ""  # why it cannot be used under differential privacy
     remembers: ClassVar[int] = 2  # numbers of each that trains, at most
 
     @abc.abstractmethod
@@ -162,6 +164,7 @@ class LoRAMGPO(_Paired):
     """EMNLP Findings 2025, arXiv:2502.14538v2: factors moved along their momentum while the gradient is found."""
 
     apart = PASSES
+    private = MOVED
     remembers = 4
 
     rho: NotNegative = 0.05
@@ -182,6 +185,7 @@ class LoRAGGPO(_Paired):
     """arXiv:2502.14538v1, before LoRAMGPO: noise on the adapted weights, by the size of their rows and gradients."""
 
     apart = PASSES
+    private = MOVED
 
     sigma: NotNegative = 0.03  # of a row's length
     beta: NotNegative = 0.01  # of its gradient's square
@@ -200,6 +204,7 @@ class GORP(_Paired):
     """Wang et al. 2025, arXiv:2507.02503: orthogonal to what the trainings before (--from) have used."""
 
     carries = True
+    private = "leaves what the training after needs, which rounds do not keep"
     apart = "leaves what the training after needs, which jobs do not keep"
 
     energy: SomeShare = 0.95  # share of what a task has used that is protected
@@ -224,6 +229,7 @@ class LoRSum(_Paired):
     """Almansoori et al. 2026, arXiv:2602.16456: full fine-tuning's step cut to the rank; rates as of plain descent."""
 
     apart = PASSES
+    private = "reads the inputs and gradients of all rows at the layers, which are neither clipped nor noised"
     clips = follows = False
     remembers = 6
 
@@ -248,6 +254,7 @@ class SAMReference(_Paired):
     """After GLAD, arXiv:2507.13089: the gradient with a sharpness-aware one beside it; two passes a step."""
 
     apart = PASSES
+    private = "goes through the rows twice, and where it goes from their gradients without noise is not covered"
     at_once = True
 
     rho: NotNegative = 0.05
