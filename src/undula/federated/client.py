@@ -30,7 +30,7 @@ class Client:
         self.rows = self.desk.examples(parts.train)
         self.held = None if parts.held is None else self.desk.examples(parts.held)
         for note in self.desk.run.task.fits(self.rows, self.desk.model, name):
-            LOG.warning(f"{name}: {note}")
+            LOG.warning(note)
 
     def train(self, round: int, arrays: Arrays) -> tuple[Arrays, Counts]:
         """One round, counted from 1: (its adapter's numbers, {"num-examples", "loss", "steps"}), see `messages`.
