@@ -5,7 +5,7 @@ READY := .venv/.undula-ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-lm quick test test-all journeys setup mutants bench soak lint snippets docs
+.PHONY: demo demo-lm quick test test-all journeys federated setup mutants bench soak lint snippets docs
 
 demo: setup
 	$(PY) -m undula.bundled fetch minilm wordnet
@@ -35,6 +35,19 @@ LONG := test_classifier.py test_chat.py
 journeys: setup
 	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0
 	$(PY) -m pytest -s tests/journeys
+
+# Rounds in Flower's own runtime.  flwr wants other releases of some packages than those that the rest is tested with, so it
+# has an environment of its own.
+FLOWER := .venv-flower/bin/python
+federated: .venv-flower/.undula-ready
+	$(FLOWER) -m pytest tests/interop/test_federated_flower.py
+
+.venv-flower/.undula-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-flower
+	grep -vE '^(certifi|click|fastapi|packaging|protobuf|rich|starlette|typer|uvicorn)==' constraints.txt > .venv-flower/constraints.txt
+	$(FLOWER) -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(FLOWER) -m pip install -q --disable-pip-version-check -c .venv-flower/constraints.txt -e '.[flower]' 'pytest>=8' 'pytest-timeout>=2.3'
+	touch $@
 
 # Does every test family fail when what it guards is broken?
 mutants: setup

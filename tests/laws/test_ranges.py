@@ -28,7 +28,8 @@ TRIED = {int: WHOLE, float: (-1e300, -1.0, 0.0, 1e300, math.nan, math.inf, -math
 
 def checked_classes():
     """Every class whose fields are checked: choices, runs, studies and their parts."""
-    found, left = {}, () if importlib.util.find_spec("triton") else ("undula.kernels.triton_",)
+    found, needing = {}, {"triton": "undula.kernels.triton_", "flwr": "undula.federated.flower"}
+    left = tuple(start for package, start in needing.items() if not importlib.util.find_spec(package))
     for module in pkgutil.walk_packages(undula.__path__, "undula."):
         if not module.name.endswith("__main__") and not module.name.startswith(left):
             names = vars(importlib.import_module(module.name)).values()

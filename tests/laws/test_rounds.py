@@ -398,3 +398,17 @@ name = "a"
             found.settled(f), recipe=dataclasses.replace(found.settled(f).recipe, data="gone.jsonl")
         )
         assert len(Rows(away).client("north").train) == len(train)  # whose machine has not the server's rows
+
+
+def test_what_stands_before_the_aggregation_makes_what_it_gets(home, tmp_path):
+    """Its folder in OUT may be there first."""
+    rows = Rows(asked(home, FFA(), federated={"rounds": 1}))
+    (tmp_path / "out" / "flower").mkdir(parents=True)
+    server = Server(rows.asked, tmp_path / "out", rows)
+    server.pool = lambda sent, adapters, weights: (adapters[1:2], [1.0])
+    found = {name: Heard(client) for name, client in clients_of(server, rows).items()}
+    go(server, found)
+    ((_, up, _),) = found[server.federation.names[1]].kept
+    made = M.reply(server.adapter, server.adapter, FFA())
+    assert made.keys() == up.keys()
+    assert all(np.array_equal(made[name], up[name]) for name in up)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from ..federated.spec import Federation
 
 
+class Runtime(StrEnum):
+    """What carries the rounds."""
+
+    HERE = "in-process"
+    FLOWER = "flower"
+
+
 def federate(
     path: Annotated[Path, typer.Argument(metavar="FED.toml", help="The federation: a TOML file (docs/federated.md).")],
     *,
@@ -23,6 +31,13 @@ def federate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the file and all rows, show who has which, and train nothing.")
     ] = False,
+    runtime: Annotated[
+        Runtime,
+        typer.Option(
+            help="in-process: one client after the other. flower: a SuperLink and a SuperNode for each client, on "
+            "loopback over TLS: undula[flower]."
+        ),
+    ] = Runtime.HERE,
     to: shell.Json = None,
 ) -> None:
     """Train one adapter with clients that share no rows: rounds on this machine.
@@ -34,9 +49,10 @@ def federate(
         shell.show(_looked_at(path), to)
         return
     try:
-        report = _run(path, out, resume)
+        report = _run(path, out, resume, runtime)
     except KeyboardInterrupt:
-        again = f"undula federate {shlex.quote(str(path))} --out {shlex.quote(str(out))} --resume"
+        more = "" if runtime is Runtime.HERE else f" --runtime {runtime}"
+        again = f"undula federate {shlex.quote(str(path))} --out {shlex.quote(str(out))}{more} --resume"
         shell.say(f"stopped; the rounds that are done are kept: go on with {again}", "yellow")
         raise typer.Exit(130) from None
     shell.write(to, report)
@@ -61,14 +77,22 @@ def _looked_at(path: Path) -> list[dict[str, Any]]:
 
 
 @needs("train")
-def _run(path: Path, out: Path, resume: bool) -> dict[str, Any]:
-    from ..federated.rounds import federate as verb
+def _run(path: Path, out: Path, resume: bool, runtime: Runtime) -> dict[str, Any]:
+    from ..federated.rounds import federate as here
     from ..federated.spec import read
     from ..train.base import quiet
 
     federation = read(path)
+    verb = here if runtime is Runtime.HERE else _flower()
     with quiet():
         return verb(federation, out, resume=resume, told=lambda record: _told(record, federation))
+
+
+@needs("flower")
+def _flower() -> Any:
+    from ..federated.flower import run
+
+    return run
 
 
 def _told(record: dict[str, Any], federation: Federation) -> None:

@@ -11,6 +11,7 @@ T = TypeVar("T")
 
 BROUGHT = {  # what each brings itself, beside the extras that it includes
     "cli": ("typer", "rich"),
+    "flower": ("flwr",),
     "hf": ("transformers", "accelerate", "datasets", "tokenizers", "huggingface_hub", "peft", "numpy"),
     "train": ("sklearn", "rouge_score", "PIL", "scipy"),
     "plot": ("matplotlib",),
@@ -27,6 +28,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
     "triton": ("triton",),
 }
 INCLUDED = {
+    "flower": ("train",),
     "train": ("hf", "cli", "plot"),
     "study": ("train", "plot"),
     "search": ("train",),

@@ -68,10 +68,15 @@ def go(server: Server, parties: Mapping[str, Party], told: Callable[[Record], An
         chosen = server.ask()
         answers = each(chosen, parties, lambda party: party.train(number, dict(brief)), f.timeout)  # noqa: B023
         record = server.take(answers)
-        failed = [c for c in record["clients"].values() if "failed" in c]
-        if number == 1 and len(failed) == len(chosen):
-            raise RuntimeError(f"no client got through the first round; the first of them: {failed[0]['why']}")
+        check_first(record)
         told(record)
+
+
+def check_first(record: Record) -> None:
+    """Raises RuntimeError where no client got through the first round: what is wrong with all is told at once."""
+    failed = [c for c in record["clients"].values() if "failed" in c]
+    if record["round"] == 1 and len(failed) == len(record["clients"]):
+        raise RuntimeError(f"no client got through the first round; the first of them: {failed[0]['why']}")
 
 
 def each(

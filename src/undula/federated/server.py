@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ from .rows import Rows
 from .spec import ALIKE, Federation
 
 SPEC, STATE, VERSION = "federation.json", "state", 1
+RUNTIME = "flower"  # a folder in OUT, of what carries the rounds
 Record = dict[str, Any]
+# (what was sent, the adapters that count, their weights): what the aggregation gets in their place
+Pool = Callable[[Adapter, list[Adapter], list[float]], tuple[list[Adapter], list[float]]]
 
 
 class Server:
     """round: the last one that is done.  adapter: what it has come to.  records: of round 0, before any, and of each
-    since.
+    since.  pool: what another library makes of the clients' adapters first.
 
     rows, desk: where this process has them already.  With `resume` it goes on from the last round in OUT, to the bit as
     if it had not ended.  Raises FileExistsError where OUT holds another, ValueError where it was begun with something
@@ -55,6 +58,7 @@ class Server:
         self.held = self.desk.examples(rows.server)
         self.test = None if rows.test is None else self.desk.examples(rows.test)
         self._claim(resume)
+        self.pool: Pool = lambda sent, adapters, weights: (adapters, weights)
         self.state: dict[str, torch.Tensor] = {}
         self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
         self.asked: list[int] = []  # the rounds that clients were asked for, see `ask`
@@ -129,6 +133,7 @@ class Server:
             if f.privacy is not None:
                 pooled = f.privacy.pooled(sent, adapters, weights, f, f.seed("noise", self.round + 1))
                 adapters, weights = list(pooled[0]), list(pooled[1])
+            adapters, weights = self.pool(sent, adapters, weights)
             made = messages.taken_over(self.adapter, f.how(adapters, weights, self.adapter, state))
         except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a factorisation of what is too large
             return self._stayed(str(error))
@@ -155,8 +160,7 @@ class Server:
             each = list(bias(adapters, shares_of(weights, len(adapters)), made).values())
         except (TypeError, RuntimeError):  # of a rung without updates, or of numbers that are too large
             return {}
-        finite = each and all(map(math.isfinite, each))
-        return {"bias": {"mean": sum(each) / len(each), "most": max(each)}} if finite else {}
+        return {"bias": {"mean": sum(each) / len(each), "most": max(each)}} if each else {}
 
     def measures(self) -> bool:
         """Whether clients are to measure what this round has made, and have not."""
@@ -185,7 +189,7 @@ class Server:
         path, said = self.out / SPEC, self.federation.encode()
         digest = {"model": self.desk.base, "the server's rows": rows_digest(self.held.rows)}
         if not path.is_file():
-            if self.out.is_dir() and any(self.out.iterdir()):
+            if self.out.is_dir() and any(p.name != RUNTIME for p in self.out.iterdir()):
                 raise FileExistsError(f"{self.out} is not empty: name another directory")
             write_json(path, {"version": VERSION, "federation": said, "digest": digest})
             return
