@@ -90,6 +90,9 @@ JOBS, TOGETHER = "tests/laws/test_jobs.py", "tests/interop/test_study_together.p
 
 # (file below src/undula, what stands there, what the mutant puts there, tests that must notice)
 MUTANTS = [
+    ("federated/flat.py", "t.requires_grad and id(t) not in seen", "t.requires_grad", "tests/laws/test_rounds.py::test_what_is_sent_arrives"),
+    ("federated/messages.py", "told.tobytes() != digest(like, how, base)", "False", "tests/laws/test_rounds.py::test_clients_with_other_frozen_factors_or_another_base_take_no_brief"),
+    ("federated/server.py", "known[ROWS] != before", "False", "tests/laws/test_rounds.py::test_answers_count_in_the_clients_order_and_rows_stay_as_many"),
     ("federated/fedsvd.py", "(Q_OK @ U[:, kept]) * s[kept]", "Q_OK @ U[:, kept]", "tests/laws/test_federated.py::test_the_mean_of_the_updates_is_kept"),
     ("federated/fair.py", " - B_OR @ gram_RR  #", "  #", "tests/laws/test_federated.py::TestFAIR"),
     ("federated/exact.py", "free = size * complement(", "free = 0 * complement(", "tests/laws/test_federated.py::TestEvery"),

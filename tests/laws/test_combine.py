@@ -199,6 +199,21 @@ def test_ties_is_its_papers_whatever_the_blocks(block, monkeypatch):
     same(taken, quietly(Merge(Magnitude(0.3), Elect(), rank=100), signed, [0.5, 1.0, 2.0]))
 
 
+def test_what_is_kept_in_memory_is_what_is_computed_anew(monkeypatch):
+    """A large combination is computed again for each product of its decomposition, with the same draws."""
+    monkeypatch.setattr(update, "BLOCK", 1000)
+    adapters = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(90, 80).double())
+        adapters.append(shake(undula.attach(model, LoRA(r=2), ["0"]), 0.5).copy())
+    how, found = Merge(DELLA(0.5), Elect(), rank=2), []
+    for held in (0, 1 << 24):
+        monkeypatch.setattr(update, "HELD", held)
+        found.append(how(adapters, [1.0, 1.0]).delta("0"))
+    close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kth_largest_is_found_block_by_block(dtype):
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from ..methods.sum import added, as_pair
 Rows = Callable[[slice], Tensor]
 BLOCK = 1 << 22  # numbers of a block of rows, of all adapters together
 WHOLE = 1 << 28  # numbers that may be held where rows come all together or not at all
+HELD = 1 << 24  # numbers of a combination that are kept; of a larger one each product computes them anew
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def compressed(layer: Layer, rows: Rows, rank: int) -> Made:
     M = blocks(layer, rows, len(layer.terms))
     if rank >= min(layer.shape):
         return Made(_named(layer, *as_pair(M.whole())))
+    if layer.shape[0] * layer.shape[1] <= HELD:
+        M = M.held()
     told = f"at {layer.site} the combination is beyond what {layer.dtype} holds: has an adapter diverged?"
     try:
         B, A = svd.halves(*M.leading(rank, 16, 4, 0))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..train.rows import LOG
 from .desk import Desk
 from .messages import ROWS, Arrays, Counts, briefed, reply
 from .rows import Rows
@@ -28,7 +29,8 @@ class Client:
         self.desk = (desk or Desk(self.federation, parts.train)).made_for(self.federation)
         self.rows = self.desk.examples(parts.train)
         self.held = None if parts.held is None else self.desk.examples(parts.held)
-        self.desk.run.task.fits(self.rows, self.desk.model, name)
+        for note in self.desk.run.task.fits(self.rows, self.desk.model, name):
+            LOG.warning(note)
 
     def train(self, round: int, arrays: Arrays) -> tuple[Arrays, Counts]:
         """One round, counted from 1: (its adapter's numbers, {"num-examples", "loss", "steps"}), see `messages`.

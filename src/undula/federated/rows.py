@@ -10,6 +10,7 @@ from ..train.base import config_of
 from ..train.data.faults import Faults
 from ..train.data.load import load_data, sample, with_validation
 from ..train.rows import in_own_order
+from ..train.tasks.heads import Classes
 from ..train.tasks.task import Task
 from .spec import Federation
 
@@ -35,7 +36,8 @@ class Rows:
         """The task, fitted (its classes named), which all parties must agree on: by the server's rows, unless the file
         names the classes."""
         task = self.asked.recipe.task
-        return task if getattr(task, "names", None) else self._server[0]
+        said = type(task).fitted is Task.fitted or (isinstance(task, Classes) and task.names)
+        return task if said else self._server[0]
 
     def settled(self, federation: Federation) -> Federation:
         """The same with the task fitted."""

@@ -160,7 +160,8 @@ class Server:
             each = list(bias(adapters, shares_of(weights, len(adapters)), made).values())
         except (TypeError, RuntimeError):  # of a rung without updates, or of numbers that are too large
             return {}
-        return {"bias": {"mean": sum(each) / len(each), "most": max(each)}} if each else {}
+        finite = each and all(map(math.isfinite, each))
+        return {"bias": {"mean": sum(each) / len(each), "most": max(each)}} if finite else {}
 
     def measures(self) -> bool:
         """Whether clients are to measure what this round has made, and have not."""

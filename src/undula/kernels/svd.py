@@ -7,7 +7,7 @@ miss by sqrt(sum of the remaining s_i^2).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ class Blocks:
     def whole(self) -> Tensor:
         """M itself."""
         return torch.cat([M for _, M in self.each()])
+
+    def held(self) -> Blocks:
+        """The same, computed once: its products take what is there."""
+        M = self.whole()
+        return replace(self, rows=lambda some: M[some])
 
     def times(self, X_IK: Tensor) -> Tensor:
         """M X (O, K)."""
