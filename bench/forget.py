@@ -87,7 +87,7 @@ class Judge:
 
     def __init__(self, case: Case, folder: Path, names: tuple[str, ...], parts: dict[str, Any], gone: set[str]):
         self.task = replace(case.task, names=names)
-        self.names, self.batch = names, case.batch
+        self.names, self.batch, self.where = names, case.batch, case.where
         _, self.processor = open_model(str(folder), self.task, torch.float32, 0)
         self.parts = {name: Examples(self.task, rows, self.processor) for name, rows in parts.items()}
         self.gone = {names.index(name) for name in gone}
@@ -125,7 +125,7 @@ class Judge:
         """The accuracy on the forgotten classes after so many steps on training rows of all classes."""
         model, _ = open_model(str(folder), self.task, torch.float32, 0)
         torch.manual_seed(1)
-        adapter = undula.attach(model, undula.LoRA(r=8), full=self.task.head(model))
+        adapter = undula.attach(model, undula.LoRA(r=8), self.where, full=self.task.head(model))
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr)
         found, order = {}, torch.randperm(len(self.parts["train"]), generator=torch.Generator().manual_seed(1)).tolist()
         collate = self.task.collator(self.processor)
@@ -147,7 +147,7 @@ class Judge:
 def ascent(judge: Judge, folder: Path, out: Path, lr: float, most: int) -> tuple[Path, dict[str, Any]]:
     """(folder, steps) of plain gradient ascent on the rows to forget, until their validation accuracy is chance."""
     model, processor = open_model(str(folder), judge.task, torch.float32, 0)
-    adapter = undula.attach(model, undula.LoRA(r=8))
+    adapter = undula.attach(model, undula.LoRA(r=8), judge.where)
     optimizer, collate = torch.optim.AdamW(adapter.parameters(), lr=lr), judge.task.collator(processor)
     rows = [i for i, label in enumerate(judge.labels("train").tolist()) if label in judge.gone]
     step = 0

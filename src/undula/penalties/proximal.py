@@ -53,7 +53,7 @@ class Proximal(Penalty):
     def figures(self, model: nn.Module) -> dict[str, Any]:
         grouped = self.grouping.of(model, selected(model))
         stays = grouped.norms() > 0
-        found = {
+        found: dict[str, Any] = {
             "groups": grouped.count,
             "zero": int((~stays).sum()),
             "value": self.weight * float(self.value(grouped)),

@@ -16,6 +16,7 @@ from .splits import place
 from .store import Record
 from .trial import Trial
 
+ANY_RATE = 1e-3  # of runs whose rate counts for nothing, and is part of their keys
 NOT_OUTCOME = ("evaluation_seconds", "wall_seconds", "rows_digest", "made")  # of a run's figures: about its making
 
 
@@ -72,7 +73,7 @@ class Cell:
     @property
     def asker(self) -> Trial:
         """The run whose rate is looked for; its own counts for nothing."""
-        return self.trial(Recipe.lr, (self.study.sweep.seeds or self.study.seeds)[0], tested=False)
+        return self.trial(ANY_RATE, (self.study.sweep.seeds or self.study.seeds)[0], tested=False)
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -80,7 +81,7 @@ class Cell:
         if self.auto:
             found = self.guesses.get(self.asker.key)
             return () if found is None else around((found,), self.study.sweep.factor)
-        return self.arm.rates or self.study.sweep.rates or (Recipe.lr,)
+        return self.arm.rates or self.study.sweep.rates or (ANY_RATE,)
 
     @property
     def told_rates(self) -> str:
