@@ -118,6 +118,33 @@ def test_layers_of_every_kind_and_parameters_in_full(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_narrow_base(mode):
+    """Over bfloat16 factors and head are float32, and so is a step: as near to that over float32 as by hand."""
+    found = []
+    for kind in (torch.float32, torch.bfloat16):
+        model = Net().to(kind)
+        adapter = undula.attach(model, undula.LoRA(r=2), ("first", "second"), full=("head.weight", "head.bias"))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        x, y = torch.randn(ROWS, 3, 8).to(kind), torch.arange(ROWS) % 3
+
+        def losses(numbers, model=model, x=x, y=y):
+            return cross_entropy(model(x[numbers]).to(torch.float64), y[numbers], reduction="none")
+
+        found.append(torch.cat([t.flatten() for t in by_hand(model, adapter, losses, range(ROWS))]))
+    step = torch.cat([t.flatten() for t in stepped(model, adapter, losses, mode, range(ROWS))])
+    wide, hand = found
+    assert step.dtype == torch.float32
+    assert float((step - wide).norm()) < 2 * float((hand - wide).norm()) < 0.2 * float(wide.norm())
+    with DPSGD(noise=0.0).training(
+        model, torch.optim.SGD(adapter.parameters(), lr=1.0), losses, rows=ROWS, batch=ROWS, steps=1
+    ) as private:
+        private.check([0, 1])
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_factors_that_layers_share_are_clipped_as_one(mode):
     model, adapter, x, y = prepared(undula.LoRTA(r=2, heads=2), Net((8, 8, 8)))
     shared = [t for _, _, t in adapter.tensors() if t.requires_grad]

@@ -103,6 +103,7 @@ class Server:
             adapters.append(adapter)
             weights.append(1.0 if f.weights == ALIKE else float(counts[ROWS]))
         record |= self._moved(sent, adapters, weights)
+        self.asked += [number] if number not in self.asked else []  # whoever did not say so before
         record |= self._spent(record)
         self.round = number
         self.records.append(record)

@@ -89,7 +89,8 @@ def multiplied(
     still = {name: t.detach() for name, t in f.items() if not t.requires_grad}
     pair_of = inner.pair
     with exact(x.device):
-        (B_OR, A_RI), back = torch.func.vjp(lambda own: pair_of({**still, **own}), trained)
+        found: Any = torch.func.vjp(lambda own: pair_of({**still, **own}), trained)
+        (B_OR, A_RI), back = found
         for mask in masks:
             x = x * mask
         x_NTI, g_NTO = (t.flatten(1, -2) if t.ndim > 2 else t[:, None] for t in (x.to(A_RI.dtype), g.to(B_OR.dtype)))

@@ -36,8 +36,8 @@ class AtLayers:
 
     def __init__(self, model: nn.Module, law: Law, **options: Any):
         self.law, self.rows = law, 0
-        self.slots = [s for s in host_of(model).slots.values() if any(t.requires_grad for t in s._parameters.values())]
-        super().__init__(model, loss_reduction="sum", **options)
+        self.slots = [s for s in host_of(model).slots.values() if any(p.requires_grad for p in s.parameters())]
+        super().__init__(model, loss_reduction="sum", **options)  # type: ignore[call-arg]
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.methods = [slot.method for slot in self.slots]
         for slot in self.slots:
