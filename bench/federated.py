@@ -73,7 +73,7 @@ CASES = {
     "images": Case("efficientnet-lite0", "fashion-mnist", IMAGES, CONVOLUTIONS, 10_000, 1000, 3e-3, 1e-2, 40, 8, 16, 5,
                    3),
 }  # fmt: skip
-SHORT = {"rows": 4000, "held": 400, "rounds": 12, "steps": 5, "seeds": 1}
+SHORT = {"rows": 4000, "held": 300, "rounds": 10, "steps": 5, "seeds": 1}
 LORA = undula.LoRA(r=4)
 HOWS: dict[str, Aggregation] = {
     "FedIT": FedIT(), "FFA": FFA(), "FedSVD": FedSVD(), "FAIR": FAIR(), "Exact": Exact(), "FLASC": FLASC(lr=1e-2),
