@@ -20,7 +20,9 @@ from ..server import Server
 from .records import ARRAYS, CONFIG, COUNTS, ROUND, SETTINGS, counts_of, failure, numbers, record, reply_of, settings
 
 TRAIN, EVALUATE = "train", "evaluate"
-PATIENCE = 60.0  # seconds in which nodes may connect, where the federation has no timeout
+# seconds, where the federation has no timeout: nodes may connect; an answer may come.  A client's process that outlives
+# its task at Flower's never answers, and Flower still hears from its node
+PATIENCE, LONGEST = 60.0, 3600.0
 
 
 class Rounds(FedAvg):
@@ -53,8 +55,13 @@ class Rounds(FedAvg):
         self._connected(grid, f.names, len(f.names))
         if self.server.measures():  # it ended between a round and this
             asked = self.configure_evaluate(self.server.round, self.last, ConfigRecord(), grid)
-            self.aggregate_evaluate(self.server.round, grid.send_and_receive(asked, timeout=f.timeout))
-        self.start(grid, self.last, f.rounds - self.server.round, cast(float, f.timeout))  # None: no end
+            self.aggregate_evaluate(self.server.round, grid.send_and_receive(asked, timeout=self.timeout))
+        self.start(grid, self.last, f.rounds - self.server.round, self.timeout)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that an answer may take."""
+        return self.server.federation.timeout or LONGEST
 
     def summary(self) -> None:
         """What Flower's log says of it."""
@@ -152,8 +159,7 @@ class Rounds(FedAvg):
         return {name: m for name, m in found.items() if name is not None}
 
     def _none(self) -> dict[str, Any]:
-        timeout = self.server.federation.timeout
-        return {name: Failure("late", f"no answer within {timeout or 0:g} s") for name, _ in self.asked}
+        return {name: Failure("late", f"no answer within {self.timeout:g} s") for name, _ in self.asked}
 
     def _pooled(
         self, sent: Adapter, adapters: list[Adapter], weights: list[float]
