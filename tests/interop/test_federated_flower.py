@@ -22,6 +22,7 @@ import undula
 from tests.support import tiny
 from undula.federated import FFA, FLASC, FedSVD
 from undula.federated.messages import Failure
+from undula.federated.private import DPSGD
 from undula.federated.rounds import clients_of, federate
 from undula.federated.server import Server
 from undula.federated.spec import Federation, Party, written
@@ -37,7 +38,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from undula.federated.flower import Rounds, client_app, run
 from undula.federated.flower.keys import write_certificates, write_pair
-from undula.federated.flower.records import numbers, record, reply_of
+from undula.federated.flower.records import check_settings, numbers, record, reply_of, settings
+from undula.federated.flower.runtime import Place
 
 NAMES = ("north", "south", "west")
 COUNTS = {"num-examples", "loss", "steps"}
@@ -170,6 +172,8 @@ def test_replies_that_are_none_are_records_and_the_round_goes_on(tmp_path, parti
         "{'descr': '|O', 'fortran_order': False, 'shape': (2,), }",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (-2,), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "-" * 9000 + "1,), }",
+        "{'descr': " + "[" * 150 + "]" * 150 + ", 'fortran_order': False, 'shape': (2,), }",
         "no header",
     ],
 )
@@ -251,6 +255,31 @@ def test_mods_and_wrappers_of_differential_privacy_stand_within(tmp_path, partie
     grid = Grid(f, tmp_path, app=app)
     with pytest.raises(RuntimeError, match="give it as server_app"):
         around.start(grid, around.strategy.last, 2)
+
+
+def test_parties_agree_on_what_noise_is_set_by(parties):
+    """A client whose file has fewer of its rounds than the server's would have less noise than the record says."""
+    how = DPSGD(epsilon=3.0, delta=1e-3)
+    f = parties(FFA(), privacy=how)
+    for name, change in (("fraction", {"fraction": 0.5}), ("min_clients", {"min_clients": 2})):
+        with pytest.raises(ValueError, match=name):
+            check_settings(dataclasses.replace(f, **change), settings(f))
+    with pytest.raises(ValueError, match="names"):
+        check_settings(parties(FFA(), NAMES[:2], privacy=how), settings(f))
+    check_settings(parties(FFA(), NAMES[:1]), settings(parties(FFA())))  # without privacy a client need not know others
+
+
+def test_keys_that_a_kill_has_cut_short_are_made_anew(tmp_path, parties):
+    place = Place(tmp_path / "out", parties(FFA()))
+    (place.folder / "node").mkdir(parents=True)
+    (place.folder / "ca.pem").write_bytes(b"")
+    (place.folder / "node" / "north.key").write_bytes(b"")
+    place.prepare(None)
+    made = {p: p.read_bytes() for p in place.folder.rglob("*") if p.suffix in (".pem", ".key", ".pub")}
+    assert len(made) == 3 + 2 * len(NAMES)
+    assert all(made.values())
+    place.prepare(None)
+    assert {p: p.read_bytes() for p in made} == made
 
 
 def test_keys_are_their_owners_alone(tmp_path):

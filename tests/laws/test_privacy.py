@@ -281,6 +281,42 @@ def test_epsilon_is_that_of_the_steps_that_were_taken(rows):
         assert private.epsilon == epsilon(((private.noise, rate, 6),), 1e-3, "rdp") > 1.9
 
 
+def test_no_step_goes_beyond_those_that_the_noise_was_set_for():
+    """With a target; a multiplier that is named promises nothing."""
+    model, adapter, x, y = prepared(undula.LoRA(r=2))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    given = {"rows": ROWS, "batch": 2, "steps": 3, "history": ((9.0, 2 / ROWS, 1),)}
+    how = DPSGD(epsilon=2.0, delta=1e-3, accountant="rdp", seed=0)
+    with how.training(model, optimizer, rows_of(model, x, y), **given) as private:
+        private.step()
+        private.step()
+        before = [p.detach().clone() for p in adapter.parameters()]
+        with pytest.raises(RuntimeError, match="keeps 3 steps to epsilon=2"):
+            private.step()
+        assert all(torch.equal(a, p) for a, p in zip(before, adapter.parameters(), strict=True))
+    with DPSGD(noise=1.0, seed=0).training(model, optimizer, rows_of(model, x, y), **given) as private:
+        for _ in range(4):
+            private.step()
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(1.0, 1.0, 1), (5.0, 1.0, 30), (1.0, 0.1, 1), (0.8, 0.9, 1)])
+def test_epsilon_is_above_the_exact_one_and_near_it(noise, rate, steps):
+    """Where it can be had by integrating what two sets of rows make likely: steps of all rows are one of less noise."""
+    sigma = noise / math.sqrt(steps)
+    z = torch.linspace(-15 * sigma, 15 * sigma + 1, 300_001, dtype=torch.float64)
+    without, whole = (torch.distributions.Normal(at, sigma).log_prob(z).exp() for at in (0.0, 1.0))
+    pair = (without, (1 - rate) * without + rate * whole)
+
+    def delta(e):
+        return max(float((a - math.exp(e) * b).clamp_min(0).sum() * (z[1] - z[0])) for a, b in (pair, pair[::-1]))
+
+    low, high = 0.0, 20.0
+    for _ in range(40):
+        low, high = (low, middle) if delta(middle := (low + high) / 2) < 1e-5 else (middle, high)
+    for kind, above in (("prv", 0.02), ("rdp", 0.6)):
+        assert low <= epsilon(((noise, rate, steps),), 1e-5, kind) < low + above
+
+
 def test_accountants_known_values():
     """Sheet 21: epsilon 6, delta 1e-5, rate 0.01, 500 steps."""
     assert abs(noise_for(6.0, 1e-5, 0.01, 500, "rdp") - 0.630) < 1e-3
@@ -342,6 +378,18 @@ def test_what_mixes_rows_is_refused():
 
     with pytest.raises(ValueError, match="depends on the other rows"):
         begun(model, centred)
+    for drawn in ([], [2]):  # also where the first step has not two rows to compare
+        private = DPSGD(noise=1.0, seed=0).training(
+            model,
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad]),
+            centred,
+            rows=ROWS,
+            batch=1,
+            steps=1,
+        )
+        private.draw = lambda drawn=drawn: drawn
+        with private, pytest.raises(ValueError, match="depends on the other rows"):
+            private.step()
     still, other = Net().requires_grad_(False), torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="nothing trains"):
         DPSGD(noise=1.0).training(still, other, None, rows=2, batch=1, steps=1)

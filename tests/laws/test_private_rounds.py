@@ -50,6 +50,16 @@ def asked(home, privacy, how=FFA(), recipe=(), **changes):
     return Federation(made, **given)
 
 
+class Shown:
+    """Rows as the model takes them."""
+
+    def __init__(self, task, processor, rows):
+        self.task, self.processor, self.rows = task, processor, rows
+
+    def __getitem__(self, n):
+        return self.rows[n]
+
+
 def rounds(server, parties, number):
     for _ in range(number):
         brief = server.brief()
@@ -99,6 +109,57 @@ def test_epsilon_counts_the_rounds_that_a_client_was_in(home):
     assert how.spent(f, {"client-1": 2, "client-2": 4}, n)["epsilon"] == worst
     one_epoch = asked(home, how, recipe={"max_steps": None, "epochs": 1.0})
     assert how.spent(one_epoch, {"client-2": 1}, n)["epsilon"] == epsilon(((1.5, 4 / 30, 8),), 1e-4, "rdp")
+
+
+def test_who_is_never_heard_is_told(home):
+    """What a client has spent follows from its rows; of one that was asked and never answered they are not known."""
+    how = DPSGD(noise=1.5, delta=1e-4, accountant="rdp")
+    f = asked(home, how)
+    told = how.spent(f, {"client-1": 1, "client-2": 1}, {"client-1": 9})
+    assert told["not counted"] == ["client-2"]
+    assert told["epsilon"] == epsilon(((1.5, 4 / 9, 2),), 1e-4, "rdp")
+
+
+def test_a_client_trains_in_the_rounds_of_its_file_alone(home):
+    """In others its noise, which is set by the number of those, covers nothing."""
+    f = asked(home, DPSGD(epsilon=3.0, delta=1e-3, accountant="rdp"), fraction=0.3, rounds=1)
+    out = next(name for name in f.names if name not in f.chosen(1))
+    for name, round in ((out, 1), (f.chosen(1)[0], 2), (f.chosen(1)[0], 0)):
+        with pytest.raises(ValueError, match=f"{name} is not asked in round {round}"):
+            f.privacy.fit(None, f, 10, name, round)
+
+
+def test_rows_that_no_delta_allows_are_refused_and_the_round_goes_on(home, tmp_path):
+    f = asked(home, DPSGD(noise=1.0, delta=1e-3, accountant="rdp"))
+    server, parties = begun(f, tmp_path / "out")
+    brief = server.brief()
+    told = {name: party.train(1, dict(brief)) for name, party in parties.items() if name in server.ask()}
+    told["client-2"][1]["num-examples"] = 1 << 30
+    record = server.take(told)
+    assert "allows to tell one of them outright" in record["clients"]["client-2"]["why"]
+    assert record["privacy"]["not counted"] == ["client-2"]
+    assert server.round == 1
+
+
+def test_a_row_of_which_nothing_is_learned_has_the_loss_and_the_gradient_zero(home, tmp_path):
+    """As of a conversation that is cut before its answer; beside it others learn."""
+    tiny.llama(tmp_path / "base")
+    tiny.jsonl(tmp_path / "rows.jsonl", [{"text": f"the film was {w}"} for w in tiny.WORDS])
+    given = {"model": str(tmp_path / "base"), "data": str(tmp_path / "rows.jsonl"), "task": CausalLM(generate=0)}
+    server = Server(asked(home, None, split=Even(2), recipe={**given, "where": "all-linear"}), tmp_path / "out")
+    model, held, adapter = server.desk.model, server.held, server.desk.adapter
+    cut = {**held[0], "labels": [-100] * len(held[0]["labels"])}
+
+    def gradients(*rows):
+        losses = row_losses(model, Shown(held.task, held.processor, rows), list(range(len(rows))))
+        return losses.tolist(), torch.autograd.grad(losses.sum(), adapter.parameters(), allow_unused=True)
+
+    losses, found = gradients(cut)
+    assert losses == [0.0]
+    assert not any(g is not None and g.any() for g in found)
+    (_, wanted), (_, both) = gradients(held[1]), gradients(cut, held[1])
+    for a, b in zip(both, wanted, strict=True):
+        assert (a is b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("task", ["classes", "tokens"])

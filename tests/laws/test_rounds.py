@@ -211,6 +211,10 @@ SPOILT = {
     "no rows": (lambda a, c: (a, {**c, "num-examples": 0}), "refused", "whole number of rows"),
     "negative": (lambda a, c: (a, {**c, "num-examples": -5}), "refused", "whole number of rows"),
     "endless": (lambda a, c: (a, {**c, "num-examples": float("inf")}), "refused", "finite number"),
+    "vast": (lambda a, c: (a, {**c, "num-examples": 10**5000}), "refused", "finite number"),
+    "more than a float": (lambda a, c: (a, {**c, "loss": 10**400}), "refused", "finite number"),
+    "a failure's names": (lambda a, c: (a, {**c, "failed": 1}), "refused", "none of them 'failed'"),
+    "a flood": (lambda a, c: (a, {**c, **{str(i): i for i in range(10**4)}}), "refused", "100 at most"),
     "secrets": (lambda a, c: (a, {**c, "text": "a row of mine"}), "refused", "text is a finite number"),
 }
 
@@ -341,6 +345,8 @@ def test_each_row_goes_to_one_client(alpha):
     assert (sum(most) / 20 > 0.6) == (alpha < 1)  # of its rows the share of a client's first class
     even = Even(7).parts(None, 500, 0)
     assert {len(part) for part in even} == {71, 72}
+    with pytest.raises(ValueError, match="least is"):
+        Dirichlet(alpha, clients=20, least=0)  # of whom some would have nothing
     with pytest.raises(ValueError, match="too few for 20 clients"):
         Dirichlet(alpha, clients=20, least=30).parts(labels, 500, 3)
 

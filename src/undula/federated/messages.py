@@ -11,7 +11,7 @@ What is received is checked before anything is made of it: names, types, shapes,
 from __future__ import annotations
 
 import hashlib
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,6 +28,8 @@ from .wire import packed, unpacked
 Arrays = dict[str, np.ndarray]
 Counts = dict[str, int | float]
 PACKED, FROZEN, ROWS = "packed", "frozen", "num-examples"
+FAILED, WHY = "failed", "why"  # what a record says of a client that has failed, so no name of a count
+MOST = 100  # counts of one client
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,20 @@ def counted(counts: Any, who: str, least: int = 1) -> Counts:
     """What a client says of its training: numbers by name, its rows among them.  Raises ValueError."""
     if not isinstance(counts, Mapping) or not all(isinstance(name, str) for name in counts):
         raise ValueError(f"{who} sent no counts: numbers by name, found {counts!r:.80}")
+    if len(counts) > MOST or not counts.keys().isdisjoint((FAILED, WHY)):
+        raise ValueError(f"{who}: counts are {MOST} at most, none of them {FAILED!r} or {WHY!r}; found {len(counts)}")
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{who}: {name} is a finite number, found {value!r:.80}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and abs(value) <= sys.float_info.max):  # also of whole numbers that no float holds
+            raise ValueError(f"{who}: {name:.80} is a finite number, found {_shown(value)}")
     if not isinstance(rows := counts.get(ROWS), int) or not least <= rows < 1 << 31:
         raise ValueError(f"{who}: {ROWS} is a whole number of rows, {least} or more, found {rows!r:.80}")
     return dict(counts)
+
+
+def _shown(value: Any) -> str:
+    """Whole numbers of thousands of digits Python refuses to write."""
+    return "one that no float holds" if isinstance(value, int) and value.bit_length() > 1024 else f"{value!r:.80}"
 
 
 def _arrays(given: Any, who: str) -> Mapping[str, np.ndarray]:

@@ -30,6 +30,9 @@ class Privacy(Choice):
         """What a client lets out of {"num-examples", "loss", "steps"}."""
         return counts
 
+    def check(self, federation: Federation, name: str, rows: int) -> None:
+        """Raises ValueError where a client that says it has so many rows cannot be private so."""
+
     def pooled(
         self, sent: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], federation: Federation, seed: int
     ) -> tuple[Sequence[Adapter], Sequence[float]]:

@@ -116,6 +116,8 @@ class Server:
         try:
             arrays, counts = said
             known = messages.counted(counts, name)
+            if self.federation.privacy is not None:
+                self.federation.privacy.check(self.federation, name, int(known[ROWS]))
             adapter = messages.replied(arrays, sent, self.federation.how, name)
         except (ValueError, TypeError) as error:
             return Failure("refused", str(error))
@@ -217,7 +219,8 @@ class Server:
         with files.door(str(self.out / STATE)):
             parts = {kind: {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
                      for kind in ("adapter/", "state/")}  # fmt: skip
-            if set(parts["adapter/"]) != set(messages.named(self.adapter)):
+            there, own = ({n: t.shape for n, t in a.items()} for a in (parts["adapter/"], messages.named(self.adapter)))
+            if there != own:
                 raise ValueError("it holds another adapter")
             self.adapter = messages.filled(self.adapter, parts["adapter/"])
             self.state, self.round, self.records = parts["state/"], values["round"], values["records"]

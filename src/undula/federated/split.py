@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.choice import Choice
-from ..core.ranges import Few, Natural, Positive
+from ..core.ranges import Count, Few, Positive
 
 
 class Split(Choice):
@@ -37,7 +37,7 @@ class Dirichlet(Split):
 
     alpha: Positive = 0.5
     clients: Few = 10
-    least: Natural = 8
+    least: Count = 8
 
     def parts(self, labels: Sequence[int] | None, rows: int, seed: int) -> list[list[int]]:
         if labels is None:
@@ -74,5 +74,5 @@ class Even(Split):
 
 def check_enough(rows: int, clients: int, least: int) -> None:
     """Raises ValueError."""
-    if rows < clients * max(least, 1):
-        raise ValueError(f"split: {rows} training rows are too few for {clients} clients of {max(least, 1)} or more")
+    if rows < clients * least:
+        raise ValueError(f"split: {rows} training rows are too few for {clients} clients of {least} or more")

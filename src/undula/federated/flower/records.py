@@ -46,7 +46,7 @@ def _array(name: str, data: bytes) -> np.ndarray:
         if kind.hasobject or math.prod(shape) * kind.itemsize != len(data) - stream.tell():
             raise ValueError(f"{kind} {shape} in {len(data) - stream.tell()} bytes")
         return np.frombuffer(data, kind, offset=stream.tell()).reshape(shape, order="F" if columns else "C")
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+    except Exception as error:  # numpy reads a header as Python's: nested deeply it raises a RecursionError
         raise ValueError(f"{name:.100} is no array of numbers: {error!s:.200}") from None
 
 
@@ -92,6 +92,8 @@ def settings(federation: Federation) -> str:
     recipe, kept = federation.recipe.encode(), {f.name: f.metadata for f in fields(Recipe)}
     values = {k: v for k, v in recipe.items() if k not in OF_ONE_PARTY and kept[k].get("figures", True)}
     values |= {k: as_json(getattr(federation, k)) for k in ("how", "split", "privacy", "rounds")}
+    if federation.privacy is not None:  # noise is set by the rounds that a client is in
+        values |= {k: as_json(getattr(federation, k)) for k in ("fraction", "min_clients", "names")}
     told = {k: sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:8] for k, v in sorted(values.items())}
     return json.dumps(told)
 

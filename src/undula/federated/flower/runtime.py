@@ -124,10 +124,13 @@ class Place:
     def prepare(self, app: str | Path | None) -> None:
         """Keys that are not there yet, and the app."""
         os.chmod(self.folder, 0o700)
-        if not (self.folder / "server.key").is_file():
+        if not (self.folder / "server.key").is_file():  # the last of them: what a kill has left of others is anew
+            for name in ("ca.pem", "server.pem"):
+                (self.folder / name).unlink(missing_ok=True)
             write_certificates(self.folder)
         for name in self.federation.names:
-            if not (self.folder / NODE / f"{name}.key").is_file():
+            if not (self.folder / NODE / f"{name}.pub").is_file():
+                (self.folder / NODE / f"{name}.key").unlink(missing_ok=True)
                 write_pair(self.folder / NODE, name)
         write_app(self.folder / "app", app)
         write_text(self.given, json.dumps(self.federation.encode()))

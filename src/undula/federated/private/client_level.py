@@ -56,9 +56,8 @@ class ClientLevel(_Budget, Privacy):
         for adapter in adapters:
             change = flat(adapter, sent) - start
             total += change * min(1.0, self.clip / max(float(change.norm()), 1e-30))
-        drawn = torch.normal(
-            0.0, 1.0, start.shape, generator=accounting.generator(self.seed, "noise", *key), dtype=torch.float64
-        )
+        source = accounting.generator(self.seed, "noise", *key)
+        drawn = torch.randn(4, *start.shape, generator=source, dtype=torch.float64).sum(0) / 2  # as Opacus draws it
         return unflat(sent, start + (total + noise * self.clip * drawn) / number)
 
     def refusals(self, federation: Federation) -> Iterator[str]:

@@ -95,6 +95,11 @@ class DPSGD(_Budget, Privacy):
 
     def fit(self, fitter: Any, federation: Federation, rows: int, name: str, round: int) -> Any:
         recipe = federation.recipe
+        if not 1 <= round <= federation.rounds or name not in federation.chosen(round):
+            raise ValueError(
+                f"{name} is not asked in round {round} by this file, and its noise is that of the rounds in which it "
+                "is: what more is asked for is not covered"
+            )
         steps = steps_of(recipe, rows)
         fitter.create_optimizer_and_scheduler(steps)
         model, examples = fitter.model, fitter.train_dataset
@@ -119,15 +124,21 @@ class DPSGD(_Budget, Privacy):
 
     def spent(self, federation: Federation, asked: Mapping[str, int], rows: Mapping[str, int]) -> dict[str, Any]:
         recipe, worst = federation.recipe, 0.0
-        batch, rounds = recipe.batch * recipe.accumulate, planned(federation)
         for name, times in asked.items():
-            if name not in rows:  # nothing has come from it
-                continue
-            n, steps = rows[name], steps_of(recipe, rows[name])
-            noise = self.multiplier(n, batch, steps * rounds[name])
-            history = ((noise, self.rate(n, batch), steps * times),)
-            worst = max(worst, accounting.epsilon(history, self.delta, self.accountant))
-        return self.told(worst)
+            if name in rows:
+                n, steps, noise = rows[name], steps_of(recipe, rows[name]), self._noise_of(federation, name, rows[name])
+                history = ((noise, self.rate(n, recipe.batch * recipe.accumulate), steps * times),)
+                worst = max(worst, accounting.epsilon(history, self.delta, self.accountant))
+        unknown = [name for name in asked if name not in rows]  # what they have spent follows from their rows
+        return self.told(worst) | ({"not counted": unknown} if unknown else {})
+
+    def check(self, federation: Federation, name: str, rows: int) -> None:
+        self._noise_of(federation, name, rows)
+
+    def _noise_of(self, federation: Federation, name: str, rows: int) -> float:
+        recipe = federation.recipe
+        steps = steps_of(recipe, rows) * planned(federation)[name]
+        return self.multiplier(rows, recipe.batch * recipe.accumulate, steps)
 
 
 def steps_of(recipe: Any, rows: int) -> int:

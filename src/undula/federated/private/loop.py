@@ -35,9 +35,10 @@ CLOSE = {8: 1e-6, 4: 1e-3}  # by the bytes of the base's numbers; of narrower on
 class Private:
     """A training under way; `step` takes one step, `epsilon` is what all steps so far let others learn of a row.
 
-    steps: that are planned, on which the noise is set where a target is given.  history: what was spent on the same
-    rows before.  at_once: rows in memory at a time.  key: tells this party's random numbers from others', where a seed
-    makes them.  A context: when it ends the model is as it was, with what it has learnt.
+    steps: that are planned, those of `history` among them: on these the noise is set where a target is given, and none
+    is taken after them.  history: what was spent on the same rows before.  at_once: rows in memory at a time.  key:
+    tells this party's random numbers from others', where a seed makes them.  A context: when it ends the model is as it
+    was, with what it has learnt.
 
     Raises TypeError or ValueError for a model whose rows do not stand each by itself.
     """
@@ -59,7 +60,7 @@ class Private:
         self.how, self.model, self.losses = how, inner(model), losses
         self.rows, self.batch = rows, min(batch, rows)
         self.at_once = at_once or self.batch
-        self.rate = how.rate(rows, batch)
+        self.rate, self.steps = how.rate(rows, batch), steps
         self.noise, self.before, self.taken = how.multiplier(rows, batch, steps), tuple(history), 0
         check_model(self.model, optimizer)
         device = next(p.device for p in self.model.parameters() if p.requires_grad)
@@ -110,14 +111,19 @@ class Private:
         """Draws rows and takes one step.  Returns the mean of their losses, None of no rows: for the eyes of who has
         the rows, since it is neither clipped nor noised."""
         drawn = self.draw()
-        if not self.taken and drawn:
-            self.check(drawn[:2])
+        if not self.taken:
+            self.check(range(min(2, self.rows)))  # whatever was drawn: it may be one row, or none
         losses = self.take(drawn)
         return None if losses is None else float(losses.mean())
 
     def take(self, drawn: Sequence[int]) -> Tensor | None:
         """One step on these rows, which `draw` has drawn; their losses.  Raises FloatingPointError for what is not
-        finite."""
+        finite, RuntimeError for a step beyond those on which the noise of a target was set."""
+        if self.how.epsilon is not None and sum(steps for _, _, steps in self.history) >= self.steps:
+            raise RuntimeError(
+                f"the noise keeps {self.steps} steps to epsilon={self.how.epsilon:g}, and they are taken: plan more "
+                "(steps=...)"
+            )
         parts = [list(drawn[i : i + self.at_once]) for i in range(0, len(drawn), self.at_once)] or [[]]
         found = []
         for part in parts:

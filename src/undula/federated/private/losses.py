@@ -26,8 +26,12 @@ def row_losses(model: Any, examples: Examples, numbers: list[int]) -> Tensor:
     def batch(some: list[int]) -> dict[str, Any]:
         return moved(dict(collate([examples[n] for n in some])), model.device)
 
+    def alone(row: dict[str, Any]) -> Tensor:
+        loss = task.loss()(model, row)
+        return loss if task.items(row) else loss.nan_to_num()  # of a row of which nothing is learned: 0, not 0 / 0
+
     if not by_batch(examples):
-        return torch.stack([task.loss()(model, batch([n])) for n in numbers])
+        return torch.stack([alone(batch([n])) for n in numbers])
     rows = batch(numbers)
     labels = rows.pop("labels")
     return torch.nn.functional.cross_entropy(model(**rows).logits.float(), labels, reduction="none")
