@@ -57,9 +57,10 @@ def outside(kind, within):
 def put(cls, field, number):
     """`number` as the field takes it: in a tuple or a table where it takes one."""
     bare = given.within(given.hints(cls)[field.name])[0]
-    if any(typing.get_origin(kind) is collections.abc.Mapping for kind in typing.get_args(bare)):
+    kinds = {typing.get_origin(kind) for kind in (bare, *typing.get_args(bare))}
+    if collections.abc.Mapping in kinds:
         return {"a": number}
-    return (number,) if typing.get_origin(bare) is tuple else number
+    return (number,) if tuple in kinds else number
 
 
 def place(cls, field):
