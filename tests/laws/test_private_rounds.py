@@ -15,7 +15,7 @@ from undula.federated.flat import flat
 from undula.federated.private import DPSGD, ClientLevel, attack, epsilon, membership, most
 from undula.federated.private.losses import row_losses
 from undula.federated.private.refused import begins_from_data
-from undula.federated.rounds import clients_of
+from undula.federated.rounds import clients_of, federate
 from undula.federated.rows import Rows
 from undula.federated.server import Server
 from undula.federated.spec import Federation, Unfit
@@ -315,3 +315,32 @@ def test_a_privacy_is_written_and_read(home):
     for text in ({"is": "dp-sgd", "epsilon": 3.0}, {"is": "client-level", "noise": 1.0}):
         made = DPSGD.decode(text)
         assert DPSGD.decode(made.encode()) == made
+
+
+def test_a_client_whose_rows_cannot_be_as_private_is_named_before_any_round(home, tmp_path):
+    """A target out of reach; a delta that would let one of its rows be told."""
+    for privacy in (DPSGD(epsilon=1e-4, delta=1e-3, accountant="rdp"), DPSGD(noise=1.0, delta=0.2)):
+        with pytest.raises(ValueError, match=r"privacy of client client-1: (no noise keeps|delta=0.2 with)"):
+            federate(asked(home, privacy), tmp_path / "out")
+    far = ClientLevel(epsilon=1e-4, delta=1e-3, accountant="rdp")
+    with pytest.raises(ValueError, match="no noise keeps 2 steps"):
+        federate(asked(home, far, weights="alike"), tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_client_that_says_more_rows_than_delta_allows_is_refused_and_ends_nothing(home, tmp_path):
+    server, parties = begun(asked(home, DPSGD(noise=1.0, delta=1e-3, accountant="rdp")), tmp_path / "out")
+    told = {n: p.train(1, dict(server.brief())) for n, p in parties.items()}
+    told["client-2"][1]["num-examples"] = 10**6
+    record = server.take(told)
+    assert record["clients"]["client-2"]["failed"] == "refused"
+    assert "1000000 rows" in record["clients"]["client-2"]["why"]
+    assert record["privacy"]["epsilon"] > 0
+
+
+def test_of_a_mean_with_noise_no_bias_is_told(home, tmp_path):
+    """The aggregation gets one adapter, from which it cannot be far."""
+    for privacy, told in ((ClientLevel(noise=1.0, delta=1e-3, accountant="rdp"), False), (None, True)):
+        server, parties = begun(asked(home, privacy, FedIT(), weights="alike"), tmp_path / str(told))
+        rounds(server, parties, 1)
+        assert ("bias" in server.records[1]) == told

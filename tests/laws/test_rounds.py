@@ -15,7 +15,7 @@ from undula.federated import messages as M
 from undula.federated.client import Client
 from undula.federated.desk import Desk
 from undula.federated.messages import Failure
-from undula.federated.rounds import clients_of, each, go
+from undula.federated.rounds import clients_of, each, federate, go
 from undula.federated.rows import Rows
 from undula.federated.server import Server
 from undula.federated.spec import Federation, Party, Unfit, read, written
@@ -23,7 +23,7 @@ from undula.federated.split import Dirichlet, Even
 from undula.io.toml import Faults
 from undula.optim.schedules import Constant
 from undula.ranks import AdaLoRA
-from undula.train import CausalLM, Classification, Recipe
+from undula.train import CausalLM, Classification, Recipe, evaluate
 
 CLASSES = ("red", "green", "blue")
 HOWS = [FedIT(), FFA(), FedSVD(), FAIR(), Exact(), FLASC()]
@@ -418,3 +418,65 @@ def test_what_stands_before_the_aggregation_makes_what_it_gets(home, tmp_path):
     made = M.reply(server.adapter, server.adapter, FFA())
     assert made.keys() == up.keys()
     assert all(np.array_equal(made[name], up[name]) for name in up)
+
+
+def parties(home, place, **more):
+    """A federation of two clients with rows of their own, in files; {client: the path}."""
+    rows = [{"text": f"the {w} was {x}", "label": "good" if x in tiny.GOOD else "bad"}
+            for w in ("film", "food") for x in tiny.GOOD + tiny.BAD]  # fmt: skip
+    paths = {name: place / f"{name}.jsonl" for name in ("server", "north", "south")}
+    for path in paths.values():
+        tiny.jsonl(path, rows)
+    them = tuple(Party(n, str(paths[n])) for n in ("north", "south"))
+    f = asked(home, data=str(paths["server"]), federated={"split": None, "clients": them, "rounds": 1}, **more)
+    return f, paths, rows
+
+
+def test_what_is_wrong_with_a_clients_rows_or_with_the_aggregation_leaves_nothing(home, tmp_path):
+    """So that the same directory takes the mended file: the message names the client and what to write."""
+    f, paths, rows = parties(home, tmp_path)
+    out = tmp_path / "out"
+    tiny.jsonl(paths["south"], [*rows, {"text": "the day was a day", "label": "unheard"}])
+    with pytest.raises(ValueError, match=r"client south: (?s:.*)'unheard'(?s:.*)names = \["):
+        federate(f, out)
+    paths["south"].unlink()
+    with pytest.raises(FileNotFoundError, match="client south"):
+        federate(f, out)
+    tiny.jsonl(paths["south"], rows)
+    with pytest.raises(TypeError, match="Exact adds updates"):
+        federate(asked(home, Exact(), undula.AuroRA(r=2)), out)
+    assert not any(out.iterdir())
+    assert "failed" not in str(federate(f, out)["rounds"])
+
+
+def test_the_result_is_measured_on_all_of_the_servers_rows_and_no_file_says_to_train_on_them(home, tmp_path):
+    """`undula train --config OUT/run.toml` would be another training, on the server's rows alone."""
+    f, *_ = parties(home, tmp_path)
+    after = federate(f, tmp_path / "out")["after"]
+    assert evaluate(tmp_path / "out") == pytest.approx(after, rel=1e-5)
+    assert evaluate(tmp_path / "out", split="train") == pytest.approx(after, rel=1e-5)
+    assert not (tmp_path / "out/run.toml").exists()
+
+
+def test_rows_that_are_left_out_are_told_with_whose_they_are(home, tmp_path, caplog):
+    f, paths, rows = parties(home, tmp_path, skip_faulty=0.2)
+    tiny.jsonl(paths["south"], [*rows, {"text": "the day was a day", "label": "unheard"}])
+    assert sum(len(part) for part in Rows(f).client("south")) == len(rows)
+    assert "client south: " in caplog.text
+    assert ": 1 of 21 rows are left out for their faults" in caplog.text
+
+
+def test_a_client_with_a_bad_name_is_told_by_its_line(home, tmp_path):
+    (tmp_path / "fed.toml").write_text(
+        written(asked(home)).replace("[split]", "[unknown]")
+        + "".join(f'\n[[clients]]\nname = "{n}"\ndata = "x.csv"\n' for n in ("north", "North", "a/b"))
+    )
+    text = (tmp_path / "fed.toml").read_text().split("[unknown]")
+    (tmp_path / "fed.toml").write_text(text[0] + text[1][text[1].index("[[clients]]") :])
+    lines = (tmp_path / "fed.toml").read_text().splitlines()
+    with pytest.raises(Faults) as found:
+        read(tmp_path / "fed.toml")
+    for name, why in (("North", "two clients are called 'North' as 'north' is, but for case"), ("a/b", "is no name")):
+        at = lines.index(f'name = "{name}"')
+        assert f"line {at}: " in str(found.value)
+        assert why in str(found.value)

@@ -29,7 +29,8 @@ def federate(
     out: Annotated[Path, typer.Option(help="The directory to write: the adapter, its report, the last round.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the federation in OUT.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the file and all rows, show who has which, and train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Read the file, the base and all rows, show who has which, and train nothing."),
     ] = False,
     runtime: Annotated[
         Runtime,
@@ -63,16 +64,23 @@ def federate(
 
 @needs("train")
 def _looked_at(path: Path) -> list[dict[str, Any]]:
+    from ..federated.desk import Desk
     from ..federated.rows import Rows
+    from ..federated.server import check_goes_on
     from ..federated.spec import read
+    from ..train.base import quiet
 
     rows = Rows(read(path))
-    found = []
-    for name in rows.asked.names:
+    f, found = rows.asked, []
+    for name in f.names:
         train, held = rows.client(name)
         kinds = len(set(train["label"][:])) if "label" in train.column_names else None
         found.append({"client": name, "rows": len(train), "to measure": 0 if held is None else len(held),
                       "labels": kinds})  # fmt: skip
+        if f.privacy is not None:  # the multiplier
+            found[-1]["noise"] = f.privacy.noise_of(f, name, len(train))
+    with quiet():
+        check_goes_on(f.how, Desk(rows.settled(f), rows.server).first)
     return [*found, {"client": "(the server)", "rows": 0, "to measure": len(rows.server), "labels": None}]
 
 

@@ -22,6 +22,11 @@ class Privacy(Choice):
         """A client's training of one round on so many rows, by a Trainer that is ready: what `fitter.train()` gives."""
         return fitter.train()
 
+    def noise_of(self, federation: Federation, name: str, rows: int) -> float | None:
+        """The multiplier of the noise for a client that says it has so many rows; None where it is never asked.  Raises
+        ValueError where it cannot be private so."""
+        return None
+
     def reply(self, sent: Adapter, trained: Adapter) -> Adapter:
         """What a client lets out of where it has come to from what it was sent."""
         return trained
@@ -29,9 +34,6 @@ class Privacy(Choice):
     def said(self, counts: dict[str, int | float]) -> dict[str, int | float]:
         """What a client lets out of {"num-examples", "loss", "steps"}."""
         return counts
-
-    def check(self, federation: Federation, name: str, rows: int) -> None:
-        """Raises ValueError where a client that says it has so many rows cannot be private so."""
 
     def pooled(
         self, sent: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], federation: Federation, seed: int

@@ -43,7 +43,7 @@ def concluded(server: Server) -> dict[str, Any]:
         "versions": versions(),
         "out": str(out),
     }
-    Run.of(f.recipe, out).save(None)
+    Run.of(f.recipe, out).save(None, rounds="split" if f.split is not None else "clients")
     server.adapter.save(out, base=called_elsewhere(f.recipe.model), task=task.peft)
     files.write_text(out / CONFIG, written(f))
     write_page(server, report)
@@ -168,7 +168,11 @@ def _rounds(report: Report) -> Iterator[Block]:
                      r.get("stayed", "")))  # fmt: skip
     more = f"The last {SHOWN} of {len(rounds)}; all are in report.json. " if len(rounds) > SHOWN else ""
     yield Table(
-        head, tuple(rows), f"{more}Bytes are those of the numbers, of all clients together.", frozenset({"note"})
+        head,
+        tuple(rows),
+        f"{more}Bytes are those of the numbers, of all clients together, for training: "
+        "to measure, each client is sent the adapter once more.",
+        frozenset({"note"}),
     )
 
 

@@ -52,6 +52,9 @@ def federate(
     out = Path(out)
     with alone_in(out):
         rows = Rows(federation)
+        if parties is clients_of:  # whose rows are here: what is wrong with them is told before OUT holds anything
+            for name in federation.names:
+                rows.client(name)
         server = Server(federation, out, rows, resume=resume)
         go(server, parties(server, rows), told)
         return concluded(server)

@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..train.base import config_of
 from ..train.data.faults import Faults
 from ..train.data.load import load_data, sample, with_validation
-from ..train.rows import in_own_order
+from ..train.rows import LOG, in_own_order
 from ..train.tasks.heads import Classes
 from ..train.tasks.task import Task
 from .spec import Federation
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+
+ALIKE = (
+    "In the file of a federation columns and classes are options of the task, the same for all parties: "
+    'task = { is = "classification", text = "COLUMN", label = "COLUMN", names = ["A", "B"] }; without names the '
+    "classes are those of the server's rows. skip_faulty = SHARE leaves rows out"
+)
+
+
+def _tell(who: str, faults: Faults) -> None:
+    """The rows that are left out."""
+    for note in faults.told():
+        LOG.warning(f"{who}: {note}")
 
 
 class Parts(NamedTuple):
@@ -30,6 +43,7 @@ class Rows:
 
     def __init__(self, federation: Federation):
         self.asked = federation
+        self._clients: dict[str, Parts] = {}
 
     @functools.cached_property
     def task(self) -> Task:
@@ -48,6 +62,7 @@ class Rows:
         recipe = self.asked.recipe
         faults = Faults(recipe.skip_faulty, recipe.encoding)
         task, parts = recipe.task.read(load_data(recipe.data, faults), "train", "validation", "test", faults=faults)
+        _tell("the server", faults)
         if self.asked.split is not None:
             parts = with_validation(parts, recipe.seed)
         task, parts, _ = in_own_order(recipe.task, task, parts, config_of(recipe.model))
@@ -78,18 +93,34 @@ class Rows:
 
     def client(self, name: str) -> Parts:
         """The rows of one client.  Raises LookupError for one that there is not, ValueError or LookupError for rows
-        that its task cannot take."""
+        that its task cannot take, or with which it cannot be as private as the federation asks for."""
         f = self.asked
         if name not in f.names:
             raise LookupError(f"there is no client {name!r}; there are: {', '.join(f.names[:20])}")
-        if f.split is not None:
-            parts = {"train": self.divided[name]}
-        else:
-            party = next(p for p in f.clients if p.name == name)
-            faults = Faults(f.recipe.skip_faulty, f.recipe.encoding)
-            found = self.task.splits(load_data(party.data, faults), "train", "validation", faults=faults)
-            parts = dict(found) | {"train": sample(found["train"], f.recipe.train_rows, f.seed("rows", name))}
-        return self._with_held(name, parts)
+        if name not in self._clients:
+            parts = {"train": self.divided[name]} if f.split is not None else self._own(name)
+            made = self._with_held(name, parts)
+            if f.privacy is not None:
+                try:
+                    f.privacy.noise_of(f, name, len(made.train))
+                except ValueError as error:
+                    raise ValueError(f"privacy of client {name}: {error}") from error
+            self._clients[name] = made
+        return self._clients[name]
+
+    def _own(self, name: str) -> dict[str, Dataset]:
+        f = self.asked
+        party = next(p for p in f.clients if p.name == name)
+        task, faults = self.task, Faults(f.recipe.skip_faulty, f.recipe.encoding)  # the server's faults are its own
+        try:
+            found = task.splits(load_data(party.data, faults), "train", "validation", faults=faults)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"client {name}: {error}") from error
+        except (LookupError, ValueError) as error:
+            kind = LookupError if isinstance(error, LookupError) else ValueError
+            raise kind(f"client {name}: {error}. {ALIKE}") from error
+        _tell(f"client {name}", faults)
+        return dict(found) | {"train": sample(found["train"], f.recipe.train_rows, f.seed("rows", name))}
 
     def _with_held(self, name: str, parts: dict[str, Dataset]) -> Parts:
         from datasets import DatasetDict

@@ -21,7 +21,7 @@ from ..io import files
 from ..train.measure import rows_digest
 from ..train.run import write_json
 from . import messages
-from .aggregation import bias, shares_of
+from .aggregation import Aggregation, bias, shares_of
 from .desk import Desk
 from .flat import flat
 from .messages import ROWS, Arrays, Failure, Reply
@@ -57,13 +57,13 @@ class Server:
         self.desk = (desk or Desk(self.federation, rows.server)).made_for(self.federation)
         self.held = self.desk.examples(rows.server)
         self.test = None if rows.test is None else self.desk.examples(rows.test)
-        self._claim(resume)
         self.pool: Pool = lambda sent, adapters, weights: (adapters, weights)
         self.state: dict[str, torch.Tensor] = {}
         self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
+        check_goes_on(self.federation.how, self.adapter)  # before OUT holds anything
+        self._claim(resume)
         self.asked: list[int] = []  # the rounds that clients were asked for, see `ask`
         if not (resume and self._restored()):
-            self._check()
             self.records.append({"round": 0, "server": self.desk.score(self.adapter, self.held)})
             self._save()
 
@@ -117,7 +117,7 @@ class Server:
             arrays, counts = said
             known = messages.counted(counts, name)
             if self.federation.privacy is not None:
-                self.federation.privacy.check(self.federation, name, int(known[ROWS]))
+                self.federation.privacy.noise_of(self.federation, name, int(known[ROWS]))
             adapter = messages.replied(arrays, sent, self.federation.how, name)
         except (ValueError, TypeError) as error:
             return Failure("refused", str(error))
@@ -131,7 +131,7 @@ class Server:
         f = self.federation
         if len(adapters) < f.min_clients:
             return self._stayed(f"{len(adapters)} replies count, and a round takes {f.min_clients} (min_clients)")
-        state = dict(self.state)
+        state, answered = dict(self.state), len(adapters)
         try:
             if f.privacy is not None:
                 pooled = f.privacy.pooled(sent, adapters, weights, f, f.seed("noise", self.round + 1))
@@ -144,7 +144,8 @@ class Server:
         if not all(math.isfinite(v) for v in measured.values()):
             return self._stayed("with what the clients sent the model's answers are not finite")
         self.adapter, self.state = made, state
-        found = {} if f.how.sparse else self._bias(adapters, weights, made)  # if sparse it is no estimate of the mean
+        # if sparse it is no estimate of the mean; and of one that stands for all no mean can be told
+        found = {} if f.how.sparse or len(adapters) != answered else self._bias(adapters, weights, made)
         return {"server": measured, **found}
 
     def _stayed(self, why: str) -> Record:
@@ -184,11 +185,6 @@ class Server:
         self.records[-1]["spread"] = found
         self._save()
 
-    def _check(self) -> None:
-        """That rounds can go on with what the aggregation makes.  Raises TypeError or ValueError before any begins."""
-        how, first = self.federation.how, self.adapter
-        messages.taken_over(first, how([first, first], [1, 1], first, {}))
-
     def _claim(self, resume: bool) -> None:
         path, said = self.out / SPEC, self.federation.encode()
         digest = {"model": self.desk.base, "the server's rows": rows_digest(self.held.rows)}
@@ -226,6 +222,11 @@ class Server:
             self.state, self.round, self.records = parts["state/"], values["round"], values["records"]
             self.asked = values["asked"]
         return True
+
+
+def check_goes_on(how: Aggregation, first: Adapter) -> None:
+    """That rounds can go on with what the aggregation makes.  Raises TypeError or ValueError."""
+    messages.taken_over(first, how([first, first], [1, 1], first, {}))
 
 
 def _finite(adapter: Adapter) -> bool:

@@ -68,10 +68,13 @@ class Party(metaclass=Checked):
         return str(checked_path(name, value)) if name == "data" else value
 
 
+Place = str | tuple[str, int]  # a field, or one of its tables
+
+
 class Unfit(ValueError):
     """What does not go together, as (field, why)."""
 
-    def __init__(self, found: list[tuple[str, str]]):
+    def __init__(self, found: list[tuple[Place, str]]):
         self.found = found
         super().__init__("; ".join(why for _, why in found))
 
@@ -162,7 +165,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def faults_of(f: Federation) -> Iterator[tuple[str, str]]:
+def faults_of(f: Federation) -> Iterator[tuple[Place, str]]:
     """(field, why) of what does not go together."""
     default = {x.name: default_of(x) for x in told(Recipe)}
     for name, why in NOT_OF_CLIENTS.items():
@@ -178,15 +181,16 @@ def faults_of(f: Federation) -> Iterator[tuple[str, str]]:
         yield why.split(" ", 1)[0].strip(":,"), why
 
 
-def _of_clients(f: Federation) -> Iterator[tuple[str, str]]:
+def _of_clients(f: Federation) -> Iterator[tuple[Place, str]]:
     if (f.split is None) == (not f.clients):
         yield "split", "clients are those of `split`, who share the rows of `data`, or tables [[clients]]: give one"
     names = [party.name.casefold() for party in f.clients]
-    for party in f.clients:
+    for i, party in enumerate(f.clients):
         if why := wrong_name(party.name):
-            yield "clients", why.replace("a job", "a client")
-        elif names.count(party.name.casefold()) > 1:
-            yield "clients", f"two clients are called {party.name!r}"
+            yield ("clients", i), why.replace("a job", "a client")
+        elif (first := names.index(party.name.casefold())) < i:
+            as_it = "" if f.clients[first].name == party.name else f" as {f.clients[first].name!r} is, but for case"
+            yield ("clients", i), f"two clients are called {party.name!r}{as_it}"
     if f.names and f.min_clients > len(f.names):
         yield "min_clients", f"min_clients={f.min_clients}, and there are {len(f.names)} clients"
 
@@ -230,7 +234,7 @@ def _made(reading: Reading, shared: dict[str, Any], own: dict[str, Any]) -> Fede
         return Federation(recipe, **own)
     except Unfit as error:
         for name, why in error.found:
-            reading.fault((name,), why)
+            reading.fault(name if isinstance(name, tuple) else (name,), why)
     return None
 
 

@@ -31,7 +31,7 @@ from .foreign import (
     task_of,
 )
 from .rows import LOG
-from .run import RUN, Run
+from .run import RUN, Run, read_run
 from .tasks.causal_lm import CausalLM, Chat, Plain
 from .tasks.generation import Sampling, write
 from .tasks.generation import stream as streamed
@@ -208,7 +208,10 @@ class Restored:
             skip_faulty = self.run.skip_faulty
         faults = Faults(replace(self.run, skip_faulty=skip_faulty).skip_faulty, self.run.encoding)  # which checks it
         every = load_data(self.run.data if data is None else data, faults)
-        if data is None and split in (None, "train", "validation"):
+        of_clients = data is None and self._of_clients()  # then nobody has trained on these rows
+        if of_clients and split is None:
+            split = "validation" if "validation" in every else "train"
+        if data is None and split in (None, "train", "validation") and not of_clients:
             parts = self.run.task.splits(every, "train", "validation", faults=faults)
             parts = with_validation(parts, self.run.seed, by_chance=bool(self.run.by_chance))
             part = parts[split or "validation"]
@@ -220,6 +223,10 @@ class Restored:
         for note in (*faults.told(), *self.run.task.fits(examples, self.model, "given")):
             LOG.warning(note)
         return examples
+
+    def _of_clients(self) -> bool:
+        path = self.run.out
+        return (path / RUN).is_file() and read_run(path).get("rounds") == "clients"
 
     def batches(self, examples: Examples) -> Iterator[dict[str, torch.Tensor]]:
         """The examples as the model's inputs, without labels: what `collapse` and `diagnose` run on."""

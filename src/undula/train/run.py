@@ -54,16 +54,23 @@ class Run(Recipe):
         digest: Mapping[str, str] | None = None,
         written: Any = None,
         tuned: Mapping[str, Any] | None = None,
+        rounds: str | None = None,
     ) -> None:
-        """Writes OUT/run.json; `before` is the metric before training, `digest` tells rows and model from others,
-        `tuned` how the rate was found where it was."""
+        """Writes OUT/run.json and, if it was one training, OUT/run.toml to repeat it.
+
+        before: the metric before training.  digest: what tells rows and model from others.  tuned: how the rate was
+        found, where it was.  rounds: of a federation, whose rows it was trained on: those of "clients", so that all of
+        `data` is for measuring, or a "split" of them.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         given: dict[str, Any] = {} if digest is None else {"digest": dict(digest)}
         given |= {} if not written else {"written": written}  # what was generated before the training
         given |= {} if tuned is None else {"tuned": dict(tuned)}
+        given |= {} if rounds is None else {"rounds": rounds}
         said = self.encode() | {"gradient_checkpointing": self.gradient_checkpointing}  # see `config.told_of_a_run`
         write_json(self.out / RUN, {"version": VERSION, "run": said, "before": before, **given})
-        files.write_text(self.out / CONFIG, config.written(self))
+        if rounds is None:
+            files.write_text(self.out / CONFIG, config.written(self))
 
     @staticmethod
     def load(path: str | Path) -> Run:

@@ -71,6 +71,9 @@ class ClientLevel(_Budget, Privacy):
         if self.delta * len(federation.names) >= 1:
             yield f"privacy: delta={self.delta:g} with {len(federation.names)} clients allows to tell of one outright"
 
+    def noise_of(self, federation: Federation, name: str, rows: int) -> float | None:
+        return self.multiplier(max(planned(federation).values()))
+
     def pooled(
         self, sent: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], federation: Federation, seed: int
     ) -> tuple[Sequence[Adapter], Sequence[float]]:

@@ -89,6 +89,9 @@ class DPSGD(_Budget, Privacy):
     def refusals(self, federation: Federation) -> Iterator[str]:
         yield from refused.of_run(federation.recipe)
 
+    def noise_of(self, federation: Federation, name: str, rows: int) -> float | None:
+        return self._noise_of(federation, name, rows) if planned(federation)[name] else None
+
     def said(self, counts: dict[str, int | float]) -> dict[str, int | float]:
         """Without the loss, which no noise covers."""
         return {k: v for k, v in counts.items() if k != "loss"}
@@ -131,9 +134,6 @@ class DPSGD(_Budget, Privacy):
                 worst = max(worst, accounting.epsilon(history, self.delta, self.accountant))
         unknown = [name for name in asked if name not in rows]  # what they have spent follows from their rows
         return self.told(worst) | ({"not counted": unknown} if unknown else {})
-
-    def check(self, federation: Federation, name: str, rows: int) -> None:
-        self._noise_of(federation, name, rows)
 
     def _noise_of(self, federation: Federation, name: str, rows: int) -> float:
         recipe = federation.recipe
