@@ -40,7 +40,8 @@ EARLY = ("model", "data", "task", "column", "task_set", "method", "method_set", 
 
 
 def tune(ctx: typer.Context, **typed: Any) -> None:
-    """Find a learning rate for a training by a few of its steps, which are taken back.  Nothing is written.
+    """Find a learning rate for a training by a few of its steps, which are taken back.  Nothing is written.  It is a
+    first guess, often off by half a decade and more (docs/tune.md): for a LoRA on a small encoder 3e-3 was nearer.
 
     The options are those of `undula train`, which does the same by itself with --lr auto.
     """
