@@ -1,5 +1,6 @@
 """`undula federate`: a file, its rounds, what is left of them."""
 
+import html
 import importlib.util
 import json
 
@@ -148,3 +149,18 @@ def test_a_runtime_that_is_not_installed_says_what_is(home):
     assert done.exit_code == 2
     assert "this needs the package flwr, which is not installed: pip install 'undula[flower]'" in done.output
     assert not (home / "out").exists()
+
+
+def test_what_is_cut_is_told_at_the_end_and_on_the_page(home):
+    text = (home / "fed.toml").read_text()
+    (home / "fed.toml").write_text(text.replace('"classification"', '{ is = "classification", max_length = 4 }'))
+    done = ask(home / "fed.toml", "--out", home / "out")
+    assert done.exit_code == 0, done.output
+    notes = json.loads((home / "out/report.json").read_text())["notes"]
+    page = html.unescape((home / "out/report.html").read_text())
+    assert [note for note in notes if "is cut" in note] == [
+        "the server: 10 of 10 rows: the text is cut at its end (the longest has 6 tokens, 4 are kept)"
+    ]
+    for note in notes:
+        assert note in page
+        assert " ".join(done.output.split()).count(note) == 1

@@ -466,6 +466,16 @@ def test_rows_that_are_left_out_are_told_with_whose_they_are(home, tmp_path, cap
     assert ": 1 of 21 rows are left out for their faults" in caplog.text
 
 
+def test_training_rows_of_the_server_that_nobody_uses_are_told(home, tmp_path, caplog):
+    f, _, rows = parties(home, tmp_path)
+    (tmp_path / "both").mkdir()
+    for part, some in ("train", rows), ("validation", rows[:6]):
+        tiny.jsonl(tmp_path / f"both/{part}.jsonl", some)
+    recipe = dataclasses.replace(f.recipe, data=str(tmp_path / "both"))
+    assert len(Rows(dataclasses.replace(f, recipe=recipe)).server) == 6
+    assert f"the server: its {len(rows)} training rows are not used" in caplog.text
+
+
 def test_a_client_with_a_bad_name_is_told_by_its_line(home, tmp_path):
     (tmp_path / "fed.toml").write_text(
         written(asked(home)).replace("[split]", "[unknown]")

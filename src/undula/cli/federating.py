@@ -58,6 +58,8 @@ def federate(
         raise typer.Exit(130) from None
     shell.write(to, report)
     if str(to) != "-":
+        for note in report["notes"]:
+            shell.remark(note)
         shell.show(list(_rows(report)))
         shell.note(f"Saved in {out}: the adapter, report.html, report.json")
 

@@ -33,7 +33,9 @@ class Desk:
         if getattr(run.task, "names", None) == ():
             raise ValueError("the classes are not named: take Rows(federation).settled(federation)")
         ready = assembled(with_method(run) if run.begin_from is not None else run, rows, rows)
-        self.federation, self.run, self.notes = federation, ready.run, ready.notes
+        self.federation, self.run = federation, ready.run
+        both = (note.replace(" train rows", " rows").replace(" validation rows", " rows") for note in ready.notes)
+        self.notes = tuple(dict.fromkeys(both))  # of one set of rows, which stands for both parts
         self.model, self.processor, self.adapter = ready.model, ready.processor, ready.adapter
         folder = Path(model_folder(run.model))
         self.base = files_digest(folder) if folder.is_dir() else str(getattr(self.model.config, "_commit_hash", None))

@@ -39,7 +39,7 @@ def concluded(server: Server) -> dict[str, Any]:
         "test": None if server.test is None else server.desk.score(server.adapter, server.test),
         "bytes": {way: sum(r[way] for r in server.records[1:]) for way in ("down", "up")},
         "spread": spread(server.records[-1].get("spread", {}), task.headline),
-        "notes": list(server.desk.notes),
+        "notes": [f"the server: {note}" for note in server.desk.notes],
         "versions": versions(),
         "out": str(out),
     }
@@ -105,6 +105,7 @@ def _opening(report: Report) -> Iterator[str]:
         yield f"{failed} answers were missing or refused; the rounds went on without them."
     if stayed := [str(r["round"]) for r in rounds if "stayed" in r]:
         yield f"Rounds after which the adapter stayed as it was: {', '.join(stayed[:20])}."
+    yield from report["notes"]
 
 
 def said(value: Any) -> str:

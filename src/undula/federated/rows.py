@@ -65,6 +65,11 @@ class Rows:
         _tell("the server", faults)
         if self.asked.split is not None:
             parts = with_validation(parts, recipe.seed)
+        elif "validation" in parts:
+            LOG.warning(
+                f"the server: its {len(parts['train']):,} training rows are not used, for clients have rows of their "
+                "own: it measures on its validation rows"
+            )
         task, parts, _ = in_own_order(recipe.task, task, parts, config_of(recipe.model))
         return task, parts
 
