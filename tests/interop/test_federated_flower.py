@@ -141,6 +141,31 @@ def test_rounds_are_those_of_one_process_to_the_bit_and_adapters_and_counts_alon
     assert str(tmp_path).encode() not in wire
 
 
+def test_clients_with_parts_of_the_adapter_are_sent_theirs_alone(tmp_path, parties):
+    """And a client whose file says other parts refuses."""
+    f = parties(FedSVD())
+    less = (dataclasses.replace(f.clients[0], r=1), dataclasses.replace(f.clients[1], where="query"), f.clients[2])
+    f = dataclasses.replace(f, clients=less)
+    here = federate(f, tmp_path / "here")
+    there, grid = rounds_of(f, tmp_path / "there")
+    assert there.records == here["rounds"]
+    assert "failed" not in str(there.records)
+    assert bytes_of(tmp_path / "there") == bytes_of(tmp_path / "here")
+    sizes = {name: sum(a.data.__len__() for a in reply.content["arrays"].values()) for name, reply in grid.up
+             if "arrays" in reply.content}  # fmt: skip
+    assert max(sizes["north"], sizes["south"]) < sizes["west"]
+    other = dataclasses.replace(f, clients=(f.clients[0], dataclasses.replace(f.clients[1], where=None), f.clients[2]))
+    with pytest.raises(ValueError, match="clients: not as in the server's file"):
+        check_settings(other, settings(f))
+    private = {"privacy": DPSGD(noise=1.0, delta=1e-3)}
+    stricter = dataclasses.replace(
+        f, clients=(dataclasses.replace(f.clients[0], epsilon=0.5), *f.clients[1:]), **private
+    )
+    check_settings(stricter, settings(dataclasses.replace(f, **private)))  # a budget is a client's own
+    with pytest.raises(ValueError, match="cannot stand beside the part that north has"):
+        Rounds(there, FedMedian())
+
+
 def lie(content):
     return lambda message: Message(content, reply_to=message)
 

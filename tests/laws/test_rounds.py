@@ -256,7 +256,7 @@ def test_a_bad_answer_is_a_line_in_the_record_and_counts_for_nothing(spoilt, ans
     parties = {name: Told(answer) for name, answer in answers.items()}
     parties["client-2"] = Told(answers["client-2"], spoils)
     server = Server(f, tmp_path / "out", rows, desk)
-    record = server.take(each(f.names, parties, lambda p: p.train(1, {}), None))
+    record = server.take(each(f.names, parties, lambda name, p: p.train(1, {}), None))
     told = record["clients"]["client-2"]
     assert told["failed"] == kind
     assert why in told["why"]

@@ -61,7 +61,7 @@ def federate(
         for note in report["notes"]:
             shell.remark(note)
         shell.show(list(_rows(report)))
-        shell.note(f"Saved in {out}: the adapter, report.html, report.json")
+        shell.note(f"Saved in {out}: {'the adapter, ' if report['trained'] else ''}report.html, report.json")
 
 
 @needs("train")
@@ -82,8 +82,12 @@ def _looked_at(path: Path) -> list[dict[str, Any]]:
         if f.privacy is not None:  # the multiplier
             found[-1]["noise"] = f.privacy.noise_of(f, name, len(train))
     with quiet():
-        check_goes_on(f.how, Desk(rows.settled(f), rows.server).first)
-    return [*found, {"client": "(the server)", "rows": 0, "to measure": len(rows.server), "labels": None}]
+        desk = Desk(rows.settled(f), rows.server)
+        check_goes_on(f.how, desk.first)
+        for row in found:
+            row["trains"] = desk.part(f.party(row["client"])).of(desk.first).num_parameters()
+    server = {"client": "(the server)", "rows": 0, "to measure": len(rows.server)}
+    return [*found, {**dict.fromkeys(found[0]), **server}]
 
 
 @needs("train")

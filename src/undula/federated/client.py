@@ -29,19 +29,24 @@ class Client:
         self.desk = (desk or Desk(self.federation, parts.train)).made_for(self.federation)
         self.rows = self.desk.examples(parts.train)
         self.held = None if parts.held is None else self.desk.examples(parts.held)
+        self.part = self.desk.part(self.federation.party(name))
+        self.like = self.part.of(self.desk.first)
         for note in self.desk.run.task.fits(self.rows, self.desk.model, name):
             LOG.warning(note)
 
     def train(self, round: int, arrays: Arrays) -> tuple[Arrays, Counts]:
         """One round, counted from 1: (its adapter's numbers, {"num-examples", "loss", "steps"}), see `messages`.
 
-        Raises ValueError for a brief that is none, RuntimeError where its training diverged.
+        Raises ValueError for a brief that is none, RuntimeError where its training diverged, PermissionError where
+        its own privacy budget is spent.
         """
         f, desk = self.federation, self.desk
-        sent = briefed(arrays, desk.adapter, f.how, desk.base)
-        desk.put(sent)
-        done = self._fit(round)
-        trained = desk.adapter.copy()
+        if f.privacy is not None and (why := f.privacy.declined(f, self.name, round)):
+            raise PermissionError(why)
+        sent = briefed(arrays, self.like, f.how, desk.base)
+        with desk.holding(sent, self.part) as live:
+            done = self._fit(round)
+            trained = live.copy()
         if not all(torch.isfinite(t).all() for t in trained.parameters()):
             raise RuntimeError(f"{self.name} diverged in round {round}: a number is not finite. Lower lr")
         counts: Counts = {ROWS: len(self.rows), "loss": float(done.training_loss), "steps": int(done.global_step)}
@@ -68,5 +73,5 @@ class Client:
         such rows."""
         if self.held is None:
             return {ROWS: 0}
-        sent = briefed(arrays, self.desk.adapter, self.federation.how, self.desk.base)
-        return {ROWS: len(self.held), **self.desk.score(sent, self.held)}
+        sent = briefed(arrays, self.like, self.federation.how, self.desk.base)
+        return {ROWS: len(self.held), **self.desk.score(sent, self.held, self.part)}

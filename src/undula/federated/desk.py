@@ -3,11 +3,15 @@ clients that are in the process train there one after the other."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.adapter import Adapter
 from ..core.extras import needs
+from ..host.host import attach, detach
+from ..host.where import choose, inner
 from ..train.base import model_folder
 from ..train.begun import with_method
 from ..train.checkpoints import restore
@@ -15,7 +19,8 @@ from ..train.measure import files_digest
 from ..train.prepared import assembled
 from ..train.tasks.task import Examples
 from .ffa import linear_factor
-from .spec import Federation
+from .part import WHOLE, Part, of_layers
+from .spec import Federation, Party
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +63,48 @@ class Desk:
         """Takes over the numbers of an adapter made as this one."""
         restore(self.adapter, adapter)
 
-    def score(self, adapter: Adapter, examples: Examples) -> dict[str, float]:
+    def part(self, party: Party) -> Part:
+        """What a client has of the adapter.  Raises LookupError or ValueError for layers that it has not, TypeError for
+        a method that is not cut at a rank."""
+        sites = None if party.where is None else self._layers(party.name, party.where)
+        part = Part(party.r, sites)
+        try:
+            return part if part.of(self.first).methods != self.first.methods else WHOLE
+        except TypeError as error:
+            raise TypeError(f"client {party.name}: {error}") from error
+
+    def _layers(self, client: str, where: tuple[str, ...]) -> frozenset[str] | None:
+        """Those of the adapter that these names choose; None for all."""
+        with self._without():
+            asked = {each: {*choose(inner(self.model), each)} & {*self.first.methods} for each in where}
+        if odd := [each for each, found in asked.items() if not found]:
+            raise ValueError(f"client {client}: {odd[0]!r} names none of the layers that the federation adapts")
+        return of_layers(list(self.first.methods), set().union(*asked.values()))
+
+    @contextlib.contextmanager
+    def _without(self) -> Iterator[None]:
+        """The model without the adapter, which goes on afterwards as it was."""
+        detach(self.model)
+        try:
+            yield
+        finally:
+            attach(self.model, self.adapter)
+
+    @contextlib.contextmanager
+    def holding(self, adapter: Adapter, part: Part = WHOLE) -> Iterator[Adapter]:
+        """Has the numbers of an adapter on the model, which is such a part of this one; gives it as it is there."""
+        if part.whole:
+            self.put(adapter)
+            yield self.adapter
+            return
+        with self._without():
+            live = attach(self.model, adapter)
+            try:
+                yield live
+            finally:
+                detach(self.model)
+
+    def score(self, adapter: Adapter, examples: Examples, part: Part = WHOLE) -> dict[str, float]:
         """The task's metrics of the model with that adapter."""
-        self.put(adapter)
-        return self.run.task.score(self.model, examples, self.run.batch)
+        with self.holding(adapter, part):
+            return self.run.task.score(self.model, examples, self.run.batch)

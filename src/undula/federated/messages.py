@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from .aggregation import Aggregation
 from .flat import flat, unflat
+from .part import WHOLE, Part
 from .wire import packed, unpacked
 
 Arrays = dict[str, np.ndarray]
@@ -99,12 +100,14 @@ def taken_over(like: Adapter, made: Adapter) -> Adapter:
     return filled(like, dict(_all(made)))
 
 
-def brief(adapter: Adapter, how: Aggregation, base: str = "") -> Arrays:
-    """What goes down to clients of the server's adapter; `base` tells its base model from others."""
-    told = {FROZEN: np.frombuffer(digest(adapter, how, base), np.uint8)}
+def brief(adapter: Adapter, how: Aggregation, base: str = "", part: Part = WHOLE) -> Arrays:
+    """What goes down to clients of the server's adapter, of those that have a part of it the part; `base` tells its
+    base model from others."""
+    sent = part.of(how.sent(adapter))
+    told = {FROZEN: np.frombuffer(digest(sent, how, base), np.uint8)}
     if how.sparse:
-        return {PACKED: np.frombuffer(packed(flat(how.sent(adapter))), np.uint8), **told}
-    return {**{name: array(t) for name, t in _down(how.sent(adapter), how).items()}, **told}
+        return {PACKED: np.frombuffer(packed(flat(sent)), np.uint8), **told}
+    return {**{name: array(t) for name, t in _down(sent, how).items()}, **told}
 
 
 def briefed(arrays: Any, like: Adapter, how: Aggregation, base: str = "", who: str = "the server") -> Adapter:

@@ -27,6 +27,10 @@ class Privacy(Choice):
         ValueError where it cannot be private so."""
         return None
 
+    def declined(self, federation: Federation, name: str, round: int) -> str:
+        """Why a client takes no part in a round that it is asked in; empty where it does."""
+        return ""
+
     def reply(self, sent: Adapter, trained: Adapter) -> Adapter:
         """What a client lets out of where it has come to from what it was sent."""
         return trained

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 CONFIG = "federation.toml"
+UNTRAINED = "no round has changed the adapter: nothing was trained, and no adapter is written"
 SHOWN = 100  # rounds, clients and failures in a table of the page
 Report = Mapping[str, Any]
 
 
 def concluded(server: Server) -> dict[str, Any]:
-    """Writes OUT/adapter_*, run.json, report.json, report.html and federation.toml; returns the report."""
+    """Writes OUT/adapter_*, run.json, report.json, report.html and federation.toml; returns the report.  Where no
+    round has changed the adapter there is none to write, and the report says so."""
     f, out, task = server.federation, server.out, server.desk.run.task
     report = {
         "federation": f.encode(),
@@ -36,15 +38,17 @@ def concluded(server: Server) -> dict[str, Any]:
         "rows": len(server.held),
         "rounds": server.records,
         "after": server.records[-1]["server"],
-        "test": None if server.test is None else server.desk.score(server.adapter, server.test),
+        "test": None if server.test is None else server.score(server.adapter, server.test),
         "bytes": {way: sum(r[way] for r in server.records[1:]) for way in ("down", "up")},
         "spread": spread(server.records[-1].get("spread", {}), task.headline),
-        "notes": [f"the server: {note}" for note in server.desk.notes],
+        "notes": [*([] if server.moved else [UNTRAINED]), *(f"the server: {note}" for note in server.desk.notes)],
+        "trained": server.moved,
         "versions": versions(),
         "out": str(out),
     }
-    Run.of(f.recipe, out).save(None, rounds="split" if f.split is not None else "clients")
-    server.adapter.save(out, base=called_elsewhere(f.recipe.model), task=task.peft)
+    if server.moved:
+        Run.of(f.recipe, out).save(None, rounds="split" if f.split is not None else "clients")
+        server.result.save(out, base=called_elsewhere(f.recipe.model), task=task.peft)
     files.write_text(out / CONFIG, written(f))
     write_page(server, report)
     write_json(out / REPORT, report)
@@ -100,7 +104,7 @@ def _opening(report: Report) -> Iterator[str]:
             f"in the mean, with a standard deviation of {said(found['std'])}."
         )
     if spent := rounds[-1].get("privacy"):
-        yield f"Privacy: {', '.join(f'{name} {said(value)}' for name, value in spent.items())}."
+        yield f"Privacy: {', '.join(f'{name} {told(value)}' for name, value in spent.items())}."
     if failed := sum(1 for _ in _failed(report)):
         yield f"{failed} answers were missing or refused; the rounds went on without them."
     if stayed := [str(r["round"]) for r in rounds if "stayed" in r]:
@@ -111,6 +115,13 @@ def _opening(report: Report) -> Iterator[str]:
 def said(value: Any) -> str:
     """A number for people."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def told(value: Any) -> str:
+    """A number, names, or numbers by name."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{said(number)} of {name}" for name, number in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else said(value)
 
 
 def size(number: int) -> str:

@@ -64,12 +64,13 @@ def go(server: Server, parties: Mapping[str, Party], told: Callable[[Record], An
     """The rounds that are left.  Raises RuntimeError where no client gets through the first."""
     f = server.federation
     while server.round < f.rounds or server.measures():
-        brief, number = server.brief(), server.round + 1
+        number = server.round + 1
         if server.measures():
-            server.spread(each(f.names, parties, lambda party: party.evaluate(dict(brief)), None))  # noqa: B023
+            briefs = server.briefs(f.names)
+            server.spread(each(f.names, parties, lambda name, party: party.evaluate(briefs[name]), None))  # noqa: B023
             continue
-        chosen = server.ask()
-        answers = each(chosen, parties, lambda party: party.train(number, dict(brief)), f.timeout)  # noqa: B023
+        briefs = server.briefs(chosen := server.ask())
+        answers = each(chosen, parties, lambda name, party: party.train(number, briefs[name]), f.timeout)  # noqa: B023
         record = server.take(answers)
         check_first(record)
         told(record)
@@ -79,19 +80,21 @@ def check_first(record: Record) -> None:
     """Raises RuntimeError where no client got through the first round: what is wrong with all is told at once."""
     failed = [c for c in record["clients"].values() if "failed" in c]
     if record["round"] == 1 and len(failed) == len(record["clients"]):
-        raise RuntimeError(f"no client got through the first round; the first of them: {failed[0]['why']}")
+        raise RuntimeError(
+            f"no client got through the first round, and OUT holds no adapter; the first of them: {failed[0]['why']}"
+        )
 
 
 def each(
-    names: Iterable[str], parties: Mapping[str, Party], ask: Callable[[Party], T], timeout: float | None
+    names: Iterable[str], parties: Mapping[str, Party], ask: Callable[[str, Party], T], timeout: float | None
 ) -> dict[str, T | Failure]:
     """What each of these answers; of one that raises, is not there or takes more than `timeout` seconds, a Failure."""
     found: dict[str, T | Failure] = {}
     for name in names:
         begun = time.perf_counter()
         try:
-            found[name] = ask(parties[name]) if name in parties else Failure("absent", "no answer")
-        except Exception as error:  # whatever a client's training or rows raise: the round goes on
+            found[name] = ask(name, parties[name]) if name in parties else Failure("absent", "no answer")
+        except (Exception, SystemExit) as error:  # whatever a client's training or rows raise: the round goes on
             found[name] = Failure("error", f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - begun
         if timeout is not None and seconds > timeout:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 ALIKE = (
-    "In the file of a federation columns and classes are options of the task, the same for all parties: "
-    'task = { is = "classification", text = "COLUMN", label = "COLUMN", names = ["A", "B"] }; without names the '
-    "classes are those of the server's rows. skip_faulty = SHARE leaves rows out"
+    "In the file of a federation columns and classes are options of the task, for all parties: "
+    'task = { is = "classification", text = "COLUMN", label = "COLUMN", names = ["A", "B"] }; a client whose columns '
+    'are called otherwise says so in its table: columns = { text = "COLUMN" }. Without names the classes are those of '
+    "the server's rows. skip_faulty = SHARE leaves rows out"
 )
 
 
@@ -115,8 +116,10 @@ class Rows:
 
     def _own(self, name: str) -> dict[str, Dataset]:
         f = self.asked
-        party = next(p for p in f.clients if p.name == name)
-        task, faults = self.task, Faults(f.recipe.skip_faulty, f.recipe.encoding)  # the server's faults are its own
+        party = f.party(name)
+        assert party.data is not None
+        task = dataclasses.replace(self.task, **(party.columns or {}))  # type: ignore[type-var]
+        faults = Faults(f.recipe.skip_faulty, f.recipe.encoding)  # the server's faults are its own
         try:
             found = task.splits(load_data(party.data, faults), "train", "validation", faults=faults)
         except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from ..core.adapter import Adapter
 from ..io import files
 from ..train.measure import rows_digest
 from ..train.run import write_json
+from ..train.tasks.task import Examples
 from . import messages
 from .aggregation import Aggregation, bias, shares_of
 from .desk import Desk
 from .flat import flat
 from .messages import ROWS, Arrays, Failure, Reply
+from .part import WHOLE, Part
 from .rows import Rows
 from .spec import ALIKE, Federation
 
@@ -61,11 +63,26 @@ class Server:
         self.state: dict[str, torch.Tensor] = {}
         self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
         check_goes_on(self.federation.how, self.adapter)  # before OUT holds anything
+        self.parts = {party.name: self.desk.part(party) for party in self.federation.clients}
         self._claim(resume)
         self.asked: list[int] = []  # the rounds that clients were asked for, see `ask`
         if not (resume and self._restored()):
-            self.records.append({"round": 0, "server": self.desk.score(self.adapter, self.held)})
+            self.records.append({"round": 0, "server": self.score(self.adapter, self.held)})
             self._save()
+
+    @property
+    def result(self) -> Adapter:
+        """What the rounds have come to: of a sparse way what clients are sent, for their changes are from there."""
+        return self.federation.how.sent(self.adapter)
+
+    @property
+    def moved(self) -> bool:
+        """Whether any round has changed the adapter."""
+        return any("stayed" not in record for record in self.records[1:])
+
+    def score(self, adapter: Adapter, examples: Examples) -> dict[str, float]:
+        """The metrics of what clients would be sent of it."""
+        return self.desk.score(self.federation.how.sent(adapter), examples)
 
     def chosen(self) -> tuple[str, ...]:
         """The clients of the next round."""
@@ -79,19 +96,28 @@ class Server:
             self._save()
         return self.chosen()
 
-    def brief(self) -> Arrays:
-        """What each of them is sent; also what clients measure on."""
-        return messages.brief(self.adapter, self.federation.how, self.desk.base)
+    def brief(self, part: Part = WHOLE) -> Arrays:
+        """What a client is sent that has such a part; also what it measures on."""
+        return messages.brief(self.adapter, self.federation.how, self.desk.base, part)
+
+    def part(self, name: str) -> Part:
+        """What a client has of the adapter."""
+        return self.parts.get(name, WHOLE)
+
+    def briefs(self, names: Iterable[str]) -> dict[str, Arrays]:
+        """What each of these is sent."""
+        made = {part: self.brief(part) for part in {self.part(name) for name in names}}
+        return {name: dict(made[self.part(name)]) for name in names}
 
     def take(self, replies: Mapping[str, Reply | Failure]) -> Record:
         """Ends the next round with what came of its clients, and returns its record.  The same replies make the same
         adapter, in whatever order they came."""
-        f, number, told = self.federation, self.round + 1, self.brief()
-        sent = messages.briefed(told, self.adapter, f.how, self.desk.base)
+        f, number, told = self.federation, self.round + 1, self.briefs(self.chosen())
+        sent = messages.briefed(self.brief(), self.adapter, f.how, self.desk.base)
         record: Record = {"round": number, "clients": {}, "down": 0, "up": 0}
         adapters, weights = [], []
         for name in self.chosen():
-            record["down"] += messages.size(told)
+            record["down"] += messages.size(told[name])
             found = self._heard(name, replies.get(name, Failure("absent", "no answer")), sent)
             if isinstance(found, Failure):
                 record["clients"][name] = {"failed": found.kind, "why": found.why[:500]}
@@ -118,7 +144,8 @@ class Server:
             known = messages.counted(counts, name)
             if self.federation.privacy is not None:
                 self.federation.privacy.noise_of(self.federation, name, int(known[ROWS]))
-            adapter = messages.replied(arrays, sent, self.federation.how, name)
+            part = self.part(name)
+            adapter = part.into(sent, messages.replied(arrays, part.of(sent), self.federation.how, name))
         except (ValueError, TypeError) as error:
             return Failure("refused", str(error))
         before = next((r["clients"][name][ROWS] for r in self.records[1:] if ROWS in r["clients"].get(name, {})), None)
@@ -140,7 +167,7 @@ class Server:
             made = messages.taken_over(self.adapter, f.how(adapters, weights, self.adapter, state))
         except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a factorisation of what is too large
             return self._stayed(str(error))
-        measured = self.desk.score(made, self.held) if _finite(made) else {"loss": math.nan}
+        measured = self.score(made, self.held) if _finite(made) else {"loss": math.nan}
         if not all(math.isfinite(v) for v in measured.values()):
             return self._stayed("with what the clients sent the model's answers are not finite")
         self.adapter, self.state = made, state

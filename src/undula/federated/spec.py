@@ -9,9 +9,10 @@ rounds = 20
 how = "fedsvd"                       an aggregation
 split = { is = "dirichlet", alpha = 0.5, clients = 10 }    of the training rows of `data`; or
 
-[[clients]]                          clients with rows of their own, which nobody else reads
+[[clients]]                          clients with rows of their own, which nobody else reads, and with parts of theirs
 name = "north"
 data = "north.csv"
+r = 2                                (with a split: tables of those clients that differ, without data)
 """
 
 from __future__ import annotations
@@ -30,21 +31,23 @@ from ..core.given import Checked, hints
 from ..core.ranges import Count, Natural, Positive, SomeShare
 from ..io import toml
 from ..io.toml import Faults
-from ..jobs.file import Reading, wrong_name
+from ..jobs.file import Reading
 from ..optim.schedules import Constant
 from ..train.config import NONE, said, said_of, value_of
 from ..train.fields import default_of, told
-from ..train.recipe import Recipe, checked_path, recipe_of
+from ..train.recipe import Recipe, recipe_of
 from ..train.run import Run
 from .aggregation import Aggregation
 from .fedit import FedIT
 from .ffa import linear_factor
+from .party import Party
 from .privacy import Privacy
 from .split import Split
 
 ROWS, ALIKE = WEIGHTS = ("rows", "alike")
 # of a client's part of a round, where a file says nothing: rates that stay, and no evaluations
 OF_A_ROUND: dict[str, Any] = {"epochs": 1.0, "schedule": Constant(), "warmup": 0.0}
+NO_DATA = "client {} needs data: the path of its rows"
 NOT_OF_CLIENTS = {
     "allocator": "each client would come to other ranks, which have no average: leave it out",
     "eval_every": "the server measures after each round, and clients after every client_eval_every: leave it out",
@@ -53,19 +56,6 @@ NOT_OF_CLIENTS = {
     "save_every": "the server keeps each round; a client has nothing to go on from: leave it out",
     "by_chance": "it is for runs of old: leave it out",
 }
-
-
-@dataclass(frozen=True)
-class Party(metaclass=Checked):
-    """A client with rows of its own."""
-
-    name: str
-    data: str
-
-    @staticmethod
-    def as_meant(name: str, value: Any) -> Any:
-        """See `given.Checked`."""
-        return str(checked_path(name, value)) if name == "data" else value
 
 
 Place = str | tuple[str, int]  # a field, or one of its tables
@@ -119,6 +109,10 @@ class Federation(metaclass=Checked):
         """The clients, in their order."""
         return self.split.names if self.split is not None else tuple(party.name for party in self.clients)
 
+    def party(self, name: str) -> Party:
+        """What the file says of a client."""
+        return next((party for party in self.clients if party.name == name), Party(name))
+
     def seed(self, *what: object) -> int:
         """32 bits that follow the federation's seed and what they are for."""
         text = "/".join(map(str, (self.recipe.seed, *what)))
@@ -139,8 +133,7 @@ class Federation(metaclass=Checked):
         own = {
             f.name: as_json(getattr(self, f.name)) for f in fields(Federation) if f.name not in ("recipe", "clients")
         }
-        clients = [{"name": p.name, "data": _absolute(p.data)} for p in self.clients]
-        return {"recipe": self.recipe.encode(), **own, "clients": clients}
+        return {"recipe": self.recipe.encode(), **own, "clients": [party.encode() for party in self.clients]}
 
     @staticmethod
     def decode(data: Mapping[str, Any]) -> Federation:
@@ -161,10 +154,6 @@ def written(f: Federation) -> str:
     return f"# undula federate THIS_FILE --out DIRECTORY   repeats this federation\n\n{toml.written(data)}"
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if Path(path).exists() else path
-
-
 def faults_of(f: Federation) -> Iterator[tuple[Place, str]]:
     """(field, why) of what does not go together."""
     default = {x.name: default_of(x) for x in told(Recipe)}
@@ -182,17 +171,28 @@ def faults_of(f: Federation) -> Iterator[tuple[Place, str]]:
 
 
 def _of_clients(f: Federation) -> Iterator[tuple[Place, str]]:
-    if (f.split is None) == (not f.clients):
+    if f.split is None and not f.clients:
         yield "split", "clients are those of `split`, who share the rows of `data`, or tables [[clients]]: give one"
     names = [party.name.casefold() for party in f.clients]
     for i, party in enumerate(f.clients):
-        if why := wrong_name(party.name):
-            yield ("clients", i), why.replace("a job", "a client")
-        elif (first := names.index(party.name.casefold())) < i:
+        for why in (*party.faults(f.recipe, f.privacy), *_of_rows(f, party)):
+            yield ("clients", i), why
+        if (first := names.index(party.name.casefold())) < i:
             as_it = "" if f.clients[first].name == party.name else f" as {f.clients[first].name!r} is, but for case"
             yield ("clients", i), f"two clients are called {party.name!r}{as_it}"
     if f.names and f.min_clients > len(f.names):
         yield "min_clients", f"min_clients={f.min_clients}, and there are {len(f.names)} clients"
+
+
+def _of_rows(f: Federation, party: Party) -> Iterator[str]:
+    """Whose rows a client of a table has: its own, or its share of a split."""
+    if f.split is None and party.data is None:
+        yield NO_DATA.format(party.name)
+    if f.split is not None and (party.data is not None or party.columns is not None):
+        yield f"client {party.name} has its share of the rows of `split`: leave out data and columns, or the split"
+    if f.split is not None and party.name not in f.split.names:
+        known = f.split.names
+        yield f"the split has no client {party.name!r}; its clients are {known[0]} to {known[-1]}"
 
 
 def _of_linear(f: Federation) -> Iterator[tuple[str, str]]:
@@ -246,7 +246,7 @@ def _values(reading: Reading, data: Mapping[str, Any]) -> tuple[dict[str, Any], 
     own: dict[str, Any] = {}
     for name, value in data.items():
         if name == "clients":
-            own[name] = tuple(_parties(reading, value))
+            own[name] = tuple(_parties(reading, value, "split" in data))
             continue
         kind, into = (Federation, own) if name in mine else (Recipe, shared)
         found = reading.attempt((name,), lambda kind=kind, name=name, value=value: (value_of(kind, name, value),))  # type: ignore[misc]
@@ -254,7 +254,7 @@ def _values(reading: Reading, data: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return shared, own
 
 
-def _parties(reading: Reading, tables: Any) -> Iterator[Party]:
+def _parties(reading: Reading, tables: Any, split: bool) -> Iterator[Party]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         reading.fault(("clients",), f"clients are tables, [[clients]] each, found {tables!r:.60}")
         return
@@ -262,3 +262,5 @@ def _parties(reading: Reading, tables: Any) -> Iterator[Party]:
         party = reading.attempt(("clients", i), lambda table=table: Party(**table))  # type: ignore[misc]
         if party is not None:
             yield party
+        if party is not None and party.data is None and not split:
+            reading.fault(("clients", i), NO_DATA.format(party.name))

@@ -40,6 +40,7 @@ OPTIONS = {
         'columns are options of the task: task = { is = "classification", text = "review", label = "stars" }',
     ),
     **dict.fromkeys(("task_set", "task-set"), 'options of the task stand in its table: [task], is = "classification"'),
+    "from": 'the adapter that a training begins with is called begin_from = "FOLDER"',
     "override": 'it is called overrides: [overrides], "*.query" = { is = "lora", r = 4 }',
 }
 

@@ -92,6 +92,7 @@ def settings(federation: Federation) -> str:
     recipe, kept = federation.recipe.encode(), {f.name: f.metadata for f in fields(Recipe)}
     values = {k: v for k, v in recipe.items() if k not in OF_ONE_PARTY and kept[k].get("figures", True)}
     values |= {k: as_json(getattr(federation, k)) for k in ("how", "split", "privacy", "rounds")}
+    values["clients"] = {party.name: party.part for party in federation.clients if party.part}
     if federation.privacy is not None:  # noise is set by the rounds that a client is in
         values |= {k: as_json(getattr(federation, k)) for k in ("fraction", "min_clients", "names")}
     told = {k: sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:8] for k, v in sorted(values.items())}

@@ -15,6 +15,7 @@ from flwr.supercore import log
 from ...core.adapter import Adapter
 from .. import messages
 from ..messages import FROZEN, ROWS, Failure, Reply
+from ..part import Part
 from ..rounds import check_first
 from ..server import Server
 from .records import ARRAYS, CONFIG, COUNTS, ROUND, SETTINGS, counts_of, failure, numbers, record, reply_of, settings
@@ -42,9 +43,10 @@ class Rounds(FedAvg):
         self.number = 0  # of the round, as Flower counts those of this start
         if by is None:
             return
-        if server.federation.how.sparse or server.federation.privacy is not None:
-            what = server.federation.privacy or server.federation.how
-            raise ValueError(f"{type(by).__name__} cannot stand beside {what!r}: leave one of them out")
+        parts = [name for name, part in server.parts.items() if not part.whole]
+        if parts or server.federation.how.sparse or server.federation.privacy is not None:
+            what = f"the part that {parts[0]} has" if parts else server.federation.privacy or server.federation.how
+            raise ValueError(f"{type(by).__name__} cannot stand beside {what}: leave one of them out")
         server.pool = self._pooled
 
     def go_on(self, grid: Grid) -> None:
@@ -81,10 +83,8 @@ class Rounds(FedAvg):
         there = self._connected(grid, chosen, self.server.federation.min_clients)
         self.absent = {n: Failure("absent", "its node is not connected") for n in chosen if n not in there}
         self._tell(config, self.server.round + 1)
-        if self.by is None:
-            made = list(self._construct_messages(self._content(config), list(there.values()), TRAIN))
-        else:
-            made = self._by_another(server_round, config, there)
+        by_another = self.by is not None
+        made = self._by_another(server_round, config, there) if by_another else self._made(config, there, TRAIN)
         return self._sent(there, made)
 
     def aggregate_train(
@@ -109,7 +109,7 @@ class Rounds(FedAvg):
         there = self._connected(grid, names, 1)
         self.absent = {n: Failure("absent", "its node is not connected") for n in names if n not in there}
         self._tell(config, self.server.round)
-        return self._sent(there, self._construct_messages(self._content(config), list(there.values()), EVALUATE))
+        return self._sent(there, self._made(config, there, EVALUATE))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """What clients have measured goes into the round's record."""
@@ -144,8 +144,18 @@ class Rounds(FedAvg):
         config[ROUND], config[SETTINGS] = number, settings(self.server.federation)
         config[FROZEN] = self.server.brief()[FROZEN].tobytes()
 
-    def _content(self, config: ConfigRecord) -> RecordDict:
-        return RecordDict({ARRAYS: self.last, CONFIG: config})
+    def _made(self, config: ConfigRecord, there: dict[str, int], kind: str) -> list[Message]:
+        """What goes to each node: the server's adapter, or the part that its client has."""
+        groups: dict[Part, list[int]] = {}
+        for name, node in there.items():
+            groups.setdefault(self.server.part(name), []).append(node)
+        found: list[Message] = []
+        for part, nodes in groups.items():
+            arrays = self.server.brief(part)
+            told = ConfigRecord({**config, FROZEN: arrays[FROZEN].tobytes()})
+            content = RecordDict({ARRAYS: self.last if part.whole else record(arrays), CONFIG: told})
+            found += self._construct_messages(content, nodes, kind)
+        return found
 
     def _sent(self, there: dict[str, int], made: Iterable[Message]) -> list[Message]:
         names = {node: name for name, node in there.items()}

@@ -10,6 +10,7 @@ are not.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from ..flat import flat, unflat
 from ..privacy import Federation, Privacy
 from . import accounting
 from .accounting import PRV
-from .dpsgd import _Budget, planned
+from .dpsgd import _Budget, planned, rounds_with
 
 
 @Privacy.register
@@ -72,6 +73,11 @@ class ClientLevel(_Budget, Privacy):
             yield f"privacy: delta={self.delta:g} with {len(federation.names)} clients allows to tell of one outright"
 
     def noise_of(self, federation: Federation, name: str, rows: int) -> float | None:
+        if federation.party(name).epsilon is not None and planned(federation)[name] and not self.most(federation, name):
+            raise ValueError(
+                f"its own epsilon of {federation.party(name).epsilon:g} allows no round: one alone costs "
+                f"{self._after(federation, 1):.3g}"
+            )
         return self.multiplier(max(planned(federation).values()))
 
     def pooled(
@@ -81,6 +87,23 @@ class ClientLevel(_Budget, Privacy):
         return [self.mean(sent, adapters, len(federation.chosen(1)), noise, (seed,))], [1.0]
 
     def spent(self, federation: Federation, asked: Mapping[str, int], rows: Mapping[str, int]) -> dict[str, Any]:
+        times = [min(n, self.most(federation, name)) for name, n in asked.items()]
+        return self.told(self._after(federation, max(times, default=0)), federation)
+
+    def most(self, federation: Federation, name: str) -> int:
+        """The rounds that a client's own budget allows, of those that are planned."""
+        most, own = planned(federation)[name], federation.party(name).epsilon
+        if own is None:
+            return most
+        return bisect.bisect_right(range(1, most + 1), own, key=lambda rounds: self._after(federation, rounds))
+
+    def _after(self, federation: Federation, rounds: int) -> float:
+        """Epsilon of a client that was in so many rounds."""
         noise = self.multiplier(max(planned(federation).values()))
-        history = ((noise, 1.0, max(asked.values(), default=0)),)
-        return self.told(accounting.epsilon(history, self.delta, self.accountant))
+        return accounting.epsilon(((noise, 1.0, rounds),), self.delta, self.accountant)
+
+    def declined(self, federation: Federation, name: str, round: int) -> str:
+        own, times = federation.party(name).epsilon, rounds_with(federation, name, round)
+        if own is None or times <= (most := self.most(federation, name)):
+            return ""
+        return f"{name}: its own epsilon of {own:g} allows {most} rounds, which are over: it takes no part"

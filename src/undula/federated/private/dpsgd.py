@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,10 +34,12 @@ class _Budget:
         if self.accountant not in ACCOUNTANTS:  # type: ignore[attr-defined]
             raise ValueError(f"{name}.accountant is {' or '.join(ACCOUNTANTS)}, found {self.accountant!r}")  # type: ignore[attr-defined]
 
-    def told(self, worst: float) -> dict[str, Any]:
+    def told(self, worst: float, federation: Federation) -> dict[str, Any]:
         """What a record says; `worst`: the epsilon of who has spent the most, None where nothing bounds it."""
         where = "the system" if self.seed is None else "a seed, for experiments"  # type: ignore[attr-defined]
-        return {"epsilon": worst if math.isfinite(worst) else None, "delta": self.delta, "noise from": where}  # type: ignore[attr-defined]
+        found = {"epsilon": worst if math.isfinite(worst) else None, "delta": self.delta, "noise from": where}  # type: ignore[attr-defined]
+        own = {party.name: party.epsilon for party in federation.clients if party.epsilon is not None}
+        return found | ({"budgets of their own": own} if own else {})
 
 
 @Privacy.register
@@ -108,7 +110,7 @@ class DPSGD(_Budget, Privacy):
         model, examples = fitter.model, fitter.train_dataset
         model.train()
         still_statistics(model.modules())
-        with self.training(
+        with replace(self, epsilon=None, noise=self._noise_of(federation, name, rows)).training(
             model,
             fitter.optimizer,
             lambda numbers: row_losses(model, examples, numbers),
@@ -133,12 +135,16 @@ class DPSGD(_Budget, Privacy):
                 history = ((noise, self.rate(n, recipe.batch * recipe.accumulate), steps * times),)
                 worst = max(worst, accounting.epsilon(history, self.delta, self.accountant))
         unknown = [name for name in asked if name not in rows]  # what they have spent follows from their rows
-        return self.told(worst) | ({"not counted": unknown} if unknown else {})
+        return self.told(worst, federation) | ({"not counted": unknown} if unknown else {})
 
     def _noise_of(self, federation: Federation, name: str, rows: int) -> float:
-        recipe = federation.recipe
-        steps = steps_of(recipe, rows) * planned(federation)[name]
-        return self.multiplier(rows, recipe.batch * recipe.accumulate, steps)
+        """That of all, or what a budget of the client's own asks for, which is more."""
+        recipe, own = federation.recipe, federation.party(name).epsilon
+        batch, steps = recipe.batch * recipe.accumulate, steps_of(recipe, rows) * planned(federation)[name]
+        noise = self.multiplier(rows, batch, steps)
+        if own is None:
+            return noise
+        return max(noise, accounting.noise_for(own, self.delta, self.rate(rows, batch), steps, self.accountant))
 
 
 def steps_of(recipe: Any, rows: int) -> int:
@@ -155,3 +161,8 @@ def planned(federation: Federation) -> dict[str, int]:
         for name in federation.chosen(round):
             found[name] += 1
     return found
+
+
+def rounds_with(federation: Federation, name: str, last: int) -> int:
+    """In how many rounds up to this one a client is asked."""
+    return sum(name in federation.chosen(round) for round in range(1, last + 1))

@@ -64,6 +64,8 @@ class Private:
         self.noise, self.before, self.taken = how.multiplier(rows, batch, steps), tuple(history), 0
         check_model(self.model, optimizer)
         device = next(p.device for p in self.model.parameters() if p.requires_grad)
+        done = sum(steps for _, _, steps in self.before)
+        key = (*key, done) if done else key  # a seed gives steps that go on other noise than those before
         self.choices = accounting.generator(how.seed, "rows", *key)
         with accounting.quiet():
             from .hooks import hooks
