@@ -63,6 +63,10 @@ def test_what_the_full_form_cannot_be_beside_is_said():
     assert (Pro().follows, Pro().apart) == (True, "")
     assert not Pro(full=True).follows
     assert "two numbers" in Pro(full=True).apart
+    model, adapter = attached(LORA)
+    for option in ("maximize", "amsgrad"):
+        with pytest.raises(ValueError, match=f"{option} is an option of the base"):
+            LoRAProFull(adapter.parameters(), model, lr=0.1, **{option: True})
 
 
 # GGPO

@@ -11,7 +11,7 @@ import undula
 from tests.laws.test_rounds import Heard, asked, gone, home, parties  # noqa: F401
 from tests.support import tiny
 from undula.cli.main import app
-from undula.federated import FAIR, FFA, FLASC, Exact, FedIT, FedSVD
+from undula.federated import FFA, FLASC, FedIT, FedSVD
 from undula.federated import messages as M
 from undula.federated.desk import Desk
 from undula.federated.part import WHOLE, Part
@@ -23,7 +23,7 @@ from undula.federated.server import Server
 from undula.federated.spec import Party, Unfit, read, written
 from undula.optim.optimisers import SGD
 
-HOWS = [FedIT(), FFA(), FedSVD(), FAIR(), Exact(), FLASC(down=1.0, up=1.0)]
+HOWS = [FedIT(), FedSVD(), FLASC(down=1.0, up=1.0)]
 LESS = (Party("client-1", r=1), Party("client-2", where="query"))
 
 

@@ -528,6 +528,24 @@ def test_tasks_before_that_say_nothing_are_refused(tmp_path):
     OrthogonalToEarlier(0.0).start(model, optimizer, 3)
 
 
+def test_layers_that_a_task_before_has_not_are_told_and_a_frozen_A_is_refused(tmp_path):
+    """There nothing would keep the tasks apart."""
+    model = net()
+    adapter = undula.attach(model, undula.LoRA(r=2), where=["0", "2", "4"])
+    how = OrthogonalToEarlier(earlier=(before(tmp_path / "a"), before(tmp_path / "b", where=["0"])))
+    with pytest.warns(UserWarning, match="b has nothing at 2, 4, 2 of these 3 layers") as told:
+        how.start(model, torch.optim.AdamW(adapter.parameters()), 3)
+    assert len(told) == 1
+    adapter.factors["2"]["A"].requires_grad_(False)
+    with pytest.raises(ValueError, match="that of 2 does not train"):
+        dataclasses.replace(how, earlier=how.earlier[:1]).start(model, torch.optim.AdamW(adapter.parameters()), 3)
+
+
+def test_where_no_group_is_left_that_is_told():
+    with pytest.warns(UserWarning, match="none of 3 groups stays: the adapter is zero"):
+        trained(GroupLasso(1e6, groups=Adapters(), by_size=True, settle=0.5))
+
+
 def test_penalties_add_up_and_multiply():
     """A sum of sums is one list, and a number multiplies each."""
     both = 2 * (GroupLasso(0.1) + L1(0.2)) + KLToBase(1.0) * 0.5

@@ -9,7 +9,8 @@ paper's equation has squares, its code the sum of absolute values; weight 0.5 is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,26 +50,44 @@ class OrthogonalToEarlier(Penalty):
         return {"value": self.weight * float(overlap(adapter, self.before(adapter)).detach())}
 
     def before(self, adapter: Adapter) -> dict[str, Tensor]:
-        """{site: the rows of the earlier A there}.  Raises ValueError where none is named, or one has no layer of this
-        adapter or another size of inputs there."""
-        if not self.earlier:
-            raise ValueError(f"{self!r} needs the directories of adapters of tasks before: earlier=(...,)")
-        here = {site: A_RI.shape[1] for site, _, A_RI in pairs(adapter, self)}
+        """{site: the rows of all the earlier A there}.  Raises as `each` does."""
         rows: dict[str, list[Tensor]] = {}
-        for place in self.earlier:
-            found = [(site, A_RI) for site, A_RI in _rows(place, self) if site in here]
-            if not found:
-                raise ValueError(f"the adapter in {place} has no layer of this one's: there is nothing to differ from")
-            for site, A_RI in found:
-                if A_RI.shape[1] != here[site]:
-                    raise ValueError(f"{site} takes {here[site]} inputs, and {A_RI.shape[1]} in the adapter in {place}")
+        for there in self.each(adapter).values():
+            for site, A_RI in there.items():
                 rows.setdefault(site, []).append(A_RI)
         return {site: torch.cat(those) for site, those in rows.items()}
 
+    def each(self, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+        """{directory: {site of this adapter: the rows of A there}}.  Raises ValueError where none is named, or one has
+        no layer of this adapter or another size of inputs there."""
+        if not self.earlier:
+            raise ValueError(f"{self!r} needs the directories of adapters of tasks before: earlier=(...,)")
+        here = {site: A_RI.shape[1] for site, _, A_RI in pairs(adapter, self)}
+        found: dict[str, dict[str, Tensor]] = {}
+        for place in self.earlier:
+            rows = {site: A_RI.detach() for site, _, A_RI in pairs(Adapter.load(place), self) if site in here}
+            if not rows:
+                raise ValueError(f"the adapter in {place} has no layer of this one's: there is nothing to differ from")
+            for site, A_RI in rows.items():
+                if A_RI.shape[1] != here[site]:
+                    raise ValueError(f"{site} takes {here[site]} inputs, and {A_RI.shape[1]} in the adapter in {place}")
+            found[place] = rows
+        return found
 
-def _rows(place: str, what: Penalty) -> Iterator[tuple[str, Tensor]]:
-    for site, _, A_RI in pairs(Adapter.load(place), what):
-        yield site, A_RI.detach()
+    def tell(self, adapter: Adapter) -> None:
+        """Warns of layers that an earlier adapter has not, where nothing keeps this one apart from it.  Raises
+        ValueError for an A that does not train, which nothing could draw anywhere."""
+        here = {site: A_RI for site, _, A_RI in pairs(adapter, self)}
+        for place, rows in self.each(adapter).items():
+            if still := [site for site in rows if not here[site].requires_grad]:
+                raise ValueError(f"{self!r} draws A, and that of {still[0]} does not train: leave it out, or train A")
+            if lacking := [site for site in here if site not in rows]:
+                more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+                warnings.warn(
+                    f"the adapter in {place} has nothing at {', '.join(lacking[:3])}{more}, {len(lacking)} of these "
+                    f"{len(here)} layers: there nothing draws this task away from that one",
+                    stacklevel=2,
+                )
 
 
 class EarlierCourse(SmoothCourse):
@@ -77,6 +96,8 @@ class EarlierCourse(SmoothCourse):
     def __init__(self, how: OrthogonalToEarlier, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
         super().__init__(how, model, optimizer, steps)
         self._before = how.before(self.adapter) if how.active else {}
+        if how.active:
+            how.tell(self.adapter)
 
     def value(self) -> Tensor:
         return self.how.weight * overlap(self.adapter, self._before)

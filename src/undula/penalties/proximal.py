@@ -9,6 +9,7 @@ gradients it keeps the rate alone, so zeros stay exact.  Groups at zero may come
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -149,6 +150,12 @@ class SettlingCourse(ProximalCourse):
     def _settle(self, grouped: Grouped) -> None:
         self.stays = self.staying(grouped)
         grouped.scale(self.stays)
+        if not self.stays.any():
+            warnings.warn(
+                f"{self.how!r} has settled that none of {grouped.count} groups stays: the adapter is zero, and stays "
+                "so. Lower its weight",
+                stacklevel=2,
+            )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {} if self.stays is None else {"stays": self.stays}, super().state()[1]
