@@ -1,6 +1,7 @@
 """`undula combine`, and the operations against PEFT's: equal where PEFT is right, and where it is not, by how much."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.support.layers import net
 from undula import combine
 from undula.cli.main import app
 from undula.combine import Elect, Magnitude, Merge, Sum
+from undula.methods.fusion import GATES
 from undula.train import searching
 from undula.train.base import open_model
 from undula.train.run import Run
@@ -145,6 +147,8 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_written(plain, tm
         ([a, b, "--how", "regmean", "--set", "shrink=much"], "shrink is a number from 0 to 1, found 'much'"),
         ([a, b, "--how", "regmean", "--set", "shrink=2"], "RegMean.shrink is at least 0 and at most 1, found 2.0"),
         ([a, tmp_path / "nowhere"], "no adapter directory"),
+        ([a, b, "--how", "gates", "--rank", "4"], "leave out --rank"),
+        ([a, tmp_path / "other", "--how", "gates"], "adapter 1 is for some/base and adapter 2"),
     ):
         _, told = call("combine", *words, "--out", tmp_path / "out", code=2)
         assert text in told, (words, told)
@@ -207,3 +211,36 @@ def test_no_share_is_taken_of_what_is_not_above_zero(runs, tmp_path, monkeypatch
     _, told = call("combine", runs / "a", runs / "b", "--search", "2", "--rows", "8", "--out", tmp_path / "d", code=2)
     assert "a reaches -0.5 alone (accuracy), of which there are no shares: search on other rows (--data)" in told
     assert not (tmp_path / "d").exists()
+
+
+def test_adapters_behind_gates_are_the_sum_until_they_train_and_then_answer_as_any_adapter(runs, tmp_path):
+    out, _ = call(
+        "combine", runs / "a", runs / "b", "--how", "gates", "--out", tmp_path / "g", "--json", tmp_path / "j"
+    )
+    assert "2 adapters behind gates" in out
+    gates = undula.Adapter.load(tmp_path / "g")
+    assert {type(m) for m in gates.methods.values()} == {undula.Fusion}
+    trains = sum(5 * shape[0] for shape in gates.shapes.values()) + sum(t.numel() for t in gates.full.values())
+    assert json.loads((tmp_path / "j").read_text())["trains"] == trains
+    texts = [row["text"] for row in tiny.reviews(6, seed=3)]
+    call(
+        "combine", runs / "a", runs / "b", "--how", "stack", "--weights", "1,1", "--drop-full", "--out", tmp_path / "s"
+    )
+    opened, summed = undula.load(tmp_path / "g"), undula.Adapter.load(tmp_path / "s")
+    before = answers(opened, texts)
+    undula.detach(opened.model)
+    undula.attach(opened.model, replace(summed, full=gates.full))
+    assert answers(opened, texts) == pytest.approx(before, abs=1e-5)
+    data = tiny.jsonl(tmp_path / "more.jsonl", tiny.reviews(24, seed=5))
+    call("train", "--from", tmp_path / "g", "--model", runs / "base", "--data", data, "--task", "classification",
+         "--task-set", f"names={','.join(NAMES)}", "--lr", "1e-1", "--max-steps", "6", "--batch", "8", "--out",
+         tmp_path / "t")  # fmt: skip
+    trained = undula.Adapter.load(tmp_path / "t")
+    for site, f in trained.factors.items():
+        moved = {k for k, t in f.items() if not torch.equal(t, gates.factors[site][k])}
+        assert moved == set(GATES)
+    assert answers(undula.load(tmp_path / "t"), texts) != pytest.approx(before, abs=1e-3)
+
+
+def answers(opened, texts):
+    return [p for row in opened.predict(texts) for p in row["probabilities"].values()]

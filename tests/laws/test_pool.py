@@ -246,6 +246,7 @@ METHODS = {  # on every rung, and around them
     "sparse": undula.SHiRA(),
     "Reweight": undula.DoRA(undula.LoRA(r=2)),
     "Method": undula.AuroRA(r=2),
+    "gates": undula.Fusion(),
     "around": undula.Dropout(undula.DoRA(undula.LoRA(r=2))),
 }
 

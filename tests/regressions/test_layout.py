@@ -10,7 +10,7 @@ import undula
 
 SOURCES = Path(undula.__file__).parent
 # what `import undula` does not load
-AROUND = ("federated", "study", "serve", "jobs", "cli", "bundled", "integrations", "__main__")
+AROUND = ("federated", "study", "serve", "jobs", "retrieve", "cli", "bundled", "integrations", "__main__")
 
 
 def imports(tree):
@@ -61,7 +61,7 @@ LEVELS = (  # a folder imports what stands before it: of its own level nothing, 
     ("combine", "compress", "ranks"),
     ("bundled", "integrations", "penalties"),
     ("train",),
-    ("jobs",),
+    ("jobs", "retrieve"),
     ("federated", "serve", "study"),
     ("undula",),  # which gives names to all of them
     ("cli",),

@@ -14,20 +14,15 @@ import typer
 from ..combine.combiner import Combiner
 from ..combine.folders import Combined, combine_directories
 from ..combine.names import NAMED, named
-from ..core.adapter import Adapter
 from ..core.choice import plain
-from ..io import files
-from ..io.native import README
 from ..io.outline import head
 from ..io.places import place
 from ..io.whole import whole
 from ..train import restored
 from ..train.base import same_base
-from ..train.card import of_run, put
-from ..train.restored import described
-from ..train.run import RUN
 from . import shell
-from .carry import carry
+from .accompanying import accompany
+from .gating import GATES, gate
 from .progress import layers_bar
 from .several import named_directory
 
@@ -46,7 +41,10 @@ def combine(
     *,
     out: shell.Out,
     how: Annotated[
-        str, typer.Option(help=f"{', '.join(NAMED)}, {REGMEAN} (which runs each adapter's rows).")
+        str,
+        typer.Option(
+            help=f"{', '.join(NAMED)}, {REGMEAN} (which runs each adapter's rows), {GATES} (which are to be trained)."
+        ),
     ] = "average",
     weights: Annotated[
         list[str], typer.Option(help="One number per adapter, in their order: --weights .5 .3 .2, or .5,.3,.2.")
@@ -80,6 +78,10 @@ def combine(
         raise ValueError(f"combine takes two adapters or more, found {len(asked.paths)}: {asked.paths[0]}")
     if search is None and plain(how) != REGMEAN and (data is not None or rows is not None):
         raise ValueError("--data and --rows are for --search and for --how regmean: the others look at no rows")
+    if plain(how) == GATES:
+        others = {"--rank": rank, "--density": density, "--seed": seed, "--set": options, "--search": search}
+        gate(asked.paths, asked.weights, others, drop_full, out, to)
+        return
     found = None
     if search is not None:
         found = _searched(asked, how, search, data, rows, model, rank, density, options, seed or 0, drop_full)
@@ -94,7 +96,9 @@ def combine(
             made = combine_directories(
                 combiner, asked.paths, folder, shares, drop_full=drop_full, same_base=_same, seen=seen
             )
-        _accompany(asked.paths, made, shares, way, combiner, folder, out, drop_full)
+        parts = ", ".join(f"{p.resolve().name} (weight {w:g})" for p, w in zip(asked.paths, shares, strict=True))
+        note = f"Combined of {parts} by `{way}`: `{combiner!r}`."
+        accompany(asked.paths, made.outline, note, folder, out, drop_full)
     _tell(asked.paths, made, combiner, shares, way, found, to, out)
 
 
@@ -207,42 +211,6 @@ def _searched(
         asked.paths, trials=trials, data=data, rows=rows or ROWS, model=model, ways=ways, rank=rank, seed=seed,
         drop_full=drop_full, seen=told,
     )  # fmt: skip
-
-
-def _accompany(
-    paths: Sequence[Path],
-    made: Combined,
-    weights: Sequence[float],
-    how: str,
-    combiner: Combiner,
-    folder: Path,
-    out: Path,
-    dropped: bool,
-) -> None:
-    """The run of the first, where all are of one task, so that the directory opens as that does; and a README that
-    says of what it is made."""
-    parts = ", ".join(f"{p.resolve().name} (weight {w:g})" for p, w in zip(paths, weights, strict=True))
-    note = f"Combined of {parts} by `{how}`: `{combiner!r}`."
-    if _one_task(paths) and not (dropped and any(head(path).outline().full for path in paths)):
-        carry(paths[0], made.outline, folder)
-        run = described(folder, made.outline)
-        put(replace(of_run(replace(run, out=out), made.outline), notes=(note, "")), folder)
-    else:
-        files.write_text(folder / "README.md", f"{README}\n{note}\n")
-
-
-def _one_task(paths: Sequence[Path]) -> bool:
-    """Whether all are runs of one task that answers alike."""
-    if not all((path / RUN).is_file() for path in paths):
-        return False
-    tasks = [described(path, _about(path)).task for path in paths]
-    first = tasks[0]
-    names = getattr(first, "names", None)
-    return all(type(t) is type(first) and getattr(t, "names", None) == names for t in tasks)
-
-
-def _about(path: Path) -> Adapter:
-    return head(path).outline()
 
 
 def _tell(

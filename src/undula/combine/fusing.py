@@ -12,11 +12,13 @@ from ..core.method import Factors, Method
 from ..io.sites import walk
 from ..methods.fusion import GATES, OPEN, Fusion
 from ..methods.sum import together
-from .combiner import Missing, check_one_base, missing, one_each
+from .combiner import Missing, SameBase, check_one_base, equal_names, missing, one_each
 from .weighted import agreed, averaged
 
 
-def fused(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+def fused(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, same_base: SameBase = equal_names
+) -> Adapter:
     """The adapters side by side behind gates that do not move the function yet: that of their sum.  Of any rung.
 
     What trains are the gates, five vectors (O) at each layer; the adapters' own factors are frozen.  A layer that only
@@ -28,7 +30,7 @@ def fused(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -
     shares = one_each([1 / len(adapters)] * len(adapters) if weights is None else weights, len(adapters))
     values = [a.copy() if isinstance(a, Live) else a for a in adapters]
     full = averaged(list(zip(shares, values, strict=True)))
-    check_one_base(values)
+    check_one_base(values, same_base)
     for told in missing(values):
         warnings.warn(told, Missing, stacklevel=2)
     methods: dict[str, Method] = {}

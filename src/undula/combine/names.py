@@ -50,7 +50,7 @@ def named(
     Raises LookupError that lists the names, ValueError for an option that this way does not have or lacks."""
     known = {plain(each): combiner for each, combiner in NAMED.items()}
     if plain(name) not in known:
-        raise LookupError(f"no way to combine is called {name!r}; there are: {', '.join(NAMED)}, regmean")
+        raise LookupError(f"no way to combine is called {name!r}; there are: {', '.join(NAMED)}, regmean, gates")
     made: Any = changed(known[plain(name)], options)
     if density is not None:
         kind = getattr(made, "sparsify", None)
