@@ -312,6 +312,14 @@ COURSE = (  # optimiser, schedule, the class that it is
 )
 
 
+def test_sams_reference_goes_with_methods_that_have_no_pairs(usual, tmp_path):
+    run = dataclasses.replace(usual, method=undula.BlockLoRA(r=4, blocks=2), out=tmp_path / "out", max_steps=2)
+    with pytest.raises(ValueError, match=r"moves pairs of factors A and B, and BlockLoRA.* has none"):
+        dataclasses.replace(run, optimiser=LoRAPro())
+    undula.train(dataclasses.replace(run, optimiser=SAMReference()))
+    assert all(bool(f["B"].any()) for f in undula.Adapter.load(run.out).factors.values())
+
+
 @pytest.mark.parametrize(("optimiser", "schedule", "kind"), COURSE, ids=repr)
 def test_every_optimiser_trains_and_resumes_to_the_bit(optimiser, schedule, kind, usual, tmp_path):
     """With the head's own rate and a weight decay; run.json brings optimiser and schedule back."""

@@ -561,6 +561,60 @@ def test_sams_gradient_on_a_quadratic_is_its_formula(conflict):
         optimizer.step()
 
 
+def test_without_conflict_no_step_goes_against_the_reference():
+    for trial in range(20):
+        torch.manual_seed(trial)
+        g, g_s = ([torch.randn(3, 4), torch.randn(4)] for _ in range(2))
+        along = sum(float((a * b).sum()) for a, b in zip(g, g_s, strict=True))
+        new = without_conflict(g, g_s)
+        if along >= 0:
+            torch.testing.assert_close(new, g)
+        else:
+            assert abs(sum(float((a * b).sum()) for a, b in zip(new, g_s, strict=True))) < 1e-5
+    still = without_conflict([torch.ones(2)], [torch.zeros(2)])
+    assert torch.equal(still[0], torch.ones(2))
+
+
+def test_sam_moves_the_factors_of_every_method_and_puts_them_back_bit_for_bit():
+    """Its step over gradient descent is the mixed gradient, whatever the factors are; a step of length 0 moves none."""
+    rho, lam, rate = 0.3, 0.4, 0.5
+    for name, kind in undula.methods().items():
+        if not kind.__module__.startswith("undula.") or name in ("Sum", "Dropout"):  # which draws anew in each pass
+            continue
+        torch.manual_seed(0)
+        method = kind(LORA) if name in ("Centred", "DoRA", "Restarted") else kind()
+        model = net().double()
+        probe = undula.Probe([wave(4, 12)], lambda model, x: model(x).square().mean())
+        adapter = undula.attach(model, method, "*", probe=probe)
+        theta = adapter.parameters()
+        with torch.no_grad():
+            for t in theta:
+                t.add_(0.1 * torch.randn_like(t))
+
+        def gradients(model=model, theta=theta):
+            return torch.autograd.grad(model(wave(6, 12)).square().mean(), theta)
+
+        begun = [t.detach().clone() for t in theta]
+        g = gradients()
+        length = torch.stack([t.norm() for t in g]).norm()
+        with torch.no_grad():
+            torch._foreach_add_(theta, torch._foreach_mul(g, rho / length))
+        g_s = gradients()
+        with torch.no_grad():
+            torch._foreach_copy_(theta, begun)
+        for lr in (0.0, rate):
+            optimizer = SAMReference(theta, model, base=torch.optim.SGD, lr=lr, rho=rho, steer=mixed(lam))
+
+            def closure(model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                model(wave(6, 12)).square().mean().backward()
+
+            optimizer.step(closure)
+            for t, was, one, other in zip(theta, begun, g, g_s, strict=True):
+                due = was - lr * ((1 - lam) * one + lam * other)
+                assert torch.equal(t, due) if lr == 0 else torch.allclose(t, due, rtol=1e-9, atol=1e-12), name
+
+
 # GORP
 
 

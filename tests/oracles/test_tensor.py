@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -478,8 +479,13 @@ def test_one_block_is_lora():
         torch.testing.assert_close(adapter.delta(s), LoRA(r=3, alpha=m.alpha).delta(f).detach())
 
 
-def test_sgd_is_that_of_a_narrow_lora_with_a_faster_b():
-    n, rate = 4, 0.05
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [(torch.optim.SGD, 0.05), (partial(torch.optim.AdamW, weight_decay=0.0), 0.005)],
+    ids=["sgd", "adamw"],
+)
+def test_a_training_is_that_of_a_narrow_lora_with_a_faster_b(kind, rate):
+    n = 4
     m = BlockLoRA(r=8, blocks=n, alpha=6.0)
     model, blocked = made(m, shake=0.0)
     twin = copy.deepcopy(model)
@@ -490,8 +496,8 @@ def test_sgd_is_that_of_a_narrow_lora_with_a_faster_b():
             f["A"].copy_(blocked.factors[s]["A"])
     down, up = ([f[k] for f in plain.factors.values()] for k in "AB")
     optimisers = [
-        torch.optim.SGD(blocked.parameters(), lr=rate),
-        torch.optim.SGD([{"params": down}, {"params": up, "lr": n * rate}], lr=rate),
+        kind(blocked.parameters(), lr=rate),
+        kind([{"params": down}, {"params": up, "lr": n * rate}], lr=rate),
     ]
     x, target = torch.randn(20, D), torch.randn(20, D)
     losses = []

@@ -31,7 +31,8 @@ class Optimiser(Choice):
     """Constants, and the class that they are for."""
 
     entrywise: ClassVar[bool] = True  # whether what it remembers of a parameter has an entry for each of its entries
-    paired: ClassVar[bool] = False  # whether it sees the pairs of factors: its class takes the model too (`adapted`)
+    paired: ClassVar[bool] = False  # whether it sees the factors of layers: its class takes the model too (`adapted`)
+    by_pairs: ClassVar[bool] = True  # where it does, whether they have to be pairs A and B, or are any method's
     clips: ClassVar[bool] = False  # whether it clips gradients itself, after it has changed them (`max_norm`)
     follows: ClassVar[bool] = True  # whether what it remembers can follow an allocator's changes
     groups: ClassVar[bool] = True  # whether A and B may have rates of their own
@@ -253,6 +254,7 @@ class LoRSum(_Paired):
 class SAMReference(_Paired):
     """After GLAD, arXiv:2507.13089: the gradient with a sharpness-aware one beside it; two passes a step."""
 
+    by_pairs = False
     apart = PASSES
     private = "goes through the rows twice, and where it goes from their gradients without noise is not covered"
     at_once = True

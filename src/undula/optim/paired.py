@@ -62,9 +62,10 @@ class Paired(torch.optim.Optimizer):
         super().__init__(params, **options)
         self._step_supports_amp_scaling = False  # a gradient scaler unscales first, and skips what is not finite
         known = {id(p) for group in self.param_groups for p in group["params"]}
+        for site, _, t in self.adapter.tensors():
+            if t.requires_grad and id(t) not in known:
+                raise ValueError(f"{site}: its factors train and are not among the parameters of the optimiser")
         for pair in self.pairs():
-            if not {id(pair.A), id(pair.B)} <= known | {id(t) for t in (pair.A, pair.B) if not t.requires_grad}:
-                raise ValueError(f"{pair.site}: its factors train and are not among the parameters of the optimiser")
             if self.both and not pair.trains:
                 still = "A" if pair.B.requires_grad else "B"
                 raise ValueError(f"{pair.site}: the factor {still} does not train, and {self.called} moves both")

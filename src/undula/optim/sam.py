@@ -5,8 +5,9 @@
     conflict:  g' = g - min(<g, g_s>, 0) g_s / |g_s|^2  no step against the flat direction
 
 Interpretation: of the paper only that the gradient of sharpness-aware minimisation (Foret et al. 2020,
-arXiv:2010.01412) is a reference that steers the plain one was at hand.  theta are all factors; what else trains follows
-g alone.  Two forward and backward passes: in a loop of your own by `step(closure)`; `undula train` gives them.
+arXiv:2010.01412) is a reference that steers the plain one was at hand.  theta are all factors that train, of whatever
+method: no pairs are needed.  What else trains follows g alone.  Two forward and backward passes: in a loop of your own
+by `step(closure)`; `undula train` gives them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .paired import Paired, Params
+from .pairs import Pair
 
 Steer = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -47,10 +49,14 @@ class SAMReference(Paired):
         self.found: list[tuple[Tensor, Tensor]] | None = None
         super().__init__(params, adapted, **options)
 
+    def pairs(self) -> list[Pair]:
+        """None: any factors will do."""
+        return []
+
     def twice(self, again: Callable[[], Any]) -> None:
         """The gradients are there: has `again`, a forward and backward pass over the same rows, run at the moved
         factors and keeps what `step` is to follow.  The factors are put back bit for bit."""
-        theta = [t for p in self.following() for t in (p.A, p.B)]
+        theta = list({id(t): t for _, _, t in self.adapter.tensors() if t.grad is not None}.values())
         every = [p for group in self.param_groups for p in group["params"]]
         if not self.rho or not theta:
             self.found = []

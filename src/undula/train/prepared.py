@@ -107,7 +107,7 @@ def assembled(
         adapter.about = {**adapter.about, "classes": list(names)}  # type: ignore[misc]
     if run.b_ratio is not None and run.method is not None:
         factors_B(model)  # there are some: said before anything is measured
-    if run.optimiser.paired:
+    if run.optimiser.paired and run.optimiser.by_pairs:
         from ..optim.pairs import pairs
 
         pairs(adapter)

@@ -306,7 +306,7 @@ def refusals(
         if method is None:
             yield "optimiser", f"{optimiser!r} moves the factors of adapted layers, and without a method there are none"
         for name, each in (("optimiser", method), *(("overrides", m) for m in overrides.values())):
-            if each is not None and not has_pairs(each):
+            if optimiser.by_pairs and each is not None and not has_pairs(each):
                 yield (
                     name,
                     f"{optimiser!r} moves pairs of factors A and B, and {each!r} has none: take LoRA or what is made "
