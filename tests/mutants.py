@@ -288,6 +288,7 @@ MUTANTS = [
     ("host/route.py", "self.order = None if order == list(range(self.count)) else", "self.order = None if True else", ROUTES + " -k grouped"),
     ("host/views.py", "return quantised.dense(self.module).flatten(1)\n", "return quantised.dense(self.module).transpose(0, 1).flatten(1)\n", WEIGHT + " -k conv-LoRA"),
     ("host/where.py", "inside = isinstance(body, nn.Module)", "inside = False", "tests/laws/test_host.py"),
+    ("host/where.py", "if sides > 3:", "if False:", "tests/laws/test_volumes.py -k refused"),
     ("host/host.py", "model.requires_grad_(False)", "pass", LAWS + "::test_only_the_declared_factors_train -k 'LoRA and not TensLoRA'"),
     ("host/host.py", "p.requires_grad_(True)", "pass", "tests/laws/test_host.py"),
     ("host/merging.py", "return lost / change", "return 0.0", "tests/laws/test_host.py"),

@@ -265,15 +265,21 @@ def barriers(model: nn.Module) -> dict[str, str]:
             barred[name] = "encoder and decoder look up in embeddings of their own, which are tied to it"
         elif isinstance(module, nn.Embedding) and module.max_norm is not None:
             barred[name] = f"an embedding with max_norm={module.max_norm:g} rescales the rows that it looks up"
-        elif view(module) is None and not _own_matrices(module) and not _is_stack(module) and _matrix_of(module):
-            kind, matrix = type(module).__name__, _matrix_of(module)
-            barred[name] = f"no adapter acts on a {kind} as a layer; as a weight that it reads: '{name}.{matrix}'"
+        elif not (view(module) or _own_matrices(module) or _is_stack(module)) and (why := _no_layer(module, name)):
+            barred[name] = why
     return barred
 
 
-def _matrix_of(module: nn.Module) -> str | None:
-    """The first matrix among the module's own parameters."""
-    return next((leaf for leaf, p in module._parameters.items() if p is not None and p.ndim > 1), None)
+def _no_layer(module: nn.Module, name: str) -> str | None:
+    """Why no adapter acts on a module that keeps weights of its own; None where it keeps none."""
+    kind, own = type(module).__name__, [(n, p.ndim) for n, p in module._parameters.items() if p is not None]
+    leaf, sides = min([(n, d) for n, d in own if d > 1], key=lambda each: each[1] > 3, default=("", 0))
+    if sides > 3:  # as sparse convolutions keep their kernels
+        return (
+            f"no adapter acts on the {leaf} of a {kind}, which has {sides} dimensions: keep it as a matrix (O, I) or "
+            f"as a stack of them (places, O, I), or train it whole, full=['{name}']"
+        )
+    return f"no adapter acts on a {kind} as a layer; as a weight that it reads: '{name}.{leaf}'" if sides else None
 
 
 def _looked_up(shared: nn.Embedding, modules: Mapping[str, nn.Module]) -> bool:
