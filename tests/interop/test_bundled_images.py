@@ -20,7 +20,8 @@ from PIL import Image
 from undula import bundled
 from undula.bundled import AssetError, apt, images, wheels
 from undula.bundled.efficientnet import SameConv, renamed
-from undula.bundled.images import read_images, shared_out, write_images
+from undula.bundled.images import shared_out, write_images
+from undula.bundled.parquets import read_parquet
 
 quiet = str  # a progress function that shows nothing
 PALACE, BELL_COTE, MONASTERY, DAISY = 698, 442, 663, 985  # classes of ImageNet-1k
@@ -167,13 +168,13 @@ def test_no_image_is_in_two_splits_and_the_order_is_that_of_the_pixels(tmp_path)
     again = shared_out(pictures(*reversed(many)), test)
     assert {s: [p for _, p, _ in again[s]] for s in again} == {s: [p for _, p, _ in splits[s]] for s in splits}
     write_images(tmp_path, splits, "here", ["even", "odd"], 2)
-    data = read_images(tmp_path)
+    data = read_parquet(tmp_path)
     for name, rows in data.items():
         assert [image.tobytes() for image in rows["image"]] == [pixels for _, pixels, _ in splits[name]]
         assert rows["label"][:] == [label for _, _, label in splits[name]]
     (tmp_path / "test.parquet").write_bytes((tmp_path / "train.parquet").read_bytes())
     with pytest.raises(AssetError, match="rows have changed since they were written"):
-        read_images(tmp_path)
+        read_parquet(tmp_path)
 
 
 def test_idx_files_are_read_row_by_row(tmp_path):

@@ -16,6 +16,7 @@ from undula.methods import tenslora as tl
 from undula.methods._stacks import place
 from undula.methods.lora import Classic
 from undula.methods.lorta import HeadsInInputs, HeadsInOutputs
+from undula.penalties import Gates, GroupLasso
 from undula.study import sizes
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -438,6 +439,57 @@ def test_planted_coefficients_are_recovered():
     e = torch.stack([f["e"].detach().abs() for f in adapter.factors.values()])
     found = {tuple(column) for column in (e > 0.01 * e.max(0).values).T.tolist()}
     assert found == {tuple(bool(s[k]) for s in support.values()) for k in range(3)}
+
+
+def penalised(adapter, model, weight, lr=0.05):
+    """(optimiser, course) of a penalty on the gates alone."""
+    optimiser = torch.optim.Adam(adapter.parameters(), lr=lr)
+    return optimiser, GroupLasso(weight, groups=Gates()).start(model, optimiser, 200)
+
+
+def test_a_penalty_on_the_gates_shrinks_them_alone():
+    """One step without a gradient: e by rate * weight towards zero, the shared factors not at all."""
+    model, adapter = made(S2LoRA(r=3), mlp=True)
+    before = {(s, k): t.detach().clone() for s, k, t in adapter.tensors()}
+    _, course = penalised(adapter, model, 2.0)
+    course.before_forward()
+    for p in adapter.parameters():
+        p.grad = torch.zeros_like(p)
+    course.before_update()
+    course.after_update()
+    for s, k, t in adapter.tensors():
+        was = before[s, k]
+        torch.testing.assert_close(t.detach(), nn.functional.softshrink(was, 0.05 * 2.0) if k == "e" else was)
+    assert course.how.figures(model)["groups"] == 3 * len(adapter.factors)
+
+
+def test_penalised_gates_close_where_nothing_is_to_be_learned():
+    """Twelve matrices, of which three have an update to learn: the others end at exactly zero, and are the base."""
+    torch.manual_seed(1)
+    model = Model(d=8)
+    needed = ["layers.0.q", "layers.1.k", "layers.2.o"]
+    adapter = undula.attach(model, S2LoRA(r=3, std=0.3), where="*")
+    want = {s: torch.outer(torch.randn(8), torch.randn(8)) / 4 * (s in needed) for s in adapter.factors}
+    optimiser, course = penalised(adapter, model, 0.2)
+    for _ in range(200):
+        course.before_forward()
+        misfit(adapter, want).backward()
+        course.before_update()
+        optimiser.step()
+        course.after_update()
+        optimiser.zero_grad()
+    course.finish()
+    assert {s for s, f in adapter.factors.items() if f["e"].any()} == set(needed)
+    for s in needed:
+        assert (adapter.delta(s) - want[s]).norm() < 0.2 * want[s].norm()
+
+
+@pytest.mark.parametrize("m", [LoRA(r=2), undula.GatedLoRA(r=2)], ids=["none", "frozen"])
+def test_gates_are_asked_of_methods_that_train_some(m):
+    model = Model()
+    adapter = undula.attach(model, m, where="*")
+    with pytest.raises(TypeError, match=r"needs a gate that trains, and \w*LoRA\(.*\) at layers\.0\.q has none"):
+        penalised(adapter, model, 1.0)
 
 
 # Block-LoRA

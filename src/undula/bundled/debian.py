@@ -20,6 +20,7 @@ from .rows import Row, fingerprint, split_rows, write_rows
 TEXT_CHARS = (150, 2000)
 SUMMARY_CHARS = (15, 100)
 GROUP_WORDS = 6
+INDEX_BYTES = 16_000_000  # of the package index, about
 # Their descriptions say what the package is for the packaging, not what it does.
 NOT_REAL = re.compile(r"transitional|dummy|meta-?package|debug(ging)? symbols", re.IGNORECASE)
 
@@ -29,9 +30,15 @@ SECTIONS = 20  # the largest; the rest are small
 
 def build_synopses(asset: Asset, out: Path, progress: Progress) -> None:
     """One row for each source package: the text of the binary package of the same name, else of the first."""
+    splits, release = synopses(asset, progress)
+    write_rows(out, splits, origin=release)
+
+
+def synopses(asset: Asset, progress: Progress) -> tuple[dict[str, list[Row]], str]:
+    """({split: rows {text, summary}}, the release of the distribution)."""
     rows, release = _rows(asset, progress)
     pairs = [(group, {"text": row["text"], "summary": row["summary"]}) for group, row in rows]
-    write_rows(out, split_rows(pairs), origin=release)
+    return split_rows(pairs), release
 
 
 def build_sections(asset: Asset, out: Path, progress: Progress) -> None:
@@ -51,7 +58,7 @@ def _rows(asset: Asset, progress: Progress) -> tuple[list[tuple[str, Row]], str]
     """((group, row) of every package, the release of the distribution)."""
     check_apt(asset, "read from the package index", "use the data set 'docstrings', which needs nothing")
     with tempfile.TemporaryDirectory() as scratch:
-        progress(f"{asset.name}: downloading a package index with long descriptions ({asset.bytes / 1e6:.0f} MB) ...")
+        progress(f"{asset.name}: downloading a package index with long descriptions ({INDEX_BYTES / 1e6:.0f} MB) ...")
         packages, translations, release = _index(Path(scratch))
     rows = pair_rows(packages, translations)
     if len(rows) < 1000:

@@ -1,8 +1,4 @@
-"""The data set fashion-mnist, and data sets of images on disk.
-
-Such a data set is a folder with train.parquet, validation.parquet and test.parquet (an `image` column of PNG files, a
-`label` column), and info.json as in rows.py.
-"""
+"""The data set fashion-mnist, and how grey images become PNG files in a data set."""
 
 import gzip
 import hashlib
@@ -10,14 +6,11 @@ import io
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .apt import check_apt, download_package, unpack_package
 from .asset import Asset, AssetError, Progress
-from .rows import SPLITS, VALIDATION_PERCENT, info, verified
-
-if TYPE_CHECKING:
-    import datasets
+from .parquets import write_parquet
+from .rows import VALIDATION_PERCENT, Row
 
 Pictures = list[tuple[str, bytes, int]]  # (hash of the pixels, the pixels row by row, label)
 
@@ -64,31 +57,11 @@ def shared_out(train: Pictures, test: Pictures) -> dict[str, Pictures]:
 
 def write_images(folder: Path, splits: dict[str, Pictures], origin: str, labels: list[str], side: int) -> None:
     """Write the splits of square grey images, and info.json, into the folder."""
-    import pyarrow
     from PIL import Image
-    from pyarrow import parquet
 
-    for name in SPLITS:
-        files = []
-        for _, pixels, _ in splits[name]:
+    rows: dict[str, list[Row]] = {name: [] for name in splits}
+    for name, pictures in splits.items():
+        for _, pixels, label in pictures:
             Image.frombytes("L", (side, side), pixels).save(buffer := io.BytesIO(), "PNG")
-            files.append({"bytes": buffer.getvalue(), "path": None})
-        kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-        columns = {"image": pyarrow.array(files, kind), "label": pyarrow.array([label for _, _, label in splits[name]])}
-        parquet.write_table(pyarrow.table(columns), folder / f"{name}.parquet", compression="none")
-    counts = {name: len(splits[name]) for name in SPLITS}
-    content = [(folder / f"{name}.parquet").read_bytes() for name in SPLITS]
-    (folder / "info.json").write_text(info(["image", "label"], labels, origin, counts, content), encoding="utf-8")
-
-
-def read_images(folder: Path) -> "datasets.DatasetDict":
-    """Read the folder into memory; AssetError if its rows are no longer those that were written."""
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
-    told, files = verified(folder, "parquet")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=told["labels"])})
-    about = datasets.DatasetInfo(features=features)
-    tables = {name: parquet.read_table(pyarrow.BufferReader(content)) for name, content in files.items()}
-    return datasets.DatasetDict({name: datasets.Dataset(table, info=about) for name, table in tables.items()})
+            rows[name].append({"image": buffer.getvalue(), "label": label})
+    write_parquet(folder, rows, origin, labels)

@@ -9,8 +9,11 @@ from ..io.whole import whole
 from . import kept
 from .asset import Asset, AssetError, Progress
 from .debian import build_sections, build_synopses
-from .images import build_fashion, read_images
+from .espeak import build_spoken
+from .images import build_fashion
 from .models import build_efficientnet, build_minilm, build_smollm2, enable
+from .parquets import read_parquet
+from .prompts import build_prompts
 from .rows import read_rows
 from .texts import build_docstrings, build_reviews, build_wordnet
 from .whisper import build_whisper
@@ -114,6 +117,26 @@ _ALL = (
         build=build_fashion,
     ),
     Asset(
+        name="espeak-synopses",
+        kind="data",
+        title="synopsis of a Debian package read by voices of eSpeak NG -> its text; test voices are unheard before",
+        licence="each text under the licence of its package; the program that speaks: GPL-3.0-or-later",
+        source="espeakng-loader==0.2.4",
+        sha256="08721baf27d13d461f6be6eed9a65277e70d68234ff484fd8b9897b222cdcb6d",
+        bytes=10_078_484,
+        build=build_spoken,
+    ),
+    Asset(
+        name="asterisk-prompts",
+        kind="data",
+        title="prompt of a telephone exchange, spoken by a person at 8 kHz -> its text",
+        licence="CC-BY-SA-3.0 (Allison Smith, Digium)",
+        source="asterisk-core-sounds-en-wav=1.6.1-1",
+        sha256="2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+        bytes=18_272_864,
+        build=build_prompts,
+    ),
+    Asset(
         name="docstrings",
         kind="data",
         title="function of Python's own library -> first line of its docstring",
@@ -171,12 +194,13 @@ def dataset(name: str) -> "datasets.DatasetDict":
     """The data set `name` (fetched if need be), in memory, with the splits train, validation and test.
 
     Columns: `text` and `label` (a ClassLabel) for classification, `text` and `summary` for summarisation, `image` and
-    `label` for images. No text or image is in two splits. Rows and order are always the same (docstrings: with the
-    same Python; debian-synopsis: with the same release of the distribution), and the first n rows of a split are a
-    fair sample of it; info.json in the asset's folder has their hash.
+    `label` for images, `audio` ({bytes, path}), `text` and `voice` for sounds. No text or image is in two splits. Rows
+    and order are always the same (docstrings: with the same Python; debian-synopsis and what is made of it: with the
+    same release of the distribution), and the first n rows of a split are a fair sample of it; info.json in the asset's
+    folder has their hash.
     """
     folder = fetch(_find(name, "data").name)
-    return read_images(folder) if (folder / "train.parquet").is_file() else read_rows(folder)
+    return read_parquet(folder) if (folder / "train.parquet").is_file() else read_rows(folder)
 
 
 def table() -> list[dict[str, Any]]:

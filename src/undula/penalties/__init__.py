@@ -10,7 +10,7 @@ from .penalty import Penalty
 if TYPE_CHECKING:
     from .ba_lora import NLG, NLU, BALoRA
     from .group_lasso import GroupLasso
-    from .groups import Adapters, Blocks, Entries, Filters, Groups, HeadRanks, Heads, Matrices, Ranks
+    from .groups import Adapters, Blocks, Entries, Filters, Gates, Groups, HeadRanks, Heads, Matrices, Ranks
     from .kl_to_base import KLToBase
     from .l1 import L1
     from .orthogonal import Orthogonal
@@ -28,6 +28,7 @@ __all__ = [
     "Blocks",
     "Entries",
     "Filters",
+    "Gates",
     "GroupLasso",
     "Groups",
     "HeadRanks",
@@ -44,7 +45,18 @@ __all__ = [
 PLACES = {
     "ba_lora": ("NLG", "NLU", "BALoRA"),
     "group_lasso": ("GroupLasso",),
-    "groups": ("Adapters", "Blocks", "Entries", "Filters", "Groups", "HeadRanks", "Heads", "Matrices", "Ranks"),
+    "groups": (
+        "Adapters",
+        "Blocks",
+        "Entries",
+        "Filters",
+        "Gates",
+        "Groups",
+        "HeadRanks",
+        "Heads",
+        "Matrices",
+        "Ranks",
+    ),
     "kl_to_base": ("KLToBase",),
     "l1": ("L1",),
     "orthogonal": ("Orthogonal",),

@@ -246,6 +246,20 @@ class HeadRanks(Groups):
 
 @Groups.register
 @dataclass(frozen=True)
+class Gates(Groups):
+    """One number of a trained gate, which switches a rank of a site off: S2-LoRA's e, SoRA's g."""
+
+    def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
+        for site, f in adapter.factors.items():
+            name = adapter.methods[site].undropped().gate
+            if name is None or not f[name].requires_grad:
+                raise TypeError(f"{self!r} needs a gate that trains, and {adapter.methods[site]!r} at {site} has none")
+            count = len(f[name])
+            yield site, f[name], torch.arange(count), [f"{site}[{j}]" for j in range(count)]
+
+
+@Groups.register
+@dataclass(frozen=True)
 class Entries(Groups):
     """Every number by itself."""
 
