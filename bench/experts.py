@@ -30,6 +30,7 @@ class Task:
 
     name: str
     description: str
+    names: tuple[str, ...]
     prompts: tuple[str, ...]
     rows: dict[str, list[tuple[str, int]]]
 
@@ -52,7 +53,8 @@ def tasks(file: Path) -> list[Task]:
         for split in ("train", "test"):
             lines = (Path(job["data"]) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
             rows[split] = [(row["text"], names.index(row["label"])) for row in map(json.loads, lines)]
-        found.append(Task(job["name"], job["description"], tuple(told.get(n) or n for n in names), rows))
+        prompts = tuple(told.get(n) or n for n in names)
+        found.append(Task(job["name"], job["description"], tuple(names), prompts, rows))
     return found
 
 

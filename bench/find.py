@@ -7,7 +7,7 @@ Every adapter of the library answers 200 test rows of every held-out task: that 
 find: recall@k, the share of the oracle's first k among the first k found; and the accuracy of the first one found, next
 to the best one's, the mean one's (a draw by chance) and the base's.  `weights` knows no text of an adapter: an encoder
 that was trained on the library's adapters reads their weights.  `tried` ranks by the accuracy on the task's 16 rows,
-for the price of running every adapter on them; `rows` embeds the same 16 rows with their labels' words.
+for the price of running every adapter on them; `rows` embeds the same 16 rows with their labels' names.
 
 What the encoder knows of adapters that it has not seen is measured by leaving out fifths of the library (`folds`): how
 often the own description of an adapter is among the k nearest of all descriptions to its weights.
@@ -19,12 +19,12 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from experts import Encoder, Task, classes_of, expert, right, tasks
 from record import record
 from torch import Tensor
@@ -72,8 +72,11 @@ def ways(index: retrieve.Index, tried: dict[str, dict[str, list[float]]]) -> Way
         return {f.name: f.score for f in retrieve.ranked(index, asked, encoder, by=by)}
 
     def of_rows(task: Task) -> Tensor:
-        words = [f"{text} {task.prompts[c]}" for text, c in task.some("train", SHOTS)]
-        return F.normalize(retrieve.embedded(words).mean(0), dim=-1)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = [{"text": text, "label": task.names[c]} for text, c in task.some("train", SHOTS)]
+            path = Path(folder) / "rows.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            return retrieve.of_rows(str(path))
 
     def asked(task: Task) -> Tensor:
         return retrieve.question(task.description)
@@ -210,7 +213,7 @@ def main() -> None:
     for what, value in targets.items():
         print(f"{'met   ' if met[what] else 'MISSED'} {what}: {value:.3g}")
     if given.json:
-        record(given.json, found)
+        record(given.json, found, f"python bench/find.py --library LIBRARY --tasks TASKS --json {given.json}")
     sys.exit(0 if all(met.values()) else 1)
 
 

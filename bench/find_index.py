@@ -75,7 +75,7 @@ def changed(root: Path, number: int) -> int:
     return 2 * some
 
 
-def run(root: Path, number: int) -> dict[str, Any]:
+def run(root: Path, number: int, again: bool) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     made(root, number)
     time.sleep(2.1)  # what is younger is read again
@@ -87,13 +87,15 @@ def run(root: Path, number: int) -> dict[str, Any]:
     encoder = retrieve.Encoder(len(asked)).eval()
     timed("a search by words and weights", lambda: retrieve.ranked(later, asked, encoder, top=10), rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    fresh = timed("an index from the start", lambda: retrieve.update(root, root.parent / "fresh.safetensors"), rows)
-    near = torch.allclose(later.texts, fresh.texts, atol=1e-5) and torch.equal(later.weights, fresh.weights)
-    return {
+    found = {
         "adapters": number, "rows": rows, "peak GiB": peak, "file MB": (root / FILE).stat().st_size / 1e6,
         "skipped": len(first.skipped), "wanted to read": wanted,
-        "equal": near and [e.name for e in later.entries] == [e.name for e in fresh.entries],
     }  # fmt: skip
+    if again:
+        fresh = timed("an index from the start", lambda: retrieve.update(root, root.parent / "fresh.safetensors"), rows)
+        near = torch.allclose(later.texts, fresh.texts, atol=1e-5) and torch.equal(later.weights, fresh.weights)
+        found["equal"] = near and [e.name for e in later.entries] == [e.name for e in fresh.entries]
+    return found
 
 
 FILE = ".undula-index.safetensors"
@@ -112,8 +114,9 @@ def judged(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, bool]]:
         "adapters that were read and had not changed": abs(
             took["a hundredth has changed"]["read"] - found["wanted to read"]
         ),
-        "later updates differ from an index from the start": float(not found["equal"]),
     }
+    if "equal" in found:
+        targets["differences of the last update from an index from the start"] = float(not found["equal"])
     return targets, dict(zip(targets, (first <= 600, nothing <= 10, found["peak GiB"] <= 2,
                                        *(v == 0 for v in list(targets.values())[3:])), strict=True))  # fmt: skip
 
@@ -121,18 +124,19 @@ def judged(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapters", type=int, default=10_000)
+    parser.add_argument("--again", action="store_true", help="compare the last update with an index from the start")
     parser.add_argument("--quick", action="store_true", help="times are not judged")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = run(Path(folder) / "adapters", given.adapters)
-    targets, met = judged(found)
-    found |= {"targets": targets, "targets_met": met}
-    for what, value in targets.items():
-        print(f"{'met   ' if met[what] else 'MISSED'} {what}: {value:.3g}")
-    if given.json:
-        record(given.json, found)
+        found = run(Path(folder) / "adapters", given.adapters, given.again)
+        targets, met = judged(found)
+        found |= {"targets": targets, "targets_met": met}
+        for what, value in targets.items():
+            print(f"{'met   ' if met[what] else 'MISSED'} {what}: {value:.3g}", flush=True)
+        if given.json:
+            record(given.json, found)
     sys.exit(0 if given.quick or all(met.values()) else 1)
 
 

@@ -245,7 +245,7 @@ def main() -> None:
     for what, value in found["targets"].items():
         print(f"{'met   ' if found['targets_met'][what] else 'MISSED'} {what}: {value:.3f}")
     if given.json:
-        record(given.json, found)
+        record(given.json, found, f"python bench/fuse.py --library LIBRARY --tasks TASKS --json {given.json}")
     sys.exit(0 if all(found["targets_met"].values()) else 1)
 
 

@@ -603,6 +603,14 @@ MUTANTS = [
     ("train/trying.py", "lr if alone else lr * rate", "lr * rate", "tests/interop/test_tuning.py::test_the_test_moves_what_follows_the_rate_and_nothing_else"),
     ("train/tuning.py", "if ready.run.lr is not None:\n        return ready, None\n    if", "if ready.run.lr is not None:\n        return ready, None\n    resume = False\n    if", "tests/interop/test_tuning.py::test_a_training_finds_its_rate_writes_it_and_goes_on_with_it"),
     ("observe/regime.py", '"k": head // (heads // shared)', '"k": head % shared', "tests/oracles/test_regime.py::test_llama_with_fewer_heads_of_keys"),
+    ("retrieve/sketching.py", "return (P_O @ B_OR) @ A_RI", "return (P_O @ B_OR) @ (A_RI / A_RI.norm(dim=1, keepdim=True))", "tests/laws/test_retrieve.py::test_no_gauge_changes_a_sketch"),
+    ("retrieve/sketching.py", '_signs("direct", site, DIRECT)', '_signs("direct", "", DIRECT)', "tests/interop/test_find.py::test_a_file_of_diffusers_is_found_by_all_its_parts"),
+    ("retrieve/index.py", "m[1] > begun - YOUNG", "m[1] > begun", "tests/laws/test_retrieve.py::test_a_file_that_was_just_written_is_read_again"),
+    ("retrieve/index.py", "or kept[p.name][0].mark != p.mark", "", "tests/laws/test_retrieve.py::test_an_index_reads_what_changed_and_is_what_a_new_one_would_be"),
+    ("retrieve/index.py", "for i, e in enumerate(self.entries) if not e.wrong", "for i, e in enumerate(self.entries)", "tests/laws/test_retrieve.py::test_what_cannot_be_read_is_named_and_left_out"),
+    ("retrieve/finding.py", "weights.any(1) & torch.tensor(known, dtype=torch.bool)", "weights.any(1)", "tests/laws/test_retrieve.py::test_a_result_is_ordered_by_words_by_weights_and_by_both"),
+    ("cli/finding.py", "raise typer.Exit(1)", "pass", "tests/interop/test_find.py::test_what_cannot_be_read_is_named_and_the_exit_code_says_so"),
+    ("cli/gating.py", "values = [replace(a, full={}) for a in values]", "pass", "tests/interop/test_combine.py::test_heads_are_left_behind_the_gates_where_that_is_asked"),
 ]  # fmt: skip
 
 

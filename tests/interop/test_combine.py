@@ -242,5 +242,11 @@ def test_adapters_behind_gates_are_the_sum_until_they_train_and_then_answer_as_a
     assert answers(undula.load(tmp_path / "t"), texts) != pytest.approx(before, abs=1e-3)
 
 
+def test_heads_are_left_behind_the_gates_where_that_is_asked(runs, tmp_path):
+    call("combine", runs / "a", runs / "b", "--how", "gates", "--drop-full", "--out", tmp_path / "g")
+    assert not undula.Adapter.load(tmp_path / "g").full
+    assert "behind gates, which start half open" in (tmp_path / "g" / "README.md").read_text()
+
+
 def answers(opened, texts):
     return [p for row in opened.predict(texts) for p in row["probabilities"].values()]

@@ -13,8 +13,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import undula
+from undula import retrieve
 from undula.cli.main import app
 from undula.io.diffusers import METADATA, WEIGHTS
+from undula.methods.fusion import GATES
 
 
 class Block(nn.Module):
@@ -136,24 +138,75 @@ def test_the_command_line_exports_for_diffusers(tmp_path):
     assert {m.r for m in undula.Adapter.load(tmp_path / "o").methods.values()} == {1}
 
 
+def test_what_two_files_hold_is_fused_and_each_goes_out_as_it_came(tmp_path):
+    """Side by side on the model they are their sum until the gates train; names and numbers of a file stay its own."""
+    for name in "ab":
+        undula.io.export_diffusers(adapted()[1], tmp_path / name)
+    parts = [undula.io.load_diffusers(tmp_path / name, "unet") for name in "ab"]
+    for name, part in zip("ab", parts, strict=True):
+        undula.io.export_diffusers(part, tmp_path / "out" / name)
+        came, goes = (load_file(folder / name / WEIGHTS) for folder in (tmp_path, tmp_path / "out"))
+        assert came.keys() == goes.keys()
+        assert all(torch.equal(came[key], goes[key]) for key in came)
+    model, other, x = network(), network(), torch.randn(2, 4, 5, 5)
+    live = undula.attach(model, undula.combine.fused(parts))
+    undula.attach(other, parts[0] + parts[1])
+    wanted = other["down_blocks"](x)
+    torch.testing.assert_close(model["down_blocks"](x), wanted)
+    assert {name for _, name, t in live.tensors() if t.requires_grad} == set(GATES)
+    optimiser = torch.optim.SGD(live.parameters(), lr=0.1)
+    model["down_blocks"](x).square().sum().backward()
+    optimiser.step()
+    assert (model["down_blocks"](x) - wanted).norm() > 1e-3
+
+
+def unet(diffusers):
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+INPUTS = torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 5, 32)
+
+
+def test_adapters_of_a_pipeline_are_found_and_fused(tmp_path):
+    """Two of a real UNet's, tiny: one lies nearer to a copy of it that was trained on, and gates take both."""
+    diffusers = pytest.importorskip("diffusers")
+    files = {}
+    for seed, name in enumerate(("a", "b")):
+        adapter = undula.attach(unet(diffusers), undula.LoRA(r=2), ["to_q", "conv1"])
+        torch.manual_seed(seed + 1)
+        for p in adapter.parameters():
+            nn.init.normal_(p, std=0.1)
+        files[name] = adapter.copy()
+        undula.io.export_diffusers(adapter, tmp_path / name)
+    further = files["a"].map(lambda f: {k: t + 0.02 * torch.randn_like(t) for k, t in f.items()})
+    undula.io.export_diffusers(further, tmp_path / "like-a")
+    index = retrieve.update(tmp_path)
+    near = dict(zip((e.name for e in index.entries), retrieve.likeness(index.weights, index.weights[0]), strict=True))
+    assert near["like-a"] > 0.9
+    assert abs(near["b"]) < 0.2
+    parts = [undula.io.load_diffusers(tmp_path / name, "unet") for name in "ab"]
+    model, other = unet(diffusers), unet(diffusers)
+    undula.attach(model, undula.combine.fused(parts))
+    undula.attach(other, parts[0] + parts[1])
+    with torch.no_grad():
+        torch.testing.assert_close(model(*INPUTS).sample, other(*INPUTS).sample, rtol=1e-4, atol=1e-5)
+
+
 def test_a_pipeline_of_diffusers_reads_it(tmp_path):
     diffusers = pytest.importorskip("diffusers")
 
-    def unet():
-        torch.manual_seed(0)
-        return diffusers.UNet2DConditionModel(
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            sample_size=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 32)
-    model, other = unet(), unet()
+    model, other = unet(diffusers), unet(diffusers)
     adapter = undula.attach(model, undula.LoRA(r=4), ["to_q", "conv1"], overrides={"*.to_q": undula.LoRA(r=2, alpha=3)})
     for p in adapter.parameters():
         nn.init.normal_(p, std=0.1)
@@ -165,4 +218,4 @@ def test_a_pipeline_of_diffusers_reads_it(tmp_path):
     pipeline.load_lora_weights(str(tmp_path), adapter_name="d")
     with torch.no_grad():
         torch.testing.assert_close(other(*inputs).sample, model(*inputs).sample, rtol=1e-4, atol=1e-5)
-        assert (other(*inputs).sample - unet()(*inputs).sample).norm() > 0.1
+        assert (other(*inputs).sample - unet(diffusers)(*inputs).sample).norm() > 0.1

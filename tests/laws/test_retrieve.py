@@ -213,6 +213,23 @@ def test_a_kill_loses_no_more_than_a_part(folder, encoder_of_texts, monkeypatch)
     same(found, retrieve.update(folder, folder.parent / "new.safetensors", encoder_of_texts))
 
 
+def test_two_at_once_disturb_each_other_in_nothing(folder, encoder_of_texts, monkeypatch):
+    """While one reads, another begins, ends and sees one adapter less: each leaves a whole file."""
+    monkeypatch.setattr(indexing, "TOGETHER", 4)
+
+    def meanwhile(done, of):
+        if done == 4 and (folder / "a5").exists():
+            shutil.rmtree(folder / "a5")
+            other = retrieve.update(folder, model=encoder_of_texts)
+            same(retrieve.load(folder / indexing.FILE), other)
+            assert len(other.entries) == 7
+
+    found = retrieve.update(folder, model=encoder_of_texts, seen=meanwhile)
+    same(retrieve.load(folder / indexing.FILE), found)
+    assert found.skipped.keys() == {"a5"}  # gone while it was read: the next update forgets it
+    assert len(retrieve.update(folder, model=encoder_of_texts).entries) == 7
+
+
 def library(n, d=24, seed=0):
     """Sketches of n adapters whose updates say what their descriptions do: both are linear in the same few numbers."""
     torch.manual_seed(seed)

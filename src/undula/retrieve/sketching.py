@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
-from ..core.method import Additive, Factors, LowRank
+from ..core.method import Additive, Factors, LowRank, Method
 from ..io.sites import Opened
 from ..kernels import frozen, svd
 
@@ -82,7 +82,7 @@ def likeness(z_NW: Tensor, other_W: Tensor) -> Tensor:
     return z_NW[:, :DIRECT] @ other_W[:DIRECT]
 
 
-def _parts(adapter: Adapter | Opened) -> Iterator[tuple[str, object, tuple[int, int], Factors]]:
+def _parts(adapter: Adapter | Opened) -> Iterator[tuple[str, Method, tuple[int, int], Factors]]:
     """(site, method, shape, factors in float64), those without an update unread."""
     about = adapter.outline if isinstance(adapter, Opened) else adapter
     for site, method in about.methods.items():
