@@ -58,6 +58,7 @@ ADALORA, GATES = "tests/oracles/test_ranks_adalora.py", "tests/oracles/test_rank
 STARTS, PROBE = "tests/oracles/test_starts.py", "tests/oracles/test_probe.py"
 HOSTS, LORA, REGRESSIONS = "tests/interop/test_hosts.py", "tests/interop/test_peft_lora.py", "tests/regressions"
 SPARSE = "tests/oracles/test_sparse.py"
+GENERATED, LIBRARY = "tests/laws/test_generated.py", "tests/interop/test_library.py"
 OPTIONS, SETTINGS = "tests/laws/test_layer_options.py", "tests/laws/test_settings.py"
 LAYERS = "tests/interop/test_peft_layers.py"
 AGAIN, RULES = "tests/interop/test_peft_again.py", "tests/interop/test_peft_rules.py"
@@ -113,6 +114,13 @@ MUTANTS = [
     ("compress/updates.py", "without(A_RI if read is None else A_RI * read, padding)", "A_RI", SQUEEZE + "::test_full_parameters_ties_padding_and_the_rest_stay"),
     ("io/packing.py", "else t.numel() > max(shape)", "else t.numel() >= max(shape)", "tests/laws/test_quantise.py::test_what_is_small_or_counts_stays"),
     ("ranks/insqueeze.py", "self._remember(A_RI, T_RK.T, alive", "self._remember(A_RI, P_KR, alive", "tests/oracles/test_insqueeze.py::test_moments_are_those_of_the_new_factors_gradients"),
+    ("generate/mixture.py", "(a * (mu - mean).square()).sum(0)", "0", GENERATED + "::test_the_variance_of_a_mixture_is_that_of_its_draws"),
+    ("generate/library.py", "if found != wanted:", "if False:", GENERATED + "::test_a_library_takes_one_start_alone"),
+    ("generate/pack.py", "first.setdefault(id(t), (site, factor))", "first.setdefault((site, factor), (site, factor))", GENERATED + "::test_factors_that_sites_share_are_packed_once"),
+    ("generate/sglora.py", "library.without([e.name])", "library", GENERATED + "::test_the_condition_of_an_expert_is_made_of_others"),
+    ("generate/fitting.py", "return cls(Standard.of(library), V, math.sqrt(V.shape[1] / len(V)))", "return cls(Standard.of(library), V, 1.0)", GENERATED + "::test_a_library_s_basis_holds_its_checkpoints"),
+    ("generate/building.py", "if own != other:", "if False:", LIBRARY + "::test_what_is_no_expert_is_refused_before_anything_trains"),
+    ("train/tasks/prompted.py", "(wide * there).sum(1)", "wide.sum(1)", LIBRARY + "::test_the_answer_is_the_cosine_with_the_descriptions"),
     ("jobs/course.py", "elif g.stride() == p.stride() and g.data_ptr() not in taken:", "elif True:", JOBS + "::test_alone_in_the_engine_a_job_has_the_weights_of_train"),
     ("jobs/checkpoint.py", "course.skip(job.step)", "pass", JOBS + "::test_after_a_kill_each_job_goes_on_to_the_weights_of_the_uninterrupted_one"),
     ("jobs/streams.py", "self.here = [s for s in self.every if s.name == name]", "pass", JOBS + "::test_among_others_each_job_has_the_weights_that_it_has_alone"),

@@ -22,6 +22,7 @@ from undula.serve.worker import Room
 from undula.train import (
     CausalLM,
     Classification,
+    DescribedClassification,
     ImageClassification,
     MultiLabel,
     Regression,
@@ -38,6 +39,7 @@ TASKS = {
     "sets": MultiLabel(names=("x", "y", "z")),
     "tags": TokenClassification(names=("O", "B-A", "I-A", "B-B", "I-B")),
     "near": Similarity(),
+    "told": DescribedClassification(names=("bad", "good"), descriptions={"bad": "a sad day", "good": "very good food"}),
 }
 METHODS = [undula.LoRA(r=2), undula.LoRAN(r=2), undula.DoRA(undula.LoRA(r=3)), undula.AuroRA(r=2), undula.VeRA(r=4)]
 FAMILIES = ["bert", "roberta", "distilbert", "modernbert", "deberta"]

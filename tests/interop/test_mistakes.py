@@ -228,7 +228,7 @@ def test_advice_is_in_options_on_the_command_line():
 
 def test_tasks_are_named_as_in_help(tmp_path):
     _, _, said = run("train", "--model", "m", "--data", "d", "--task", "ner", "--out", tmp_path)
-    assert "no task is called 'ner'; there are: causal-lm, classification, image-classification, " in said
+    assert "no task is called 'ner'; there are: causal-lm, classification, described-classification, " in said
     assert "multi-label" in said
 
 

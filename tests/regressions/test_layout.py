@@ -10,7 +10,7 @@ import undula
 
 SOURCES = Path(undula.__file__).parent
 # what `import undula` does not load
-AROUND = ("federated", "study", "serve", "jobs", "retrieve", "cli", "bundled", "integrations", "__main__")
+AROUND = ("federated", "generate", "study", "serve", "jobs", "retrieve", "cli", "bundled", "integrations", "__main__")
 
 
 def imports(tree):
@@ -62,7 +62,7 @@ LEVELS = (  # a folder imports what stands before it: of its own level nothing, 
     ("bundled", "integrations", "penalties"),
     ("train",),
     ("jobs", "retrieve"),
-    ("federated", "serve", "study"),
+    ("federated", "generate", "serve", "study"),
     ("undula",),  # which gives names to all of them
     ("cli",),
     ("__main__",),

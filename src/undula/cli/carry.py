@@ -20,9 +20,15 @@ from ..train.foreign import (
 )
 from ..train.restored import described
 from ..train.run import RUN
+from ..train.tasks.described import DescribedClassification
 from ..train.tasks.heads import HeadTask
 from ..train.tasks.limits import settle_pad
 from ..train.tasks.task import Task
+
+UNOPENED = (
+    "no class of transformers has classes that are told by descriptions. Its layers are called as in a model with a "
+    "head (bert.encoder ...), and only `undula predict` has the descriptions: keep the adapter for that"
+)
 
 
 def carry(path: Path, adapter: Adapter, out: Path, model: str | None = None) -> None:
@@ -71,6 +77,8 @@ def companions(path: Path, adapter: Adapter, model: str | None) -> Companions | 
         with quiet():
             run = described(path, adapter, model)
             source = model or run.model
+            if isinstance(run.task, DescribedClassification):
+                return UNOPENED
             config = config_of(source)
             own = not (path / RUN).is_file() and (path / "tokenizer_config.json").is_file()
             processor = run.task.processor(str(path) if own else model_folder(source))

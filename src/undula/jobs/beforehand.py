@@ -77,7 +77,8 @@ class Beforehand:
             if type(run.task) not in TASKS:
                 return None
             with contextlib.suppress(Exception), quiet(), torch.device("meta"):
-                self._outlines[key] = _auto(run).from_config(config_of(run.model))
+                config = config_of(run.model)
+                self._outlines[key] = run.task.outline(config) or _auto(run).from_config(config)
         return self._outlines[key]
 
 

@@ -14,8 +14,9 @@ from ..train.base import called_elsewhere, config_of
 from ..train.run import Run
 from ..train.tasks.causal_lm import CausalLM
 from ..train.tasks.classification import Classification
+from ..train.tasks.described import DescribedClassification
 
-TASKS = (CausalLM, Classification)
+TASKS = (CausalLM, Classification, DescribedClassification)
 HEADS = ("classifier", "cls_", "pooler", "qa_", "seq_classif", "summary")  # beginnings of dropouts behind the layers
 ALONE = "Train it by itself: undula train"
 

@@ -13,6 +13,7 @@ from ..train.fit import Interrupted
 from ..train.measure import PeakMemory
 from ..train.run import REPORT, Run
 from ..train.stop import Stop, stopping
+from ..train.tasks.causal_lm import CausalLM
 from . import checkpoint, ending
 from .base import Base
 from .causal import Causal
@@ -52,7 +53,7 @@ class Engine:
         self.resume, self.view = resume, view or Silent()
         self.round = 0  # how many were taken
         first = next(iter(runs.values()))
-        self.base: Base = Encoders() if first.task.has_head else Causal()
+        self.base: Base = Causal() if isinstance(first.task, CausalLM) else Encoders()
         self.rounds = Rounds(self.base, planner or one, self.view)
         self._begun = time.perf_counter()
         self._saved = 0  # the round of the last checkpoints

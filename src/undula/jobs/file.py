@@ -79,8 +79,11 @@ class Asked:
     place: Place
 
 
-def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfit = faults_of) -> dict[str, Run]:
-    """{name: run} of a file of jobs, each in OUT/NAME, in the order of the file.
+def read(
+    path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfit = faults_of, aside: Sequence[str] = ()
+) -> dict[str, Run]:
+    """{name: run} of a file of jobs, each in OUT/NAME, in the order of the file.  `aside`: keys of a job's table that
+    somebody else reads.
 
     Everything is checked before: names, values, that jobs can train together (by `unfit`, which says what is wrong with
     which), that data can be read by their task and divided, that the model has the layers, that OUT can be written and
@@ -95,7 +98,7 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfi
         raise FileNotFoundError(f"{path} does not exist; TOML files there: {', '.join(there) or 'none'}")
     text = toml.text_of(path)
     data, reading = toml.parsed(text, str(path)), Reading(toml.lines(text))
-    asked = list(_jobs(reading, data))
+    asked = list(_jobs(reading, data, aside))
     if not reading.found and not asked:
         reading.fault((), "there is no job: write a table [[jobs]] with a name for each")
     _check_names(reading, asked)
@@ -110,7 +113,7 @@ def read(path: str | Path, out: str | Path, *, resume: bool = False, unfit: Unfi
     return runs
 
 
-def _jobs(reading: Reading, data: Table) -> Iterator[Asked]:
+def _jobs(reading: Reading, data: Table, aside: Sequence[str]) -> Iterator[Asked]:
     shared = {key: value for key, value in data.items() if key != "jobs"}
     tables = data.get("jobs", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -125,7 +128,7 @@ def _jobs(reading: Reading, data: Table) -> Iterator[Asked]:
             reading.fault(
                 (*place, "name"), "a job has a name, a text" + ("" if name is None else f", found {name!r:.60}")
             )
-        own = {key: value for key, value in table.items() if key != "name"}
+        own = {key: value for key, value in table.items() if key not in ("name", *aside)}
         jobs = list(_grid(reading, place, shared, own))
         if not jobs and isinstance(name, str) and (why := wrong_name(name)):  # beside what else is wrong
             reading.fault((*place, "name"), why)

@@ -260,7 +260,7 @@ class Body:
         with quiet(), opening(self.source):
             config = transformers.AutoConfig.from_pretrained(self.folder, **task.outputs())
             with torch.device("meta"):
-                made = getattr(transformers, name).from_config(config)
+                made = task.outline(config) or getattr(transformers, name).from_config(config)
         return made, self._beheaded(made)
 
     def _opened(self, run: Run, key: Any) -> tuple[PreTrainedModel, set[str]]:

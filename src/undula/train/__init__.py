@@ -10,6 +10,7 @@ from .restored import Restored, dense, evaluate, restored
 from .run import Run
 from .tasks.causal_lm import CausalLM, Chat, Format, Plain
 from .tasks.classification import Classification, Regression
+from .tasks.described import DescribedClassification
 from .tasks.image_classification import ImageClassification
 from .tasks.multi_label import MultiLabel
 from .tasks.preference import Preference
@@ -25,6 +26,7 @@ __all__ = [
     "CausalLM",
     "Chat",
     "Classification",
+    "DescribedClassification",
     "Examples",
     "Format",
     "ImageClassification",

@@ -141,6 +141,10 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
         """The pretrained model with this task's head; a new head follows `torch.manual_seed`.  `quantised` is empty, or
         the quantization_config that `from_pretrained` takes."""
 
+    def outline(self, config: PretrainedConfig) -> PreTrainedModel | None:
+        """Such a model by its configuration alone; None where a class of transformers (`auto`, `peft`) makes it."""
+        return None
+
     def processor(self, path: str) -> Processor:
         """What came with the pretrained model to make its inputs: its tokenizer, where a task says nothing else."""
         from transformers import AutoTokenizer
