@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -154,7 +154,7 @@ class Recorder:
             self.layout = Layout.of(kept)
             self.start = self.layout.pack(kept)
         model = next(iter(done.values())).run.model
-        vectors = embedded(model, [told[name] for name in new]) if new else []
+        vectors: Iterable[Tensor] = embedded(model, [told[name] for name in new]) if new else ()
         for name, embedding in zip(new, vectors, strict=True):
             self._expert(done[name], told[name], embedding).save(done[name].run.out, digest(self.start))
             shutil.rmtree(done[name].run.out / SNAPSHOTS)

@@ -36,7 +36,7 @@ class TextTask(HeadTask):
         "label": ("label", "labels"),
     }
     optional: ClassVar[tuple[str, ...]] = ("pair",)
-    peft = "SEQ_CLS"
+    peft: ClassVar[str | None] = "SEQ_CLS"
     pipeline = "text-classification"
     max_length: Count | None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -36,7 +36,7 @@ class DescribedClassification(Classes, TextTask):
 
     has_head = False
     mean_loss = True
-    peft = None
+    peft: ClassVar[str | None] = None
     auto = "AutoModel"
 
     text: str | None = None

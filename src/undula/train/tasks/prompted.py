@@ -82,7 +82,7 @@ def prompted(body: PreTrainedModel, prompts: Tensor, scale: float) -> Prompted:
     """The body with these vectors behind it, as a model of the body's own family: what transformers knows of that
     (attention, devices) holds on.  A pooler, which nothing asks, is taken off."""
     if isinstance(getattr(body, "pooler", None), nn.Module):
-        body.pooler = None
+        body._modules["pooler"] = None
     family = next(kind for kind in type(body).__mro__ if kind.__name__.endswith("PreTrainedModel"))
     kind = type(f"Prompted{type(body).__name__}", (Prompted, family), {})
     made: Prompted = kind(body, prompts, scale)
