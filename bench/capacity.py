@@ -3,6 +3,7 @@
     python bench/capacity.py planted --json bench/results/capacity-planted.json   # three minutes of one core
     python bench/capacity.py labels --json bench/results/capacity-labels.json     # MiniLM: ten minutes
     python bench/capacity.py facts --json bench/results/capacity-facts.json       # SmolLM2: an hour; --sizes 100 a part
+    python bench/capacity.py lemmas --sizes 100 --json bench/results/capacity-lemmas.json
     python bench/capacity.py planted --ranks 1 --methods LoRA "LoRAN, learnable" --seeds 0
 
 planted   a matrix (64, 64) is to become W + D, D random and so of full rank: the share of |D|^2 that is reached, beside
@@ -14,9 +15,12 @@ facts     WordNet glosses -> two of twelve words drawn by lot (log2 144 = 7.2 bi
           guess), SmolLM2 with one adapted layer: the share of rows whose words are both the likeliest, the second
           given the first
 
-Numbers are to bind, so labels and facts adapt one layer, at rank 1 unless said.  Every method has as many trained
-numbers as LoRA of that rank, or as near as its form allows (told in each row).  Rates are swept on the first seed, and
-the best serves the others.  Rows that the file holds are not made again.
+lemmas    WordNet glosses -> their words, of those that are two tokens at most (bundled:wordnet-lemmas, which apt
+          fetches): facts that a language model knows in part, so the score before is told
+
+Numbers are to bind, so labels, facts and lemmas adapt one layer, at rank 1 unless said.  Every method has as many
+trained numbers as LoRA of that rank, or as near as its form allows (told in each row).  Rates are swept on the first
+seed, and the best serves the others.  Rows that the file holds are not made again.
 """
 
 from __future__ import annotations
@@ -44,11 +48,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "AuroRA": ("aurora", {}),
     "VeRA": ("vera", {}),
 }
-RATES = {"planted": (1e-2, 3e-2, 1e-1), "labels": (3e-3, 1e-2, 3e-2), "facts": (3e-3, 1e-2)}
-RANKS = {"planted": (1, 2, 4), "labels": (1,), "facts": (1,)}
-SIZES = {"planted": (64,), "labels": (512,), "facts": (100, 300, 1000, 3000)}  # of a matrix; of rows
-STEPS = {"planted": 400, "labels": 250, "facts": 600}
-LAYER = {"labels": "bert.encoder.layer.3.intermediate.dense", "facts": "model.layers.20.mlp.up_proj"}
+RATES = {"planted": (1e-2, 3e-2, 1e-1), "labels": (3e-3, 1e-2, 3e-2), "facts": (3e-3, 1e-2), "lemmas": (3e-3, 1e-2)}
+RANKS = {"planted": (1, 2, 4), "labels": (1,), "facts": (1,), "lemmas": (1,)}
+MANY = (100, 300, 1000, 3000)
+SIZES = {"planted": (64,), "labels": (512,), "facts": MANY, "lemmas": MANY}  # of a matrix; of rows
+STEPS = {"planted": 400, "labels": 250, "facts": 600, "lemmas": 600}
+UP = "model.layers.20.mlp.up_proj"
+LAYER = {"labels": "bert.encoder.layer.3.intermediate.dense", "facts": UP, "lemmas": UP}
 BATCH, LENGTH = 32, 32
 CODES = ("red", "blue", "green", "stone", "river", "cloud", "bread", "horse", "piano", "tiger", "north", "seven")
 
@@ -126,19 +132,31 @@ def labels(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> di
 
 
 def facts(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> dict[str, Any]:
+    return remembered(drawn, "facts", name, r, size, seed, lr, steps)
+
+
+def lemmas(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> dict[str, Any]:
+    return remembered(looked_up, "lemmas", name, r, size, seed, lr, steps)
+
+
+Pairs = Callable[[Any, int, int], tuple[list[str], Tensor]]  # (tokenizer, rows, seed) -> (texts, two tokens of each)
+
+
+def remembered(
+    pairs: Pairs, kind: str, name: str, r: int, size: int, seed: int, lr: float, steps: int
+) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(model_path("smollm2"))
     tokenizer = AutoTokenizer.from_pretrained(model_path("smollm2"))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    codes = torch.tensor([tokenizer(f" {word}")["input_ids"][0] for word in CODES])
     how = {"max_length": LENGTH, "truncation": True, "padding": True, "padding_side": "left", "return_tensors": "pt"}
-    words = tokenizer(glosses(size), **how)
-    truth = codes[torch.randint(len(codes), (size, 2), generator=torch.Generator().manual_seed(seed))]
+    texts, truth = pairs(tokenizer, size, seed)
+    words = tokenizer(texts, **how)
     ids = torch.cat([words["input_ids"], truth], 1)
     mask = torch.cat([words["attention_mask"], torch.ones_like(truth)], 1)
-    adapter = attached(model.eval(), "facts", name, r)
+    adapter = attached(model.eval(), kind, name, r)
 
     def answers(at: Tensor) -> Tensor:
         return model(input_ids=ids[at], attention_mask=mask[at], logits_to_keep=3).logits[:, :2]
@@ -147,17 +165,39 @@ def facts(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> dic
         at = rows_of(step, size)
         return nn.functional.cross_entropy(answers(at).flatten(0, 1), truth[at].flatten())
 
-    trained(adapter, loss, steps, lr)
-    with torch.no_grad():
+    @torch.no_grad()
+    def score() -> float:
         right = [(answers(at).argmax(-1) == truth[at]).all(1) for at in torch.arange(size).split(BATCH)]
-    return {"score": float(torch.cat(right).double().mean()), "trained": adapter.num_parameters()}
+        return float(torch.cat(right).double().mean())
+
+    before = score()
+    trained(adapter, loss, steps, lr)
+    return {"score": score(), "before": before, "trained": adapter.num_parameters()}
+
+
+def drawn(tokenizer: Any, size: int, seed: int) -> tuple[list[str], Tensor]:
+    """Glosses, and two words drawn by lot for each."""
+    codes = torch.tensor([tokenizer(f" {word}")["input_ids"][0] for word in CODES])
+    lots = torch.randint(len(codes), (size, 2), generator=torch.Generator().manual_seed(seed))
+    return glosses(size), codes[lots]
+
+
+def looked_up(tokenizer: Any, size: int, seed: int) -> tuple[list[str], Tensor]:
+    """Glosses and their words, of those that are one token or two (one: and the end)."""
+    texts, truth = [], []
+    for row in dataset("wordnet-lemmas")["train"].shuffle(seed=seed):
+        ids = tokenizer(f" {row['summary']}")["input_ids"]
+        if len(ids) <= 2 and len(texts) < size:
+            texts.append(f"{row['text']}:")
+            truth.append([*ids, tokenizer.eos_token_id][:2])
+    return texts, torch.tensor(truth)
 
 
 def glosses(size: int) -> list[str]:
     return list(dataset("wordnet")["train"].shuffle(seed=0).select(range(size))["text"])
 
 
-KINDS = {"planted": planted, "labels": labels, "facts": facts}
+KINDS = {"planted": planted, "labels": labels, "facts": facts, "lemmas": lemmas}
 
 
 def made(args: argparse.Namespace, there: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

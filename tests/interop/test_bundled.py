@@ -16,6 +16,7 @@ import torch
 
 from undula import bundled
 from undula.bundled import AssetError, debian, wheels
+from undula.bundled.lemmas import meanings
 from undula.bundled.rows import SPLITS, fingerprint, split_rows, write_rows
 from undula.io.gguf import GGUFError, read_gguf
 
@@ -274,6 +275,33 @@ def test_debian_stanzas_become_one_row_a_source(monkeypatch, cache):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(AssetError, match=r"no apt here.\nWhat to do: use the data set 'docstrings'"):
         bundled.fetch("debian-synopsis", quiet)
+
+
+LINES = """  1 This software and database is being provided to you, the LICENSEE, by Princeton University
+00001740 03 n 02 physical_entity 0 thing 1 001 ~ 00001930 n 0000 | what has physical existence; "a stone is one"
+00002000 00 a 01 able(p) 0 000 | (usually followed by `to') having the necessary means; "able to swim"
+00003000 29 v 01 hit_home 0 000 | refer to or be relevant
+00004000 03 n 01 stone 0 000 | a lump of stone that is hard
+00005000 03 n 01 ash 0 000 | short"""
+
+
+def test_a_line_of_wordnet_becomes_its_gloss_and_its_first_word():
+    """Without examples; glosses that say the word, or next to nothing, are left out."""
+    found = [(word, row["text"], row["summary"]) for word, row in meanings(LINES.splitlines())]
+    assert found == [
+        ("physical entity", "what has physical existence", "physical entity"),
+        ("able", "(usually followed by `to') having the necessary means", "able"),
+        ("hit home", "refer to or be relevant", "hit home"),
+    ]
+
+
+def test_wordnet_lemmas_where_they_are():
+    if not bundled.ASSETS["wordnet-lemmas"].folder.is_dir():
+        pytest.skip("wordnet-lemmas was not fetched")
+    data = bundled.dataset("wordnet-lemmas")
+    assert [len(data[name]) for name in SPLITS] == [74864, 10182, 15171]
+    words = [{word.casefold() for word in data[name]["summary"]} for name in SPLITS]
+    assert len(set().union(*words)) == sum(map(len, words))  # no word in two splits
 
 
 def test_changed_rows_are_noticed(cache):

@@ -534,7 +534,7 @@ def test_where_nothing_can_be_written_the_place_is_named(tmp_path):
     within, full = tmp_path / "file" / "a", tmp_path / "a"
     with pytest.raises(OSError, match=f"^{re.escape(str(within))} cannot be written: "), whole(within):
         pass
-    told = f"No space left on device: '{re.escape(str(full))}'"
+    told = rf"No space left on device \(make room there, or write elsewhere\): '{re.escape(str(full))}'"
     with pytest.raises(OSError, match=told), whole(full):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(OSError, match=told), whole(full) as folder, Draft(folder / "x"):

@@ -287,7 +287,7 @@ class TestFLASC:
         (one,) = clients(number=1)
         n = flat(one).numel()
         how = FLASC(down=0.25, up=0.1)
-        sent = how.sent(one)
+        sent = how.sent(one, one)
         assert int(flat(sent).count_nonzero()) == round(0.25 * n)
         least = flat(sent)[flat(sent) != 0].abs().min()
         assert flat(one)[flat(sent) == 0].abs().max() <= least
@@ -305,6 +305,21 @@ class TestFLASC:
             adam.step()
             server = how(adapters, [1, 3], server, state)
             assert_close(flat(server), P.detach())
+
+    def test_from_the_start_what_nobody_has_sent_is_as_it_began(self):
+        """Where the published form has zeros; all of it sent, both are federated Adam."""
+        start, *adapters = clients(number=3)
+        how, state, server = FLASC(down=0.25, up=0.25, lr=0.1, from_start=True), {}, start
+        assert torch.equal(flat(how.sent(start, start)), flat(start))
+        for _ in range(2):
+            was, server = server, how(adapters, None, server, state)
+        moved = flat(how.sent(server, start)) - flat(start)
+        assert int((moved.abs() > 1e-12).sum()) == round(0.25 * moved.numel())
+        assert_close(moved, top(flat(server) - flat(start), 0.25), rtol=1e-6, atol=1e-7)
+        assert torch.equal(state["first"], flat(start))
+        assert not torch.equal(flat(server), flat(was))
+        whole = [FLASC(1.0, 1.0, from_start=way)([*adapters], None, start, {}) for way in (True, False)]
+        assert_close(flat(whole[0]), flat(whole[1]))
 
     def test_another_layout_is_told(self):
         (one,), (other,) = clients(number=1), clients(undula.LoRA(r=2), number=1)

@@ -23,7 +23,7 @@ from undula.federated.server import Server
 from undula.federated.spec import Party, Unfit, read, written
 from undula.optim.optimisers import SGD
 
-HOWS = [FedIT(), FedSVD(), FLASC(down=1.0, up=1.0)]
+HOWS = [FedIT(), FedSVD(), FLASC(down=1.0, up=1.0), FLASC(from_start=True)]
 LESS = (Party("client-1", r=1), Party("client-2", where="query"))
 
 
@@ -252,3 +252,9 @@ def test_what_a_sparse_way_is_measured_by_and_leaves_is_what_clients_are_sent(ho
     assert nonzero == round(0.25 * kept.num_parameters())
     assert report["after"] == server.desk.score(server.result, server.held)
     assert report["after"] != server.desk.score(server.adapter, server.held)
+    with pytest.raises(ValueError, match="other frozen factors"):  # numbers from one start mean nothing from another
+        M.briefed(
+            M.brief(server.adapter, FLASC(from_start=True), first=server.desk.first),
+            server.adapter,
+            FLASC(from_start=True),
+        )

@@ -11,6 +11,7 @@ from .asset import Asset, AssetError, Progress
 from .debian import build_sections, build_synopses
 from .espeak import build_spoken
 from .images import build_fashion
+from .lemmas import build_lemmas
 from .models import build_efficientnet, build_minilm, build_smollm2, enable
 from .parquets import read_parquet
 from .prompts import build_prompts
@@ -75,6 +76,16 @@ _ALL = (
         sha256="11cb30056d98b7d313f1ff51907a5b8ab80565b10d0c28687a93941c7a3c2cd7",
         bytes=207_428,
         build=build_wordnet,
+    ),
+    Asset(
+        name="wordnet-lemmas",
+        kind="data",
+        title="dictionary gloss -> the word that it is of",
+        licence="WordNet licence (Princeton University)",
+        source="wordnet-base=1:3.0-37",
+        sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        bytes=6_467_132,
+        build=build_lemmas,
     ),
     Asset(
         name="rotten-tomatoes",

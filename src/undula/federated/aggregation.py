@@ -46,8 +46,17 @@ class Aggregation(Choice):
     remakes: ClassVar[bool] = False  # whether factors that clients do not train change all the same
     trains: ClassVar[str | None] = None  # what alone clients may train of each layer: "linear", see `Method.linear_in`
 
-    def sent(self, adapter: Adapter) -> Adapter:
-        """What clients get of the server's adapter."""
+    @property
+    def knows_start(self) -> bool:
+        """Whether messages tell the difference from what the rounds began with, which clients draw themselves."""
+        return False
+
+    def told(self, adapter: Adapter, first: Adapter) -> Adapter:
+        """The numbers that go down, in the places of an adapter's; first: what the rounds began with."""
+        return adapter
+
+    def sent(self, adapter: Adapter, first: Adapter) -> Adapter:
+        """What clients have of the server's adapter once they are told."""
         return adapter
 
     def reply(self, sent: Adapter, trained: Adapter) -> Adapter:

@@ -8,6 +8,11 @@ P: all numbers of the adapter that train, one vector of n.
     server    the mean change, weighted by the shares, is a negative gradient for Adam on P
 
 Which numbers are the largest is asked of all layers together; of equal ones the first counts.
+
+With `from_start` what counts is the change since the rounds began, whose start P_0 all draw from the seed: clients get
+P_0 + top(P - P_0, down n).  So a factor that begins at random keeps the numbers that nobody has sent, where the
+published form has zeros in their place, and no B waits until it is larger than an A that nobody has trained
+(interpretation).
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from .flat import flat, unflat
 class FLASC(Aggregation):
     """`down` and `up` are the shares of numbers that are sent; 1 and 1 is federated Adam (Reddi et al. 2021,
     arXiv:2003.00295).  It sees numbers alone, so it works on every rung; clients have the server's layers and methods.
-    Its moments are in the `state` of the rounds."""
+    Its moments are in the `state` of the rounds, and with `from_start` P_0."""
 
     source = "Kuo et al. 2024, arXiv:2406.05233"
     sparse = True
@@ -42,9 +47,19 @@ class FLASC(Aggregation):
     beta1: PartShare = 0.9
     beta2: PartShare = 0.999
     eps: Positive = 1e-8
+    from_start: bool = False
 
-    def sent(self, adapter: Adapter) -> Adapter:
-        return unflat(adapter, top(flat(adapter), self.down))
+    @property
+    def knows_start(self) -> bool:
+        return self.from_start
+
+    def told(self, adapter: Adapter, first: Adapter) -> Adapter:
+        P = flat(adapter)
+        return unflat(adapter, top(P - flat(first) if self.from_start else P, self.down))
+
+    def sent(self, adapter: Adapter, first: Adapter) -> Adapter:
+        told = self.told(adapter, first)
+        return unflat(adapter, flat(first) + flat(told)) if self.from_start else told
 
     def reply(self, sent: Adapter, trained: Adapter) -> Adapter:
         start = flat(sent)
@@ -65,11 +80,12 @@ class FLASC(Aggregation):
             raise ValueError("FLASC moves the server's adapter by the clients' changes: give it (before=...)")
         for number, a in enumerate(values, 1):
             check_same(a, number, before)
-        start, P = flat(self.sent(before)), flat(before)
+        state = {} if state is None else state
+        first = unflat(before, state.setdefault("first", flat(before))) if self.from_start else before
+        start, P = flat(self.sent(before, first)), flat(before)
         change = torch.stack(
             [p * top(flat(a, before) - start, self.up) for p, a in zip(shares, values, strict=True)]
         ).sum(0)
-        state = {} if state is None else state
         m, v = (state.get(name, torch.zeros_like(P)) for name in ("m", "v"))
         steps = int(state.get("steps", torch.tensor(0))) + 1
         m, v = torch.lerp(-change, m, self.beta1), torch.lerp(change.square(), v, self.beta2)

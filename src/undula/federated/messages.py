@@ -100,22 +100,29 @@ def taken_over(like: Adapter, made: Adapter) -> Adapter:
     return filled(like, dict(_all(made)))
 
 
-def brief(adapter: Adapter, how: Aggregation, base: str = "", part: Part = WHOLE) -> Arrays:
+def brief(
+    adapter: Adapter, how: Aggregation, base: str = "", part: Part = WHOLE, first: Adapter | None = None
+) -> Arrays:
     """What goes down to clients of the server's adapter, of those that have a part of it the part; `base` tells its
-    base model from others."""
-    sent = part.of(how.sent(adapter))
-    told = {FROZEN: np.frombuffer(digest(sent, how, base), np.uint8)}
+    base model from others, `first` is what the rounds began with (without: the adapter)."""
+    first = adapter if first is None else first
+    numbers = part.of(how.told(adapter, first))
+    told = {FROZEN: np.frombuffer(digest(part.of(first), how, base), np.uint8)}
     if how.sparse:
-        return {PACKED: np.frombuffer(packed(flat(sent)), np.uint8), **told}
-    return {**{name: array(t) for name, t in _down(sent, how).items()}, **told}
+        return {PACKED: np.frombuffer(packed(flat(numbers)), np.uint8), **told}
+    return {**{name: array(t) for name, t in _down(numbers, how).items()}, **told}
 
 
 def briefed(arrays: Any, like: Adapter, how: Aggregation, base: str = "", who: str = "the server") -> Adapter:
-    """What a client begins its round with; `like` is its own adapter, made as the server's.  Raises ValueError for what
-    is no brief, and where the factors that stay are not the server's."""
+    """What a client begins its round with; `like` is its own adapter, made as the server's, as the rounds begin.
+    Raises ValueError for what is no brief, and where the factors that stay, or that start, are not the server's."""
     rest = dict(_arrays(arrays, who))
     told = rest.pop(FROZEN, None)
-    made = unflat(like, _unpacked(rest, like, who)) if how.sparse else _filled(rest, like, _down(like, how), who)
+    if how.sparse:
+        numbers = _unpacked(rest, like, who)
+        made = unflat(like, flat(like) + numbers if how.knows_start else numbers)
+    else:
+        made = _filled(rest, like, _down(like, how), who)
     if told is None or told.dtype != np.uint8 or told.tobytes() != digest(like, how, base):
         raise ValueError(
             f"{who} has other frozen factors, or another base model: numbers of one mean nothing to the other. Give "
@@ -152,8 +159,8 @@ def _down(adapter: Adapter, how: Aggregation) -> dict[str, Tensor]:
 
 
 def digest(adapter: Adapter, how: Aggregation, base: str) -> bytes:
-    """32 bytes that tell what is in no message: the base, and the factors that stay."""
-    made, sent = hashlib.sha256(base.encode()), set(_down(adapter, how))
+    """32 bytes that tell what is in no message: the base, and the factors that stay, or that start."""
+    made, sent = hashlib.sha256(base.encode()), set() if how.knows_start else set(_down(adapter, how))
     for name, t in named(adapter).items():
         if name not in sent:
             made.update(name.encode() + np.ascontiguousarray(array(t)).tobytes())

@@ -73,7 +73,7 @@ class Server:
     @property
     def result(self) -> Adapter:
         """What the rounds have come to: of a sparse way what clients are sent, for their changes are from there."""
-        return self.federation.how.sent(self.adapter)
+        return self.federation.how.sent(self.adapter, self.desk.first)
 
     @property
     def moved(self) -> bool:
@@ -82,7 +82,7 @@ class Server:
 
     def score(self, adapter: Adapter, examples: Examples) -> dict[str, float]:
         """The metrics of what clients would be sent of it."""
-        return self.desk.score(self.federation.how.sent(adapter), examples)
+        return self.desk.score(self.federation.how.sent(adapter, self.desk.first), examples)
 
     def chosen(self) -> tuple[str, ...]:
         """The clients of the next round."""
@@ -98,7 +98,7 @@ class Server:
 
     def brief(self, part: Part = WHOLE) -> Arrays:
         """What a client is sent that has such a part; also what it measures on."""
-        return messages.brief(self.adapter, self.federation.how, self.desk.base, part)
+        return messages.brief(self.adapter, self.federation.how, self.desk.base, part, self.desk.first)
 
     def part(self, name: str) -> Part:
         """What a client has of the adapter."""
@@ -113,7 +113,7 @@ class Server:
         """Ends the next round with what came of its clients, and returns its record.  The same replies make the same
         adapter, in whatever order they came."""
         f, number, told = self.federation, self.round + 1, self.briefs(self.chosen())
-        sent = messages.briefed(self.brief(), self.adapter, f.how, self.desk.base)
+        sent = messages.briefed(self.brief(), self.desk.first, f.how, self.desk.base)
         record: Record = {"round": number, "clients": {}, "down": 0, "up": 0}
         adapters, weights = [], []
         for name in self.chosen():

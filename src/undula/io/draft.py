@@ -7,6 +7,7 @@ lives a draft is locked; one that is not was left by a kill, and the next writer
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -20,6 +21,8 @@ try:
 except ImportError:  # Windows: no such locks
     fcntl = None  # type: ignore[assignment]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ROOM = " (make room there, or write elsewhere)"
 FORGOTTEN = 24 * 3600.0  # where there are no locks, a draft that is a day old has no writer
 
 
@@ -58,12 +61,19 @@ class Draft:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(self.path)  # a full disk says no name
+            named(error, self.path)
         if not self.placed:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.name)
         with contextlib.suppress(OSError):  # a full disk was told by `flush` already
             self.file.close()
+
+
+def named(error: OSError, path: Path) -> None:
+    """Has an error say where it was: a full disk says no name.  And what to do where that is known."""
+    error.filename = str(path)
+    if error.errno in FULL and not str(error.strerror).endswith(ROOM):
+        error.strerror = f"{error.strerror or os.strerror(error.errno)}{ROOM}"
 
 
 def atomic(path: Path, produce: Callable[[str], object]) -> None:

@@ -76,7 +76,8 @@ def place(
                 f"{path / name} is a directory: an adapter's file belongs there. Nothing is written"
             )
         clean(path / name)
-    with Draft(path / TENSORS) as tensors_file, Draft(path / CONFIG) as config_file:
+    # a full disk names the inner one, which is the large one
+    with Draft(path / CONFIG) as config_file, Draft(path / TENSORS) as tensors_file:
         write_tensors(tensors_file.file, {"format": "pt", EMBEDDED: text})
         config_file.file.write(text.encode("utf-8"))
         tensors_file.flush()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .draft import sync
+from .draft import named, sync
 
 UNFINISHED = ".unfinished-"
 NO_LOCKS = -1
@@ -44,11 +45,25 @@ def whole(path: Path) -> Iterator[Path]:
         sync(place.parent)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and str(error.filename or folder).startswith(str(folder)):
-            error.filename = str(path)  # a full disk says no name, or the hidden one
-        raise
+        if (told := _told(error, folder, path)) is error:
+            raise
+        raise told from error
     finally:
         _unlock(lock)
+
+
+def _told(error: BaseException, folder: Path, path: Path) -> BaseException:
+    """An error with the place that was asked for where it says none, or the hidden one; what other libraries say of a
+    disk, which name no place either, as an OSError."""
+    if isinstance(error, OSError):
+        if error.errno and str(error.filename or folder).startswith(str(folder)):
+            named(error, path)
+        return error
+    if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        return error
+    told = OSError(int(number[1]), os.strerror(int(number[1])))
+    named(told, path)
+    return told
 
 
 @contextlib.contextmanager

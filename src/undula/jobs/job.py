@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..io.draft import FULL
 from ..train.run import Run
 
 WAITING, RUNNING, DONE, STOPPED, DIVERGED, FAILED = "waiting", "running", "done", "stopped", "diverged", "failed"
@@ -27,9 +27,6 @@ class Job:
     report: dict[str, Any] | None = None
     course: Any = field(default=None, repr=False)  # its `course.Course`, while it runs
     kept: Any = field(default=None, repr=False)  # its `kept.Kept`, where an engine trains it
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_full(error: Exception) -> bool:
