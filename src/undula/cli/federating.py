@@ -84,8 +84,8 @@ def _looked_at(path: Path) -> list[dict[str, Any]]:
     with quiet():
         desk = Desk(rows.settled(f), rows.server)
         check_goes_on(f.how, desk.first)
-        for row in found:
-            row["trains"] = desk.part(f.party(row["client"])).of(desk.first).num_parameters()
+        for name, row in zip(f.names, found, strict=True):
+            row["trains"] = desk.part(f.party(name)).of(desk.first).num_parameters()
     server = {"client": "(the server)", "rows": 0, "to measure": len(rows.server)}
     return [*found, {**dict.fromkeys(found[0]), **server}]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -38,11 +39,11 @@ class Part:
         made: dict[int, Tensor] = {}  # what layers share stays shared
         there = [site for site in adapter.methods if self.sites is None or site in self.sites]
         cut = {site: self._at(site, adapter.methods[site], adapter.factors[site], made) for site in there}
-        kept = {
+        kept: dict[str, Any] = {
             name: {site: value for site, value in getattr(adapter, name).items() if site in cut}
             for name in ("shapes", "kernels", "apart")
         }
-        methods, factors = ({site: pair[i] for site, pair in cut.items()} for i in (0, 1))
+        methods, factors = {s: method for s, (method, _) in cut.items()}, {s: f for s, (_, f) in cut.items()}
         return replace(adapter, methods=methods, factors=factors, **kept)
 
     def _at(self, site: str, method: Method, f: Factors, made: dict[int, Tensor]) -> tuple[Method, Factors]:
