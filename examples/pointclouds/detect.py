@@ -161,6 +161,22 @@ def without(folder: Path, size: Size) -> dict[str, dict[str, float]]:
     }
 
 
+def targets(found: dict[str, Any]) -> dict[str, bool]:
+    """What was aimed at, and whether it is so; means over seeds on the 16-beam sensor."""
+    mean = {way: statistics.mean(r["AP"] for r in found["rows"] if r["way"] == way) for way in WAYS}
+    adapters = [mean[way] for way, (method, _) in WAYS.items() if method is not None]
+    first, last = found["times"][0], found["times"][-1]
+    growth = last["tokens"] / first["tokens"]
+    merged = [abs(r["AP"] - r["AP merged"]) for r in found["rows"] if "AP merged" in r]
+    return {
+        "every kind of adapter is above the base as it is": min(adapters) > found["without"]["base, 16 beams"]["AP"],
+        "the best kind is within 0.01 of full fine-tuning": max(adapters) >= mean["full fine-tuning"] - 0.01,
+        "the best kind is above training from scratch by 0.1": max(adapters) >= mean["from scratch"] + 0.1,
+        "merged adapters have the AP of live ones, within 0.001": max(merged) <= 1e-3,
+        "the scan's time grows as the tokens do, within a half": last["scan"] <= 1.5 * growth * first["scan"],
+    }
+
+
 def told(rows: list[dict[str, Any]], others: dict[str, dict[str, float]], console: Console) -> None:
     table = Table("model", "trained", "rate", "AP car", "AP pedestrian", "AP", "over seeds")
     for name, row in others.items():
@@ -177,7 +193,7 @@ def main() -> None:
     given = arguments(__doc__, "detect")
     size = QUICK if given.quick else Size()
     folder = given.work
-    check_size(folder, vars(size))
+    check_size(folder, vars(size), free=("seeds",))
     others = kept(folder / "others.json", lambda: without(folder, size))
     found = {
         "size": vars(size),
@@ -187,7 +203,7 @@ def main() -> None:
         "times": kept(folder / "times.json", lambda: times(size.tokens)),
     }
     told(found["rows"], others, Console(width=120))
-    record(given.json, found)
+    record(given.json, found | {"targets_met": targets(found)})
     detection(given.figure, found, base(folder, 64, size), sample(TEST, 64))
     print(f"{given.json} and {given.figure} are written")
 

@@ -32,6 +32,8 @@ def detection(path: Path, found: dict[str, Any], model: Any, shown: Any) -> None
     for kind, colour in zip(("scan", "attention"), COLOURS, strict=False):
         right.loglog(tokens, [row[kind] for row in found["times"]], "o-", color=colour, label=kind)
     right.set(xlabel="tokens", ylabel="seconds of CPU", title="one forward over one sequence")
+    right.minorticks_off()
+    right.set_xticks(tokens, [f"{t:,}" for t in tokens])
     right.legend()
     saved(figure, path)
 
@@ -80,7 +82,7 @@ def forest(path: Path, found: dict[str, Any], plots: Sequence[tuple[str, Any, An
     for ax, (title, points, instance) in zip(axes[len(widths) :], plots, strict=True):
         colours = np.array([(0.8, 0.8, 0.8, 1), *plt.get_cmap("tab20").colors], dtype=object)
         shown = [colours[0] if i < 0 else colours[1 + i % 20] for i in instance]
-        ax.scatter(points[:, 0], points[:, 1], s=1.5, c=shown, rasterized=True)
+        ax.scatter(points[:, 0], points[:, 1], s=4, linewidths=0, c=shown, rasterized=True)
         ax.set(aspect="equal", title=title, xticks=[], yticks=[])
     saved(figure, path)
 

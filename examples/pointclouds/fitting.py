@@ -68,8 +68,10 @@ def kept(file: Path, made: Callable[[], Any]) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def check_size(folder: Path, size: dict[str, Any]) -> None:
-    """Raises SystemExit where the folder holds runs of another size; says there which size it is for."""
-    now = json.loads(json.dumps(size))
-    if kept(folder / "size.json", lambda: now) != now:
-        raise SystemExit(f"{folder} holds runs of another size: name another --work")
+def check_size(folder: Path, size: dict[str, Any], free: Iterable[str]) -> None:
+    """Raises SystemExit where the folder holds runs of another size; says there which size it is for.  What is `free`
+    says how many runs there are, and changes none."""
+    now = {k: v for k, v in json.loads(json.dumps(size)).items() if k not in free}
+    held = kept(folder / "size.json", lambda: now)
+    if odd := [k for k, v in now.items() if held.get(k) != v]:
+        raise SystemExit(f"{folder} holds runs of another size ({', '.join(odd)}): name another --work")
