@@ -1,6 +1,6 @@
 """Few shots for a two-tower model: Block-LoRA beside LoRA, with and without SAM's gradient as a reference.
 
-    python bench/shots.py --work runs/shots --json bench/results/few-shot.json     # about 20 minutes of one core
+    python bench/shots.py --work runs/shots --json bench/results/few-shot.json     # about 40 minutes of one core
     python bench/shots.py --work runs/shots --quick                                # a miniature, to see that it runs
     python bench/shots.py --json bench/results/few-shot.json --table --plot docs/few-shot.svg    # makes nothing
 
@@ -11,7 +11,7 @@ accuracies.  WORK keeps the bridge between the towers; rows that JSON holds are 
 
 A sweep tries rates, and for SAM its rho, on validation pictures of Fashion-MNIST (4 shots, draws of their own).  Chosen
 is, for each method and optimiser, what is best on taught classes; no new class, no emoji and no test picture chooses
-anything.  As the rate decides more than the method, all are measured at two rates, among them the chosen ones.
+anything.  As the rate decides more than the method, arms are measured at two rates, among them the chosen ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import pictures
 import torch
 import torch.nn.functional as F
 from record import kept, record
-from shots_report import METHODS, OPTIMISERS, RHO, SETS, SHOTS, judged, plot, table
+from shots_report import ARMS, FAST, METHODS, OPTIMISERS, RHO, SETS, SHOTS, SLOW, judged, plot, table
 from torch import Tensor
 from towers import Begun, Towers, tokens, towers
 
@@ -53,10 +53,9 @@ class Size:
     rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     rhos: tuple[float, ...] = (0.05, 0.5)
     draws: tuple[int, ...] = (100, 101)  # of the choice of rates
-    tested: tuple[float, ...] = (3e-3, 1e-2)
 
 
-QUICK = Size(1, (16, 4, 4), (0,), (1e-3,), (0.5,), (100,), (1e-3,))
+QUICK = Size(1, (16, 4, 4), (0,), (1e-3,), (0.5,), (100,))
 
 
 @dataclass(frozen=True)
@@ -190,18 +189,20 @@ def conflicts(model: Towers, data: Seen, size: Size, rho: float) -> float:
         return without_conflict(g, g_s)
 
     adapter = undula.attach(model, MADE["lora"], model.late_layers())
-    lr = size.tested[-1]
+    lr = FAST
     optimizer = SAMReference(adapter.parameters(), model, rho=rho, steer=counted, lr=lr, weight_decay=0.0)
     learn(model, optimizer, data.split(0, SWEEP_SHOTS)["taught"], data.prompts[0], size.steps, 0)
     undula.detach(model)
     return sum(against) / len(against)
 
 
-def wanted(sets: list[str], size: Size) -> Iterator[dict[str, Any]]:
-    arms = itertools.product(size.seeds, sets, SHOTS, METHODS, size.tested, (("adamw", 0.0), ("sam", RHO)))
-    for seed, name, shots, method, lr, (how, rho) in arms:
-        yield {"kind": "row", "set": name, "shots": shots, "method": method, "optimiser": how, "seed": seed, "lr": lr,
-               "rho": rho}  # fmt: skip
+def wanted(sets: list[str], shots: list[int], size: Size) -> Iterator[dict[str, Any]]:
+    """1 and 16 shots of all seeds first."""
+    for some in ((1, 16), (4,), (2, 8)):
+        here = [k for k in some if k in shots]
+        for seed, name, number, (method, how, lr) in itertools.product(size.seeds, sets, here, ARMS):
+            yield {"kind": "row", "set": name, "shots": number, "method": method, "optimiser": how, "seed": seed,
+                   "lr": lr, "rho": RHO if how == "sam" else 0.0}  # fmt: skip
 
 
 def sweep(size: Size) -> Iterator[dict[str, Any]]:
@@ -224,7 +225,7 @@ def choice(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def run(work: Path, json_file: Path | None, sets: list[str], size: Size) -> dict[str, Any]:
+def run(work: Path, json_file: Path | None, sets: list[str], shots: list[int], size: Size) -> dict[str, Any]:
     """Makes the rows that are not there, keeping each as it comes."""
     how = {"steps": size.steps, "images": list(size.images)}
     rows = kept(json_file, how)
@@ -245,10 +246,10 @@ def run(work: Path, json_file: Path | None, sets: list[str], size: Size) -> dict
 
     make(sweep(size))
     chosen = choice(rows)
-    make(wanted(sets, size))
+    make(wanted(sets, shots, size))
     seen_of = data["fashion"]
     opposed = {str(rho): conflicts(model, seen_of, size, rho) for rho in size.rhos}
-    apart = twin(model, seen_of, size.steps, size.tested[0])
+    apart = twin(model, seen_of, size.steps, SLOW)
     return {**first, "chosen": chosen, "twin": apart, "opposed": opposed, "rows": rows}
 
 
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/shots"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), help="fashion is always one of them")
+    parser.add_argument("--shots", nargs="*", type=int, choices=SHOTS, default=list(SHOTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(Size().seeds))
     parser.add_argument("--quick", action="store_true", help="one step, one seed, Fashion-MNIST alone")
     parser.add_argument("--table", action="store_true", help="print what is there, and make nothing")
@@ -267,7 +269,7 @@ def main() -> None:
         found = json.loads(args.json.read_text(encoding="utf-8"))
     else:
         size, sets = (QUICK, ["fashion"]) if args.quick else (Size(seeds=tuple(args.seeds)), args.sets)
-        found = run(args.work, args.json, sets, size)
+        found = run(args.work, args.json, sets, args.shots, size)
         found |= judged(found)
         if args.json:
             record(args.json, found)

@@ -202,7 +202,7 @@ def _of_linear(f: Federation) -> Iterator[tuple[str, str]]:
             None if method is None else linear_factor(method, "every layer")
         except TypeError as error:
             yield name, str(error)
-    if f.recipe.optimiser.paired:
+    if f.recipe.optimiser.paired and f.recipe.optimiser.by_pairs:
         yield "optimiser", f"{f.recipe.optimiser!r} moves pairs of factors, and with {f.how!r} clients train one alone"
 
 
