@@ -10,6 +10,7 @@ to test; classes are told by their descriptions, no head trains, and every step 
     average, sum, ties `undula.combine.named`, no training
     arrow              PEFT's Arrow (top 3), no training
     gates              `undula.combine.fused`: 5 vectors a layer train (AutoLoRA)
+    ... the average    the same, where the gates start at the average: w_out = 2 / 3
     x-lora             PEFT's X-LoRA: a classifier over the last states gives each adapter its weight; frozen adapters
     lora               a new LoRA of rank 2 on the same rows, and nothing found
     own                an adapter of the task itself, where OWN holds one: what training on all its rows gives
@@ -84,8 +85,9 @@ class Try:
     def combined(self, name: str) -> float:
         return self.score(combine.named(name)(self.found))
 
-    def gates(self, lr: float) -> float:
-        return self.score(combine.fused(self.found), lr)
+    def gates(self, lr: float, share: float = 1.0) -> float:
+        """From this share of the sum on."""
+        return self.score(combine.fused(self.found, share=share), lr)
 
     def lora(self, lr: float) -> float:
         torch.manual_seed(self.seed)
@@ -147,6 +149,7 @@ def arms(one: Try, rates: dict[str, float], own: Path | None) -> dict[str, Calla
         "ties": lambda: one.combined("ties"),
         "arrow": lambda: one.by_peft(arrow),
         "gates": lambda: one.gates(rates["gates"]),
+        "gates from the average": lambda: one.gates(rates["gates"], 1 / FOUND),
         "x-lora": lambda: one.by_peft(x_lora, rates["x-lora"]),
         "lora": lambda: one.lora(rates["lora"]),
     }

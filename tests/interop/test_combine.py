@@ -148,6 +148,8 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_written(plain, tm
         ([a, b, "--how", "regmean", "--set", "shrink=2"], "RegMean.shrink is at least 0 and at most 1, found 2.0"),
         ([a, tmp_path / "nowhere"], "no adapter directory"),
         ([a, b, "--how", "gates", "--rank", "4"], "leave out --rank"),
+        ([a, b, "--how", "gates", "--set", "share=some"], "share is a number above 0, found 'some'"),
+        ([a, b, "--how", "gates", "--set", "rank=4"], "gates have no option rank; they have: share"),
         ([a, tmp_path / "other", "--how", "gates"], "adapter 1 is for some/base and adapter 2"),
     ):
         _, told = call("combine", *words, "--out", tmp_path / "out", code=2)
@@ -243,9 +245,12 @@ def test_adapters_behind_gates_are_the_sum_until_they_train_and_then_answer_as_a
 
 
 def test_heads_are_left_behind_the_gates_where_that_is_asked(runs, tmp_path):
-    call("combine", runs / "a", runs / "b", "--how", "gates", "--drop-full", "--out", tmp_path / "g")
-    assert not undula.Adapter.load(tmp_path / "g").full
-    assert "behind gates, which start half open" in (tmp_path / "g" / "README.md").read_text()
+    call("combine", runs / "a", runs / "b", "--how", "gates", "--drop-full", "--set", "share=0.5", "--out",
+         tmp_path / "g")  # fmt: skip
+    found = undula.Adapter.load(tmp_path / "g")
+    assert not found.full
+    assert all((f["w_out"] == 1).all() for f in found.factors.values())
+    assert "behind gates, which start half open: 0.5 of the sum." in (tmp_path / "g" / "README.md").read_text()
 
 
 def answers(opened, texts):

@@ -52,6 +52,10 @@ def test_before_it_trains_it_is_the_sum(make, shape):
     fused = combine.fused(adapters)
     wanted = output(model, sum(adapters), x)
     close(output(model, fused, x), wanted)
+    half = combine.fused(adapters, share=0.5)
+    close(output(model, half, x), output(model, 0.5 * sum(adapters), x))
+    with pytest.raises(ValueError, match="share is how much"):
+        combine.fused(adapters, share=0.0)
     wide = {s: {"b": torch.full_like(f["b"], 60.0), "w_out": torch.ones_like(f["b"])} for s, f in fused.factors.items()}
     opened = replace(fused, factors={s: {**f, **wide[s]} for s, f in fused.factors.items()})
     close(output(model, opened, x), wanted)

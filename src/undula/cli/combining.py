@@ -79,8 +79,8 @@ def combine(
     if search is None and plain(how) != REGMEAN and (data is not None or rows is not None):
         raise ValueError("--data and --rows are for --search and for --how regmean: the others look at no rows")
     if plain(how) == GATES:
-        others = {"--rank": rank, "--density": density, "--seed": seed, "--set": options, "--search": search}
-        gate(asked.paths, asked.weights, others, drop_full, out, to)
+        others = {"--rank": rank, "--density": density, "--seed": seed, "--search": search}
+        gate(asked.paths, asked.weights, options, others, drop_full, out, to)
         return
     found = None
     if search is not None:

@@ -12,21 +12,29 @@ from ..core.method import Factors, Method
 from ..io.sites import walk
 from ..methods.fusion import GATES, OPEN, Fusion
 from ..methods.sum import together
-from .combiner import Missing, SameBase, check_one_base, equal_names, missing, one_each
+from .combiner import LARGEST, Missing, SameBase, check_one_base, equal_names, missing, one_each
 from .weighted import agreed, averaged
 
 
 def fused(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, same_base: SameBase = equal_names
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    same_base: SameBase = equal_names,
+    *,
+    share: float = 1.0,
 ) -> Adapter:
-    """The adapters side by side behind gates that do not move the function yet: that of their sum.  Of any rung.
+    """The adapters side by side behind gates that do not move the function yet: that of their sum, or of this `share`
+    of it (1 / len(adapters): their average).  Of any rung.
 
     What trains are the gates, five vectors (O) at each layer; the adapters' own factors are frozen.  A layer that only
     some adapt has gates over those alone, with a `Missing` warning.  Parameters in full are averaged by `weights`,
     which are for these alone (default: equal); they train on.
 
-    Raises ValueError for no adapters, and adapters of other bases, or whose parameters in full have no average.
+    Raises ValueError for no adapters, a share that is not above 0, and adapters of other bases, or whose parameters in
+    full have no average.
     """
+    if not 0 < share <= LARGEST:
+        raise ValueError(f"share is how much of the adapters' sum gates begin with, above 0; found {share!r}")
     shares = one_each([1 / len(adapters)] * len(adapters) if weights is None else weights, len(adapters))
     values = [a.copy() if isinstance(a, Live) else a for a in adapters]
     full = averaged(list(zip(shares, values, strict=True)))
@@ -45,7 +53,9 @@ def fused(
         wide, device = torch.promote_types(kind, torch.float32), next(iter(own.values())).device
         O = there[0].shapes[site][0]
         gates = {
-            name: torch.full((O,), OPEN if name == "w_out" else 0.0, dtype=wide, device=device, requires_grad=True)
+            name: torch.full(
+                (O,), share * OPEN if name == "w_out" else 0.0, dtype=wide, device=device, requires_grad=True
+            )
             for name in GATES
         }
         methods[site] = Fusion(tuple(part.methods[site] for part in there))

@@ -32,6 +32,9 @@ KEY, VERSION = "undula_encoder", 1
 class Encoder(nn.Module):
     """`base` is the model whose adapters it has seen: those of another live in another space."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, d: int, hidden: int = 128, base: str = "", model: str = ""):
         super().__init__()
         self.base, self.model = base, model

@@ -84,12 +84,13 @@ def _pipeline(file: Path) -> Adapter:
     """All parts of a pipeline's file as one adapter; layers are called PART.<layer>, as in the file."""
     with open(file, "rb") as opened:
         entries, _ = tensorfile.entries(opened, str(file))
-    named: dict[str, dict[str, Any]] = {"methods": {}, "factors": {}, "shapes": {}, "kernels": {}}
-    for part in sorted({key.partition(".")[0] for key in entries}):
-        adapter = diffusers.load_diffusers(file, part)
-        for name, own in named.items():
-            own |= {f"{part}.{site}": value for site, value in getattr(adapter, name).items()}
-    return Adapter(**named)
+    parts = sorted({key.partition(".")[0] for key in entries})
+    found = {part: diffusers.load_diffusers(file, part) for part in parts}
+
+    def named(what: str) -> dict[str, Any]:
+        return {f"{part}.{site}": value for part, a in found.items() for site, value in getattr(a, what).items()}
+
+    return Adapter(named("methods"), named("factors"), named("shapes"), kernels=named("kernels"))
 
 
 def _sketch(adapter: Adapter | Opened) -> tuple[Tensor | None, str]:

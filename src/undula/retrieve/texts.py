@@ -14,7 +14,7 @@ from ..core.extras import needs
 from ..train.base import model_folder, opening, quiet
 
 ENCODER = "bundled:minilm"
-BATCH, LENGTH = 64, 256
+LENGTH = 256
 ROWS = 64  # of a file of examples that are looked at
 
 
@@ -28,23 +28,16 @@ def _opened(model: str) -> tuple[Any, Any]:
         return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@torch.no_grad()
 def embedded(texts: Sequence[str], model: str = ENCODER) -> Tensor:
-    """Vectors (N, d) of length 1, float32, on the CPU.  A text does not see the others of its batch: rows are sorted
-    by length and padding is masked."""
+    """Vectors (N, d) of length 1, float32, on the CPU."""
+    from ..train.tasks.prompted import vectors
+
     tokenizer, encoder = _opened(model)
     if not texts:
         return torch.zeros(0, encoder.config.hidden_size)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
     found = torch.empty(len(texts), encoder.config.hidden_size)
-    for begin in range(0, len(order), BATCH):
-        some = order[begin : begin + BATCH]
-        words = tokenizer(
-            [texts[i] for i in some], padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"
-        )
-        states = encoder(**words).last_hidden_state
-        mask = words["attention_mask"][..., None].to(states.dtype)
-        found[some] = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    found[order] = F.normalize(vectors(encoder, tokenizer, [texts[i] for i in order], LENGTH), dim=-1)
     return found
 
 
