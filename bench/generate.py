@@ -1,7 +1,7 @@
 """Adapters that nobody trained, on eight tasks that no part of them has seen.
 
     python bench/generate.py --work build/generate --json bench/results/generate.json    # goes on with what WORK has
-    python bench/generate.py --work build/small --experts 4 --tasks 2 --seeds 0 --steps 2   # a miniature
+    python bench/generate.py --work build/small --experts 4 --tasks 2 --steps 2   # a miniature
 
 WORK/tasks (`expert_tasks`) and WORK/library (`undula.generate.build`, 40 experts of MiniLM, LoRA r=2 at query and
 value, 40 steps of 16 glosses each) are made once, and so are the oracles: the held-out tasks trained as experts are.
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--experts", type=int, default=40, help="how many of the library's tasks")
     parser.add_argument("--tasks", type=int, default=8, help="how many of the held-out ones")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the rows to train on")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="of the rows to train on; none: no training")
     parser.add_argument("--steps", type=int, default=12, help="of the fine-tuning")
     args = parser.parse_args()
     torch.set_num_threads(1)
