@@ -163,7 +163,9 @@ def test_an_index_reads_what_changed_and_is_what_a_new_one_would_be(folder, enco
 def test_a_file_that_was_just_written_is_read_again(folder, encoder_of_texts):
     (folder / "a0" / "README.md").write_text("nice\n")
     assert retrieve.update(folder, model=encoder_of_texts).read == 8
-    (folder / "a0" / "README.md").write_text("poor\n")  # within the clock's grain it may have the same time
+    before = (folder / "a0" / "README.md").stat()
+    (folder / "a0" / "README.md").write_text("poor\n")
+    os.utime(folder / "a0" / "README.md", ns=(before.st_atime_ns, before.st_mtime_ns))  # within the clock's grain
     found = retrieve.update(folder, model=encoder_of_texts)
     assert found.read == 1
     assert found.entries[0].text == "poor"
@@ -179,6 +181,7 @@ def test_what_cannot_be_read_is_named_and_left_out(folder, encoder_of_texts):
     (folder / "a3" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "VERA"}))
     found = retrieve.update(folder, model=encoder_of_texts)
     assert sorted(found.skipped) == ["a1", "a2", "a3", "stray.safetensors"]
+    assert [found.entries[i].name for i in found.usable] == ["a0", "a4", "a5", "below/a6", "below/a7"]
     assert "cut or damaged" in found.skipped["a1"]
     assert "adapter_config.json is missing" in found.skipped["a2"]
     asked = whole.texts[0]
