@@ -11,7 +11,7 @@ accuracies.  WORK keeps the bridge between the towers; rows that JSON holds are 
 
 A sweep tries rates, and for SAM its rho, on validation pictures of Fashion-MNIST (4 shots, draws of their own).  Chosen
 is, for each method and optimiser, what is best on taught classes; no new class, no emoji and no test picture chooses
-anything.  As the rate decides more than the method, arms are measured at two rates, among them the chosen ones.
+a rate.  As the rate decides more than the method, arms are measured at two rates, among them the chosen ones.
 """
 
 from __future__ import annotations

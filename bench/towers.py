@@ -9,7 +9,9 @@ them has a name and a WordNet gloss, so P is the ridge regression of the prompts
 
     P = argmin sum_k |P (w_k - mean w) - v_k|^2 + ridge |P|^2,
 
-with the ridge under which the rows of classes that were left out find their own prompts best.  It is no CLIP: it has
+with the ridge under which the rows of classes that were left out find their own prompts best.  Its form (ridge
+regression, 96 pixels, name and gloss) was settled by how it tells validation pictures of Fashion-MNIST and all emoji,
+new classes among them, without any training: its zero-shot figures are not blind.  It is no CLIP: it has
 seen no pair of an image and a sentence, and its zero-shot accuracy is far below one's.
 """
 

@@ -491,6 +491,7 @@ MUTANTS = [
     ("optim/lorapro_full.py", "return p.scale * left.T @ G, p.scale * G @ right.T", "return left.T @ G, G @ right.T", MOVES + "::test_the_full_forms_steps_are_those_of_lora_pro_adamw"),
     ("optim/lorapro_full.py", "self.state[p.B][\"step\"] = torch.zeros(())", "pass", OPTIM + "::test_narrow_parameters_train_by_wide_copies"),
     ("optim/lorsum.py", "self.state[pair.B][\"step\"] = torch.zeros(())", "pass", OPTIM + "::test_lorsum_keeps_wide_copies_of_both_factors"),
+    ("optim/paired.py", "if went < length / 2:", "if False:", OPTIM + "::test_a_move_that_narrow_numbers_lose_is_refused_and_leaves_them_as_they_were"),
     ("optim/ggpo.py", "(c / self.rank**0.5)", "c", MOVES + "::test_ggpos_noise_is_the_formula"),
     ("optim/ggpo.py", "        self.steps += 1", "        pass", MOVES + "::test_ggpos_noise_is_one_of_an_update_and_none_when_measured"),
     ("optim/gorp.py", "t.copy_(was + outside(S, t - was, across))", "pass", OPTIM + "::test_a_second_task_moves_nothing_within_what_the_first_has_used"),

@@ -20,7 +20,7 @@ CELL = (0.4, 0.4, 0.5)
 SIZE = (100, 100, 8)
 ABOVE = 2 * CELL[0]  # side of a cell of the head
 SPREAD = {"car": 1.2, "pedestrian": 0.7}  # of the heat around a middle, standard deviation in cells
-DISTANCES = (0.5, 1.0, 2.0)  # metres between middles within which a box is found, as nuScenes has it
+DISTANCES = (0.5, 1.0, 2.0)  # metres between middles within which a box is found; nuScenes has 4.0 too
 LEAST = 5  # returns from a box that has to be found
 
 

@@ -29,9 +29,12 @@ def arguments(what: str, name: str) -> argparse.Namespace:
         ("--figure", f"runs/{name}.svg", "the picture"),
     ):
         parser.add_argument(option, type=Path, default=Path(default), help=f"{told} (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few steps only; kept in a folder within --work")
+    parser.add_argument("--quick", action="store_true", help="a few steps only; all is kept under quick-... then")
     given = parser.parse_args()
-    given.work = given.work / "quick" if given.quick else given.work
+    if given.quick:  # what whole runs left stays
+        given.work, given.json, given.figure = (
+            path.with_name(f"quick-{path.name}") for path in (given.work, given.json, given.figure)
+        )
     torch.set_num_threads(1)
     return given
 

@@ -42,7 +42,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, chunk: int = 32) -> 
 class TokenMixer(nn.Module):
     """Tokens mixed by a linear recurrence; half of the heads read from the first to the last token, half backwards.
 
-    `decay="input"`: a_t = sigmoid(W x_t + b) for each head, as in Mamba-2; "fixed": a = 1 - 2^-(1+h), as in RetNet.
+    `decay="input"`: a_t = sigmoid(W x_t + b) for each head, as in Mamba-2; "fixed": a = 1 - 2^-(1+h), RetNet's
+    with 1 in the place of its 5.
     """
 
     def __init__(self, width: int, heads: int = 4, decay: str = "input", chunk: int = 32):

@@ -312,6 +312,12 @@ COURSE = (  # optimiser, schedule, the class that it is
 )
 
 
+def test_sams_share_is_refused_where_it_has_no_part():
+    assert SAMReference(conflict=True).conflict
+    with pytest.raises(ValueError, match=r"SAMReference.lam has no part in it with conflict, found 0.3"):
+        SAMReference(conflict=True, lam=0.3)
+
+
 def test_sams_reference_goes_with_methods_that_have_no_pairs(usual, tmp_path):
     run = dataclasses.replace(usual, method=undula.BlockLoRA(r=4, blocks=2), out=tmp_path / "out", max_steps=2)
     with pytest.raises(ValueError, match=r"moves pairs of factors A and B, and BlockLoRA.* has none"):

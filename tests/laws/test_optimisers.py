@@ -1,5 +1,6 @@
 """Optimisers that see both factors of a layer: whose pairs they see, and what each does to a step."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -297,6 +298,25 @@ def test_narrow_parameters_train_by_wide_copies(kind):
             assert all(t.dtype == torch.float32 for k, t in held.items() if t.shape == p.shape), held
             assert (held["undula_master"] - was).abs().max() > 1e-4
             torch.testing.assert_close(held["undula_master"].bfloat16(), p.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [SAMReference, LoRAMGPO])
+def test_a_move_that_narrow_numbers_lose_is_refused_and_leaves_them_as_they_were(kind):
+    for rho in (0.05, 1e-4):
+        model, adapter = attached(LORA, torch.float32)
+        model.bfloat16()
+        optimizer = kind(adapter.parameters(), model, base=torch.optim.SGD, lr=0.0, rho=rho)
+        before = [p.detach().clone() for p in adapter.parameters()]
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            learnt(model)
+
+        refused = pytest.raises(ValueError, match=r"of which bfloat16 keeps .*: keep the factors in float32")
+        with contextlib.nullcontext() if rho == 0.05 else refused:
+            for _ in range(2):  # LoRAMGPO has no momentum before the first
+                optimizer.step(closure)
+        assert all(map(torch.equal, adapter.parameters(), before))
 
 
 def test_lorsum_keeps_wide_copies_of_both_factors():

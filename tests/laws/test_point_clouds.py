@@ -16,6 +16,7 @@ from undula import LoRA
 EXAMPLES = str(Path(__file__).parents[2] / "examples" / "pointclouds")
 sys.path.insert(0, EXAMPLES)
 import boxes  # noqa: E402
+import fitting  # noqa: E402
 import forest  # noqa: E402
 import instances  # noqa: E402
 import lion  # noqa: E402
@@ -26,6 +27,7 @@ import unet  # noqa: E402
 import windows  # noqa: E402
 
 sys.path.remove(EXAMPLES)
+sys.path.remove(str(Path(EXAMPLES).parents[1] / "bench"))  # of fitting
 pytestmark = pytest.mark.usefixtures("float64")
 close = torch.testing.assert_close
 
@@ -277,3 +279,14 @@ def test_adapters_on_the_models_train_and_merge(kind):
     undula.unmerge(model)
     undula.select(model, None)
     assert all(torch.equal(a, b) for a, b in zip(model(x, grid), base, strict=True))
+
+
+def test_a_quick_run_writes_over_nothing_that_a_whole_one_left(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["detect.py", "--json", "kept/found.json"])
+    whole = fitting.arguments("", "detect")
+    assert str(whole.json) == str(Path("kept/found.json"))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--quick"])
+    quick = fitting.arguments("", "detect")
+    assert quick.json == Path("kept/quick-found.json")
+    assert not {quick.work, quick.json, quick.figure} & {whole.work, whole.json, whole.figure}
+    assert quick.work not in whole.work.parents

@@ -8,7 +8,8 @@ the paper only the abstract was at hand; n = 8 is read from its title.
 What follows from this form.  dW has rank r / n.  The blocks enter as a sum only, so their gradients are identical,
 whatever their values: training moves all of them in parallel, and their differences stay what they were.  With SGD it
 is a LoRA of rank r / n whose B has n times the learning rate; with Adam its B takes steps n times as long.  So
-`merged_up` loses nothing.  Where n does not divide r, blocks have r / n columns rounded up, and the last one fewer.
+`merged_up` loses nothing.  Where n does not divide r, blocks have r / n columns rounded up,
+the last one what is left, and there may be fewer than n (r=10, n=8: five of two).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .paired import Params
+from .paired import Params, check_went
 from .perturbed import Perturbed
 
 MOMENTUM, NORM, MOST = "undula_momentum", "undula_norm", 10.0
@@ -65,6 +65,7 @@ class LoRAMGPO(Perturbed):
         step = torch.where(length > 0, self.sign * self.rho * (1 / norm).clamp_max(MOST) / length, 0)
         moves = torch._foreach_mul(m, step)
         torch._foreach_add_(those, [e.to(t.dtype) for e, t in zip(moves, those, strict=True)])
+        check_went(those, [self.kept[id(t)][1] for t in those], step.abs() * length, self.called)
 
     def moved(self) -> None:
         if not self.rho:

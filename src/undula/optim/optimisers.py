@@ -264,6 +264,11 @@ class SAMReference(_Paired):
     conflict: bool = False  # instead: take out what goes against it
     base: Optimiser = AdamW()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.conflict and self.lam != type(self).lam:
+            raise ValueError(f"SAMReference.lam has no part in it with conflict, found {self.lam:g}: leave one out")
+
     def made(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         from . import sam
 

@@ -164,6 +164,21 @@ class Paired(torch.optim.Optimizer):
                 p.data = p.data.to(types[id(p)])
 
 
+@torch.no_grad()
+def check_went(moved: list[Tensor], copies: list[Tensor], length: Tensor, called: str) -> None:
+    """Raises ValueError where a move of that length was lost, by half or more, in numbers narrower than float32."""
+    if all(t.dtype == wide(t.dtype) for t in moved):
+        return
+    went = torch.stack([(t.float() - was.float()).norm() for t, was in zip(moved, copies, strict=True)]).norm()
+    if went < length / 2:
+        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in moved}))
+        raise ValueError(
+            f"{called} moves {sum(t.numel() for t in moved)} numbers by {float(length):.2g} in all, of which {kinds} "
+            f"keeps {float(went):.2g}: keep the factors in float32 (change the model's type before attach), or take a "
+            "larger rho"
+        )
+
+
 _made: dict[tuple[Any, Any], type[Paired]] = {}
 
 

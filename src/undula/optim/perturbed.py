@@ -62,7 +62,11 @@ class Perturbed(Paired):
         elif not self.kept or len(self.kept) < self.whole:
             with torch.no_grad():
                 self.restore()
-                self.put_out()
+                try:
+                    self.put_out()
+                except ValueError:  # of a move that the numbers lose
+                    self.restore()
+                    raise
                 self.whole = len(self.kept)
                 self.passes += 1
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .paired import Paired, Params
+from .paired import Paired, Params, check_went
 from .pairs import Pair
 
 Steer = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
@@ -54,8 +54,8 @@ class SAMReference(Paired):
         return []
 
     def twice(self, again: Callable[[], Any]) -> None:
-        """The gradients are there: has `again`, a forward and backward pass over the same rows, run at the moved
-        factors and keeps what `step` is to follow.  The factors are put back bit for bit."""
+        """The gradients are there, unscaled: has `again`, a forward and backward pass over the same rows, run at the
+        moved factors and keeps what `step` is to follow.  The factors are put back bit for bit."""
         theta = list({id(t): t for _, _, t in self.adapter.tensors() if t.grad is not None}.values())
         every = [p for group in self.param_groups for p in group["params"]]
         if not self.rho or not theta:
@@ -69,6 +69,7 @@ class SAMReference(Paired):
             step = torch.where(length > 0, self.rho / length, 0)
             torch._foreach_add_(theta, torch._foreach_mul(g, step))
         try:
+            check_went(theta, copies, step * length, self.called)
             for p in every:
                 p.grad = None
             with torch.enable_grad():
