@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/shots"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), help="fashion is always one of them")
-    parser.add_argument("--shots", nargs="*", type=int, choices=SHOTS, default=list(SHOTS))
+    parser.add_argument("--shots", nargs="+", type=int, choices=SHOTS, default=list(SHOTS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(Size().seeds))
     parser.add_argument("--quick", action="store_true", help="one step, one seed, Fashion-MNIST alone")
     parser.add_argument("--table", action="store_true", help="print what is there, and make nothing")

@@ -54,12 +54,12 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
     ]
     flat = [pairwise(rows, s, of, (of[0], "adamw", of[2])) for of in ARMS if of[1] == "sam" for s in sets]
     slower = [pairwise(rows, s, ("lora", "sam", FAST), (*lora, SLOW)) for s in sets]
-    over = {}
+    over, most = {}, max(r["shots"] for r in rows)
     for name in sets:
-        told = spread([r["H"] - zero[name][str(r["seed"])]["H"] for r in arm(rows, name, 16, (*lora, SLOW))])
+        told = spread([r["H"] - zero[name][str(r["seed"])]["H"] for r in arm(rows, name, most, (*lora, SLOW))])
         over[name] = {"gain": told.mean, "low": told.low, "high": told.high}
     met = {
-        "LoRA with 16 shots is above zero-shot in H on every set": all(g["gain"] > 0 for g in over.values()),
+        f"LoRA with {most} shots is above zero-shot in H on every set": all(g["gain"] > 0 for g in over.values()),
         "Block-LoRA of 4 blocks is LoRA of rank 2 with B's rate times 4: logits within 0.01": found["twin"] < 0.01,
         "Block-LoRA's H at LoRA's rate is LoRA's less 0.01, or more": all(g["gain"] > -0.01 for g in blocks),
         "SAM's reference raises LoRA's H at its rate on every set": all(
