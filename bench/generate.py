@@ -252,8 +252,9 @@ def run(args: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) 
             keep(rows)
             print(name, number, {row["way"]: row["accuracy"] for row in new}, flush=True)
     made = summary(rows)
-    return {**how(args), "cpu_seconds": round(time.process_time() - begun), "targets_met": targets(made),
-            "summary": made, "spread": spread(library, vectors), "rows": rows}  # fmt: skip
+    return {**how(args), "cpu_seconds_of_the_last_part": round(time.process_time() - begun),
+            "targets_met": targets(made), "summary": made,
+            "spread": spread(library, vectors), "rows": rows}  # fmt: skip
 
 
 def how(args: argparse.Namespace) -> dict[str, Any]:
