@@ -89,6 +89,12 @@ def test_what_cannot_be_read_is_named_and_the_exit_code_says_so(folder, tmp_path
     assert list(told["skipped"]) == ["bad"]
 
 
+def test_a_question_in_another_encoding_is_asked_and_other_bases_are_named(folder):
+    code, said = find("films\udce9", "--in", folder, "--model", "other/base")
+    assert code == 0, said
+    assert "--model other/base asks for one base, and these are for: a-base" in " ".join(said.split())
+
+
 def test_what_is_missing_is_said(folder, tmp_path):
     for words, told in {
         ("--in", folder): "say what the task is",
@@ -98,6 +104,7 @@ def test_what_is_missing_is_said(folder, tmp_path):
         ("x", "--in", folder, "--by", "name"): "by is both, text, weights",
         ("x", "--in", folder, "--encoder", folder / "law" / "adapter_model.safetensors"): "is no encoder of weights",
         ("--in", folder / "law", "--learn", tmp_path / "e"): "takes 8 adapters",
+        ("--in", folder, "--learn", folder / "law" / "adapter_model.safetensors"): "is not written over",
     }.items():
         code, said = find(*words)
         assert (code, told in said) == (2, True), said

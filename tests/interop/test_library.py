@@ -30,7 +30,8 @@ max_steps = 6
 batch = 4
 eval_every = 0
 """
-JOBS = COMMON + '[[jobs]]\nname = "one"\ndescription = "a good day"\n[[jobs]]\nname = "two"\ndescription = "bad food"\n'
+JOBS = COMMON + '[[jobs]]\nname = "one"\ndescription = "a good day"\n'
+JOBS += '[[jobs]]\nname = "two"\ndescription = "bad food"\ndata = "{other}"\n'
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def place(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("library")
     base = tiny.bert(tmp / "base")
     data = tiny.jsonl(tmp / "rows.jsonl", tiny.reviews(24))
-    (tmp / "tasks.toml").write_text(JOBS.format(base=base, data=data, method="aurora"))
+    other = tiny.jsonl(tmp / "others.jsonl", tiny.reviews(24, seed=1))
+    (tmp / "tasks.toml").write_text(JOBS.format(base=base, data=data, other=other, method="aurora"))
     build(tmp / "tasks.toml", tmp / "library", checkpoints=2, share=0.5)
     return tmp
 
@@ -139,15 +141,21 @@ def test_a_library_has_what_its_trainings_were(place):
 
 
 def test_a_library_grows(place, tmp_path):
+    """By a file that has not all that it has, and another description of one."""
     import shutil
 
     shutil.copytree(place / "library", tmp_path / "library")
-    jobs = (place / "tasks.toml").read_text() + '[[jobs]]\nname = "three"\ndescription = "a place"\n'
-    (tmp_path / "tasks.toml").write_text(jobs)
+    jobs = (place / "tasks.toml").read_text().partition('[[jobs]]\nname = "two"')[0].replace("a good day", "a nice day")
+    (tmp_path / "tasks.toml").write_text(jobs + '[[jobs]]\nname = "three"\ndescription = "a place"\n')
     lib = build(tmp_path / "tasks.toml", tmp_path / "library", checkpoints=2, share=0.5, resume=True)
     assert lib.names == ["one", "two", "three"]
     old = Library.load(place / "library")
     assert torch.equal(lib.without(["three"]).means, old.means)
+    assert [e.description for e in lib.experts] == ["a nice day", "bad food", "a place"]
+    torch.testing.assert_close(lib.embeddings[0], lib.embed(["a nice day"])[0])
+    other = {"four": dataclasses.replace(recipes(place)["one"], model=tiny.roberta(tmp_path / "base"))}
+    with pytest.raises(ValueError, match=r"is a library of .*name another --out"):
+        build(other, tmp_path / "library", {"four": "a day"})
 
 
 def recipes(place, **more):
@@ -221,6 +229,7 @@ def test_the_verb_makes_one(place, tmp_path, how, monkeypatch):
         (["--how", "icm-lora"], "reads rows of the task"),
         (["--seed", "1"], "mixture draws nothing"),
         (["--class", "one=a"], "two classes or more"),
+        (["--class", "a=b", "--class", "c=d", "--how", "icm-lora", "--rows", "rows.csv"], "rows.csv has columns"),
     ],
 )
 def test_the_verb_refuses_what_would_do_nothing(place, tmp_path, more, words):

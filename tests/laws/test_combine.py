@@ -482,6 +482,8 @@ def test_what_does_not_belong_together_is_refused():
     for weights in ([1.0], [0.5, float("nan")]):
         with pytest.raises(ValueError, match=r"2 adapters take 2 weights|finite"):
             combine.fused([a, a], weights)
+    with pytest.raises(ValueError, match="weights are for what adapters train in full"):
+        combine.fused([a, a], [0.5, 0.5])
     halves = combine.named("average")([heads, heads])
     close(halves.full["2.weight"], heads.full["2.weight"])
     model = nn.Sequential(nn.Linear(12, 5))

@@ -1,6 +1,7 @@
 """Generated adapters: what holds of the mixture, of the divergence and of the packing, whatever was trained."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -184,13 +185,27 @@ def generators(lib):
 def test_a_seed_settles_all_and_the_condition_changes_the_output(tmp_path, kind):
     lib = library(tmp_path)
     made, one, other = generators(lib)[kind]
+    torch.manual_seed(9)
+    state = torch.random.get_rng_state()
     again = generators(lib)[kind][0]
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(made.vector(one), again.vector(one))
     assert torch.equal(made.vector(one, seed=1), again.vector(one, seed=1))
     assert not torch.equal(made.vector(one, seed=1), made.vector(one, seed=2))
     assert not torch.allclose(made.vector(one), made.vector(other))
     shapes = {(s, k): t.shape for s, k, t in made.generate(one).tensors()}
     assert shapes == {(s, k): t.shape for s, k, t in lib.layout.like.tensors()}
+
+
+def test_what_says_nothing_is_not_learned(tmp_path):
+    lib = library(tmp_path)
+    with pytest.raises(ValueError, match="has one"):
+        ICMLoRA.fit(lib.without(lib.names[1:]), ICM, tasks(1))
+    with pytest.raises(ValueError, match="one task vector"):
+        ICMLoRA.fit(lib, ICM, tasks(1).expand(5, -1))
+    alike = dataclasses.replace(lib.experts[0], checkpoints=lib.experts[0].mean.expand(2, -1))
+    with pytest.raises(ValueError, match="all the same numbers"):
+        Basis.of(dataclasses.replace(lib, experts=(alike, alike)), 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,6 +221,11 @@ def test_a_generator_goes_to_disk_and_back(tmp_path, kind):
     other = ICMLoRA if kind == "sg" else SGLoRA
     with pytest.raises(ValueError, match="is asked for"):
         other.load(tmp_path / "kept", lib)
+    trained_on = dataclasses.replace(lib.experts[1], checkpoints=lib.experts[1].checkpoints + 1)
+    with pytest.raises(ValueError, match="other experts"):  # of the same names
+        type(made).load(
+            tmp_path / "kept", dataclasses.replace(lib, experts=(lib.experts[0], trained_on, *lib.experts[2:]))
+        )
 
 
 @pytest.mark.parametrize("kind", [lambda: Convolutional(30, 3, (8, 8), 16, 8), lambda: Dense(30, 3, 16, 8)])
@@ -268,3 +288,12 @@ def test_a_library_takes_one_start_alone(tmp_path):
     for a, b in zip(found.experts, lib.without(["e3"]).experts, strict=True):
         assert torch.equal(a.checkpoints, b.checkpoints)
         assert (a.description, a.figures) == (b.description, b.figures)
+    dataclasses.replace(lib.experts[1], mean=lib.experts[1].mean / 0).save(
+        tmp_path / "experts" / "e1", digest(lib.start)
+    )
+    with pytest.raises(ValueError, match="mean holds NaN or infinity"):
+        Library.load(tmp_path)
+    said = json.loads((tmp_path / "library.json").read_text())
+    (tmp_path / "library.json").write_text(json.dumps({k: v for k, v in said.items() if k != "model"}))
+    with pytest.raises(ValueError, match="is no library of version 1"):
+        Library.load(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from tests.support.numbers import shake
 from undula import retrieve
 from undula.methods.sum import as_pair
 from undula.retrieve import index as indexing
+from undula.retrieve.describing import described
 from undula.retrieve.sketching import DIRECT, WIDTH
 
 close = torch.testing.assert_close
@@ -199,6 +201,87 @@ def test_a_damaged_index_is_made_anew(folder, encoder_of_texts):
     same(again, first)
     with pytest.raises(ValueError, match="no index of this version"):
         retrieve.load(folder / "a0" / "adapter_model.safetensors")
+
+
+def test_names_in_other_encodings_and_links_to_nowhere_stop_nothing(folder, encoder_of_texts):
+    there = os.fsencode(folder) + b"/caf\xe9"
+    shutil.copytree(os.fsencode(folder / "a0"), there)
+    os.unlink(there + b"/README.md")
+    os.symlink("itself", folder / "itself")
+    aged(folder)
+    found = retrieve.update(folder, model=encoder_of_texts)
+    (odd,) = (e for e in found.entries if e.name not in {f"a{i}" for i in range(6)} | {"below/a6", "below/a7"})
+    assert (os.fsencode(odd.name), odd.text, odd.wrong) == (b"caf\xe9", "caf?", "")
+    again = retrieve.update(folder, model=encoder_of_texts)
+    assert again.read == 0
+    same(again, found)
+
+
+def test_adapters_that_change_places_are_read_again(folder, encoder_of_texts):
+    """Their files have one size and one time, as those of an archive may."""
+    for name in ("a0", "a3"):
+        (folder / name / "README.md").unlink()
+        for path in (folder / name).iterdir():
+            os.utime(path, ns=(10**18, 10**18))
+    before = retrieve.update(folder, model=encoder_of_texts)
+    for one, other in (("a0", "a"), ("a3", "a0"), ("a", "a3")):
+        (folder / one).rename(folder / other)
+    found = retrieve.update(folder, model=encoder_of_texts)
+    close(found.weights[[0, 3]], before.weights[[3, 0]], rtol=0, atol=0)
+    assert not torch.equal(found.weights[0], before.weights[0])
+
+
+def test_what_the_system_did_not_let_be_read_is_tried_again(folder, encoder_of_texts, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    whole = retrieve.update(folder, folder.parent / "other.safetensors", encoder_of_texts)
+    with monkeypatch.context() as patched:
+        patched.setattr("undula.retrieve.entry.Opened", denied)
+        assert len(retrieve.update(folder, model=encoder_of_texts).skipped) == 8
+    same(retrieve.update(folder, model=encoder_of_texts), whole)
+
+
+def test_no_other_file_is_written_over_and_none_read_in_vain(folder, encoder_of_texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing.entries, "read", None)  # so that reading one would end in a TypeError
+    (tmp_path / "notes").write_text("mine")
+    for path, error in (("notes", FileExistsError), ("adapters", IsADirectoryError), ("notes/index", OSError)):
+        with pytest.raises(error):
+            retrieve.update(folder, tmp_path / path, encoder_of_texts)
+    with pytest.raises(FileExistsError, match="is no encoder of weights, and is not written over"):
+        retrieve.Encoder(4).save(tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_what_undula_writes_beside_adapters_is_none(folder, encoder_of_texts):
+    (folder / "generators").mkdir()
+    (folder / "generators" / "generator.safetensors").write_bytes(b"whatever it is")
+    for _ in range(2):  # and over one of its own it writes
+        retrieve.Encoder(4).save(folder / "encoder.safetensors")
+    found = retrieve.update(folder, folder / "index.safetensors", encoder_of_texts)
+    again = retrieve.update(folder, folder / "index.safetensors", encoder_of_texts)
+    assert (again.skipped, [e.name for e in again.entries]) == ({}, [e.name for e in found.entries])
+    (folder / "index.safetensors").rename(folder.parent / "index.safetensors")
+    assert retrieve.load(folder.parent / "index.safetensors", folder).folder == folder
+
+
+def test_a_number_that_was_damaged_is_seen(folder, encoder_of_texts):
+    retrieve.update(folder, model=encoder_of_texts)
+    path = folder / indexing.FILE
+    held = bytearray(path.read_bytes())
+    held[-2000] ^= 1
+    path.write_bytes(held)
+    with pytest.raises(ValueError, match="damaged: its numbers are not those that were written"):
+        retrieve.load(path)
+
+
+@pytest.mark.parametrize("part", ["[", "![](", "<!--", "```x\n", "\n", "[](", "# \n", " |"])
+def test_no_card_takes_more_time_than_its_length(tmp_path, part):
+    """In steps that grow with the square of its length this would take minutes."""
+    (tmp_path / "README.md").write_text("a film\n" + part * (1 << 17))
+    begun = time.process_time()
+    assert described(tmp_path, {}, {})[0].startswith("a film")
+    assert time.process_time() - begun < 10
 
 
 def test_a_kill_loses_no_more_than_a_part(folder, encoder_of_texts, monkeypatch):

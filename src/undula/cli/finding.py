@@ -55,7 +55,7 @@ def find(
     skipped = made.skipped
     shell.write(to, _told(made, found, learn))
     if str(to) != "-":
-        _show(made, found, learn)
+        _show(made, found, learn, model)
     for name, why in list(skipped.items())[:MOST_WRONG]:
         shell.remark(f"{name} is left out: {why}")
     if skipped:
@@ -77,7 +77,10 @@ def _found(
     model: str | None,
 ) -> tuple[Index, list[Found] | None]:
     from ..retrieve import Encoder, learned, question, ranked, update
+    from ..retrieve.encoder import check_place
 
+    if learn is not None:
+        check_place(learn)
     known = None if encoder is None else Encoder.load(encoder)
     asked = None if words is None and rows is None else question(words, rows)
     with counting("reading adapters") as seen:
@@ -97,7 +100,7 @@ def _told(made: Index, found: list[Found] | None, learn: Path | None) -> dict[st
     }  # fmt: skip
 
 
-def _show(made: Index, found: list[Found] | None, learn: Path | None) -> None:
+def _show(made: Index, found: list[Found] | None, learn: Path | None, model: str | None) -> None:
     shell.note(f"{len(made.usable):,} adapters in {made.folder}; {made.read:,} were new or changed and have been read")
     if silent := sum(bool(e.silent) for e in made.entries):
         shell.note(f"{silent:,} of them have no encoding of their weights: they are found by their text alone")
@@ -106,7 +109,11 @@ def _show(made: Index, found: list[Found] | None, learn: Path | None) -> None:
     if found is None:
         return
     if not found:
-        shell.note("Nothing was found: no adapter here has what was asked for")
+        bases = sorted({made.entries[i].base or "no base that is said" for i in made.usable})
+        of = (
+            f"; --model {model} asks for one base, and these are for: {', '.join(bases[:5])}" if model and bases else ""
+        )
+        shell.note(f"Nothing was found: no adapter here has what was asked for{of}")
         return
     weighed = any(f.weights is not None for f in found)
     rows: list[dict[str, Any]] = [

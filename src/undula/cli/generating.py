@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..train.tasks.task import Task
 
 GENERATORS = "generators"
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".xlsx")
+MOST = 10_000  # rows that are read of a file
 RESUMES = "stopped, with all experts saved; go on with: undula library {path} --out {out} --resume"
 
 
@@ -151,13 +153,26 @@ def _made(
         return mixed.mean, told
     folder = lib.path / GENERATORS / how
     kind: Any = SGLoRA if how is How.SG_LORA else ICMLoRA
-    made = kind.load(folder, lib) if (folder / "generator.json").is_file() else kind.fit(lib)
-    made.save(folder)
+    texts = [] if rows is None else _texts(rows)  # refused before anything is trained
+    if (folder / "generator.json").is_file():
+        made = kind.load(folder, lib)
+    else:
+        made = kind.fit(lib)
+        made.save(folder)
     if rows is None:
         return made.vector(description, seed), told
+    return made.vector(texts, seed), [{"rows": len(texts[: made.options.rows]), "file": str(rows)}]
+
+
+def _texts(rows: Path) -> list[str]:
+    """The rows of a text file, MOST at most.  Raises OSError; ValueError for a file with columns, or without rows."""
+    if rows.suffix.lower() in TABLES:
+        raise ValueError(f"--rows takes a text file, a row a line; {rows} has columns: write its texts into one")
     with rows.open(encoding="utf-8") as lines:
-        texts = [line.strip() for line in itertools.islice(filter(str.strip, lines), made.options.rows)]
-    return made.vector(texts, seed), [{"rows": len(texts), "file": str(rows)}]
+        texts = [line.strip() for line in itertools.islice(filter(str.strip, lines), MOST)]
+    if not texts:
+        raise ValueError(f"{rows} has no rows: a task vector is made of some, one a line")
+    return texts
 
 
 def _note(description: str, how: How, told: list[dict[str, Any]]) -> str:

@@ -30,13 +30,18 @@ def fused(
     some adapt has gates over those alone, with a `Missing` warning.  Parameters in full are averaged by `weights`,
     which are for these alone (default: equal); they train on.
 
-    Raises ValueError for no adapters, a share that is not above 0, and adapters of other bases, or whose parameters in
-    full have no average.
+    Raises ValueError for no adapters, a share that is not above 0, weights where nothing is in full, and adapters of
+    other bases, or whose parameters in full have no average.
     """
     if not 0 < share <= LARGEST:
         raise ValueError(f"share is how much of the adapters' sum gates begin with, above 0; found {share!r}")
     shares = one_each([1 / len(adapters)] * len(adapters) if weights is None else weights, len(adapters))
     values = [a.copy() if isinstance(a, Live) else a for a in adapters]
+    if weights is not None and not any(a.full for a in values):
+        raise ValueError(
+            "weights are for what adapters train in full, and these train nothing so: gates weigh the adapters "
+            "themselves. Leave the weights out"
+        )
     full = averaged(list(zip(shares, values, strict=True)))
     check_one_base(values, same_base)
     for told in missing(values):

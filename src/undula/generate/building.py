@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ..jobs.many import many
 from ..jobs.view import Silent, View
 from ..train.base import called_elsewhere
 from ..train.recipe import Recipe
-from .library import EXPERT, EXPERTS, START, Expert, Library, embedded
+from .library import EXPERT, EXPERTS, LIBRARY, START, Expert, Library, embedded
 from .pack import Layout, digest, moments
 
 SNAPSHOTS, DESCRIPTION = "snapshots", "description"
@@ -49,11 +49,22 @@ def build(
     out = Path(out)
     recipes, told = _asked(jobs, out, descriptions, resume)
     check(recipes, told, checkpoints, share)
+    before = _before(out, next(iter(recipes.values())).model)
     recorder = Recorder(out, checkpoints, share, view or Silent())
     done = many(recipes, out / EXPERTS, resume=resume, view=recorder)
     if lost := [f"{name}: {job.error or job.state}" for name, job in done.items() if job.state not in (DONE, STOPPED)]:
         raise ValueError(f"these experts have failed, and no library is made: {'; '.join(lost)}")
-    return recorder.library(done, told)
+    return recorder.library(done, told, before)
+
+
+def _before(out: Path, model: str) -> list[str]:
+    """The experts that a library in OUT has.  Raises ValueError where it is of another base."""
+    if not (out / LIBRARY).is_file():
+        return []
+    there = Library.load(out)
+    if there.model != model:
+        raise ValueError(f"{out} is a library of {there.model}, and these experts are of {model}: name another --out")
+    return there.names
 
 
 def _asked(
@@ -146,7 +157,7 @@ class Recorder:
     def said(self, text: str) -> None:
         self.view.said(text)
 
-    def library(self, done: Mapping[str, Job], told: Mapping[str, str]) -> Library:
+    def library(self, done: Mapping[str, Job], told: Mapping[str, str], before: Sequence[str]) -> Library:
         """What these jobs came to, with the experts that were there before; it is written."""
         new = [name for name, job in done.items() if not (job.run.out / f"{EXPERT}.json").is_file()]
         if self.layout is None or self.start is None:  # all were finished: nothing has begun
@@ -158,10 +169,20 @@ class Recorder:
         for name, embedding in zip(new, vectors, strict=True):
             self._expert(done[name], told[name], embedding).save(done[name].run.out, digest(self.start))
             shutil.rmtree(done[name].run.out / SNAPSHOTS)
-        experts = tuple(Expert.load(job.run.out)[0] for job in done.values())
+        names = dict.fromkeys([*before, *done])
+        experts = tuple(self._told(name, model, told) for name in names)
         made = Library(self.out, model, self.layout, self.start, experts)
         made.save()
         return Library.load(self.out)
+
+    def _told(self, name: str, model: str, told: Mapping[str, str]) -> Expert:
+        """One that is there, with the description that it has now."""
+        folder = self.out / EXPERTS / name
+        expert, start = Expert.load(folder)
+        if told.get(name, expert.description) != expert.description:
+            expert = replace(expert, description=told[name], embedding=embedded(model, [told[name]])[0])
+            expert.save(folder, start)
+        return expert
 
     def _expert(self, job: Job, description: str, embedding: Tensor) -> Expert:
         """Of a job that has just ended.  Raises ValueError where it ended before anything of it was kept."""

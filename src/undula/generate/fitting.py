@@ -65,6 +65,10 @@ class Basis:
         values, vectors = torch.linalg.eigh(X @ X.T)  # of rows, which are fewer than numbers
         there = int((values > 1e-10 * values[-1]).sum())
         top = slice(len(values) - min(components, there), None)
+        if values[-1] <= 0:
+            raise ValueError(
+                f"the experts of {library.path} are all the same numbers: nothing is to be learned of them"
+            )
         V = vectors[:, top].T @ X / values[top].sqrt()[:, None]
         return cls.along(library, V.flip(0).to(standard.mean.dtype))
 
@@ -131,8 +135,14 @@ def keep(folder: Path, kind: str, options: Mapping[str, Any], library: Library, 
     """Writes a generator: its kind and options, of which library it is, its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {"version": 1, "is": kind, "options": dict(options), "start": digest(library.start),
-              "experts": library.names}  # fmt: skip
+              "experts": _experts(library)}  # fmt: skip
     files.write_state(folder, GENERATOR, values, {k: t.detach().contiguous() for k, t in tensors.items()})
+
+
+def _experts(library: Library) -> dict[str, str]:
+    """{name: digest of its checkpoints and embedding}, of what a generator has learned."""
+    parts = {e.name: (e.checkpoints.flatten(), e.embedding.to(e.checkpoints.dtype)) for e in library.experts}
+    return {name: digest(torch.cat(both)) for name, both in parts.items()}
 
 
 def kept(folder: Path, kind: str, library: Library) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -144,6 +154,8 @@ def kept(folder: Path, kind: str, library: Library) -> tuple[dict[str, Any], dic
     with files.door(str(folder / GENERATOR)):
         if values.get("is") != kind or values.get("version") != 1:
             raise ValueError(f"is {values.get('is')!r} of version {values.get('version')!r}, and {kind} is asked for")
-        if values["start"] != digest(library.start) or values["experts"] != library.names:
-            raise ValueError(f"was trained on other experts than those of {library.path}: train it on these")
+        if values["start"] != digest(library.start) or values["experts"] != _experts(library):
+            raise ValueError(
+                f"was trained on other experts than those of {library.path}: delete it to train it on these"
+            )
         return values["options"], tensors

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
-from .fitting import Basis, Standard, drawn, keep, kept, seeded, trained
+from .fitting import FLOOR, Basis, Standard, drawn, keep, kept, seeded, trained
 from .icm_nets import Convolutional, Dense, Net
 from .library import Library
 from .task_vector import ROWS, of_experts, task_vectors
@@ -62,13 +62,21 @@ class ICMLoRA:
     @classmethod
     def fit(cls, library: Library, options: Options = Options(), tasks: Tensor | None = None) -> Self:
         """Trains it on the library's checkpoints.  tasks (N, H): the experts' task vectors, where they are known; else
-        they are made of their own training rows."""
+        they are made of their own training rows.  Raises ValueError for fewer than two experts, or task vectors that
+        are all the same: a condition tells one task from another."""
+        if len(library.experts) < 2:
+            raise ValueError(f"ICM-LoRA learns from experts beside each other; {library.path} has one")
         tasks = of_experts(library, options.rows) if tasks is None else tasks
         if len(tasks) != len(library.experts):
             raise ValueError(f"{len(library.experts)} experts have a task vector each; found {len(tasks)}")
+        if torch.equal(tasks, tasks[:1].expand_as(tasks)):
+            raise ValueError(
+                f"the tasks of {library.path} have one task vector: their rows begin alike, which says nothing"
+            )
         space = Standard.of(library) if options.channels else Basis.of(library, options.components)
-        torch.manual_seed(options.seed)
-        made = cls(library, options, space, tasks, _net(library, options, space, tasks))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            made = cls(library, options, space, tasks, _net(library, options, space, tasks))
         t, draw = made.condition(tasks), seeded(options.seed)
 
         def loss() -> Tensor:
@@ -82,7 +90,8 @@ class ICMLoRA:
 
     def condition(self, tasks: Tensor) -> Tensor:
         """Task vectors (B, H), standardised by those of the experts."""
-        deviation = self.tasks.std(0, correction=0).clamp(min=1e-6)
+        deviation = self.tasks.std(0, correction=0)
+        deviation = deviation.clamp(min=FLOOR * float(deviation.square().mean().sqrt()))
         return ((tasks - self.tasks.mean(0)) / deviation).to(self.library.means.dtype)
 
     @torch.no_grad()

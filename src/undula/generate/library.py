@@ -56,6 +56,7 @@ class Expert:
                 f"{folder} is no expert of a library: {EXPERT}.json is missing. `undula library` builds one"
             )
         values, tensors = files.read_state(folder, EXPERT)
+        files.check_finite(tensors, str(folder / f"{EXPERT}.safetensors"))
         with files.door(str(folder / EXPERT)):
             if values.get("version") != VERSION:
                 raise ValueError(f"is of version {values.get('version')!r}, and this undula reads {VERSION}")
@@ -87,7 +88,7 @@ class Library:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "no such folder"
             raise FileNotFoundError(f"{path} is no library: {LIBRARY} is missing; found {there}")
         said = files.parsed((path / LIBRARY).read_bytes(), str(path / LIBRARY))
-        if said.get("version") != VERSION or not isinstance(said.get("experts"), dict):
+        if said.get("version") != VERSION or not isinstance(said.get("experts"), dict) or "model" not in said:
             raise ValueError(f"{path / LIBRARY} is no library of version {VERSION}")
         adapter = Adapter.load(path / START)
         layout = Layout.of(adapter, str(path / START))

@@ -94,8 +94,10 @@ class SGLoRA:
         basis = Basis.of(library, options.components)
         c = torch.stack([_condition(_mixture(library.without([e.name]), e.embedding, options), basis)
                          for e in library.experts])  # fmt: skip
-        torch.manual_seed(options.seed)
-        net, draw = Net(basis.size, options.hidden, options.latent).to(c.dtype), seeded(options.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            net = Net(basis.size, options.hidden, options.latent).to(c.dtype)
+        draw = seeded(options.seed)
 
         def loss() -> Tensor:
             rows = torch.randint(len(library.experts), (options.batch,), generator=draw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,19 +17,31 @@ from .places import EXPERT, README
 LONGEST = 2000  # characters: MiniLM reads 256 words
 LARGEST = 1 << 20
 FRONT = re.compile(r"\A---\n.*?\n---\n", re.S)
-FENCED = re.compile(r"^```.*?^```\s*$", re.S | re.M)
-COMMENT = re.compile(r"<!--.*?-->", re.S)
-IMAGE, LINK = re.compile(r"!\[[^\]]*\]\([^)]*\)"), re.compile(r"\[([^\]]*)\]\([^)]*\)")
-TABLE = re.compile(r"^\s*\|.*$", re.M)
-MARKS = re.compile(r"^\s*[#>*+-]+\s+|[*_`]+", re.M)
+# None of these reads a part of the text again and again, whatever the text: what is opened ends at its end.
+FENCED = re.compile(r"^```.*?(?:^```[ \t]*$|\Z)", re.S | re.M)
+COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
+IMAGE, LINK = re.compile(r"!\[[^][]*\]\([^()]*\)"), re.compile(r"\[([^][]*)\]\([^()]*\)")
+TABLE = re.compile(r"^[ \t]*\|.*$", re.M)
+MARKS = re.compile(r"^[ \t]*[#>*+-]+(?:[ \t]+|$)|[*_`]+", re.M)
 
 
 def described(path: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[str, str]:
     """(text, where it is from: "description", "card", "config", "name") of an adapter's directory or file.
 
     A description of an expert counts first, then a card that a person wrote, then what the configuration says of the
-    task (its classes, its data); else there is the name alone.  Never empty.
+    task (its classes, its data); else there is the name alone.  Never empty, and such as an encoder reads: what no
+    character is (halves of one, bytes of a name in another encoding) is a question mark.
     """
+    text, by = _told(path, config, about)
+    return readable(text), by
+
+
+def readable(text: str) -> str:
+    """With question marks for what no character is: no tokenizer takes that."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _told(path: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[str, str]:
     facts = _facts(config, about)
     if path.is_dir():
         if told := _expert(path / EXPERT):
@@ -37,7 +50,7 @@ def described(path: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -
             return f"{card} {facts}".strip()[:LONGEST], "card"
     if facts:
         return facts[:LONGEST], "config"
-    return re.sub(r"[-_.]+", " ", path.stem if path.is_file() else path.resolve().name), "name"
+    return re.sub(r"[-_.]+", " ", path.stem if path.is_file() else Path(os.path.abspath(path)).name), "name"
 
 
 def _expert(path: Path) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..io import tensorfile
 from ..io.draft import Draft, clean
 from ..io.strict import door, parsed
+from .places import written
 from .sketching import SEED, WIDTH
 
 LEAST = 8  # descriptions that are not alike
@@ -48,8 +49,9 @@ class Encoder(nn.Module):
         return F.normalize(self.up(F.gelu(self.down(x))), dim=-1)
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, whole or not at all."""
+        """Writes one safetensors file, whole or not at all.  Raises what `check_place` raises."""
         path = Path(path)
+        check_place(path)
         told = {"version": VERSION, "seed": SEED, "base": self.base, "model": self.model}
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path)
@@ -77,6 +79,13 @@ class Encoder(nn.Module):
             except RuntimeError as error:
                 raise ValueError(f"{path} is no encoder of weights: {error}") from None
         return made.eval()
+
+
+def check_place(path: str | Path) -> None:
+    """Raises FileExistsError where something lies there that is no encoder: that is not written over."""
+    path = Path(path)
+    if path.exists() and not written(path):
+        raise FileExistsError(f"{path} is no encoder of weights, and is not written over: name another file")
 
 
 def learn(

@@ -24,7 +24,8 @@ from .sketching import sketch
 @dataclass(frozen=True)
 class Entry:
     """`wrong` says why an adapter could not be read: it is in no result.  `silent` says why it has no encoding of its
-    weights: it is found by its text alone.  `mark` is what its files were; None where they had just been written."""
+    weights: it is found by its text alone.  `mark` is what its files were; None where they had just been written,
+    or the system did not let them be read."""
 
     name: str
     mark: Mark | None
@@ -62,7 +63,8 @@ def read(place: Place) -> tuple[Entry, Tensor | None]:
             z, silent = _sketch(adapter)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         told = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        return Entry(place.name, place.mark, wrong=" ".join(told.split()) or type(error).__name__), None
+        mark = None if isinstance(error, OSError) else place.mark  # permissions, say, are not in it: tried again
+        return Entry(place.name, mark, wrong=" ".join(told.split()) or type(error).__name__), None
     kinds = ", ".join(dict.fromkeys(type(m).public().__name__ for m in about.methods.values()))
     base, size = config.get("base_model_name_or_path"), about.num_parameters()
     said = base if isinstance(base, str) else ""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..train.base import same_base
+from .describing import readable
 from .encoder import Encoder, learn
 from .entry import Entry
 from .index import Index, Seen, update
@@ -49,7 +50,7 @@ def question(words: str | None, rows: str | None = None, model: str = ENCODER) -
     if words is not None:
         if not words.strip():
             raise ValueError("the description of the task is empty")
-        parts.append(embedded([words], model)[0])
+        parts.append(embedded([readable(words)], model)[0])
     if rows is not None:
         parts.append(of_rows(rows, model))
     if not parts:

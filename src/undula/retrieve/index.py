@@ -10,8 +10,9 @@ import contextlib
 import json
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from ..io.draft import Draft, clean
 from ..io.strict import door, parsed
 from . import entry as entries
 from .entry import Entry
-from .places import Place, places
+from .places import Place, places, written
 from .sketching import SEED, WIDTH
 from .texts import ENCODER, embedded
 
 FILE = ".undula-index.safetensors"  # in the folder
-VERSION = 1
+VERSION = 2
 TOGETHER = 256  # adapters that are read before their texts are embedded
 SAVED = 4096  # of those that are new: after so many the file is written, so that a kill takes no more
 YOUNG = 2_000_000_000  # ns: files may change within the grain of a file system's clock and keep their time
@@ -72,7 +73,8 @@ def update(
 
     Only what is new or has changed is read, one adapter at a time and of each one layer at a time; what is gone is
     forgotten.  `seen(done, of)` tells of those that are read.  Memory: 8 KB an adapter, its text, and one layer.
-    Raises NotADirectoryError, and OSError where the file cannot be written.
+    Raises NotADirectoryError, and before anything is read OSError where `file` cannot be written and FileExistsError
+    where it is something else than an index.
     """
     folder = Path(folder)
     path = folder / FILE if file is None else Path(file)
@@ -80,6 +82,8 @@ def update(
     there = places(folder)
     kept = _kept(path, model)
     fresh = [p for p in there if p.name not in kept or kept[p.name][0].mark != p.mark]
+    if fresh:
+        _check_writable(path)
     for begin in range(0, len(fresh), TOGETHER):
         some = fresh[begin : begin + TOGETHER]
         kept |= _read(some, begun, model)
@@ -99,6 +103,8 @@ def _kept(path: Path, model: str) -> dict[str, Row]:
     """What an earlier update left; nothing where there is no file, or one that cannot be used."""
     if not path.is_file():
         return {}
+    if path.name != FILE and not written(path):
+        raise FileExistsError(f"{path} is no index, and is not written over: name another file for the index")
     try:
         found = load(path)
     except (ValueError, OSError) as error:
@@ -113,6 +119,19 @@ def _kept(path: Path, model: str) -> dict[str, Row]:
     }
 
 
+def _check_writable(path: Path) -> None:
+    """Raises OSError, before thousands of adapters are read in vain."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: the index is a file (--index FILE)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with Draft(path):
+            pass
+    except OSError as error:
+        told = f"the index cannot be written there ({error.strerror}): name a file elsewhere (--index FILE)"
+        raise OSError(error.errno, told, str(path)) from error
+
+
 def _read(some: Sequence[Place], begun: int, model: str) -> dict[str, Row]:
     found = [entries.read(place) for place in some]
     worded = [e for e, _ in found if not e.wrong]
@@ -120,7 +139,7 @@ def _read(some: Sequence[Place], begun: int, model: str) -> dict[str, Row]:
     made: dict[str, Row] = {}
     for e, z in found:
         young = any(m is not None and m[1] > begun - YOUNG for m in e.mark or ())
-        made[e.name] = (Entry(**{**e.encode(), "mark": None}) if young else e), vectors.get(e.name), z
+        made[e.name] = (replace(e, mark=None) if young else e), vectors.get(e.name), z
     return made
 
 
@@ -137,10 +156,10 @@ def _together(folder: Path, there: Sequence[Place], kept: Mapping[str, Row], mod
 
 
 def _write(index: Index, path: Path) -> None:
-    text = json.dumps([e.encode() for e in index.entries], ensure_ascii=False).encode("utf-8", errors="replace")
+    text = json.dumps([e.encode() for e in index.entries]).encode()  # ASCII: names may be of any bytes
     raw = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    told = {"version": VERSION, "seed": SEED, "model": index.model}
     tensors = {"entries": raw, "texts": index.texts, "weights": index.weights}
+    told = {"version": VERSION, "seed": SEED, "model": index.model, "sum": _sum(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
     clean(path)
     with Draft(path) as draft:
@@ -149,8 +168,17 @@ def _write(index: Index, path: Path) -> None:
         draft.place()
 
 
-def load(path: str | Path) -> Index:
-    """What `update` wrote.  Raises FileNotFoundError, ValueError for another version and for what is damaged."""
+def _sum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of their bytes: a number that is damaged looks like any other."""
+    found = 0
+    for key in sorted(tensors):
+        found = zlib.crc32(tensorfile.memory(tensors[key].contiguous()), found)
+    return found
+
+
+def load(path: str | Path, folder: str | Path | None = None) -> Index:
+    """What `update` wrote.  folder: whose index it is, where it lies elsewhere than in that.  Raises FileNotFoundError,
+    ValueError for another version and for what is damaged."""
     path = Path(path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(door(str(path)))
@@ -162,11 +190,17 @@ def load(path: str | Path) -> Index:
         if found.keys() != {"entries", "texts", "weights"}:
             raise ValueError(f"{path} is no index: it holds {', '.join(found)}")
         held = tensorfile.read(file, found, str(path))
-    try:
+    if told.get("sum") != _sum(held):
+        raise ValueError(f"{path} is damaged: its numbers are not those that were written")
+    with door(str(path)):
         listed = [Entry.decode(e) for e in json.loads(bytes(held["entries"].numpy()))]
-    except (RecursionError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
     texts, weights = held["texts"], held["weights"]
     if texts.ndim != 2 or weights.shape != (len(listed), WIDTH) or len(texts) != len(listed):
         raise ValueError(f"{path} is damaged: {len(listed)} entries, {tuple(texts.shape)} and {tuple(weights.shape)}")
-    return Index(path.parent, tuple(listed), texts.float(), weights.float(), str(told.get("model")))
+    return Index(
+        path.parent if folder is None else Path(folder),
+        tuple(listed),
+        texts.float(),
+        weights.float(),
+        str(told.get("model")),
+    )

@@ -13,7 +13,9 @@ EXPERT = "expert.json"  # what a library of experts says of each
 README, RUN = "README.md", "run.json"
 READ = (files.CONFIG, files.TENSORS, diffusers.WEIGHTS, README, RUN, EXPERT)  # what an entry is made of
 SUFFIX = ".safetensors"
-Mark = list[list[int] | None]  # size and time of change (ns) of each of READ, None where it is not there
+OWN = ("expert.safetensors", "generator.safetensors")  # of a library of experts, beside its adapters
+KEYS = (b'"undula_index"', b'"undula_encoder"')  # what the header of an index or an encoder of undula's begins with
+Mark = list[list[int] | None]  # size, time of change (ns) and number of each of READ, None where it is not there
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,29 @@ def _below(folder: Path, name: str, seen: set[str]) -> Iterator[Place]:
         yield Place(name or ".", folder, [_stat(there.get(n)) for n in READ])
         return
     model = "config.json" in there  # a whole model's folder: its files are no adapters
-    for own, entry in there.items():
+    for own, entry in sorted(there.items()):  # of two ways to one folder the first by name
         below = f"{name}/{own}" if name else own
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _below(folder / own, below, seen)
-        elif own.endswith(SUFFIX) and own != "expert.safetensors" and not model:
+        elif own.endswith(SUFFIX) and own not in OWN and not model and not written(folder / own):
             yield Place(below, folder / own, [_stat(entry)])
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def written(path: Path) -> bool:
+    """Whether a file is an index or an encoder that undula wrote, whole or cut."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(256)
+        return any(key in begin for key in KEYS)
+    except OSError:
+        return False
 
 
 def _stat(entry: os.DirEntry[str] | None) -> list[int] | None:
@@ -60,4 +79,4 @@ def _stat(entry: os.DirEntry[str] | None) -> list[int] | None:
         found = None if entry is None else entry.stat()
     except OSError:  # a link to nothing
         found = None
-    return None if found is None else [found.st_size, found.st_mtime_ns]
+    return None if found is None else [found.st_size, found.st_mtime_ns, found.st_ino]

@@ -18,6 +18,7 @@ sketch can be stored, and what trains (`undula.retrieve.Encoder`) reads sketches
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def sketch(adapter: Adapter | Opened) -> Sketch:
     """The sketch of an adapter, layer by layer: an opened directory is never in memory as a whole.
 
     Raises TypeError where no layer has an update dW (AuroRA, DoRA: `undula.collapse` fits a LoRA to them), ValueError
-    where all updates are zero.
+    where all updates are zero, or one is not finite.
     """
     direct = torch.zeros(P, P, dtype=torch.float64)
     outputs = torch.zeros(OUTPUTS, dtype=torch.float64)
@@ -63,6 +64,10 @@ def sketch(adapter: Adapter | Opened) -> Sketch:
         L_PI = _left(method, f, shape)
         square = float(L_PI.square().sum())
         total += square
+        if not math.isfinite(square):
+            raise ValueError(
+                f"{site}: its update holds numbers that are not finite; the adapter is damaged or diverged"
+            )
         if not square:
             continue
         layers += 1
