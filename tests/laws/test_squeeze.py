@@ -289,6 +289,8 @@ def test_what_cannot_be_squeezed_is_refused_by_name():
     with pytest.raises(TypeError, match=r"AuroRA.* at 0 stands on the rung Method.*undula.collapse"):
         undula.squeeze(adapter_of(undula.AuroRA()), ByRank(2))
     adapter = adapter_of(PLAIN)
+    with pytest.raises(TypeError, match=r"target says .* ByRank\(8\).*found 2"):
+        undula.squeeze(adapter, 2)
     with torch.no_grad():
         adapter.factors["2"]["B"][1, 2] = float("nan")
     with pytest.raises(ValueError, match="2: the factor B holds NaN or infinity"):

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..io import files
-from ..train.base import model_folder, opening, quiet
+from ..retrieve.texts import embedded as texts_as_vectors
 from ..train.run import write_json
 from .pack import Layout, digest
 
 VERSION = 1
 LIBRARY, START, EXPERTS, EXPERT = "library.json", "start", "experts", "expert"
-LENGTH = 128  # tokens of a description that are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,14 +159,7 @@ def check_size(expert: Expert, size: int) -> None:
 
 
 def embedded(model: str, texts: Sequence[str]) -> Tensor:
-    """(len(texts), E), each of length 1: the mean of a text encoder's last states over the tokens of each text."""
-    from transformers import AutoModel, AutoTokenizer
-
-    from ..train.tasks.prompted import vectors
-
+    """(len(texts), E), each of length 1, of descriptions.  Raises ValueError for an empty one."""
     if blank := [i for i, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"description {blank[0] + 1} of {len(texts)} is empty: say what the task is")
-    folder = model_folder(model)
-    with quiet(), opening(model):
-        body, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    return torch.nn.functional.normalize(vectors(body, tokenizer, texts, LENGTH), dim=-1)
+    return texts_as_vectors(texts, model)
