@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from lion import CLASSES, Detector, batch
 from scenes import GROUND, NAMES, SENSORS, Scene, scene
 from sklearn.metrics import average_precision_score
-from sparse import means, voxelise
 from torch import Tensor
+from voxels import means, voxelise
 
 LOW = (0.0, -20.0, GROUND - 0.5)  # metres, the corner of the grid
 CELL = (0.4, 0.4, 0.5)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from scan import TokenMixer
-from sparse import Grid, SubmanifoldConv, unique_rows
 from torch import Tensor, nn
+from voxels import Grid, SubmanifoldConv, unique_rows
 from windows import Groups
 
 CLASSES = ("car", "pedestrian")

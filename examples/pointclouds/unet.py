@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from forest import NONE, Plot
-from sparse import Grid, SubmanifoldConv, means, voxelise
 from torch import Tensor, nn
+from voxels import Grid, SubmanifoldConv, means, voxelise
 
 CELL = 0.5  # metres
 EMBEDDING = 5

@@ -22,8 +22,8 @@ import instances  # noqa: E402
 import lion  # noqa: E402
 import scan  # noqa: E402
 import scenes  # noqa: E402
-import sparse  # noqa: E402
 import unet  # noqa: E402
+import voxels  # noqa: E402
 import windows  # noqa: E402
 
 sys.path.remove(EXAMPLES)
@@ -40,14 +40,14 @@ def occupied(number=40, scenes=2, size=(5, 4, 6), seed=0):
         flat = torch.randperm(math.prod(size), generator=draws)[:number]
         x, y, z = flat // (size[1] * size[2]), flat // size[2] % size[1], flat % size[2]
         parts.append(torch.stack([torch.full_like(x, b), x, y, z], dim=1))
-    return sparse.Grid(torch.cat(parts), size)
+    return voxels.Grid(torch.cat(parts), size)
 
 
 def test_a_submanifold_convolution_is_the_dense_one_at_occupied_cells():
     """Of each scene by itself, at the borders too; and so it is with an adapter."""
     torch.manual_seed(0)
     grid, dense = occupied(), nn.Conv3d(3, 4, 3, padding=1)
-    conv, x = sparse.SubmanifoldConv.from_dense(dense), torch.randn(len(grid), 3)
+    conv, x = voxels.SubmanifoldConv.from_dense(dense), torch.randn(len(grid), 3)
     volume = torch.zeros(2, 3, *grid.size)
     b, *at = grid.places.unbind(1)
     volume[b, :, *at] = x
@@ -62,7 +62,7 @@ def test_a_submanifold_convolution_is_the_dense_one_at_occupied_cells():
 
 def test_a_grid_refuses_a_cell_twice_and_finds_what_is_there():
     with pytest.raises(ValueError, match="a cell stands twice"):
-        sparse.Grid(torch.zeros(2, 4, dtype=torch.long), (2, 2, 2))
+        voxels.Grid(torch.zeros(2, 4, dtype=torch.long), (2, 2, 2))
     grid = occupied()
     assert torch.equal(grid.find(grid.places), torch.arange(len(grid)))
     inside = {tuple(p) for p in grid.places.tolist()}
@@ -70,7 +70,7 @@ def test_a_grid_refuses_a_cell_twice_and_finds_what_is_there():
     assert set(grid.find(free).tolist()) == {len(grid)}
     above, parent = grid.coarser
     assert torch.equal(above.places[parent][:, 1:], grid.places[:, 1:] // 2)
-    rows, row = sparse.unique_rows(grid.places[:, 1:] - 2)
+    rows, row = voxels.unique_rows(grid.places[:, 1:] - 2)
     wanted, which = torch.unique(grid.places[:, 1:] - 2, dim=0, return_inverse=True)
     assert torch.equal(rows, wanted)
     assert torch.equal(row, which)

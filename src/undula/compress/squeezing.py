@@ -152,7 +152,9 @@ def _cuts(source: _Source, target: Target, seen: Seen | None) -> Iterator[tuple[
     """Every site, in order, as the target has it.  One is held at a time, and those that others share."""
     outline, first = source.outline, source.firsts()
     if not isinstance(target, Target):
-        raise TypeError(f"target says to what an adapter is squeezed, such as ByRank(8) or ByEnergy(0.99); found {target!r}")
+        raise TypeError(
+            f"target says to what an adapter is squeezed, such as ByRank(8) or ByEnergy(0.99); found {target!r}"
+        )
     if not outline.methods:
         raise ValueError("this adapter adapts no layer (it holds parameters in full alone): it has no rank to lose")
     for site, method in outline.methods.items():
