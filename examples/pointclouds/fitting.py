@@ -20,8 +20,9 @@ from record import record
 __all__ = ["arguments", "check_size", "fit", "kept", "record"]
 
 
-def arguments(what: str, name: str) -> argparse.Namespace:
-    """`--work`, `--json`, `--figure` and `--quick`; torch is set to one thread."""
+def arguments(what: str, name: str, wide: str = "") -> argparse.Namespace:
+    """`--work`, `--json`, `--figure` and `--quick`, and `--wide` where it is told what that does; torch is set to one
+    thread."""
     parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default, told in (
         ("--work", f"runs/{name}", "what has run"),
@@ -30,6 +31,8 @@ def arguments(what: str, name: str) -> argparse.Namespace:
     ):
         parser.add_argument(option, type=Path, default=Path(default), help=f"{told} (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps only; all is kept under quick-... then")
+    if wide:
+        parser.add_argument("--wide", action="store_true", help=wide)
     given = parser.parse_args()
     if given.quick:  # what whole runs left stays
         given.work, given.json, given.figure = (

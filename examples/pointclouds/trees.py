@@ -1,6 +1,7 @@
 """Trees in made-up forest scans of 10 to 1,000 points per m2: adapters for each sensor, or one augmented model?
 
     python examples/pointclouds/trees.py                       # a few minutes; runs/trees.svg and runs/trees.json
+    python examples/pointclouds/trees.py --wide                # networks of half and twice the channels too
     python examples/pointclouds/trees.py --quick               # does everything run?
 
 A U-Net learns on dense scans.  Then, for each coarser density, an adapter learns on scans of that density, or all of
@@ -49,6 +50,7 @@ class Size:
     test: int = 10
 
 
+WIDE = Size((4, 8, 16), (1, 2, 1))
 QUICK = Size((8,), (1,), (30,), 3, 2, 2, 2, 1, 1)
 
 
@@ -204,8 +206,8 @@ def shown(folder: Path, ground: Ground, size: Size) -> list[tuple[str, Any, Any]
 
 
 def main() -> None:
-    given = arguments(__doc__, "trees")
-    size = QUICK if given.quick else Size()
+    given = arguments(__doc__, "trees", wide="4 and 16 channels too, one seed of each")
+    size = QUICK if given.quick else WIDE if given.wide else Size()
     folder = given.work
     check_size(folder, vars(size), free=("widths", "seeds"))
     ground = Ground.made(size)
