@@ -166,19 +166,23 @@ def rows_of(width: int, seed: int, folder: Path, ground: Ground, size: Size) -> 
 
 
 def targets(rows: list[dict[str, Any]], size: Size) -> dict[str, bool]:
-    """What was aimed at, and whether it is so; means over widths and seeds."""
+    """What was aimed at, and whether it is so, of networks of each width; means over seeds."""
 
-    def mean(model: str, densities: Sequence[int] = size.densities) -> float:
-        return statistics.mean(r["F1"] for r in rows if r["model"] == model and r["density"] in densities)
+    def mean(model: str, width: int, densities: Sequence[int] = size.densities) -> float:
+        of = (width, model)
+        return statistics.mean(r["F1"] for r in rows if (r["width"], r["model"]) == of and r["density"] in densities)
 
     adapters, networks = (f"dense + {kind}, one a density" for kind in RATES)
-    sparsest = size.densities[:1]
-    return {
-        "thinned scans teach more than dense ones of the sparsest": mean("thinned", sparsest) > mean(DENSE, sparsest),
-        "an adapter for each density is above the dense network alone": mean(adapters) > mean(DENSE),
-        "and within 0.02 of a network for each density": mean(adapters) >= mean(networks) - 0.02,
-        "and above one thinned network of as many steps": mean(adapters) > mean(LONG),
-    }
+    found, sparsest = {}, size.densities[:1]
+    for w in size.widths:
+        found |= {
+            f"{w}: thinned scans teach more than dense ones of the sparsest": mean("thinned", w, sparsest)
+            > mean(DENSE, w, sparsest),
+            f"{w}: an adapter for each density is above the dense network alone": mean(adapters, w) > mean(DENSE, w),
+            f"{w}: and within 0.02 of a network for each density": mean(adapters, w) >= mean(networks, w) - 0.02,
+            f"{w}: and above one thinned network of as many steps": mean(adapters, w) > mean(LONG, w),
+        }
+    return found
 
 
 def told(rows: list[dict[str, Any]], size: Size, console: Console) -> None:
