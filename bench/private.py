@@ -3,10 +3,11 @@
     python bench/private.py --json bench/results/private.json     # some minutes of one core
     python bench/private.py --case attack                          # the attack alone
 
-MiniLM on WordNet, LoRA at query and value.  "attack": one party with few rows trains on them for long, without noise
-and with DP-SGD at several epsilons; the loss-threshold attack then asks of those rows and as many others who was in.
+MiniLM on WordNet, LoRA at query and value.  "attack": one party with few rows trains on them for long by AdamW, without
+noise and with DP-SGD at several epsilons; the loss-threshold attack then asks of those rows and as many others, drawn
+from the same, who was in.
 "rounds": clients by Dirichlet(0.5), FedIT (both factors), FFA and FedSVD (B alone), without noise and with the same
-epsilons over all rounds.  Plain gradient descent with momentum, as FedSVD's source has it; of several --rates the one
+epsilons over all rounds; gradient descent with momentum, as FedSVD's source has it.  Of several --rates the one
 with the best accuracy at the end is taken, for each way and each epsilon, on the rows that are measured on.
 """
 
@@ -32,7 +33,7 @@ from undula.federated.rows import Rows
 from undula.federated.server import Server
 from undula.federated.spec import Federation
 from undula.federated.split import Dirichlet, Even
-from undula.optim.optimisers import SGD
+from undula.optim.optimisers import SGD, AdamW
 from undula.optim.schedules import Constant
 from undula.train import Classification, Recipe
 
@@ -41,19 +42,23 @@ HOWS: dict[str, Aggregation] = {"FedIT": FedIT(), "FFA": FFA(), "FedSVD": FedSVD
 
 
 def small(work: Path, train: int, held: int) -> Path:
-    """So many rows of WordNet, as a folder."""
+    """So many rows of WordNet, as a folder: both parts of its training rows, so that nothing but having been in tells
+    them apart (the classes of its own parts are not as frequent)."""
     folder = work / f"data-{train}-{held}"
     if not folder.is_dir():
         rows = dataset("wordnet")
-        parts = {n: rows[n].shuffle(seed=0).select(range(most)) for n, most in (("train", train), ("validation", held))}
+        mixed = rows["train"].shuffle(seed=0)
+        parts = {"train": mixed.select(range(train)), "validation": mixed.select(range(train, train + held))}
         type(rows)(parts).save_to_disk(folder)
     return folder
 
 
-def asked(data: Path, epsilon: float | None, lr: float, steps: int, batch: int, **federated: Any) -> Federation:
+def asked(
+    data: Path, epsilon: float | None, lr: float, steps: int, batch: int, optimiser: Any = SGD(), **federated: Any
+) -> Federation:
     recipe = Recipe(
         model="bundled:minilm", data=str(data), task=Classification(max_length=16), method=undula.LoRA(r=4),
-        where=("query", "value"), lr=lr, optimiser=SGD(), max_steps=steps, batch=batch, eval_rows=10_000,
+        where=("query", "value"), lr=lr, optimiser=optimiser, max_steps=steps, batch=batch, eval_rows=10_000,
         schedule=Constant(), warmup=0.0,
     )  # fmt: skip
     how = None if epsilon is None else DPSGD(epsilon=epsilon, delta=DELTA, clip=CLIP, accountant="rdp")
@@ -74,17 +79,20 @@ def told(server: Server) -> dict[str, Any]:
 
 
 def attacked(work: Path, rows: int, steps: int, rates: tuple[float, ...]) -> dict[str, Any]:
-    """{epsilon: {accuracy, loss, epsilon, attack, most}} of one party; the held rows are those that were not in."""
+    """{epsilon: {accuracy, loss, epsilon, before, attack, most}} of one party; the held rows are those that were not
+    in.  before: the same attack on the adapter as it began, which nobody's rows are in."""
     data, found = small(work, rows, rows), {}
     for epsilon in EPSILONS:
         best = None
         for lr in rates:
-            f = asked(data, epsilon, lr, steps, 32, rounds=1, split=Even(1))
+            f = asked(data, epsilon, lr, steps, 32, AdamW(), rounds=1, split=Even(1))
             server = run(f, Path(tempfile.mkdtemp(dir=work)))
             members = server.desk.examples(Rows(f).client(f.names[0]).train)
-            server.desk.put(server.adapter)
-            outcome = attack(server.desk.model, members, server.held)
-            figures = {**told(server), "lr": lr, "attack": asdict(outcome)}
+            seen = {}
+            for name, adapter in (("before", server.desk.first), ("attack", server.adapter)):
+                server.desk.put(adapter)
+                seen[name] = asdict(attack(server.desk.model, members, server.held))
+            figures = {**told(server), "lr": lr, **seen}
             if best is None or figures["accuracy"] > best["accuracy"]:
                 best = figures
         assert best is not None
@@ -118,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work, rates = Path(scratch), tuple(args.rates)
         if args.case != "rounds":
-            figures["attack"] = attacked(work, 200, 60, rates)
+            figures["attack"] = attacked(work, 200, 150, rates)
         if args.case != "attack":
             figures["rounds"] = in_rounds(work, 2000, 5, 6, 4, rates)
     figures |= {"delta": DELTA, "clip": CLIP, "cpu_seconds": round(time.process_time() - begun, 1)}
