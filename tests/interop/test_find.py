@@ -13,6 +13,7 @@ from tests.support.numbers import shake
 from undula import retrieve
 from undula.cli.main import app
 from undula.io.diffusers import WEIGHTS
+from undula.retrieve import texts
 
 TASKS = {
     "films": "whether a film critic liked the film or not",
@@ -126,3 +127,13 @@ def test_a_file_of_diffusers_is_found_by_all_its_parts(tmp_path):
     assert near[0] == pytest.approx(1)
     assert near[1:].min() > 0.5
     assert abs(float(retrieve.likeness(made.weights, made.weights[1])[2])) < 0.2  # the parts are different layers
+
+
+def test_rows_that_are_sorted_by_class_tell_of_every_class(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(texts, "embedded", lambda some, model: heard.extend(some) or torch.ones(len(some), 2))
+    lines = [f"a {i},{c}" for c in ("animal", "plant") for i in range(texts.ROWS)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines, ""]))
+    texts.of_rows(str(tmp_path / "rows.csv"))
+    assert len(heard) == texts.ROWS
+    assert {line.split()[-1] for line in heard} == {"animal", "plant"}

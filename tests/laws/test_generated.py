@@ -13,6 +13,7 @@ from undula.generate.fitting import Basis, Standard, drawn, kl, seeded
 from undula.generate.icm_nets import Convolutional, Dense
 from undula.generate.mixture import chosen, total
 from undula.generate.pack import digest, moments
+from undula.train.rows import spaced
 
 METHODS = [undula.LoRA(r=2), undula.LoRAN(r=2), undula.AuroRA(r=2), undula.VeRA(r=2), undula.DoRA(undula.LoRA(r=2))]
 
@@ -297,3 +298,12 @@ def test_a_library_takes_one_start_alone(tmp_path):
     (tmp_path / "library.json").write_text(json.dumps({k: v for k, v in said.items() if k != "model"}))
     with pytest.raises(ValueError, match="is no library of version 1"):
         Library.load(tmp_path)
+
+
+def test_a_few_of_sorted_rows_have_every_class_in_its_share():
+    labels = ["a"] * 60 + ["b"] * 30 + ["c"] * 30
+    few = [labels[i] for i in spaced(len(labels), 12)]
+    assert [few.count(c) for c in "abc"] == [6, 3, 3]
+    assert spaced(3, 30) == [0, 1, 2]
+    assert spaced(0, 30) == []
+    assert spaced(31, 30) == sorted(set(spaced(31, 30)))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
+from ..train.rows import spaced
 from .fitting import FLOOR, Basis, Standard, drawn, keep, kept, seeded, trained
 from .icm_nets import Convolutional, Dense, Net
 from .library import Library
@@ -98,7 +99,11 @@ class ICMLoRA:
     def vector(self, rows: Sequence[str] | Tensor, seed: int | None = None) -> Tensor:
         """The numbers (D,) for a task of which these are rows, texts, or the task vector (H,) of them.  seed: of z;
         None: z = 0, the middle of N(0, I)."""
-        task = rows if isinstance(rows, Tensor) else task_vectors(self.library.model, [rows[: self.options.rows]])[0]
+        if isinstance(rows, Tensor):
+            task = rows
+        else:
+            some = [rows[i] for i in spaced(len(rows), self.options.rows)]
+            task = task_vectors(self.library.model, [some])[0]
         t = self.condition(task[None])
         zero = torch.zeros(1, self.options.latent, dtype=t.dtype)
         z = drawn(zero, zero, None if seed is None else seeded(seed))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..train.base import config_of, model_folder, opening, quiet
-from ..train.rows import rows_of
+from ..train.rows import rows_of, spaced
 from ..train.run import Run
 from ..train.tasks.lending import evaluating
 from .library import EXPERTS, Library
@@ -49,7 +49,7 @@ def _last(body: torch.nn.Module, tokenizer: object, text: str) -> Tensor:
 
 
 def of_experts(library: Library, rows: int = ROWS) -> Tensor:
-    """(N, H): the task vectors of a library's experts, of the first training rows of each.  Raises what reading these
+    """(N, H): the task vectors of a library's experts, of so many training rows of each.  Raises what reading these
     raises."""
     found = []
     for name in library.names:
@@ -58,5 +58,5 @@ def of_experts(library: Library, rows: int = ROWS) -> Tensor:
         column = next((c for c in TEXTS if c in split.column_names), None)
         if column is None:
             raise ValueError(f"{name}: its rows have no text (columns: {', '.join(split.column_names)}): give tasks=")
-        found.append(split[column][:rows])
+        found.append(split.select(spaced(len(split), rows))[column])
     return task_vectors(library.model, found)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.extras import needs
 from ..train.base import model_folder, opening, quiet
+from ..train.rows import spaced
 
 ENCODER = "bundled:minilm"
 LENGTH = 256
@@ -42,7 +43,7 @@ def embedded(texts: Sequence[str], model: str = ENCODER) -> Tensor:
 
 
 def of_rows(source: str, model: str = ENCODER) -> Tensor:
-    """What rows are about (d): the mean direction of their texts, each with its label, of the first ROWS rows.
+    """What rows are about (d): the mean direction of their texts, each with its label, of ROWS of them, evenly spaced.
 
     `source` is what `undula train --data` takes.  Raises what reading it raises, ValueError where no column is a text.
     """
@@ -50,7 +51,7 @@ def of_rows(source: str, model: str = ENCODER) -> Tensor:
 
     splits = load_data(source)
     rows = splits["train" if "train" in splits else next(iter(splits))]
-    rows = rows.select(range(min(len(rows), ROWS)))
+    rows = rows.select(spaced(len(rows), ROWS))
     classes = {n: f.names for n, f in rows.features.items() if hasattr(f, "names")}
     texts = [" ".join(_words(row, classes)) for row in rows]
     if not any(texts):

@@ -123,3 +123,10 @@ def _renumbered(rows: Dataset, order: list[int], names: tuple[str, ...]) -> Data
     feature = ClassLabel(names=list(names)) if isinstance(feature, ClassLabel) else feature
     labels = [order[i] for i in rows["label"][:]]
     return rows.remove_columns("label").add_column("label", labels, feature=feature)
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """Numbers of `most` of so many rows, of all where there are no more, evenly spaced: of rows that are sorted by
+    class each class has its share."""
+    some = min(count, most)
+    return [i * count // some for i in range(some)]
