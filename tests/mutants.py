@@ -347,6 +347,7 @@ MUTANTS = [
     ("train/fit.py", "processes.by_first(lambda: claim(run, resume))", "claim(run, resume)", PROCESSES),
     ("train/trainer.py", "leaves_out(made, examples)", "False", PROCESSES),
     ("train/tasks/lending.py", "            module.eval()", "            pass", IMAGES + "::test_it_learns"),
+    ("train/activations.py", "t = t.detach()", "pass", ACTIVATIONS + " -k leaves_nothing"),
     ("train/activations.py", "needed := of_largest_batch(model, examples, batch, plain)) <= ROOM * left", "needed := 0) <= ROOM * left", ACTIVATIONS + " -k need_decides"),
     ("train/activations.py", "kept[storage.data_ptr()] = storage.nbytes()", "kept[id(t)] = t.nbytes", ACTIVATIONS + " -k counted_by_storage"),
     ("train/config.py", '{"gradient_checkpointing": False, **data["run"]', '{**data["run"]', ACTIVATIONS + " -k goes_on_so"),

@@ -1,7 +1,9 @@
 """Activations are computed again where those of a batch would not fit the memory that is free, and nowhere else."""
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -29,6 +31,16 @@ def test_what_autograd_keeps_is_counted_by_storage():
     assert activations.saved_bytes(net, x, lambda net, x: net(x).sum()) == 8 * 32 * 4
     twice = activations.saved_bytes(net, x, lambda net, x: (net(x)[:4] * net(x)[4:]).sum())
     assert twice == 2 * 8 * 32 * 4
+
+
+def test_counting_leaves_nothing_in_memory():
+    """tanh keeps its own result: a graph that held it would never go, nor would the model."""
+    net = nn.Sequential(nn.Linear(16, 32), nn.Tanh())
+    weight = weakref.ref(net[0].weight)
+    activations.saved_bytes(net, torch.randn(8, 16), lambda net, x: net(x).sum())
+    del net
+    gc.collect()
+    assert weight() is None
 
 
 def test_the_estimate_is_near_what_the_longest_rows_keep(usual):

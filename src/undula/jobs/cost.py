@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -60,23 +56,3 @@ class Memory:
         if self.budget is None or not self.per_token:
             return most
         return max(1, min(most, int((self.budget - self.base - sum(jobs)) / self.per_token)))
-
-
-@contextmanager
-def saved(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Within, the bytes that forwards keep for their backward, parameters apart: {"bytes": ...} after it.  What several
-    operations keep of one tensor counts once."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen, found = dict[int, int](), {"bytes": 0}
-    held = list[Tensor]()  # so that no address is given out again meanwhile
-
-    def pack(t: Tensor) -> Tensor:
-        place = t.untyped_storage().data_ptr()
-        if place not in own:
-            seen[place] = t.untyped_storage().nbytes()
-            held.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield found
-    found["bytes"] = sum(seen.values())

@@ -15,6 +15,7 @@ from ..host.build import assigned, chosen_parameters, outlined
 from ..host.where import choose
 from ..io.outline import head
 from ..io.whole import alone_in
+from ..train.activations import saved
 from ..train.doubts import finite
 from ..train.fit import Interrupted, train
 from ..train.measure import PeakMemory, versions
@@ -22,7 +23,7 @@ from ..train.recipe import Recipe
 from ..train.run import REPORT, RUN, Run, write_json
 from .beforehand import Beforehand
 from .checks import check, faults_of
-from .cost import Memory, saved
+from .cost import Memory
 from .engine import Engine
 from .file import Unfit, read, wrong_name
 from .job import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, is_full

@@ -102,21 +102,29 @@ def step_of(model: PreTrainedModel, examples: Examples, plain: bool) -> AsTraine
     return AsTrained(step.gather or task.gatherer(examples.processor, model), loss, step.around)
 
 
-def saved_bytes(model: nn.Module, batch: Any, loss: Any) -> int:
-    """What autograd keeps of a batch for its backward pass, beside what the model holds anyway: each storage once."""
+@contextlib.contextmanager
+def saved(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Within, the bytes that autograd keeps of forwards for their backward, beside what the model holds anyway:
+    {"bytes": ...} after it.  Each storage counts once."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    kept, found = dict[int, torch.Tensor](), {"bytes": 0}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()  # alive until the loss goes, so no two have one address
+        t = t.detach()  # a node that keeps its own result would hold itself, and all before it, for good
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t  # alive until the end, so no two have one address
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        found = loss(model, batch)
-    del found
-    return sum(kept.values())
+        yield found
+    found["bytes"] = sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def saved_bytes(model: nn.Module, batch: Any, loss: Any) -> int:
+    """What autograd keeps of a batch for its backward pass."""
+    with saved(model) as found:
+        loss(model, batch)
+    return found["bytes"]
 
 
 def of_largest_batch(model: PreTrainedModel, examples: Examples, batch: int, plain: bool = False) -> int:
