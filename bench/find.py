@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from experts import Encoder, Task, classes_of, expert, right, tasks
-from record import record
+from record import once, record
 from torch import Tensor
 
 import undula
@@ -42,23 +42,22 @@ def answered(root: Path, names: list[str], held: list[Task], work: Path) -> dict
     rows = {t.name: (t.some("test", TEST), t.some("train", SHOTS)) for t in held}
     texts = list(dict.fromkeys(text for parts in rows.values() for part in parts for text, _ in part))
     at = {text: i for i, text in enumerate(texts)}
-    found: dict[str, dict[str, list[float]]] = {}
-    for name in ["base", *names]:
-        path = work / f"{name}.json"
-        if not path.is_file():
-            if name != "base":
-                undula.attach(encoder.model, expert(root / name))
-            vectors = encoder.all_vectors(texts)
-            if name != "base":
-                undula.detach(encoder.model)
-            told = {
-                task: [right(vectors[[at[t] for t, _ in part]], [c for _, c in part], classes[task]) for part in parts]
-                for task, parts in rows.items()
-            }
-            path.write_text(json.dumps(told), encoding="utf-8")
-            print(name, told, flush=True)
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+
+    def of(name: str) -> dict[str, list[float]]:
+        if name != "base":
+            undula.attach(encoder.model, expert(root / name))
+        vectors = encoder.all_vectors(texts)
+        if name != "base":
+            undula.detach(encoder.model)
+        told = {
+            task: [right(vectors[[at[t] for t, _ in part]], [c for _, c in part], classes[task]) for part in parts]
+            for task, parts in rows.items()
+        }
+        print(name, told, flush=True)
+        return told
+
+    how = {"test": TEST, "shots": SHOTS, "tasks": [t.name for t in held]}
+    return {name: once(work / f"{name}.json", how, lambda name=name: of(name)) for name in ["base", *names]}
 
 
 Ways = dict[str, Callable[[Task], dict[str, float]]]

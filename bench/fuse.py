@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from experts import Encoder, Task, classes_of, expert, renamed, tasks
-from record import record
+from record import once, record
 from torch import Tensor
 
 import undula
@@ -174,14 +173,6 @@ def chosen(encoder: Encoder, index: retrieve.Index, root: Path, known: list[Task
     return found
 
 
-def kept(path: Path, made: Callable[[], Any]) -> Any:
-    """What an earlier run has left in that file, or else what is made now, which is left there."""
-    if not path.is_file():
-        path.write_text(json.dumps(made()), encoding="utf-8")
-        print(path.stem, path.read_text(encoding="utf-8"), flush=True)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def timed(work: Callable[[], float]) -> dict[str, float]:
     begun = time.process_time()
     return {"accuracy": work(), "cpu seconds": time.process_time() - begun}
@@ -191,15 +182,18 @@ def run(library: Path, folder: Path, own: Path | None, held: int, seeds: int, wo
     root, encoder = library / "experts", Encoder()
     index = retrieve.update(root, work / "index.safetensors")
     known = tasks(folder / "library.toml")
-    tried = kept(work / "rates.json", lambda: chosen(encoder, index, root, [known[0], known[len(known) // 2]]))
+    how = {"shots": SHOTS, "steps": STEPS, "test rows": TEST, "found": FOUND, "tried rates": RATES,
+           "experts": [e.name for e in index.entries]}  # fmt: skip
+    tried = once(work / "rates.json", how, lambda: chosen(encoder, index, root, [known[0], known[len(known) // 2]]))
     rates = {name: float(max(found, key=lambda lr: found[lr])) for name, found in tried.items()}
     rows = []
     for task in tasks(folder / "held-out.toml")[:held]:
         found = nearest(index, root, task)
         for seed in range(seeds):
             for name, arm in arms(Try(encoder, task, found, seed), rates, own).items():
-                done = kept(work / f"{task.name}-{seed}-{name}.json", lambda arm=arm: timed(arm))
+                done = once(work / f"{task.name}-{seed}-{name}.json", how, lambda arm=arm: timed(arm))
                 rows.append({"arm": name, "task": task.name, "seed": seed, **done})
+                print(rows[-1], flush=True)
     return {"rates": rates, "tried": tried, "rows": rows, "shots": SHOTS,
             "steps": STEPS, "test rows": TEST}  # fmt: skip
 

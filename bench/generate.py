@@ -52,7 +52,10 @@ STARTS = ("base", "all", "nearest", "mixture", "sg-lora", "icm-lora")
 def fitted(kind: Any, folder: Path, library: Library, options: Any) -> Any:
     """The generator that lies there, or a new one."""
     if (folder / "generator.json").is_file():
-        return kind.load(folder, library)
+        there = kind.load(folder, library)
+        if there.options != options:
+            raise ValueError(f"{folder} was made with {there.options}, and {options} is asked for: name another --work")
+        return there
     begun = time.process_time()
     made = kind.fit(library, options)
     made.save(folder)
@@ -258,7 +261,7 @@ def run(args: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) 
 
 
 def how(args: argparse.Namespace) -> dict[str, Any]:
-    return {"experts": args.experts, "steps": args.steps}
+    return {"experts": args.experts, "steps": args.steps, "lr": LR, "batch": BATCH, "icm_rows": ROWS}
 
 
 def main() -> None:

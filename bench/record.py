@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,18 @@ def kept(path: Path | None, how: dict[str, Any]) -> list[dict[str, Any]]:
     if path is None or not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    if odd := [name for name, value in how.items() if found[name] != value]:
+    wanted = json.loads(json.dumps(how))  # as JSON has it: lists, and keys that are texts
+    if odd := [name for name, value in wanted.items() if found.get(name) != value]:
         raise ValueError(
-            f"{path} was made with other {', '.join(odd)} ({[found[k] for k in odd]}): name another --json"
+            f"{path} was made with other {', '.join(odd)} ({[found.get(k) for k in odd]}): name another file, or folder"
         )
     rows: list[dict[str, Any]] = found["rows"]
     return rows
+
+
+def once(path: Path, how: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """What `make` gives, made once and kept in PATH, whole or not at all.  Raises ValueError where what PATH holds was
+    made otherwise."""
+    if not path.is_file():
+        record(path, {**how, "rows": [make()]})
+    return kept(path, how)[0]

@@ -33,11 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import once, record
 
 import undula
 from undula.bundled import dataset, model_path
 from undula.core.method import Method
+from undula.io.whole import whole
 from undula.penalties import Gates, GroupLasso, Penalty
 from undula.train import Run, SpeechRecognition, Spoken, restored
 from undula.train.base import open_model
@@ -57,6 +58,7 @@ WAYS: dict[str, tuple[Method, tuple[Penalty, ...], tuple[float, ...]]] = {
     "AuroRA r=4": (undula.AuroRA(r=4), (), RATES),
     "LoRAN r=4": (undula.LoRAN(r=4), (), RATES[:2]),  # at its published constants LoRA, to 4e-5
 }
+SIZES = {"seconds": SECONDS, "steps": STEPS, "batch": BATCH, "clips": CLIPS, "held": HELD, "longest": LONGEST}
 WHOLE = "LoRA r=4"  # the way that is put into the model of 30 seconds too
 Errors = list[tuple[int, int]]  # of each clip: (words that are wrong, words)
 
@@ -66,7 +68,7 @@ def shortened(seconds: int, out: Path) -> Path:
     are as they were, so adapters fit both."""
     from transformers import AutoProcessor, WhisperForConditionalGeneration
 
-    if (out / "config.json").is_file():
+    if out.is_dir():
         return out
     path, places = model_path("whisper-tiny-en"), 50 * seconds
     model, processor = WhisperForConditionalGeneration.from_pretrained(path), AutoProcessor.from_pretrained(path)
@@ -75,8 +77,9 @@ def shortened(seconds: int, out: Path) -> Path:
     encoder.embed_positions = torch.nn.Embedding(places, first.shape[1], _weight=first)
     model.config.max_source_positions = places
     processor.feature_extractor = type(maker)(feature_size=maker.feature_size, chunk_length=seconds)
-    processor.save_pretrained(out)
-    model.save_pretrained(out)
+    with whole(out) as folder:
+        processor.save_pretrained(folder)
+        model.save_pretrained(folder)
     return out
 
 
@@ -126,16 +129,18 @@ def gain(base: list[Errors], other: list[Errors]) -> tuple[float, float]:
     return r, math.sqrt(sum((d - r * w) ** 2 for d, w in zip(off, words, strict=True))) / sum(words)
 
 
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, kept in a file."""
-    if not path.is_file():
+def timed(path: Path, make: Callable[[], dict[str, Any]], **how: str) -> dict[str, Any]:
+    """What `make` gives and its time, kept in a file with the sizes of this program and `how`, see `once`."""
+
+    def made() -> dict[str, Any]:
         begun = time.process_time()
         found = make() | {"cpu_seconds": round(time.process_time() - begun, 1)}
-        path.write_text(json.dumps(found), encoding="utf-8")
         shown = {k: v for k, v in found.items() if k not in ("voices", "prompts", "losses", "pattern")}
         rates = {k: round(rate(found[k])[0], 3) for k in CLIPS if k in found}
         print(path.stem, rates, shown, flush=True)
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    told: dict[str, Any] = once(path, {**SIZES, **how}, made)
     return told
 
 
@@ -153,6 +158,13 @@ class Bench:
 
     def out(self, way: str, lr: float, seed: int) -> Path:
         return self.work / f"{way.replace(' ', '_').replace(',', '')}-{lr:g}-{seed}"
+
+    def kept(self, out: Path, what: str, way: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """WHAT of the run in OUT, which was made as this program makes it now."""
+        method, penalty, _ = WAYS[way]
+        how = {"method": repr(method), "penalty": repr(penalty)}
+        once(out.with_name(f"{out.name}.how.json"), {**SIZES, **how}, dict)  # before the run: of it too
+        return timed(out.with_name(f"{out.name}.{what}.json"), make, **how)
 
     def trained(self, way: str, lr: float, seed: int) -> dict[str, Any]:
         """A run: losses, and validation's before and after."""
@@ -172,7 +184,7 @@ class Bench:
             told = {name: report[name] for name in ("before", "after", "losses", "trainable_parameters")}
             return told | {"pattern": pattern(restored(out).adapter)}
 
-        return kept(out.with_name(f"{out.name}.train.json"), make)
+        return self.kept(out, "train", way, make)
 
     def tested(self, way: str, lr: float, seed: int, seconds: int = SECONDS) -> dict[str, Any]:
         """The errors of a trained adapter, in the window that it was trained in or in that of 30 seconds."""
@@ -182,7 +194,7 @@ class Bench:
             found = restored(out, None if seconds == SECONDS else "bundled:whisper-tiny-en")
             return {kind: errors(found.model, found.processor, rows) for kind, rows in self.rows.items()}
 
-        return kept(out.with_name(f"{out.name}.{seconds}s.json"), make)
+        return self.kept(out, f"{seconds}s", way, make)
 
     def way(self, name: str, seeds: int) -> dict[str, Any]:
         """All of a way."""
@@ -276,7 +288,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
 
 def measured(work: Path, only: list[str], seeds: int) -> dict[str, Any]:
     bench = Bench(work)
-    base = {f"{s} s": kept(work / f"base-{s}s.json", lambda s=s: bench.base(s)) for s in (SECONDS, 30)}
+    base = {f"{s} s": timed(work / f"base-{s}s.json", lambda s=s: bench.base(s)) for s in (SECONDS, 30)}
     ways: dict[str, Any] = {}
     for name in only:
         ways[name] = bench.way(name, seeds)
@@ -317,8 +329,7 @@ def main() -> None:
     print("\n".join(table(found)))
     print(json.dumps({k: found[k] for k in ("differences", "targets_met")}, indent=1))
     if args.json:
-        sizes = {"seconds": SECONDS, "steps": STEPS, "batch": BATCH, "seeds": args.seeds, "clips": CLIPS}
-        record(args.json, {**sizes, **found})
+        record(args.json, {**SIZES, "seeds": args.seeds, **found})
 
 
 if __name__ == "__main__":

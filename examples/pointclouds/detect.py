@@ -1,6 +1,6 @@
 """Boxes in made-up lidar scans: a small LION learns on 64 beams, adapters move it to a sensor of 16 with few scans.
 
-    python examples/pointclouds/detect.py                      # a few minutes; runs/detect.svg and runs/detect.json
+    python examples/pointclouds/detect.py                      # 20 minutes of CPU; runs/detect.svg, .json
     python examples/pointclouds/detect.py --quick              # does everything run?
 
 Rates are chosen on validation scans of the 16-beam sensor, one seed each; figures are of the test scans.  What has run

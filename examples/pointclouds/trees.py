@@ -1,6 +1,6 @@
 """Trees in made-up forest scans of 10 to 1,000 points per m2: adapters for each sensor, or one augmented model?
 
-    python examples/pointclouds/trees.py                       # a few minutes; runs/trees.svg and runs/trees.json
+    python examples/pointclouds/trees.py                       # 7 minutes of CPU; runs/trees.svg, .json
     python examples/pointclouds/trees.py --wide                # networks of half and twice the channels too
     python examples/pointclouds/trees.py --quick               # does everything run?
 

@@ -1,6 +1,7 @@
 """`undula combine`, and the operations against PEFT's: equal where PEFT is right, and where it is not, by how much."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -251,6 +252,17 @@ def test_heads_are_left_behind_the_gates_where_that_is_asked(runs, tmp_path):
     assert not found.full
     assert all((f["w_out"] == 1).all() for f in found.factors.values())
     assert "behind gates, which start half open: 0.5 of the sum." in (tmp_path / "g" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("how", ["gates", "average"])
+def test_runs_of_several_tasks_have_none_together_and_that_is_said(runs, tmp_path, how):
+    shutil.copytree(runs / "b", tmp_path / "b")
+    run = Run.load(tmp_path / "b")
+    replace(run, task=replace(run.task, names=("dull", "fun"))).save(None)
+    _, told = call("combine", runs / "a", tmp_path / "b", "--how", how, "--out", tmp_path / "c")
+    assert f"trained for several tasks, so {tmp_path / 'c'} names none" in told
+    assert not (tmp_path / "c" / "run.json").exists()
+    assert "`undula train --from" in (tmp_path / "c" / "README.md").read_text()
 
 
 def answers(opened, texts):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -140,22 +142,27 @@ def test_a_library_has_what_its_trainings_were(place):
     torch.testing.assert_close(lib.embed(["bad food"])[0], lib.experts[1].embedding)
 
 
-def test_a_library_grows(place, tmp_path):
-    """By a file that has not all that it has, and another description of one."""
-    import shutil
-
+def test_a_library_grows(place, tmp_path, monkeypatch):
+    """By a file that has not all that it has, another description of one, and the base by another path."""
     shutil.copytree(place / "library", tmp_path / "library")
     jobs = (place / "tasks.toml").read_text().partition('[[jobs]]\nname = "two"')[0].replace("a good day", "a nice day")
+    monkeypatch.chdir(place)
+    jobs = jobs.replace(f'"{place / "base"}"', '"base"')
     (tmp_path / "tasks.toml").write_text(jobs + '[[jobs]]\nname = "three"\ndescription = "a place"\n')
     lib = build(tmp_path / "tasks.toml", tmp_path / "library", checkpoints=2, share=0.5, resume=True)
-    assert lib.names == ["one", "two", "three"]
+    assert (lib.names, lib.model) == (["one", "two", "three"], str(place / "base"))
     old = Library.load(place / "library")
     assert torch.equal(lib.without(["three"]).means, old.means)
     assert [e.description for e in lib.experts] == ["a nice day", "bad food", "a place"]
     torch.testing.assert_close(lib.embeddings[0], lib.embed(["a nice day"])[0])
-    other = {"four": dataclasses.replace(recipes(place)["one"], model=tiny.roberta(tmp_path / "base"))}
-    with pytest.raises(ValueError, match=r"is a library of .*name another --out"):
-        build(other, tmp_path / "library", {"four": "a day"})
+    for what, words in (
+        ({"model": tiny.roberta(tmp_path / "base")}, "four: model is"),
+        ({"seed": 1}, "four: seed is 1"),
+    ):
+        other = {"four": dataclasses.replace(recipes(place)["one"], method=undula.AuroRA(r=2), **what)}
+        with pytest.raises(ValueError, match=f"{words}.* in the library: experts share it"):
+            build(other, tmp_path / "library", {"four": "a day"}, resume=True)
+    assert not (tmp_path / "library" / "experts" / "four").exists()
 
 
 def recipes(place, **more):
@@ -230,13 +237,34 @@ def test_the_verb_makes_one(place, tmp_path, how, monkeypatch):
         (["--seed", "1"], "mixture draws nothing"),
         (["--class", "one=a"], "two classes or more"),
         (["--class", "a=b", "--class", "c=d", "--how", "icm-lora", "--rows", "rows.csv"], "rows.csv has columns"),
+        (["--class", "a=b", "--class", "c=d", "--how", "icm-lora", "--rows", "LATIN"], "latin.txt is no text in UTF-8"),
+        (["--class", "a=b", "--class", "c=d", "--class", "a=e"], "the class a is given twice"),
+        (["--class", "a=b", "--class", "c= "], "the class 'c' has a blank description"),
+        (["--class", "a=b", "--class", "c=b"], "the classes 'a' and 'c' have one description"),
     ],
 )
 def test_the_verb_refuses_what_would_do_nothing(place, tmp_path, more, words):
+    (tmp_path / "latin.txt").write_bytes("ein schöner Tag\n".encode("latin-1"))
+    more = [str(tmp_path / "latin.txt") if word == "LATIN" else word for word in more]
     asked = ["from-description", "a happy day", "--library", str(place / "library"), "--out", str(tmp_path / "made")]
     done = CliRunner().invoke(app, [*asked, *more])
     assert done.exit_code == 2
     assert words in " ".join(done.output.split())
+
+
+def test_experts_of_several_tasks_are_told_or_refused(place, tmp_path):
+    shutil.copytree(place / "library", tmp_path / "library")
+    two = tmp_path / "library" / "experts" / "two"
+    asked = ["from-description", os.fsdecode(b"caf\xe9"), "--library", str(tmp_path / "library"), "--class", "a=b"]
+    asked += ["--class", "c=d", "--out"]
+    for more, code, words in (
+        (task(max_length=9), 0, "The experts' tasks differ, and that of one is taken: max_length (None; 9 of two)"),
+        (CausalLM(), 2, "of several tasks: one of DescribedClassification, two of CausalLM"),
+    ):
+        dataclasses.replace(Run.load(two), task=more).save(None)
+        done = CliRunner().invoke(app, [*asked, str(tmp_path / f"made-{code}")])
+        assert done.exit_code == code, done.output
+        assert words in " ".join(done.output.split())
 
 
 def test_vectors_of_descriptions_and_of_tasks(place):

@@ -1,6 +1,10 @@
 """Speech recognition: error rates against counts by hand, normalised transcripts, cuts, short sounds, both kinds of
 models."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import datasets
 import pytest
 import soundfile
@@ -11,6 +15,32 @@ from tests.support import tiny
 from undula.train import Examples, Run, SpeechRecognition, Spoken
 from undula.train.base import open_model
 from undula.train.tasks.transcripts import error_rates
+
+
+def test_what_the_bench_keeps_is_of_what_it_would_make_now(tmp_path, monkeypatch):
+    """Of other sizes or another method it is refused, and none of it is written in part."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    speech = importlib.import_module("speech")
+    bench, made = object.__new__(speech.Bench), []
+    bench.work = tmp_path
+    out = bench.out("LoRA r=4", 1e-3, 0)
+
+    def kept(make=lambda: made.append(1) or {"after": 1}):
+        return bench.kept(out, "train", "LoRA r=4", make)
+
+    assert kept() == kept()
+    assert made == [1]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".json"]
+    for where, key, value, words in (
+        (speech.SIZES, "steps", 9, r"other steps \(\[32\]\)"),
+        (speech.WAYS, "LoRA r=4", (undula.LoRA(r=5), (), ()), "other method"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setitem(where, key, value)
+            with pytest.raises(ValueError, match=words):
+                kept()
+    for name in ("speech", "record"):
+        sys.modules.pop(name)
 
 
 def test_error_rates_count_words_and_characters_of_all_rows():

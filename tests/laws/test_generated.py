@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import undula
+from undula.cli.generating import evenly
 from undula.generate import Expert, ICMLoRA, Layout, Library, SGLoRA, icmlora, mixture, sglora
 from undula.generate.fitting import Basis, Standard, drawn, kl, seeded
 from undula.generate.icm_nets import Convolutional, Dense
@@ -294,6 +296,14 @@ def test_a_library_takes_one_start_alone(tmp_path):
     )
     with pytest.raises(ValueError, match="mean holds NaN or infinity"):
         Library.load(tmp_path)
+    lib.experts[1].save(tmp_path / "experts" / "e1", digest(lib.start))
+    held = load_file(tmp_path / "experts" / "e4" / "expert.safetensors")
+    save_file({**held, "mean": held["mean"] + 1}, tmp_path / "experts" / "e4" / "expert.safetensors")
+    with pytest.raises(ValueError, match=r"e4/expert\.safetensors is damaged, or was exchanged"):
+        Library.load(tmp_path, without=["e3"])
+    lib.experts[1].save(tmp_path / "experts" / "e4", digest(lib.start))
+    with pytest.raises(ValueError, match="e4 holds the expert e1"):
+        Library.load(tmp_path, without=["e3"])
     said = json.loads((tmp_path / "library.json").read_text())
     (tmp_path / "library.json").write_text(json.dumps({k: v for k, v in said.items() if k != "model"}))
     with pytest.raises(ValueError, match="is no library of version 1"):
@@ -307,3 +317,12 @@ def test_a_few_of_sorted_rows_have_every_class_in_its_share():
     assert spaced(3, 30) == [0, 1, 2]
     assert spaced(0, 30) == []
     assert spaced(31, 30) == sorted(set(spaced(31, 30)))
+
+
+def test_of_many_lines_some_are_read_of_every_part_and_none_is_held_twice_over():
+    for count in (1, 7, 8, 9, 100, 1000):
+        found = list(map(int, evenly(map(str, range(count)), 8)))
+        assert len(found) == min(count, 8)
+        assert found == sorted(set(found))
+        gaps = [b - a for a, b in zip(found, [*found[1:], count], strict=True)]
+        assert max(gaps) <= 2 * count / len(found) + 1

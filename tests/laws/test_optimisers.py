@@ -641,6 +641,39 @@ def check_sam(method, frozen=None, rho=0.3, lam=0.4):
             torch.testing.assert_close(t.detach(), one - lr * ((1 - lam) * first + lam * second), msg=repr(method))
 
 
+def test_sam_under_a_gradient_scaler_is_sam_and_skips_what_is_not_finite_at_the_moved_factors():
+    def loss():
+        return model(wave(6, 12)).square().mean()
+
+    def scaled(times=1.0):
+        (scaler.scale(loss()) * times).backward()
+
+    ends, scaler = [], torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        model = net().double()
+        theta = undula.attach(model, LORA, "*").parameters()
+        optimizer = SAMReference(theta, model, base=torch.optim.SGD, lr=0.1, rho=0.3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            if not by_hand:
+                optimizer.step(lambda: loss().backward())
+                continue
+            scaled()
+            optimizer.twice(scaled)
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append([t.detach().clone() for t in theta])
+    torch.testing.assert_close(*ends)
+    optimizer.zero_grad()
+    scaled()
+    optimizer.twice(lambda: scaled(torch.inf))
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(t, was) for t, was in zip(theta, ends[1], strict=True))
+    assert scaler.get_scale() == 512
+
+
 # GORP
 
 

@@ -248,12 +248,19 @@ def test_no_other_file_is_written_over_and_none_read_in_vain(folder, encoder_of_
     for path, error in (("notes", FileExistsError), ("adapters", IsADirectoryError), ("notes/index", OSError)):
         with pytest.raises(error):
             retrieve.update(folder, tmp_path / path, encoder_of_texts)
+    with pytest.raises(ValueError, match="takes an encoder"):
+        retrieve.find("films", folder, by="weights")
     with pytest.raises(FileExistsError, match="is no encoder of weights, and is not written over"):
         retrieve.Encoder(4).save(tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_what_undula_writes_beside_adapters_is_none(folder, encoder_of_texts):
+    (folder / "lib").mkdir()
+    (folder / "lib" / "library.json").write_text("{}")
+    for name in ("start", "experts/start"):  # what a library's experts began from, and one that is called so
+        shutil.copytree(folder / "a0", folder / "lib" / name)
+    os.mkfifo(folder / "pipe.safetensors")  # which would be waited for
     (folder / "generators").mkdir()
     (folder / "generators" / "generator.safetensors").write_bytes(b"whatever it is")
     for _ in range(2):  # and over one of its own it writes
@@ -261,6 +268,7 @@ def test_what_undula_writes_beside_adapters_is_none(folder, encoder_of_texts):
     found = retrieve.update(folder, folder / "index.safetensors", encoder_of_texts)
     again = retrieve.update(folder, folder / "index.safetensors", encoder_of_texts)
     assert (again.skipped, [e.name for e in again.entries]) == ({}, [e.name for e in found.entries])
+    assert [e.name for e in found.entries if e.name.startswith("lib")] == ["lib/experts/start"]
     (folder / "index.safetensors").rename(folder.parent / "index.safetensors")
     assert retrieve.load(folder.parent / "index.safetensors", folder).folder == folder
 
@@ -334,6 +342,10 @@ def test_an_encoder_finds_adapters_that_it_has_not_seen(tmp_path):
     assert hits > 0.6  # chance: 0.15
     made.save(tmp_path / "encoder.safetensors")
     close(retrieve.Encoder.load(tmp_path / "encoder.safetensors")(z), made(z), rtol=0, atol=0)
+    made.up.bias.data[0] = torch.nan
+    made.save(tmp_path / "encoder.safetensors")
+    with pytest.raises(ValueError, match=r"up\.bias holds NaN"):
+        retrieve.Encoder.load(tmp_path / "encoder.safetensors")
     close(retrieve.learn(z[:40], texts[:40], steps=3)(z), retrieve.learn(z[:40], texts[:40], steps=3)(z))
     with pytest.raises(ValueError, match="takes 8 adapters of one base"):
         retrieve.learn(z[:20], texts[:4].repeat(5, 1))
@@ -356,6 +368,10 @@ def test_a_result_is_ordered_by_words_by_weights_and_by_both(folder, encoder_of_
     assert "below/a7" not in {f.name for f in by_weights}
     both = retrieve.ranked(index, asked, known)
     assert {f.name for f in both} == {e.name for e in index.entries}
+    alike = replace(index, texts=index.texts[3] + 1e-8 * torch.randn_like(index.texts))  # but for rounding
+    assert [f.name for f in retrieve.ranked(alike, asked)] == sorted(e.name for e in index.entries)
+    weighed = [f.name for f in retrieve.ranked(alike, asked, known) if f.weights is not None]
+    assert weighed == [f.name for f in by_weights]
     assert retrieve.ranked(index, asked, base="another") == []
     other = retrieve.Encoder(index.texts.shape[1], 16, "another", index.model).eval()
     assert retrieve.ranked(index, asked, other, by="weights") == []

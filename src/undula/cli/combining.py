@@ -98,7 +98,9 @@ def combine(
             )
         parts = ", ".join(f"{p.resolve().name} (weight {w:g})" for p, w in zip(asked.paths, shares, strict=True))
         note = f"Combined of {parts} by `{way}`: `{combiner!r}`."
-        accompany(asked.paths, made.outline, note, folder, out, drop_full)
+        several = accompany(asked.paths, made.outline, note, folder, out, drop_full)
+    if several:
+        shell.remark(several)
     _tell(asked.paths, made, combiner, shares, way, found, to, out)
 
 

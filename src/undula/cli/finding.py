@@ -78,7 +78,9 @@ def _found(
 ) -> tuple[Index, list[Found] | None]:
     from ..retrieve import Encoder, learned, question, ranked, update
     from ..retrieve.encoder import check_place
+    from ..retrieve.finding import check_by
 
+    check_by(by, encoder is not None or learn is not None)
     if learn is not None:
         check_place(learn)
     known = None if encoder is None else Encoder.load(encoder)

@@ -37,8 +37,10 @@ def gate(
     with whole(out) as folder:
         made.save(folder)
         names = ", ".join(path.resolve().name for path in paths)
-        accompany(paths, made, f"{names} behind gates, which start half open: {share:g} of the sum.", folder, out,
-                  drop_full)  # fmt: skip
+        note = f"{names} behind gates, which start half open: {share:g} of the sum."
+        told = accompany(paths, made, note, folder, out, drop_full)
+    if told:
+        shell.remark(told)
     trains = made.num_parameters()
     shell.write(to, {"how": GATES, "adapters": [str(p) for p in paths], "layers": list(made.methods), "trains": trains})
     if str(to) != "-":

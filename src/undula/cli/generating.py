@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ import typer
 from ..core.extras import needs
 from ..core.options import split_pair
 from ..train import Interrupted
+from ..train.rows import spaced
 from . import shell
 from .training import stages
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 GENERATORS = "generators"
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".xlsx")
-MOST = 10_000  # rows that are read of a file
+MOST = 10_000  # rows of a file that are held at once, and twice as many
+OF_CLASSES = ("names", "descriptions", "class_weights")  # what of a task is of its classes alone
 RESUMES = "stopped, with all experts saved; go on with: undula library {path} --out {out} --resume"
 
 
@@ -121,12 +123,14 @@ def check(how: How, k: int | None, rows: Path | None, seed: int | None) -> None:
 
 def _task(lib: Library, classes: list[str]) -> Task:
     """What the experts do, with these classes.  Raises ValueError."""
-    from ..generate.library import EXPERTS
-    from ..train.run import Run
     from ..train.tasks.described import DescribedClassification
 
-    like = Run.load(lib.path / EXPERTS / lib.names[0]).task
-    told = dict(split_pair(text, "a class") for text in classes)
+    like = _like(lib)
+    pairs = [split_pair(text, "a class") for text in classes]
+    told = dict(pairs)
+    if len(told) < len(pairs):
+        twice = next(name for name in told if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"the class {twice} is given twice (--class): each has one description")
     if not isinstance(like, DescribedClassification):
         if told:
             raise ValueError(f"--class is for experts of DescribedClassification; these are of {type(like).__name__}")
@@ -136,6 +140,33 @@ def _task(lib: Library, classes: list[str]) -> Task:
             f"name two classes or more: --class spam='an advert' --class ham='a letter'; found {len(told)}"
         )
     return DescribedClassification(names=tuple(told), descriptions=told, max_length=like.max_length, scale=like.scale)
+
+
+def _like(lib: Library) -> Task:
+    """The task of the experts, as the first has it: classes and columns aside they have one, or it is said in what
+    they differ.  Raises ValueError where they are of several kinds."""
+    from ..generate.library import EXPERTS
+    from ..train.run import Run
+
+    tasks = {name: Run.load(lib.path / EXPERTS / name).task for name in lib.names}
+    (first, like), *others = tasks.items()
+    said = like.encode()
+    odd: dict[str, str] = {}  # an option, and the first expert that has it otherwise
+    for name, task in others:
+        if type(task) is not type(like):
+            raise ValueError(
+                f"the experts of {lib.path} are of several tasks: {first} of {type(like).__name__}, {name} of "
+                f"{type(task).__name__}. Say in Python which the adapter is for: undula.generate.write(..., task)"
+            )
+        own = task.encode()
+        for key in (said.keys() | own.keys()) - {*OF_CLASSES, *like.roles}:
+            if own.get(key) != said.get(key):
+                odd.setdefault(key, f"{key} ({said.get(key)!r:.60}; {own.get(key)!r:.60} of {name})")
+    if odd:
+        shell.remark(
+            f"The experts' tasks differ, and that of {first} is taken: {', '.join(odd[k] for k in sorted(odd))}"
+        )
+    return like
 
 
 def _made(
@@ -165,19 +196,38 @@ def _made(
 
 
 def _texts(rows: Path) -> list[str]:
-    """The rows of a text file, MOST at most.  Raises OSError; ValueError for a file with columns, or without rows."""
+    """Rows of a text file: all, or of many MOST that are spaced evenly.  Raises OSError; ValueError for a file with
+    columns, without rows, or in another encoding."""
     if rows.suffix.lower() in TABLES:
         raise ValueError(f"--rows takes a text file, a row a line; {rows} has columns: write its texts into one")
-    with rows.open(encoding="utf-8") as lines:
-        texts = [line.strip() for line in itertools.islice(filter(str.strip, lines), MOST)]
+    try:
+        with rows.open(encoding="utf-8") as lines:
+            texts = evenly((line.strip() for line in lines if line.strip()), MOST)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{rows} is no text in UTF-8 ({error.reason}): save it as such") from None
     if not texts:
         raise ValueError(f"{rows} has no rows: a task vector is made of some, one a line")
     return texts
 
 
+def evenly(lines: Iterable[str], most: int) -> list[str]:
+    """At most so many of the lines, evenly spaced, in one pass that holds twice as many."""
+    held: list[str] = []
+    step = 1
+    for i, line in enumerate(lines):
+        if i % step:
+            continue
+        held.append(line)
+        if len(held) == 2 * most:
+            held, step = held[::2], 2 * step
+    return [held[i] for i in spaced(len(held), most)]
+
+
 def _note(description: str, how: How, told: list[dict[str, Any]]) -> str:
     """A sentence for the card."""
+    from ..retrieve.describing import readable
+
     parts = ", ".join(f"{row['expert']} ({row['weight']:.2f})" for row in told if "expert" in row)
     of = f" of {parts}" if parts and how in (How.MIXTURE, How.NEAREST) else ""
-    words = " ".join(description.split()).replace("`", "'")
+    words = " ".join(readable(description).split()).replace("`", "'")
     return f"Made by `{how}`{of} for: {words} It was not trained on its task, and not measured."

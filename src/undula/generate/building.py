@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from ..jobs.many import many
 from ..jobs.view import Silent, View
 from ..train.base import called_elsewhere
 from ..train.recipe import Recipe
+from ..train.run import Run
 from .library import EXPERT, EXPERTS, LIBRARY, START, Expert, Library, embedded
 from .pack import Layout, digest, moments
 
 SNAPSHOTS, DESCRIPTION = "snapshots", "description"
 SAME = ("model", "method", "where", "exclude", "overrides", "full", "seed", "dtype", "bits", "begin_from")
+OF_BASE = ("model", "dtype", "bits")  # of one that goes on from an adapter the rest is checked when it begins
 
 
 def build(
@@ -43,13 +46,14 @@ def build(
     name.  checkpoints: how many are kept of the last `share` of each one's steps, evenly; of these are mean and
     variance.  With `resume` what has begun goes on, and a library gets more experts.
 
-    Raises ValueError before anything trains where recipes differ in what experts must share (base, method, layers,
-    seed), train something in full, or lack a description; and where experts have failed, when the others are trained.
+    Raises ValueError before anything trains where recipes differ from each other, or from those of the experts that are
+    there, in what experts must share (base, method, layers, seed), train something in full, or lack a description; and
+    where experts have failed, when the others are trained.
     """
     out = Path(out)
     recipes, told = _asked(jobs, out, descriptions, resume)
-    check(recipes, told, checkpoints, share)
-    before = _before(out, next(iter(recipes.values())).model)
+    before, like = _before(out)
+    check(recipes, told, checkpoints, share, like)
     recorder = Recorder(out, checkpoints, share, view or Silent())
     done = many(recipes, out / EXPERTS, resume=resume, view=recorder)
     if lost := [f"{name}: {job.error or job.state}" for name, job in done.items() if job.state not in (DONE, STOPPED)]:
@@ -57,14 +61,12 @@ def build(
     return recorder.library(done, told, before)
 
 
-def _before(out: Path, model: str) -> list[str]:
-    """The experts that a library in OUT has.  Raises ValueError where it is of another base."""
+def _before(out: Path) -> tuple[list[str], Recipe | None]:
+    """The experts that a library in OUT has, and the run of one of them."""
     if not (out / LIBRARY).is_file():
-        return []
-    there = Library.load(out)
-    if there.model != model:
-        raise ValueError(f"{out} is a library of {there.model}, and these experts are of {model}: name another --out")
-    return there.names
+        return [], None
+    names = Library.load(out).names
+    return names, Run.load(out / EXPERTS / names[0])
 
 
 def _asked(
@@ -80,14 +82,18 @@ def _asked(
     return recipes, {**told, **(descriptions or {})}
 
 
-def check(recipes: Mapping[str, Recipe], told: Mapping[str, str], checkpoints: int, share: float) -> None:
-    """Raises ValueError with all that keeps these from being experts of one library."""
+def check(
+    recipes: Mapping[str, Recipe], told: Mapping[str, str], checkpoints: int, share: float, like: Recipe | None = None
+) -> None:
+    """Raises ValueError with all that keeps these from being experts of one library, that of `like` where there is
+    one."""
     if not recipes:
         raise ValueError("a library is made of experts, and no job is given")
     wrong = []
     if checkpoints < 1 or not 0 < share <= 1:
         wrong.append(f"checkpoints is 1 or more and share above 0, at most 1; found {checkpoints} and {share:g}")
-    first, *_ = recipes.values()
+    first, where = (next(iter(recipes.values())), "in the first") if like is None else (like, "in the library")
+    shared = told_of(first)
     for name, recipe in recipes.items():
         text = told.get(name)
         if not isinstance(text, str) or not text.strip():
@@ -100,14 +106,20 @@ def check(recipes: Mapping[str, Recipe], told: Mapping[str, str], checkpoints: i
             )
         if recipe.method is None and recipe.begin_from is None:
             wrong.append(f"{name} has no method: an expert is an adapter")
-        for what in SAME:
-            own, other = getattr(recipe, what), getattr(first, what)
-            if own != other:
-                wrong.append(f"{name}: {what} is {own!r:.80}, and {other!r:.80} in the first: experts share it")
+        for what in SAME if like is None or recipe.begin_from is None else OF_BASE:
+            if told_of(recipe)[what] != shared[what]:
+                own, other = getattr(recipe, what), getattr(first, what)
+                wrong.append(f"{name}: {what} is {own!r:.80}, and {other!r:.80} {where}: experts share it")
     if odd := sorted(set(told) - set(recipes)):
         wrong.append(f"there are descriptions of {', '.join(odd[:5])}, which are no jobs")
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def told_of(recipe: Recipe) -> dict[str, Any]:
+    """What experts share, as a file says it: folders by their whole paths."""
+    said = recipe.encode()
+    return {what: said.get(what) for what in SAME}
 
 
 class Recorder:
@@ -164,7 +176,7 @@ class Recorder:
             kept = Adapter.load(self.out / START)
             self.layout = Layout.of(kept)
             self.start = self.layout.pack(kept)
-        model = next(iter(done.values())).run.model
+        model = str(told_of(next(iter(done.values())).run)["model"])  # of a folder the whole path
         vectors: Iterable[Tensor] = embedded(model, [told[name] for name in new]) if new else ()
         for name, embedding in zip(new, vectors, strict=True):
             self._expert(done[name], told[name], embedding).save(done[name].run.out, digest(self.start))

@@ -117,7 +117,7 @@ def trained(module: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float
     optimiser = torch.optim.Adam(module.parameters(), lr=lr)
     found = []
     module.train()
-    with stage(what, steps):
+    with stage(what, steps, "steps"):
         for step in range(steps):
             value = loss()
             if not value.isfinite():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..io import files
+from ..retrieve.describing import readable
 from ..retrieve.texts import embedded as texts_as_vectors
 from ..train.run import write_json
 from .pack import Layout, digest
@@ -97,6 +98,8 @@ class Library:
             if name in without:
                 continue
             expert, began = Expert.load(path / EXPERTS / name)
+            if expert.name != name:
+                raise ValueError(f"{path / EXPERTS / name} holds the expert {expert.name}: was the folder renamed?")
             check_start(name, began, digest(start))
             check_size(expert, layout.size)
             experts.append(expert)
@@ -162,4 +165,4 @@ def embedded(model: str, texts: Sequence[str]) -> Tensor:
     """(len(texts), E), each of length 1, of descriptions.  Raises ValueError for an empty one."""
     if blank := [i for i, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"description {blank[0] + 1} of {len(texts)} is empty: say what the task is")
-    return texts_as_vectors(texts, model)
+    return texts_as_vectors([readable(text) for text in texts], model)

@@ -21,12 +21,13 @@ TEXTS = ("text", "prompt")
 @torch.no_grad()
 def task_vectors(model: str, tasks: Sequence[Sequence[str]]) -> Tensor:
     """(tasks, H): of each task's texts the mean over the rows of the last token's state; of an encoder, whose last
-    token says nothing, of the tokens' mean."""
+    token says nothing, of the tokens' mean.  Empty rows say nothing."""
     from transformers import AutoModel, AutoTokenizer
 
     from ..train.tasks.prompted import vectors
 
-    if any(not rows for rows in tasks):
+    tasks = [[text for text in rows if text.strip()] for rows in tasks]
+    if not all(tasks):
         raise ValueError("a task vector is made of rows, and there are none")
     folder, writes = model_folder(model), _writes(model)
     with quiet(), opening(model):

@@ -36,6 +36,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
 LARGEST_CONFIG = 16 << 20
 EMBEDDED = "undula"  # the key of the configuration in the metadata
+SUM = "undula_sum"  # the key of the checksum in the values of a state
 # The mark of a save stands in a field that PEFT has for "version@commit" and does not read for these types: a key of
 # its own would make PEFT warn of every export.
 MARKED, MARK, LAYOUT = "peft_version", "@undula.", "0.21.0"
@@ -218,27 +219,32 @@ def _embedded(metadata: Mapping[str, str], name: str) -> dict[str, Any] | None:
 
 
 def write_state(folder: Path, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes JSON values and tensors as NAME.json and NAME.safetensors; the JSON comes last.  The values stand in both:
-    those beside the tensors count."""
-    text = json.dumps(values)
+    """Writes JSON values and tensors as NAME.json and NAME.safetensors; the JSON comes last.  The values, and a
+    checksum of the tensors with them, stand in both: those beside the tensors count."""
+    held = {key: t.detach().cpu() for key, t in tensors.items()}
+    text = json.dumps({**values, SUM: tensorfile.checksum(held)})
     for suffix in ("safetensors", "json"):
         clean(folder / f"{name}.{suffix}")
     with Draft(folder / f"{name}.safetensors") as draft:
-        tensorfile.write(draft.file, tensors, {EMBEDDED: text})
+        tensorfile.write(draft.file, held, {EMBEDDED: text})
         draft.flush()
         draft.place()
     write_text(folder / f"{name}.json", text + "\n")
 
 
 def read_state(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The inverse of `write_state`.  Raises FileNotFoundError, or ValueError for what is malformed."""
+    """The inverse of `write_state`.  Raises FileNotFoundError, or ValueError for what is malformed, and for other
+    numbers than those that were written."""
     for path in (folder / f"{name}.json", folder / f"{name}.safetensors"):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {path.name}: it is no checkpoint of a training with an allocator")
     with door(str(folder)), open(folder / f"{name}.safetensors", "rb") as file:
         found, metadata = tensorfile.entries(file, file.name)
         text = metadata.get(EMBEDDED) or (folder / f"{name}.json").read_text(encoding="utf-8")
-        return parsed(text, str(folder / f"{name}.json")), tensorfile.read(file, found, file.name)
+        values, tensors = parsed(text, str(folder / f"{name}.json")), tensorfile.read(file, found, file.name)
+        if SUM in values and values.pop(SUM) != tensorfile.checksum(tensors):  # older ones have none
+            raise ValueError(f"{file.name} is damaged, or was exchanged: its numbers are not those that were written")
+        return values, tensors
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:

@@ -37,6 +37,12 @@ def without_conflict(g: list[Tensor], g_s: list[Tensor]) -> list[Tensor]:
     return [a - share * b for a, b in zip(g, g_s, strict=True)]
 
 
+def norm(tensors: list[Tensor]) -> Tensor:
+    """Of all of them together, in float32 or wider."""
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.stack(torch._foreach_norm(wide)).norm() if wide else torch.tensor(0.0)
+
+
 class SAMReference(Paired):
     """See the module.  steer: (g, g_s) -> g'."""
 
@@ -47,6 +53,7 @@ class SAMReference(Paired):
             raise ValueError(f"SAMReference.rho is at least 0, found {rho}")
         self.rho, self.steer = rho, mixed(0.5) if steer is None else steer
         self.found: list[tuple[Tensor, Tensor]] | None = None
+        self.length = torch.tensor(0.0)  # of the gradients that `found` was made of
         super().__init__(params, adapted, **options)
 
     def pairs(self) -> list[Pair]:
@@ -54,8 +61,13 @@ class SAMReference(Paired):
         return []
 
     def twice(self, again: Callable[[], Any]) -> None:
-        """The gradients are there, unscaled: has `again`, a forward and backward pass over the same rows, run at the
-        moved factors and keeps what `step` is to follow.  The factors are put back bit for bit."""
+        """The gradients are there: has `again`, a forward and backward pass over the same rows, run at the moved
+        factors and keeps what `step` is to follow.  The factors are put back bit for bit.
+
+        Both passes are scaled alike or not at all: with a `torch.amp.GradScaler` this comes before `unscale_`, and
+        `again` scales as the first pass did.  What is done to the gradients from here to `step`, unscaling or
+        clipping, is done to what it follows, and gradients that are not finite at the moved factors are so in `grad`,
+        for the scaler to see."""
         theta = list({id(t): t for _, _, t in self.adapter.tensors() if t.grad is not None}.values())
         every = [p for group in self.param_groups for p in group["params"]]
         if not self.rho or not theta:
@@ -65,7 +77,7 @@ class SAMReference(Paired):
         g: list[Tensor] = [t.grad for t in theta]  # type: ignore[misc]
         copies = [t.detach().clone() for t in theta]
         with torch.no_grad():
-            length = torch.stack(torch._foreach_norm(g)).norm()
+            self.length = length = norm(g)
             step = torch.where(length > 0, self.rho / length, 0)
             torch._foreach_add_(theta, torch._foreach_mul(g, step))
         try:
@@ -82,6 +94,8 @@ class SAMReference(Paired):
                 p.grad = grad
         with torch.no_grad():
             self.found = list(zip(theta, self.steer(g, g_s), strict=True))
+            for (t, new), first_g in zip(self.found, g, strict=True):
+                t.grad = first_g + 0 * new  # NaN where `new` is not finite, else as it was
 
     def adjust(self) -> None:
         if self.found is None:
@@ -89,9 +103,11 @@ class SAMReference(Paired):
                 "SAMReference looks twice at the rows of a step: give step a closure that clears the gradients, "
                 "computes the loss and calls backward, as torch.optim.LBFGS takes it"
             )
+        now = norm([t.grad for t, _ in self.found])  # type: ignore[misc]
+        share = torch.where(self.length > 0, now / self.length, 1)
         for t, new in self.found:
             self.given.append((t, t.grad))
-            t.grad = new.to(t.dtype)
+            t.grad = (share * new).to(t.dtype)
         self.found = None
 
     @torch.no_grad()

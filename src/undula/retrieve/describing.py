@@ -56,7 +56,7 @@ def _told(path: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> tu
 def _expert(path: Path) -> str:
     try:
         said = json.loads(_read(path) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     text = said.get("description") if isinstance(said, dict) else None
     return " ".join(text.split())[:LONGEST] if isinstance(text, str) else ""

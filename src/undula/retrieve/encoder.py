@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..io import tensorfile
 from ..io.draft import Draft, clean
+from ..io.files import check_finite
 from ..io.strict import door, parsed
 from .places import written
 from .sketching import SEED, WIDTH
@@ -71,6 +72,7 @@ class Encoder(nn.Module):
             held = tensorfile.read(file, found, str(path))
             if not {"up.weight", "down.weight"} <= held.keys() or held["up.weight"].ndim != 2:
                 raise ValueError(f"{path} is no encoder of weights: it holds {', '.join(held)}")
+            check_finite(held, str(path))
             d, hidden = held["up.weight"].shape
             with torch.device("meta"):
                 made = Encoder(d, hidden, str(told.get("base", "")), str(told.get("model", "")))

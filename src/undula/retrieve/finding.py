@@ -19,6 +19,7 @@ from .index import Index, Seen, update
 from .texts import ENCODER, embedded, of_rows
 
 BY = ("both", "text", "weights")
+ALIKE = 1e-5  # cosines: below, what differs is the rounding of texts that were embedded beside others
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,7 @@ def ranked(
     those of other bases out.  One that lacks what it is ordered by comes in no result of "text" or "weights"; in "both"
     what it lacks counts as the mean.  Raises ValueError.
     """
-    if by not in BY:
-        raise ValueError(f"by is {', '.join(BY)}; found {by!r}")
-    if by == "weights" and encoder is None:
-        raise ValueError("to find by weights takes an encoder of them (--encoder FILE; --learn FILE trains one)")
+    check_by(by, encoder is not None)
     if encoder is not None and encoder.model not in ("", index.model):
         raise ValueError(f"the encoder was trained on vectors of {encoder.model}, the index has those of {index.model}")
     which = [i for i in index.usable if base is None or _is(index.entries[i].base, base)]
@@ -90,7 +88,8 @@ def ranked(
     if score is None:
         score = torch.stack([_standard(text), _standard(own)]).mean(0) if encoder is not None else text
     order = sorted(
-        (i for i in range(len(which)) if score[i].isfinite()), key=lambda i: (-float(score[i]), there[i].name)
+        (i for i in range(len(which)) if score[i].isfinite()),
+        key=lambda i: (-round(float(score[i]) / ALIKE), there[i].name),
     )
     return [
         Found(
@@ -98,6 +97,14 @@ def ranked(
         )
         for i in order[:top]
     ]
+
+
+def check_by(by: str, encoder: bool) -> None:
+    """Raises ValueError for an order that is none, or that takes an encoder where there is none."""
+    if by not in BY:
+        raise ValueError(f"by is {', '.join(BY)}; found {by!r}")
+    if by == "weights" and not encoder:
+        raise ValueError("to find by weights takes an encoder of them (--encoder FILE; --learn FILE trains one)")
 
 
 def _is(said: str, base: str) -> bool:
@@ -116,10 +123,10 @@ def _encoded(there: Sequence[Entry], weights: Tensor, asked: Tensor, encoder: En
 
 
 def _standard(found: Tensor) -> Tensor:
-    """Standard scores over those that are there; 0, the mean, for the others."""
+    """Standard scores over those that are there; 0, the mean, for the others, and for all where all are alike."""
     there = found[found.isfinite()]
     spread = there.std(correction=0) if len(there) else torch.tensor(0.0)
-    return ((found - there.mean()) / spread).nan_to_num(0.0) if spread > 0 else torch.zeros_like(found)
+    return ((found - there.mean()) / spread).nan_to_num(0.0) if spread > ALIKE else torch.zeros_like(found)
 
 
 def _or_none(value: Tensor) -> float | None:
@@ -139,6 +146,7 @@ def find(
     seen: Seen = lambda done, of: None,
 ) -> list[Found]:
     """`update` and `ranked` in one: the adapters below `folder` that are likeliest for a task."""
+    check_by(by, encoder is not None)
     known = Encoder.load(encoder) if isinstance(encoder, str | Path) else encoder
     asked = question(words, rows)
     return ranked(update(folder, file, seen=seen), asked, known, by=by, base=base, top=top)

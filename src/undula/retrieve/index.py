@@ -10,7 +10,6 @@ import contextlib
 import json
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,21 +158,13 @@ def _write(index: Index, path: Path) -> None:
     text = json.dumps([e.encode() for e in index.entries]).encode()  # ASCII: names may be of any bytes
     raw = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     tensors = {"entries": raw, "texts": index.texts, "weights": index.weights}
-    told = {"version": VERSION, "seed": SEED, "model": index.model, "sum": _sum(tensors)}
+    told = {"version": VERSION, "seed": SEED, "model": index.model, "sum": tensorfile.checksum(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
     clean(path)
     with Draft(path) as draft:
         tensorfile.write(draft.file, tensors, {KEY: json.dumps(told)})
         draft.flush()
         draft.place()
-
-
-def _sum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of their bytes: a number that is damaged looks like any other."""
-    found = 0
-    for key in sorted(tensors):
-        found = zlib.crc32(tensorfile.memory(tensors[key].contiguous()), found)
-    return found
 
 
 def load(path: str | Path, folder: str | Path | None = None) -> Index:
@@ -190,7 +181,7 @@ def load(path: str | Path, folder: str | Path | None = None) -> Index:
         if found.keys() != {"entries", "texts", "weights"}:
             raise ValueError(f"{path} is no index: it holds {', '.join(found)}")
         held = tensorfile.read(file, found, str(path))
-    if told.get("sum") != _sum(held):
+    if told.get("sum") != tensorfile.checksum(held):
         raise ValueError(f"{path} is damaged: its numbers are not those that were written")
     with door(str(path)):
         listed = [Entry.decode(e) for e in json.loads(bytes(held["entries"].numpy()))]

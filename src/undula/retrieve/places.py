@@ -14,6 +14,7 @@ README, RUN = "README.md", "run.json"
 READ = (files.CONFIG, files.TENSORS, diffusers.WEIGHTS, README, RUN, EXPERT)  # what an entry is made of
 SUFFIX = ".safetensors"
 OWN = ("expert.safetensors", "generator.safetensors")  # of a library of experts, beside its adapters
+LIBRARY, START = "library.json", "start"  # its own, and the adapter that all its experts began from: untrained
 KEYS = (b'"undula_index"', b'"undula_encoder"')  # what the header of an index or an encoder of undula's begins with
 Mark = list[list[int] | None]  # size, time of change (ns) and number of each of READ, None where it is not there
 
@@ -49,11 +50,13 @@ def _below(folder: Path, name: str, seen: set[str]) -> Iterator[Place]:
         yield Place(name or ".", folder, [_stat(there.get(n)) for n in READ])
         return
     model = "config.json" in there  # a whole model's folder: its files are no adapters
+    if LIBRARY in there:
+        there.pop(START, None)
     for own, entry in sorted(there.items()):  # of two ways to one folder the first by name
         below = f"{name}/{own}" if name else own
         if _is_folder(entry):
             yield from _below(folder / own, below, seen)
-        elif own.endswith(SUFFIX) and own not in OWN and not model and not written(folder / own):
+        elif own.endswith(SUFFIX) and own not in OWN and not model and _is_file(entry) and not written(folder / own):
             yield Place(below, folder / own, [_stat(entry)])
 
 
@@ -61,6 +64,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Neither a pipe, which would be waited for, nor a link to nothing."""
+    try:
+        return entry.is_file()
+    except OSError:
         return False
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 class Listener(Protocol):
     """Is told of each stage, and of rows that are done in it."""
 
-    def begin(self, what: str, rows: int | None) -> None: ...
+    def begin(self, what: str, rows: int | None, unit: str) -> None: ...
 
     def advance(self, rows: int) -> None: ...
 
@@ -32,13 +32,13 @@ def told_to(listener: Listener) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stage(what: str, rows: int | None = None) -> Iterator[None]:
-    """Within, this is what is done, with so many rows where that is known."""
+def stage(what: str, rows: int | None = None, unit: str = "rows") -> Iterator[None]:
+    """Within, this is what is done, with so many rows (or what `unit` calls them) where that is known."""
     listener = _LISTENER.get()
     if listener is None:
         yield
         return
-    listener.begin(what, rows)
+    listener.begin(what, rows, unit)
     try:
         yield
     finally:

@@ -32,6 +32,8 @@ class DescribedClassification(Classes, TextTask):
     CLIP (Radford et al. 2021, arXiv:2103.00020), on the pooled vectors of a text encoder.
 
     descriptions: {class: text}; a class that has none is described by its name.  scale: 1 / temperature.
+
+    Raises ValueError for a description that is blank, and for one that two classes have: nothing tells them apart.
     """
 
     has_head = False
@@ -47,6 +49,15 @@ class DescribedClassification(Classes, TextTask):
     class_weights: Weights = None
     descriptions: Mapping[str, str] = field(default_factory=dict)
     scale: Positive = 20.0
+
+    def __post_init__(self) -> None:
+        told = {name: self.descriptions.get(name) or name for name in (*self.names, *self.descriptions)}
+        if blank := [name for name in self.descriptions if not self.descriptions[name].strip()]:
+            raise ValueError(f"the class {blank[0]!r} has a blank description: say what it is, or leave it out")
+        first: dict[str, str] = {}
+        for name, text in told.items():
+            if (other := first.setdefault(" ".join(text.split()), name)) != name:
+                raise ValueError(f"the classes {other!r} and {name!r} have one description, {text!r:.80}")
 
     def fitted(self, train: Dataset) -> Self:
         made = super().fitted(train)
