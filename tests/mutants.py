@@ -26,6 +26,7 @@ FILES = "tests/laws/test_files.py"
 SQUEEZE = "tests/laws/test_squeeze.py"
 ODD = "tests/laws/test_engine_odd.py"
 OPTIM, MOVES = "tests/laws/test_optimisers.py", "tests/laws/test_optimisers_more.py"
+SEAMS = "tests/laws/test_optimisers_seams.py"
 SERVED, KEYS = "tests/interop/test_serve_http.py", "tests/interop/test_serve_keys.py"
 USE = "tests/interop/test_use_"
 POOL, POLICIES = "tests/laws/test_pool.py", "tests/oracles/test_policies.py"
@@ -485,7 +486,7 @@ MUTANTS = [
     ("ranks/together.py", "for last in (False, True)", "for last in (True, False)", PROCEDURES + "::test_the_allocator_has_the_last_word_on_gradients"),
     ("ranks/together.py", "c.step, c.skipped, c.clipped = self.step, self.skipped, self.clipped", "pass", PROCEDURES + "::test_a_procedure_with_one_that_does_nothing_is_itself"),
     ("ranks/l2sp.py", "if first[id(t)] == name", "if True", PROCEDURES + "::test_the_gradient_is_that_of_the_loss_and_the_penalty"),
-    ("ranks/l2sp.py", "if p.grad is not None:", "if True:", PROCEDURES + "::test_what_has_no_gradient_is_passed_over"),
+    ("ranks/l2sp.py", " if p.grad is not None]", "]", PROCEDURES + "::test_what_has_no_gradient_is_passed_over"),
     ("ranks/memory.py", "if BEGAN in state and p.grad is not None:", "if BEGAN in state:", COURSES + "::test_where_the_optimiser_made_no_step_there_is_nothing_to_correct"),
     ("ranks/memory.py", "state.get(\"max_exp_avg_sq\", state[\"exp_avg_sq\"])", "state[\"exp_avg_sq\"]", COURSES + "::test_entries_that_begin_again_step_as_a_new_optimiser_would"),
     ("host/masters.py", "return dtype if dtype == torch.float64 else torch.float32", "return torch.float32", MASTERS),
@@ -508,6 +509,13 @@ MUTANTS = [
     ("optim/sam.py", "torch.as_tensor(along).clamp_max(0)", "torch.as_tensor(along)", OPTIM + "::test_without_conflict_no_step_goes_against_the_reference"),
     ("optim/optimisers.py", "    by_pairs = False\n", "", RECIPE + "::test_sams_reference_goes_with_methods_that_have_no_pairs"),
     ("optim/paired.py", "                for p, grad in self.given:\n                    p.grad = grad\n", "                pass\n", OPTIM + "::test_gradients_are_what_they_were_after_a_step"),
+    ("optim/paired.py", "bare.beside[id(p)] = g if before is None else before + g", "pass", SEAMS + "::test_a_penaltys_own_gradient_is_followed_as_it_is"),
+    ("optim/paired.py", "g if before is None else before + g", "g", SEAMS + "::test_a_penaltys_own_gradient_is_followed_as_it_is"),
+    ("optim/perturbed.py", "is not None and computes():", "is not None:", SEAMS + "::test_what_the_base_answers_between_the_passes_moves_nothing_back"),
+    ("optim/by_peft.py", "yield {**group, \"params\"", "yield {\"params\"", SEAMS + "::test_lora_fas_groups_keep_their_options_and_each_pair_a_state_of_its_own"),
+    ("optim/by_peft.py", "if \"lora\" in p.site else", "if False else", SEAMS + "::test_lora_fas_groups_keep_their_options_and_each_pair_a_state_of_its_own"),
+    ("train/tuning.py", "if all(abs(loss - before) <= FLAT", "if False and all(abs(loss - before) <= FLAT", "tests/interop/test_tuning.py::test_a_loss_that_no_rate_changes_has_no_rate"),
+    ("train/forgetting_rows.py", "name == \"train\" or ", "", "tests/interop/test_forget.py::test_classes_without_rows_are_refused_before_anything_is_trained"),
     ("optim/perturbed.py", "p.copy_(found[1])", "pass", OPTIM + "::test_a_forward_without_a_backward_leaves_nothing_moved_for_evaluation"),
     ("train/begun.py", "return {} if run.begin_from is None else files", "return {} if True else files", RECIPE + "::test_a_training_goes_on_orthogonal_to_what_the_one_before_has_used"),
     ("io/kohya.py", "if \"alpha\" in leaves else len(A)", "if \"alpha\" in leaves else 1.0", "tests/interop/test_kohya.py::test_a_file_computes_what_its_formula_says"),

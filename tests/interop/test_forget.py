@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 
 import undula
 from tests.support import tiny
+from undula.cli.forgetting import _classes
 from undula.cli.main import app
 from undula.penalties import GroupLasso
 from undula.train import Classification, ImageClassification, Regression, Run, forget
 from undula.train import forgetting as verb
 from undula.train.forgetting import merged
 from undula.train.forgetting_page import blocks, selected
+from undula.train.forgetting_rows import check_rows, quoted
 from undula.train.tasks.forgetting import ForgetImages, ForgetTexts, forgetting, h_mean
 from undula.train.tasks.forgetting_trainer import balanced, chosen
 from undula.train.tasks.task import Examples
@@ -158,7 +160,10 @@ def test_what_cannot_be_is_refused_first(home, tmp_path):
     cases = (
         (TypeError, "rung Reweight", {"method": undula.DoRA(undula.LoRA())}, REQUESTS),
         (LookupError, "knows no class 'pink'", {}, [["pink"]]),
-        (ValueError, "is in two requests", {}, [["red"], ["red"]]),
+        (ValueError, "'red' is to be forgotten twice", {}, [["red"], ["red"]]),
+        (ValueError, "'red' is to be forgotten twice", {}, [["red", "red"]]),
+        (ValueError, "full=.*classifier.* is no part of a request", {"full": ("classifier",)}, REQUESTS),
+        (ValueError, "begin_from=.* is no part of a request", {"begin_from": str(home / "known")}, REQUESTS),
         (ValueError, "all classes are to be forgotten", {}, [["red", "green"], ["blue", "grey"]]),
         (ValueError, "has no head with named classes", {"model": str(home / "base")}, REQUESTS),
         (TypeError, "classes are forgotten of", {"task": Regression()}, REQUESTS),
@@ -168,6 +173,33 @@ def test_what_cannot_be_is_refused_first(home, tmp_path):
         with pytest.raises(kind, match=words):
             forget(dataclasses.replace(usual, **changes), requests)
     assert not out.exists()
+
+
+def test_classes_without_rows_are_refused_before_anything_is_trained(home, tmp_path, caplog):
+    """Of a second request too, and by the split; a class among others that cannot be measured is told."""
+
+    def without(split, name):
+        there = tmp_path / split
+        shutil.copytree(home / "data", there)
+        lines = (there / f"{split}.jsonl").read_text().splitlines()
+        (there / f"{split}.jsonl").write_text("\n".join(line for line in lines if name not in line))
+        return dataclasses.replace(asked(home, tmp_path / "out"), data=there)
+
+    cases = {"train": [["red", "blue"]], "validation": [["red"], ["blue"]], "test": [["red"], ["blue"]]}
+    for split, requests in cases.items():
+        lacking = without(split, '"blue"')
+        with pytest.raises(ValueError, match=f"{split} has no row of blue among its .*, which is to be forgotten"):
+            forget(lacking, requests)
+        assert not (tmp_path / "out").exists()
+    check_rows(list(verb.planned(lacking, [["red", "blue"]], {})))
+    assert [r.message for r in caplog.records if "is not seen there" in r.message] == [
+        "test has no row of blue: what becomes of it is not seen there"
+    ]
+
+
+def test_a_name_with_a_comma_stands_in_quotes():
+    assert _classes('shirt, "coat, long" ,bag') == ["shirt", "coat, long", "bag"]
+    assert [quoted(name) for name in ("bag", "coat, long")] == ["bag", '"coat, long"']
 
 
 def test_the_default_layers_are_those_of_feed_forward_networks(home):

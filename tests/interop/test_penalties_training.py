@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 import undula
 from tests.support import tiny
 from undula.cli.main import app
-from undula.penalties import L1, WGSEF, BALoRA, GroupLasso, KLToBase, Orthogonal, Ranks
+from undula.optim.optimisers import LoRAFA, LoRSum
+from undula.penalties import L1, NLG, WGSEF, BALoRA, GroupLasso, KLToBase, Orthogonal, Ranks
 from undula.study.read import Faults, parse
-from undula.train import CausalLM, Classification, Run, Similarity
+from undula.train import CausalLM, Classification, MultiLabel, Preference, Regression, Run, Similarity, prepare
+from undula.train.look import check_course
 
 STEPS = 6
 BOTH = KLToBase(0.5) + WGSEF(0.01, sparsity=0.5, settle=0.5)
@@ -94,7 +96,7 @@ def test_batches_that_are_accumulated_are_as_one(usual, tmp_path):
 
 def test_the_teacher_is_the_same_where_activations_are_computed_again(usual, tmp_path):
     """With the adapter off for its pass, between a forward pass and its backward one, which computes it again."""
-    how = {"penalty": KLToBase(5.0) + BALoRA(), "dtype": torch.float64}
+    how = {"penalty": KLToBase(5.0) + BALoRA(form=NLG()), "dtype": torch.float64}
     one, two = (trained(usual, tmp_path / str(a), gradient_checkpointing=a, **how)[0] for a in (False, True))
     for key, t in one.items():
         torch.testing.assert_close(two[key], t)
@@ -109,9 +111,32 @@ def test_what_compares_with_random_numbers_or_sees_no_answers_is_refused(usual, 
     for how in (KLToBase(), BALoRA()):
         with pytest.raises(ValueError, match="is new, at random numbers"):
             undula.train(dataclasses.replace(new, penalty=how, out=tmp_path / "out"))
-    with pytest.raises(ValueError, match="Similarity has a loss of its own"):
-        dataclasses.replace(usual, task=Similarity(), penalty=KLToBase())
+    for task in (Similarity(), Preference()):
+        with pytest.raises(ValueError, match=f"{type(task).__name__} has a loss of its own"):
+            dataclasses.replace(usual, task=task, penalty=KLToBase())
+    with pytest.raises(ValueError, match=r"NLU\(\) is the form of classes, and LlamaForCausalLM answers tokens"):
+        check_course(prepare(dataclasses.replace(usual, penalty=BALoRA(), out=tmp_path / "out")))
     dataclasses.replace(usual, task=Similarity(), penalty=GroupLasso())
+
+
+def test_answers_that_are_no_probabilities_are_refused(usual):
+    """Of one number a softmax is 1 whatever it is, and a set of classes has none."""
+    for task in (Regression(), MultiLabel()):
+        for how in (KLToBase(), BALoRA()):
+            with pytest.raises(ValueError, match=f"{type(task).__name__} has none: take a penalty of the factors"):
+                dataclasses.replace(usual, task=task, penalty=how)
+        dataclasses.replace(usual, task=task, penalty=GroupLasso() + KLToBase(0.0))
+
+
+def test_what_an_optimiser_cannot_see_is_refused_before_rows_are_measured(usual, tmp_path):
+    """So that the directory is free for the run that can be; and looking leaves what trains as it was."""
+    odd = dataclasses.replace(usual, method=undula.Dropout(undula.LoRA(r=2), 0.1), optimiser=LoRSum(), out=tmp_path)
+    with pytest.raises(TypeError, match=r"LoRSum sees inputs .* stands Dropout.* on a Linear"):
+        undula.train(odd)
+    assert not (tmp_path / "run.json").exists()
+    ready = prepare(dataclasses.replace(usual, optimiser=LoRAFA(), out=tmp_path))
+    check_course(ready)
+    assert all(p.requires_grad for _, _, p in ready.adapter.tensors())
 
 
 def test_on_the_command_line(usual, tmp_path):

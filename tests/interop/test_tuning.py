@@ -269,3 +269,12 @@ def test_the_verb(usual, tmp_path):
     done = CliRunner().invoke(app, ["train", *words(usual, "--lr", "fast", "--out", str(tmp_path / "no"))])
     assert "'fast' is not a valid float, nor 'auto'" in done.output
     assert "tune needs --data, --task" in CliRunner().invoke(app, ["tune", "--model", usual.model]).output
+
+
+def test_a_loss_that_no_rate_changes_has_no_rate(written):
+    """A head of zeros answers alike whatever stands below it; once 30 was proposed."""
+    ready = prepare(dataclasses.replace(written, method=undula.LoRA(r=2)))
+    with torch.no_grad():
+        ready.model.lm_head.weight.zero_()
+    with pytest.raises(ValueError, match=r"after steps at rates of 1e-05 to 100 alike: what trains does not change it"):
+        tuning.tuned(ready)

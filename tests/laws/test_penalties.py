@@ -651,6 +651,22 @@ def test_a_random_range_has_the_largest_singular_values_and_their_gradient(monke
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-2, atol=1e-5)
 
 
+def test_of_one_number_there_are_no_probabilities():
+    model = nn.Linear(6, 1)
+    undula.attach(model, undula.LoRA(r=1), "*")
+    course = KLToBase().start(model, torch.optim.SGD(undula.adapters(model)["default"].parameters(), lr=0.1), 2)
+    x = torch.randn(4, 6)
+    with pytest.raises(ValueError, match="a softmax over one is 1 whatever it is"):
+        course.term(x, model(x))
+
+
+def test_l1_counts_the_numbers_that_it_draws():
+    """Not those of a head that trains beside the factors."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    undula.attach(model, undula.LoRA(r=2), ["0"], full=["1"])
+    assert L1().figures(model) == {"groups": 2 * (6 + 4), "zero": 2 * 4}
+
+
 def test_ba_lora_weighs_as_its_schedule_says():
     """Consistency falls to a tenth; the others begin after a fifth of the updates."""
     how = BALoRA()

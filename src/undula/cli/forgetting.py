@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +26,7 @@ FORGET = Annotated[
     declared.Texts,
     typer.Option(
         "--forget",
-        help="Classes to forget together: a request. Repeatable, in this order.",
+        help="Classes to forget together: a request; a name with a comma in quotes. Repeatable, in this order.",
         metavar="CLASS,...",
         rich_help_panel=DATA,
     ),
@@ -74,8 +75,13 @@ def forget(ctx: typer.Context, **typed: Any) -> None:
     made = declared.values(Run, typed, said, given)
     if "penalty" not in given and "penalty" not in said:
         made["penalty"] = PENALTY
-    requests = [[name.strip() for name in text.split(",")] for text in typed["forget"]]
+    requests = [_classes(text) for text in typed["forget"]]
     _forget(Run(**made), requests, {k: typed[k] for k in OPTIONS if typed[k] is not None}, typed["to"])
+
+
+def _classes(text: str) -> list[str]:
+    """The names in a text such as: shirt, "coat, long"."""
+    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True))]
 
 
 def _signature() -> inspect.Signature:
@@ -115,7 +121,7 @@ def _resumed(typed: Mapping[str, Any], given: Mapping[str, str]) -> None:
     from ..train.forgetting import go_on, undo
 
     for text in typed["undo"]:
-        undo(typed["resume"], [name.strip() for name in text.split(",")])
+        undo(typed["resume"], _classes(text))
     with stages(), contextlib.ExitStack() as bars:
         report = go_on(typed["resume"], callbacks=bar(bars))
     _show(report, typed["to"])

@@ -4,6 +4,7 @@ find none here.  What they compute is PEFT's; LoRA+ is `b_ratio` of a training a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ..core.extras import needs
 from ..host.host import selected
+from ..host.masters import wide
+from ..host.sharded import check_whole
 from .paired import Paired, Params
 from .pairs import Pair, pairs
 
@@ -44,10 +47,11 @@ class Riemannian(Paired):
 
 class LoRAFA(torch.optim.Optimizer):
     """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303) by PEFT's `LoraFAOptimizer`, which this makes an instance of: A
-    stays as it is (it is frozen here), and B follows dL/dB (A A')^-1 / s^2 by AdamW's rule.  What else trains does so
-    by AdamW.
+    stays as it is (it is frozen here), and B follows dL/dB (A A')^-1 / s^2 by AdamW's rule, with the options of the
+    group that it is in.  What else trains does so by AdamW.
 
-    Raises as `pairs` does, and ValueError for pairs with a gate, which PEFT's does not know.
+    Raises as `pairs` does, TypeError for parameters that are sharded or narrower than float32, in which PEFT's steps
+    would be lost, and ValueError for pairs with a gate, which PEFT's does not know, and for a B that is in no group.
     """
 
     def __new__(cls, params: Params, adapted: nn.Module, **options: Any) -> Any:
@@ -65,24 +69,14 @@ def _lora_fa(
 ) -> torch.optim.Optimizer:
     from peft.optimizers.lorafa import LoraFAOptimizer
 
-    found = pairs(selected(adapted))
-    if gated := [p.site for p in found if p.gate is not None]:
-        raise ValueError(f"LoRA-FA knows no gate between A and B, and {gated[0]} has one: take LoRA")
+    adapter = selected(adapted)
+    check_whole(adapter.parameters(), "training with LoRAFA")
+    found = pairs(adapter)
     given = list(params)
     groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
-    known = {id(t): g for g in groups for t in g["params"]}
-    both = {id(t) for p in found for t in (p.A, p.B)}
-    decay = next((known[id(p.B)].get("weight_decay", weight_decay) for p in found if id(p.B) in known), weight_decay)
-    couples: list[Tensor] = [t for p in found for t in (p.A, p.B)]
-    made: list[dict[str, Any]] = [{
-        "params": couples,
-        "names": [f"{p.site}.lora_{name}" for p in found for name in "AB"],
-        "scaling_factors": [p.scale for p in found for _ in "AB"],
-        "weight_decay": decay,
-    }]  # fmt: skip
-    for group in groups:
-        if rest := [t for t in group["params"] if id(t) not in both]:
-            made.append({**group, "params": rest, "names": [], "scaling_factors": []})
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    _check(found, groups)
+    told = {id(t): (name, p.scale) for i, p in enumerate(found) for name, t in _named(i, p)}
     for p in found:
         p.A.requires_grad_(False)
         p.A.grad = None
@@ -101,12 +95,52 @@ def _lora_fa(
             if closure is not None:  # PEFT's would call it without gradients
                 with torch.enable_grad():
                     loss = closure()
-            for group in self.param_groups:
-                if group["names"][:1] != made[0]["names"][:1]:
-                    group["names"] = [f"full.{numbers[id(t)]}" for t in group["params"]]
-                    group["scaling_factors"] = [None] * len(group["params"])
-            super().step()
+            whole = [group["params"] for group in self.param_groups]
+            still = {id(t) for p in found if p.B.grad is None for t in (p.A, p.B)}
+            for group in self.param_groups:  # of a layer without a gradient PEFT's would take it all the same
+                group["params"] = [t for t in group["params"] if id(t) not in still]
+                those = [told.get(id(t)) or (f"full.{numbers[id(t)]}", None) for t in group["params"]]
+                group["names"], group["scaling_factors"] = ([each[i] for each in those] for i in (0, 1))
+            try:
+                super().step()
+            finally:
+                for group, those in zip(self.param_groups, whole, strict=True):
+                    group["params"] = those
             return loss
 
-    groups_of: Any = made
+    groups_of: Any = list(_couples_first(found, groups))
     return Named(groups_of, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def _check(found: list[Pair], groups: list[dict[str, Any]]) -> None:
+    """Raises as `LoRAFA` says."""
+    known = {id(t) for group in groups for t in group["params"]}
+    for p in found:
+        if p.gate is not None:
+            raise ValueError(f"LoRA-FA knows no gate between A and B, and {p.site} has one: take LoRA")
+        if id(p.B) not in known:
+            raise ValueError(f"{p.site}: its factor B trains and is not among the parameters of the optimiser")
+    every = [t for group in groups for t in group["params"]] + [p.A for p in found]
+    if narrow := next((t.dtype for t in every if t.dtype != wide(t.dtype)), None):
+        raise TypeError(
+            f"LoRA-FA steps in the numbers' own type, and {str(narrow).removeprefix('torch.')} would lose its steps: "
+            "keep what trains in float32 (change the model's type before attach), or take another optimiser"
+        )
+
+
+def _named(i: int, p: Pair) -> Iterator[tuple[str, Tensor]]:
+    """The names by which PEFT's knows a pair, and keeps its state: what stands before the first "lora"."""
+    site = f"pair.{i}" if "lora" in p.site else p.site
+    yield from ((f"{site}.lora_A", p.A), (f"{site}.lora_B", p.B))
+
+
+def _couples_first(found: list[Pair], groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each group the pairs whose B it has, A before B, and the rest, with its options."""
+    both = {id(t) for p in found for t in (p.A, p.B)}
+    for group in groups:
+        own = {id(t) for t in group["params"]}
+        couples = [t for p in found if id(p.B) in own for t in (p.A, p.B)]
+        rest = [t for t in group["params"] if id(t) not in both]
+        for those in (couples, rest):
+            if those:
+                yield {**group, "params": those, "names": [], "scaling_factors": []}

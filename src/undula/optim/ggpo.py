@@ -18,6 +18,7 @@ B A by a slip).  Served: linear layers with one pair each.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from ..host.state import host_of
 from ..host.views import Conv1DView, LinearView
 from .allora import of_products
-from .paired import Paired, Params, gradients
+from .paired import Paired, Params, computes_in, gradients, kind_of
 from .pairs import Stacked, alike
 
 
@@ -59,13 +60,13 @@ class LoRAGGPO(Paired):
         for pair in self.pairs():
             layer = host.slots[pair.site.partition("#")[0]].layer
             if type(layer) not in (LinearView, Conv1DView) or "#" in pair.site:
-                what = "several products" if "#" in pair.site else f"a {type(layer.owner).__name__}"
+                what = "several products" if "#" in pair.site else f"a {kind_of(layer.owner)}"
                 raise TypeError(
                     f"LoRAGGPO disturbs linear layers with one product each; at {pair.site} stands {what}. Take "
                     "another optimiser, such as LoRAMGPO"
                 )
             self.lengths[pair.site] = float(layer.weight.detach().float().norm(dim=1).mean())
-            hooks.append(layer.owner.register_forward_hook(_disturbing(me, pair.site)))
+            hooks.append(layer.owner.register_forward_hook(_disturbing(me, pair.site, computes_in(adapted))))
         for hook in hooks:
             weakref.finalize(self, hook.remove)
 
@@ -119,18 +120,22 @@ class LoRAGGPO(Paired):
         return {**super().state_dict(), "noise": {"steps": self.steps, "norms": dict(self.norms)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises KeyError for a state without that of the noise, which is another optimiser's."""
+        """Raises KeyError for a state without that of the noise, which is another optimiser's, ValueError for another
+        adapter's."""
+        if odd := sorted(set(state_dict["noise"]["norms"]) - set(self.lengths)):
+            raise ValueError(f"this is the state of an adapter of {odd[0]}, which is no layer of this one")
         super().load_state_dict(state_dict)
         self.steps, self.norms = state_dict["noise"]["steps"], dict(state_dict["noise"]["norms"])
         self.drawn = {}
 
 
-def _disturbing(me: Any, site: str) -> Any:
-    """The hook of a layer."""
+def _disturbing(me: Any, site: str, computes: Callable[[], bool]) -> Any:
+    """The hook of a layer, for passes in which the adapter computes."""
 
     def after(module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
         optimizer = me()
-        if optimizer is None or not optimizer.strength or not (module.training and torch.is_grad_enabled()):
+        trains = module.training and torch.is_grad_enabled() and computes()
+        if optimizer is None or not optimizer.strength or not trains:
             return None
         if not given:
             raise TypeError(f"LoRAGGPO sees the inputs that {site} is given by position, and it is called by keywords")

@@ -61,13 +61,18 @@ class GORP(Paired):
                 f"{every=}"
             )
         self.energy, self.project, self.every = energy, project, every
+        self.lacks = ("maximize", "amsgrad") if project else ()
         self.before: list[tuple[Tensor, bool, Tensor]] = []
         self.kept: list[Tensor] = []
         self.told: list[tuple[Tensor, Tensor]] = []
         self.bases: dict[str, Tensor] = dict(bases or {})
         super().__init__(params, adapted, **options)
+        self._check(self.bases)
+
+    def _check(self, bases: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for bases of factors that are not here."""
         known = {name for name, _, _ in self.sides()}
-        if odd := sorted(set(self.bases) - known):
+        if odd := sorted(set(bases) - known):
             raise ValueError(f"the tasks before have used {odd[0]}, which is no factor here: begin with their adapter")
 
     def sides(self) -> Iterator[tuple[str, Tensor, bool]]:
@@ -114,7 +119,8 @@ class GORP(Paired):
         return {**super().state_dict(), "bases": dict(self.bases)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises KeyError for a state without bases, which is another optimiser's."""
+        """Raises KeyError for a state without bases, which is another optimiser's, ValueError for another adapter's."""
+        self._check(state_dict["bases"])
         super().load_state_dict(state_dict)
         self.bases = dict(state_dict["bases"])
 

@@ -17,6 +17,8 @@ Damping.  B begins at 0 and after the first step B'B is of the order lr^2: the a
 that for small rates and then up to half of the step is wrong.  Here it is relative, damping tr(B'B) / r.  While B is 0
 (or A, on an embedding) the equations above give g_A = 0 and g_B = dL/dB (A A')^-1 / s^2, which is right.
 
+A penalty's gradient of the factors themselves (`paired.pull`) is no part of g: it is added as it is.
+
 Clipping, of gradients of another size, comes after this: `max_norm` here, and none before.  With a gate g (GatedLoRA)
 B stands for B diag(g) in what multiplies g_A, and A for diag(g) A in what multiplies g_B.
 
@@ -46,9 +48,10 @@ class LoRAPro(Paired):
 
     def adjust(self) -> None:
         for those in alike(self.following()):
-            g_A, g_B = corrected(Stacked.of(those), *gradients(those), self.damping)
-            self.follow([p.A for p in those], g_A)
-            self.follow([p.B for p in those], g_B)
+            (g_A, g_B), (own_A, own_B) = gradients(those), self.apart(those)
+            g_A, g_B = corrected(Stacked.of(those), g_A - own_A, g_B - own_B, self.damping)
+            self.follow([p.A for p in those], g_A + own_A)
+            self.follow([p.B for p in those], g_B + own_B)
 
 
 def corrected(pair: Stacked, g_A: Tensor, g_B: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,10 @@ FIRST, SECOND = "undula_first", "undula_second"  # moments (O, I), in the state 
 
 
 class LoRAProFull(LoRAPro):
-    """See the module.  Raises ValueError for options of the base that its own step of pairs has not."""
+    """See the module."""
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        for name in ("maximize", "amsgrad"):
-            if any(group.get(name) for group in self.param_groups):
-                raise ValueError(f"{name} is an option of the base, and LoRA-Pro's full form steps pairs without it")
+    alone = True
+    lacks = ("maximize", "amsgrad")
 
     def base_step(self) -> None:
         self.told = [(those, *gradients(those)) for those in alike(self.following())]

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from ..core.method import LowRank
 from ..host.state import host_of
 from ..host.views import Conv1DView, LinearView
-from .paired import Paired, Params
+from .paired import Paired, Params, kind_of
 from .pairs import Pair
 
 M_A, M_B, D_V, D_U = "undula_momentum_A", "undula_momentum_B", "undula_inputs", "undula_outputs"
@@ -41,7 +42,10 @@ Terms = list[tuple[float, Tensor, Tensor]]  # c, L (O, k), R (k, I)
 
 class LoRSum(Paired):
     """See the module.  pull: the momentum (a base has one of its own); average: of the metric's moving averages.  lr is
-    that of gradient descent: 0.2 in the source for RoBERTa."""
+    that of gradient descent: 0.2 in the source for RoBERTa, of both factors."""
+
+    alone = True
+    lacks = ("maximize",)
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class LoRSum(Paired):
         self.rounds, self.fraction, self.damping, self.delta = rounds, fraction, damping, delta
         self.pull, self.average = pull, average
         self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # (X, S) of each call of a layer
-        self.told: list[tuple[Pair, Tensor, Tensor]] = []
+        self.told: list[tuple[Pair, Tensor, Tensor, float, float]] = []  # X, S, rate, decay
         super().__init__(params, adapted, **options)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
@@ -79,7 +83,7 @@ class LoRSum(Paired):
             if not plain or type(layer) not in (LinearView, Conv1DView):
                 raise TypeError(
                     f"LoRSum sees inputs and gradients of linear layers under a plain LoRA; at {pair.site} stands "
-                    f"{method!r} on a {type(layer.owner).__mro__[1].__name__}. Take another optimiser, such as LoRAPro"
+                    f"{method!r} on a {kind_of(layer.owner)}. Take another optimiser, such as LoRAPro"
                 )
             self.hooks.append(layer.owner.register_forward_hook(_listener(weakref.ref(self), pair.site)))
         for hook in self.hooks:
@@ -91,9 +95,10 @@ class LoRSum(Paired):
 
     def adjust(self) -> None:
         self.told = []
+        groups = {id(t): group for group in self.param_groups for t in group["params"]}
         for pair in self.following():
             X, S = self._tokens(pair)
-            self.told.append((pair, X, S))
+            self.told.append((pair, X, S, *_rate(pair, groups)))
             for t in (pair.A, pair.B):  # the base moves all but these
                 self.given.append((t, t.grad))
                 t.grad = None
@@ -101,6 +106,11 @@ class LoRSum(Paired):
 
     def _tokens(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """(X, S) with S' X the gradient that is there.  Raises RuntimeError where it is another."""
+        if self.beside:
+            raise RuntimeError(
+                "LoRSum follows the loss's gradient alone, and a penalty has added its own: leave the penalty out, or "
+                "take another optimiser, such as LoRAPro"
+            )
         calls = self.seen.get(pair.site, [])
         if not calls:
             raise RuntimeError(
@@ -119,10 +129,8 @@ class LoRSum(Paired):
         return X, S * factor
 
     def moved(self) -> None:
-        rates = {id(t): group for group in self.param_groups for t in group["params"]}
-        for pair, X, S in self.told:
-            group = rates[id(pair.B)]
-            self._step(pair, X, S, float(group["lr"]), float(group.get("weight_decay", 0.0)))
+        for pair, X, S, lr, decay in self.told:
+            self._step(pair, X, S, lr, decay)
         self.told = []
 
     def _step(self, pair: Pair, X: Tensor, S: Tensor, lr: float, decay: float) -> None:
@@ -147,10 +155,9 @@ class LoRSum(Paired):
             state[M_B], state[M_A] = summed(
                 state[M_B], state[M_A], terms, one(M_U), one(M_V), 1e-5, max(1, self.rounds)
             )
-        if decay:
-            new_A, new_B = new_A - lr * decay * A, new_B - lr * decay * B
-        pair.A.copy_(new_A)
-        pair.B.copy_(new_B / pair.scale)
+        if lr:  # at 0 the rounds would leave their rounding
+            pair.A.copy_(new_A - lr * decay * A)
+            pair.B.copy_((new_B - lr * decay * B) / pair.scale)
 
 
 def summed(
@@ -178,6 +185,16 @@ def summed(
         A = of_A(B)
         B = of_B(A)
     return B, A
+
+
+def _rate(pair: Pair, groups: Mapping[int, Mapping[str, Any]]) -> tuple[float, float]:
+    """(rate, weight decay) of a pair.  Raises ValueError where its factors have two."""
+    of_A, of_B = ((float(g["lr"]), float(g.get("weight_decay", 0.0))) for g in (groups[id(pair.A)], groups[id(pair.B)]))
+    if of_A != of_B:
+        raise ValueError(
+            f"{pair.site}: LoRSum steps A and B together, at one rate and weight decay; A has {of_A}, B {of_B}"
+        )
+    return of_B
 
 
 def _solved(M: Tensor, right: Tensor) -> Tensor:

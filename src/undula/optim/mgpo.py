@@ -27,6 +27,8 @@ MOMENTUM, NORM, MOST = "undula_momentum", "undula_norm", 10.0
 class LoRAMGPO(Perturbed):
     """See the module.  rho: the length of the perturbation; sign: +1 or -1."""
 
+    lacks = ("maximize",)  # of what is to rise the direction would be the other one
+
     def __init__(
         self,
         params: Params,

@@ -36,6 +36,7 @@ class Optimiser(Choice):
     clips: ClassVar[bool] = False  # whether it clips gradients itself, after it has changed them (`max_norm`)
     follows: ClassVar[bool] = True  # whether what it remembers can follow an allocator's changes
     groups: ClassVar[bool] = True  # whether A and B may have rates of their own
+    alone: ClassVar[bool] = False  # whether it follows the loss's gradients alone, none that a penalty adds
     at_once: ClassVar[bool] = False  # whether it needs all rows of a step in one batch
     carries: ClassVar[bool] = False  # whether a training leaves something for the one that goes on from it (`bases`)
     apart: ClassVar[str] = ""  # why jobs that share their forward passes cannot each have one
@@ -131,6 +132,10 @@ class LoRAPro(_Paired):
     @property
     def follows(self) -> bool:  # type: ignore[override]
         return not self.full
+
+    @property
+    def alone(self) -> bool:  # type: ignore[override]
+        return self.full
 
     @property
     def apart(self) -> str:  # type: ignore[override]
@@ -231,7 +236,8 @@ class LoRSum(_Paired):
 
     apart = PASSES
     private = "reads the inputs and gradients of all rows at the layers, which are neither clipped nor noised"
-    clips = follows = False
+    alone = True
+    clips = follows = groups = False
     remembers = 6
 
     rounds: Natural = 1  # of alternating least squares; 0: scaled gradient descent

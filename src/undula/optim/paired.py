@@ -25,6 +25,7 @@ from ..core.adapter import Adapter
 from ..host.host import selected
 from ..host.masters import wide
 from ..host.sharded import check_whole
+from ..host.state import host_of
 from .pairs import Pair, pairs
 
 MASTER = "undula_master"  # in the state of a narrow parameter: what it is a rounded copy of
@@ -42,9 +43,11 @@ class Paired(torch.optim.Optimizer):
     """
 
     both: ClassVar[bool] = True  # whether both factors of each pair have to train
+    alone: ClassVar[bool] = False  # whether the loss's gradients are all that it can follow
+    lacks: tuple[str, ...] = ()  # options of the base that its own part of a step would pass over
 
     def __new__(cls, *_: Any, base: type[torch.optim.Optimizer] = torch.optim.AdamW, **__: Any) -> Any:
-        return object.__new__(over(cls, base))
+        return object.__new__(cls if cls in _made.values() else over(cls, base))  # a copy is of the class that it is of
 
     def __init__(
         self,
@@ -59,8 +62,12 @@ class Paired(torch.optim.Optimizer):
         check_whole(self.adapter.parameters(), f"training with {type(self).__name__}")
         self.max_norm = max_norm
         self.given: list[tuple[Tensor, Tensor | None]] = []  # gradients that others stand for in this step
+        self.beside: dict[int, Tensor] = {}  # of parameters (by id), the part of their gradients that `pull` has added
         super().__init__(params, **options)
         self._step_supports_amp_scaling = False  # a gradient scaler unscales first, and skips what is not finite
+        for name in self.lacks:
+            if any(group.get(name) for group in self.param_groups):
+                raise ValueError(f"{name} is an option of the base, and {self.called} goes without it")
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for site, _, t in self.adapter.tensors():
             if t.requires_grad and id(t) not in known:
@@ -114,8 +121,23 @@ class Paired(torch.optim.Optimizer):
             finally:
                 for p, grad in self.given:
                     p.grad = grad
-                self.given = []
+                self.given, self.beside = [], {}
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.beside = {}
+
+    def apart(self, those: list[Pair]) -> tuple[Tensor | float, Tensor | float]:
+        """What `gradients` of these pairs have that is not the loss's; 0 where there is nothing."""
+        if not self.beside:
+            return 0.0, 0.0
+        dtype = torch.promote_types(those[0].A.dtype, torch.float32)
+        A, B = (
+            torch.stack([self.beside.get(id(t), torch.zeros_like(t)).to(t) for t in factors])
+            for factors in ([p.A for p in those], [p.B for p in those])
+        )
+        return A.to(dtype), B.to(dtype)
 
     def follow(self, those: list[Tensor], gradients: Tensor) -> None:
         """Gives the base gradients[i] for those[i], until its step is made: then the gradients are again what they
@@ -164,6 +186,18 @@ class Paired(torch.optim.Optimizer):
                 p.data = p.data.to(types[id(p)])
 
 
+def kind_of(layer: nn.Module) -> str:
+    """The name of the class that a layer had before it was adapted."""
+    return getattr(type(layer), "original", type(layer)).__name__
+
+
+def computes_in(model: nn.Module) -> Callable[[], bool]:
+    """What tells whether the adapter that is selected now is the one that a pass goes through."""
+    host = host_of(model)
+    name = host.selected
+    return lambda: host.selected == name
+
+
 @torch.no_grad()
 def check_went(moved: list[Tensor], copies: list[Tensor], length: Tensor, called: str) -> None:
     """Raises ValueError where a move of that length was lost, by half or more, in numbers narrower than float32."""
@@ -177,6 +211,20 @@ def check_went(moved: list[Tensor], copies: list[Tensor], length: Tensor, called
             f"keeps {float(went):.2g}: keep the factors in float32 (change the model's type before attach), or take a "
             "larger rho"
         )
+
+
+@torch.no_grad()
+def pull(optimizer: Any, those: list[Tensor], by: list[Tensor]) -> None:
+    """Adds to the gradients of `those`, which are there, what is not the loss's but the numbers' own, such as a
+    penalty's.  Optimisers that change the loss's gradients are told of it."""
+    if not those:
+        return
+    torch._foreach_add_([p.grad for p in those], by)  # type: ignore[misc]
+    bare = getattr(optimizer, "optimizer", optimizer)  # accelerate's has it inside
+    if isinstance(bare, Paired):
+        for p, g in zip(those, by, strict=True):
+            before = bare.beside.get(id(p))
+            bare.beside[id(p)] = g if before is None else before + g
 
 
 _made: dict[tuple[Any, Any], type[Paired]] = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..host.state import host_of
-from .paired import Paired, Params
+from .paired import Paired, Params, computes_in
 
 
 class Perturbed(Paired):
@@ -28,9 +28,10 @@ class Perturbed(Paired):
         self.passes = 0  # since the last step
         super().__init__(params, adapted, **options)
         host, me = host_of(adapted), weakref.ref(self)  # a model outlives its optimisers
+        computes = computes_in(adapted)
 
         def before(module: nn.Module, _: Any) -> None:
-            if (optimizer := me()) is not None:
+            if (optimizer := me()) is not None and computes():  # what the base answers beside it disturbs nothing
                 optimizer.listens(module)
 
         self.hooks = [host.slots[site].layer.owner.register_forward_pre_hook(before) for site in self.adapter.methods]

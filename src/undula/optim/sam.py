@@ -6,7 +6,8 @@
 
 Interpretation: of the paper only that the gradient of sharpness-aware minimisation (Foret et al. 2020,
 arXiv:2010.01412) is a reference that steers the plain one was at hand.  theta are all factors that train, of whatever
-method: no pairs are needed.  What else trains follows g alone.  Two forward and backward passes: in a loop of your own
+method: no pairs are needed.  What else trains follows g alone, and what is added to the gradients afterwards (a
+penalty's, `paired.pull`) is followed as it is.  Two forward and backward passes: in a loop of your own
 by `step(closure)`; `undula train` gives them.
 """
 
@@ -45,6 +46,8 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 class SAMReference(Paired):
     """See the module.  steer: (g, g_s) -> g'."""
+
+    lacks = ("maximize",)  # of what is to rise the direction would be the other one
 
     def __init__(
         self, params: Params, adapted: nn.Module, *, rho: float = 0.05, steer: Steer | None = None, **options: Any
@@ -92,6 +95,7 @@ class SAMReference(Paired):
                 torch._foreach_copy_(theta, copies)
             for p, grad in zip(every, first, strict=True):
                 p.grad = grad
+        self.beside = {}  # of what both have
         with torch.no_grad():
             self.found = list(zip(theta, self.steer(g, g_s), strict=True))
             for (t, new), first_g in zip(self.found, g, strict=True):
@@ -103,11 +107,12 @@ class SAMReference(Paired):
                 "SAMReference looks twice at the rows of a step: give step a closure that clears the gradients, "
                 "computes the loss and calls backward, as torch.optim.LBFGS takes it"
             )
-        now = norm([t.grad for t, _ in self.found])  # type: ignore[misc]
+        own = {id(t): self.beside.get(id(t), 0.0) for t, _ in self.found}
+        now = norm([t.grad - own[id(t)] for t, _ in self.found])  # type: ignore[operator]
         share = torch.where(self.length > 0, now / self.length, 1)
         for t, new in self.found:
             self.given.append((t, t.grad))
-            t.grad = (share * new).to(t.dtype)
+            t.grad = (share * new + own[id(t)]).to(t.dtype)
         self.found = None
 
     @torch.no_grad()
@@ -115,6 +120,11 @@ class SAMReference(Paired):
         """A step; closure clears the gradients, computes the loss and calls backward."""
         loss = None
         if closure is not None:
+            if self.beside:
+                raise RuntimeError(
+                    "a penalty's gradient was added before the closure, which clears it: call before_update of its "
+                    "course within the closure"
+                )
             with torch.enable_grad():
                 loss = closure()
             self.twice(closure)

@@ -73,6 +73,11 @@ def answers_next(model: nn.Module) -> bool:
     return not encodes and ("CausalLM" in name or "LMHead" in name)
 
 
+def writes(model: nn.Module) -> bool:
+    """Whether it answers tokens of a text."""
+    return answers_next(model) or "ConditionalGeneration" in type(model).__name__
+
+
 class AnswersCourse(PenaltyCourse):
     """A penalty of the answers, in the loss."""
 
@@ -81,6 +86,11 @@ class AnswersCourse(PenaltyCourse):
             return 0.0
         logits = logits_of(outputs)
         rows = scored(self.model, logits, inputs)
+        if rows.shape[-1] < 2:
+            raise ValueError(
+                f"{self.how!r} compares probabilities of classes, and the model answers one number for a row: a "
+                "softmax over one is 1 whatever it is. Take a penalty of the factors, such as GroupLasso()"
+            )
         if not rows.shape[0]:
             return logits.sum() * 0.0
         base = None

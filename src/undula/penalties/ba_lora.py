@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..core.choice import Choice
 from ..core.ranges import Count, NotNegative, PartShare, Positive, Share
 from ..ranks.procedure import Quality
-from .answers import AnswersCourse, kl
+from .answers import AnswersCourse, kl, writes
 from .penalty import Penalty
 
 WIDE = 4096  # columns from which on singular values are those of a range of k + 5
@@ -141,6 +141,15 @@ class BALoRA(Penalty):
 
 class BACourse(AnswersCourse):
     how: BALoRA
+
+    def __init__(self, how: BALoRA, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
+        """Raises ValueError for the form of classes where a model answers tokens."""
+        super().__init__(how, model, optimizer, steps)
+        if how.active and isinstance(how.form, NLU) and writes(self.model):
+            raise ValueError(
+                f"{how!r}: NLU() is the form of classes, and {type(self.model).__name__} answers tokens: take "
+                "form=NLG() (--penalty ba-lora,form=nlg)"
+            )
 
     def of(self, rows_MV: Tensor, base_MV: Tensor | None) -> Tensor:
         form, (falling, rising) = self.how.form, self.how.weights(self.share)

@@ -17,7 +17,7 @@ from ..host.host import selected
 from ..ranks.procedure import Quality
 from .group_lasso import shrunk
 from .groups import Entries, Grouped, Groups
-from .penalty import Penalty, rates
+from .penalty import Penalty, rates, trained_factors
 from .proximal import Proximal, ProximalCourse
 
 
@@ -48,9 +48,9 @@ class L1(Proximal):
         return L1Course(self, model, optimizer, steps)
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
-        trained = selected(model).parameters()
-        zeros = sum(int((t == 0).sum()) for t in trained)
-        return {"groups": sum(t.numel() for t in trained), "zero": zeros}
+        factors = list({id(t): t for _, _, t in trained_factors(selected(model))}.values())
+        zeros = sum(int((t == 0).sum()) for t in factors)
+        return {"groups": sum(t.numel() for t in factors), "zero": zeros}
 
 
 class L1Course(ProximalCourse):

@@ -30,6 +30,7 @@ class Orthogonal(Penalty):
     """The rows of A, and the columns of B, are drawn to be orthogonal to each other."""
 
     works_on = (LowRank,)
+    pulls = True
     source = "after Zhang et al. 2023, arXiv:2303.10512"
     grade = "interpretation"
 
@@ -44,7 +45,7 @@ class Orthogonal(Penalty):
         return OrthogonalCourse(self, model, optimizer, steps)
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
-        return {"value": self.weight * float(overlap(selected(model)))}
+        return {"value": self.weight * float(overlap(selected(model)).detach())}
 
 
 class OrthogonalCourse(SmoothCourse):

@@ -32,6 +32,7 @@ class OrthogonalToEarlier(Penalty):
     """The rows of A are drawn to be orthogonal to those of the adapters in the directories `earlier`."""
 
     works_on = (LowRank,)
+    pulls = True
     source = "Wang et al. 2023, arXiv:2310.14152 (O-LoRA)"
 
     weight: NotNegative = 0.5

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.choice import Choice
 from ..core.method import Method
+from ..optim.paired import Paired, pull
 from ..ranks.procedure import Course, Procedure, Quality
 from ..ranks.together import Together
 
@@ -61,6 +62,7 @@ class Penalty(Procedure, Choice):
 
     works_on: ClassVar[tuple[type[Method], ...]] = (Method,)
     compares: ClassVar[bool] = False  # with what the base answers
+    pulls: ClassVar[bool] = False  # whether it adds a gradient of its own to the factors', see `SmoothCourse`
     weight: float
 
     @classmethod
@@ -148,6 +150,16 @@ class SmoothCourse(PenaltyCourse):
     """Adds the gradient of `value` before the optimiser's step.  Of a parameter without a gradient, which the
     optimiser passes over, it is left out."""
 
+    def __init__(self, how: Penalty, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
+        """Raises TypeError for an optimiser that follows the loss's gradients alone."""
+        super().__init__(how, model, optimizer, steps)
+        bare: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's has it inside
+        if how.active and isinstance(bare, Paired) and bare.alone:
+            raise TypeError(
+                f"{how!r} adds a gradient of its own to the factors', and {bare.called} follows the loss's alone: take "
+                "another optimiser, such as AdamW or LoRAPro"
+            )
+
     def value(self) -> Tensor:
         """weight * R, as it is now."""
         raise NotImplementedError
@@ -159,10 +171,9 @@ class SmoothCourse(PenaltyCourse):
         with torch.enable_grad():
             value = self.value()
             found = torch.autograd.grad(value, trained, allow_unused=True) if value.requires_grad else ()
-        with torch.no_grad():
-            for p, g in zip(trained, found, strict=False):
-                if g is not None:
-                    p.grad.add_(g)  # type: ignore[union-attr]
+        own = [(p, g) for p, g in zip(trained, found, strict=False) if g is not None]
+        if own:
+            pull(self.optimizer, [p for p, _ in own], [g for _, g in own])
 
 
 def rates(optimizer: torch.optim.Optimizer, trained: list[Tensor], name: str) -> dict[int, float]:

@@ -26,6 +26,7 @@ from ..core.adapter import Adapter
 from ..core.choice import Choice
 from ..core.ranges import Count, NotNegative, PartShare, Positive
 from ..methods import adalora as law
+from ..optim.paired import pull
 from .allocator import Allocator
 from .gates import GateAllocator, GateCourse
 from .procedure import Quality
@@ -136,12 +137,10 @@ class AdaLoRACourse(GateCourse):
             slope_N = self.how.orthogonality.slope(norm_N, 2 * len(self.sites))
             pull_N = 2 * self.how.weight * slope_N / norm_N.clamp_min(torch.finfo(norm_N.dtype).tiny)
             change = ((pull_N[:, None, None] * off_NRR) @ M_NRI).unbind()
-            grads: list[Tensor] = []
             for p, _ in members:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                grads.append(p.grad)
             pieces = [c.T if turned else c for c, (_, turned) in zip(change, members, strict=True)]
-            torch._foreach_add_(grads, pieces)
+            pull(self.optimizer, [p for p, _ in members], pieces)
 
     @staticmethod
     def _off(M_NRI: Tensor) -> tuple[Tensor, Tensor]:

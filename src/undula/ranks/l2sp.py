@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core.method import Method
 from ..core.ranges import NotNegative
+from ..optim.paired import pull
 from .procedure import Course, Procedure, Quality
 
 
@@ -58,9 +59,8 @@ class L2SPCourse(Course):
 
     @torch.no_grad()
     def on_gradients(self) -> None:
-        for name, p in self.trained().items():
-            if p.grad is not None:
-                p.grad.add_(p - self.origin[name], alpha=self.how.weight)
+        moved = [(p, p - self.origin[name]) for name, p in self.trained().items() if p.grad is not None]
+        pull(self.optimizer, [p for p, _ in moved], [way * self.how.weight for _, way in moved])
 
     @torch.no_grad()
     def penalty(self) -> float:

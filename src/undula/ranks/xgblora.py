@@ -19,6 +19,7 @@ from ..core.adapter import Adapter
 from ..core.method import LowRank
 from ..core.ranges import Count, Few, NotNegative, Seed
 from ..kernels import frozen
+from ..optim.paired import pull
 from .allocator import Allocator
 from .procedure import Course, Place, Quality
 from .restart import Cleared, Cycles, Moments, check_cycles, last_begins
@@ -82,7 +83,7 @@ class _XGBLoRA(Cycles):
                 if not trains:
                     p.grad = None  # optimisers pass over it: no step, no decay
                 elif p.grad is not None and self.allocator.penalty:
-                    p.grad.add_(p, alpha=2 * self.allocator.penalty)
+                    pull(self.optimizer, [p], [2 * self.allocator.penalty * p])
 
     def turn(self, cycle: int) -> None:
         trained = [place for place, trains in self._at_work(cycle) if trains]

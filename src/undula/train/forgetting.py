@@ -26,6 +26,7 @@ from ..io import files
 from ..io.whole import whole
 from .base import called_elsewhere, config_of, quiet
 from .fit import train
+from .forgetting_rows import check_rows, quoted
 from .restored import Restored, restored
 from .rows import LOG
 from .run import REPORT, RUN, Run, write_json
@@ -59,9 +60,11 @@ def forget(
 
     Checkpoints are chosen on validation rows; the report's figures are of the rows of `test` where the data have them,
     and says which.  Raises what `train` raises; LookupError for a class that the model does not know, TypeError for a
-    method that cannot be added, FileExistsError where OUT holds something else.
+    method that cannot be added, ValueError for a class without rows, FileExistsError where OUT holds something else.
     """
     runs = list(planned(run, requests, options))
+    if not (run.out / FORGET).is_file():
+        check_rows(runs)
     begin(run, requests, options, resume)
     stages = []
     for i, each in enumerate(runs):
@@ -80,6 +83,12 @@ def planned(run: Run, requests: Sequence[Sequence[str]], options: Mapping[str, A
             f"a request that can be taken back is an update that is added: {run.method!r} is none (rung "
             f"{'none' if run.method is None else run.method.rung()}); take a method on the rung Additive, such as LoRA"
         )
+    for name in ("full", "begin_from"):
+        if found := getattr(run, name):
+            raise ValueError(
+                f"{name}={found!r} is no part of a request, which is an update that is added and can be taken back: "
+                "leave it out"
+            )
     if not requests or not all(requests):
         raise ValueError("forget takes requests, each of one class or more: forget(run, [['shirt'], ['bag', 'coat']])")
     names, where = known_classes(run.model, run.task), run.where
@@ -89,9 +98,9 @@ def planned(run: Run, requests: Sequence[Sequence[str]], options: Mapping[str, A
     for i, request in enumerate(requests):
         classes = tuple([request] if isinstance(request, str) else request)
         if unknown := [name for name in classes if name not in names]:
-            raise LookupError(f"the model knows no class {unknown[0]!r}; it knows: {', '.join(names)}")
-        if again := [name for name in classes if name in earlier]:
-            raise ValueError(f"{again[0]!r} is in two requests")
+            raise LookupError(f"the model knows no class {unknown[0]!r}; it knows: {', '.join(map(quoted, names))}")
+        if again := [name for i, name in enumerate(classes) if name in (*earlier, *classes[:i])]:
+            raise ValueError(f"{again[0]!r} is to be forgotten twice")
         task = forgetting(named(run.task, names), forget=classes, earlier=earlier, **options)
         if set(names) == {*classes, *earlier}:
             raise ValueError("all classes are to be forgotten: one at least is kept")

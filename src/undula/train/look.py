@@ -117,11 +117,19 @@ def steps_of(run: Run, rows: int) -> int:
 
 
 def check_course(ready: Prepared) -> None:
-    """Raises what an allocator or a penalty has against this model, adapter or number of steps: the training would say
-    it after all rows are measured.  To start a course changes nothing."""
+    """Raises what an allocator, a penalty or an optimiser that sees factors has against this model, adapter or number
+    of steps: the training would say it after all rows are measured.  Nothing is changed."""
     if (how := ready.run.procedure) is not None:
         optimizer = torch.optim.SGD(ready.adapter.parameters(), lr=0.0)
         how.start(ready.model, optimizer, steps_of(ready.run, len(ready.train)), quality=lambda: 0.0)
+    if ready.run.optimiser.paired:
+        kind, constants = ready.run.optimiser.made()
+        trained = ready.adapter.parameters()
+        try:
+            kind(trained, adapted=ready.model, **constants)  # type: ignore[call-arg]
+        finally:
+            for p in trained:  # LoRA-FA freezes A
+                p.requires_grad_(True)
 
 
 def _lengths(part: Examples) -> Lengths | None:

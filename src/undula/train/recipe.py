@@ -227,13 +227,19 @@ class Recipe(Settings):
         parts = self.allocator, self.method, self.overrides, self.optimiser, self.penalty
         for _, why in refusals(*parts) if known else ():
             raise ValueError(why)
-        if self.task.own_loss and (odd := [p for p in self.penalty if p.answers and p.active]):
+        own = self.task.own_loss or type(self.task).fitter is not Task.fitter
+        if own and (odd := [p for p in self.penalty if p.answers and p.active]):
             raise ValueError(
                 f"penalty: {odd[0]!r} looks at the answers that the loss is made of, and {type(self.task).__name__} "
                 "has a loss of its own: leave it out, or take a penalty of the factors, such as GroupLasso()"
             )
+        if not self.task.probable and (odd := [p for p in self.penalty if p.answers and p.active]):
+            raise ValueError(
+                f"penalty: {odd[0]!r} compares probabilities of classes, by a softmax over the answers, and "
+                f"{type(self.task).__name__} has none: take a penalty of the factors, such as GroupLasso()"
+            )
         if self.b_ratio is not None and not self.optimiser.groups:
-            raise ValueError(f"b_ratio gives B a rate beside A's, and {self.optimiser!r} moves B alone: raise lr")
+            raise ValueError(f"b_ratio gives B a rate beside A's, and {self.optimiser!r} has one for a pair: raise lr")
         if self.accumulate > 1 and self.optimiser.at_once:
             raise ValueError(
                 f"{self.optimiser!r} takes all rows of a step in one batch, found accumulate={self.accumulate}: give "
@@ -317,6 +323,12 @@ def refusals(
         yield "allocator", f"{given[0]!r} is a penalty: it goes into penalty=..., --penalty"
         return
     yield from _unpenalised(allocator, method, overrides, penalty)
+    if optimiser.alone and (odd := [p for p in penalty if p.pulls and p.active]):
+        yield (
+            "penalty",
+            f"{odd[0]!r} adds a gradient of its own to the factors', and {optimiser!r} follows the loss's alone: take "
+            "another optimiser, such as AdamW() or LoRAPro()",
+        )
     if allocator is None:
         return
     if not optimiser.follows:

@@ -93,7 +93,7 @@ def tune(run: Recipe) -> Tuned:
     """A learning rate for a run that has not begun: see this module.  It opens data and model and writes nothing; the
     same recipe gives the same rate.
 
-    Raises what `train` raises for bad input; ValueError where the loss is not finite at first.
+    Raises what `train` raises for bad input; ValueError where the loss is not finite at first, or never changes.
     """
     placed = run if isinstance(run, Run) else Run.of(run, Path())
     return tuned(prepare(placed))
@@ -114,6 +114,12 @@ def tuned(ready: Prepared) -> Tuned:
             raise ValueError(f"the loss is {before} before any step, and no rate would mend that: look at the data")
         curve, value = _test(walk, ahead, before, look)
         gradients, losses = walk.gradients, walk.losses
+    if all(abs(loss - before) <= FLAT * abs(before) for _, loss in curve):
+        raise ValueError(
+            f"the loss of {AHEAD} batches is {before:.4g} before any step and after steps at rates of {curve[0][0]:g} "
+            f"to {curve[-1][0]:g} alike: what trains does not change it, so no rate can be found. Look at the data ("
+            "one class, no label that counts?), or name a rate (lr=...)"
+        )
     lowest = _lowest(curve, before)
     value = value if value is not None and math.isfinite(value) else None
     edge = None if value is None or value <= 0 else bound(run.optimiser) / value
@@ -199,6 +205,8 @@ def _notes(
         yield "a step at no rate lowered the loss: the rate is where that begins to rise, and may be off"
     if lowest == curve[0][0]:
         yield f"the loss was lowest at the first rate that was tried, {lowest:g}: a lower one may be better"
+    if lowest == curve[-1][0]:
+        yield f"the loss was lowest at the last rate that was tried, {lowest:g}: a higher one may be better"
     if len(ready.train) <= run.batch * AHEAD:
         yield f"the rate was found by the loss of rows that it trains on ({len(ready.train)} in all): it may be high"
 

@@ -124,6 +124,7 @@ class Regression(TextTask):
     """Text to a number: mean squared error, Pearson's and Spearman's correlation."""
 
     headline = "pearson"
+    probable = False
     text: str | None = None
     pair: str | None = None
     label: str | None = None

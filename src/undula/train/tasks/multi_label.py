@@ -50,6 +50,7 @@ class MultiLabel(TextTask):
 
     optional = ("pair", "label")
     headline = "micro_f1"
+    probable = False
 
     text: str | None = None
     pair: str | None = None

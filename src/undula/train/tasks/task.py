@@ -40,6 +40,7 @@ class Task(Choice):
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()  # roles that may have no column
     peft: ClassVar[str | None]  # PEFT's task type, written into the adapter directory; None where PEFT has none
+    probable: ClassVar[bool] = True  # that a softmax over its outputs tells what it answers
     own_loss: ClassVar[bool] = False  # that `loss` is none that the model returns of a batch
     auto: ClassVar[str | None] = None  # the class of transformers that opens its model, where no PEFT type tells it
     pipeline: ClassVar[str | None] = None  # what the hub, and transformers' pipelines, call such a task
