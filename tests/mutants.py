@@ -129,7 +129,7 @@ MUTANTS = [
     ("io/files.py", "values.pop(SUM) != tensorfile.checksum(tensors)", "values.pop(SUM) is None", GENERATED + "::test_a_library_takes_one_start_alone"),
     ("cli/generating.py", "if own.get(key) != said.get(key):", "if False:", LIBRARY + "::test_experts_of_several_tasks_are_told_or_refused"),
     ("cli/generating.py", "if i % step:", "if i >= 2 * most:", GENERATED + "::test_of_many_lines_some_are_read_of_every_part_and_none_is_held_twice_over"),
-    ("optim/sam.py", "(share * new).to(t.dtype)", "new.to(t.dtype)", OPTIM + "::test_sam_under_a_gradient_scaler_is_sam_and_skips_what_is_not_finite_at_the_moved_factors"),
+    ("optim/sam.py", "(share * new + own", "(new + own", OPTIM + "::test_sam_under_a_gradient_scaler_is_sam_and_skips_what_is_not_finite_at_the_moved_factors"),
     ("optim/sam.py", "t.grad = first_g + 0 * new", "pass", OPTIM + "::test_sam_under_a_gradient_scaler_is_sam_and_skips_what_is_not_finite_at_the_moved_factors"),
     ("train/tasks/prompted.py", "(wide * there).sum(1)", "wide.sum(1)", LIBRARY + "::test_the_answer_is_the_cosine_with_the_descriptions"),
     ("jobs/course.py", "elif g.stride() == p.stride() and g.data_ptr() not in taken:", "elif True:", JOBS + "::test_alone_in_the_engine_a_job_has_the_weights_of_train"),

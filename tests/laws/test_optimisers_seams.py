@@ -1,5 +1,6 @@
 """Optimisers that see pairs, where they meet something else: penalties, groups, other adapters, copies."""
 
+import contextlib
 import copy
 
 import pytest
@@ -202,3 +203,20 @@ def test_a_state_of_other_layers_is_refused_and_a_copy_is_of_the_same_class():
         with pytest.raises(ValueError, match=r"0.*which is no (factor|layer)"):
             kind(found.parameters(), other, lr=1e-2).load_state_dict(optimizer.state_dict())
         assert type(copy.deepcopy(optimizer)) is type(optimizer)
+
+
+def test_rounding_of_a_narrow_base_is_no_other_gradient():
+    """LoRSum sees S in the base's type, here with gradients that nearly cancel; what is added in earnest it refuses."""
+    model, adapter = attached(LORA, torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in adapter.parameters())
+    optimizer = LoRSum(adapter.parameters(), model, lr=0.1)
+    torch.manual_seed(0)
+    x = torch.randn(64, 12, dtype=torch.bfloat16)
+    x, sign = torch.cat([x, x + 0.01]), torch.ones(128, 1).index_fill_(0, torch.arange(64), -1)
+    for more in (0.0, 1.0):
+        (model(x).float() * sign).mean().backward()
+        (more * sum(p.square().sum() for p in adapter.parameters())).backward()
+        refused = pytest.raises(RuntimeError, match="its gradient is not that of the rows")
+        with refused if more else contextlib.nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()

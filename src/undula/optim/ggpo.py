@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..host.state import host_of
 from ..host.views import Conv1DView, LinearView
 from .allora import of_products
-from .paired import Paired, Params, computes_in, gradients, kind_of
+from .paired import UNSEEN, Paired, Params, computes_in, gradients, kind_of
 from .pairs import Stacked, alike
 
 
@@ -101,7 +101,7 @@ class LoRAGGPO(Paired):
         if odd := [p.site for p in found if p.site not in self.disturbed]:
             raise RuntimeError(
                 f"LoRAGGPO disturbs the adapted layers while they compute, in training mode, and {odd[0]} was not "
-                "called since the last step: call model.train(), and the model itself, not a copy"
+                f"called since the last step: {UNSEEN}"
             )
         for those in alike(found):
             pair, (g_A, g_B) = Stacked.of(those), gradients(those)

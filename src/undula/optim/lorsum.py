@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..core.method import LowRank
 from ..host.state import host_of
 from ..host.views import Conv1DView, LinearView
-from .paired import Paired, Params, kind_of
+from .paired import UNSEEN, Paired, Params, kind_of
 from .pairs import Pair
 
 M_A, M_B, D_V, D_U = "undula_momentum_A", "undula_momentum_B", "undula_inputs", "undula_outputs"
@@ -113,15 +113,14 @@ class LoRSum(Paired):
             )
         calls = self.seen.get(pair.site, [])
         if not calls:
-            raise RuntimeError(
-                f"LoRSum saw no call of {pair.site} in training mode since the last step: call the model itself"
-            )
+            raise RuntimeError(f"LoRSum saw no call of {pair.site} in training mode since the last step: {UNSEEN}")
         X, S = (torch.cat([call[i] for call in calls]).to(pair.A.dtype) for i in (0, 1))
         seen_A, seen_B = pair.scale * (pair.B.T @ S.T) @ X, pair.scale * S.T @ (X @ pair.A.T)
         there, seen = (torch.cat([a.flatten(), b.flatten()]) for a, b in ((pair.A.grad, pair.B.grad), (seen_A, seen_B)))  # type: ignore[union-attr]
         size = seen.square().sum()
         factor = torch.where(size > 0, (there @ seen) / size, 1)
-        if (there - factor * seen).norm() > 0.01 * there.norm():
+        rounding = 8 * torch.finfo(calls[0][1].dtype).eps  # of S, of a base in bfloat16
+        if (there - factor * seen).norm() > max(0.01, rounding) * there.norm():
             raise RuntimeError(
                 f"{pair.site}: its gradient is not that of the rows that LoRSum saw: another was added (a penalty, "
                 "another loss), or processes average theirs. Take another optimiser, such as LoRAPro"

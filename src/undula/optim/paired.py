@@ -28,6 +28,10 @@ from ..host.sharded import check_whole
 from ..host.state import host_of
 from .pairs import Pair, pairs
 
+UNSEEN = (  # what to do where layers were not heard
+    "call model.train(), and the model itself, not a copy. torch.compile's graphs of earlier passes know nothing of "
+    "this optimiser: make it before the first pass, or call torch._dynamo.reset()"
+)
 MASTER = "undula_master"  # in the state of a narrow parameter: what it is a rounded copy of
 
 Params = Iterable[Any]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..host.state import host_of
-from .paired import Paired, Params, computes_in
+from .paired import UNSEEN, Paired, Params, computes_in
 
 
 class Perturbed(Paired):
@@ -98,7 +98,7 @@ class Perturbed(Paired):
         if self.strength and not self.passes:
             raise RuntimeError(
                 f"{self.called} moves the weights while the adapted layers compute, in training mode, and none of "
-                "them was called since the last step: call model.train(), and the model itself, not a copy"
+                f"them was called since the last step: {UNSEEN}"
             )
         self.passes = 0
         found = super().step()
