@@ -144,10 +144,11 @@ split = { is = "dirichlet", alpha = 10, clients = 2 }
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flwr") is not None, reason="it would begin")
-def test_a_runtime_that_is_not_installed_says_what_is(home):
-    done = ask(home / "fed.toml", "--out", home / "out", "--runtime", "flower")
+@pytest.mark.parametrize(("runtime", "extra"), [("flower", "flower"), ("ray", "simulation")])
+def test_a_runtime_that_is_not_installed_says_what_is(home, runtime, extra):
+    done = ask(home / "fed.toml", "--out", home / "out", "--runtime", runtime)
     assert done.exit_code == 2
-    assert "this needs the package flwr, which is not installed: pip install 'undula[flower]'" in done.output
+    assert f"this needs the package flwr, which is not installed: pip install 'undula[{extra}]'" in done.output
     assert not (home / "out").exists()
 
 

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 import undula
 from tests.support import tiny
 from undula.federated import FFA, FLASC, FedSVD
+from undula.federated.client import Client
 from undula.federated.messages import Failure
 from undula.federated.private import DPSGD
 from undula.federated.rounds import clients_of, federate
@@ -156,12 +157,17 @@ def test_clients_with_parts_of_the_adapter_are_sent_theirs_alone(tmp_path, parti
     assert max(sizes["north"], sizes["south"]) < sizes["west"]
     other = dataclasses.replace(f, clients=(f.clients[0], dataclasses.replace(f.clients[1], where=None), f.clients[2]))
     with pytest.raises(ValueError, match="clients: not as in the server's file"):
-        check_settings(other, settings(f))
+        check_settings(other, settings(f), "south")
     private = {"privacy": DPSGD(noise=1.0, delta=1e-3)}
     stricter = dataclasses.replace(
         f, clients=(dataclasses.replace(f.clients[0], epsilon=0.5), *f.clients[1:]), **private
     )
-    check_settings(stricter, settings(dataclasses.replace(f, **private)))  # a budget is a client's own
+    f = dataclasses.replace(f, **private)
+    check_settings(stricter, settings(f), "north")  # a budget is a client's own
+    with pytest.raises(ValueError, match="epsilon: not as in the server's file"):
+        check_settings(f, settings(stricter), "north")
+    check_settings(f, settings(stricter), "south")
+    assert "north" not in settings(stricter)
     with pytest.raises(ValueError, match="cannot stand beside the part that north has"):
         Rounds(there, FedMedian())
 
@@ -288,10 +294,11 @@ def test_parties_agree_on_what_noise_is_set_by(parties):
     f = parties(FFA(), privacy=how)
     for name, change in (("fraction", {"fraction": 0.5}), ("min_clients", {"min_clients": 2})):
         with pytest.raises(ValueError, match=name):
-            check_settings(dataclasses.replace(f, **change), settings(f))
+            check_settings(dataclasses.replace(f, **change), settings(f), "north")
     with pytest.raises(ValueError, match="names"):
-        check_settings(parties(FFA(), NAMES[:2], privacy=how), settings(f))
-    check_settings(parties(FFA(), NAMES[:1]), settings(parties(FFA())))  # without privacy a client need not know others
+        check_settings(parties(FFA(), NAMES[:2], privacy=how), settings(f), "north")
+    # without privacy a client need not know others
+    check_settings(parties(FFA(), NAMES[:1]), settings(parties(FFA())), "north")
 
 
 def test_keys_that_a_kill_has_cut_short_are_made_anew(tmp_path, parties):
@@ -331,6 +338,43 @@ def test_three_processes_on_loopback_make_the_bits_of_one(tmp_path, parties):
     assert "Activated" in (flower / "logs" / "superlink.txt").read_text()
     with pytest.raises(FileExistsError, match="--resume goes on with it"):
         run(f, tmp_path / "there")
+
+
+@pytest.mark.timeout(900)
+def test_clients_side_by_side_in_rays_processes_make_the_bits_of_one(tmp_path, parties):
+    """And what one client raises is a line of the record."""
+    pytest.importorskip("ray")
+    from undula.federated.flower import simulated
+
+    f = parties(FedSVD())
+    bad = Party("west", tiny.jsonl(tmp_path / "bad.jsonl", [{"text": "good", "label": "neither"}] * 4))
+    f = dataclasses.replace(f, clients=(dataclasses.replace(f.clients[0], r=1), f.clients[1], bad))
+
+    class Raises:
+        def train(self, number, arrays):
+            raise LookupError
+
+        def evaluate(self, arrays):
+            raise LookupError
+
+    def without_west(server, rows):
+        return {name: Client(server.federation, name, rows, server.desk) for name in NAMES[:2]} | {"west": Raises()}
+
+    here = federate(f, tmp_path / "here", parties=without_west)
+    there = simulated.run(f, tmp_path / "there", told=(told := []).append)
+    tensors = [load_file(tmp_path / side / "state.safetensors") for side in ("there", "here")]
+    assert_close(*tensors, rtol=0, atol=0)
+    assert [r["round"] for r in told] == [1, 2]
+    for mine, theirs in zip(here["rounds"], there["rounds"], strict=True):
+        for part in ("clients", "spread"):
+            if part in mine:
+                assert mine[part].pop("west")["failed"] == theirs[part].pop("west")["failed"] == "error"
+        assert mine == theirs
+    said = (tmp_path / "there" / "flower" / "logs" / "simulation.txt").read_text()
+    assert "client west" in said
+    assert "ip=127.0.0.1" in said
+    with pytest.raises(FileExistsError, match="--resume goes on with it"):
+        simulated.run(f, tmp_path / "there")
 
 
 @pytest.fixture

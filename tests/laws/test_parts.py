@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,8 @@ def test_a_part_that_makes_no_sense_is_told_with_the_clients_name(home, tmp_path
     assert "rung Method" in told(Party("client-1", r=1), method=undula.AuroRA(r=2))
     assert "r=3, and the federation's adapter has 2" in told(Party("client-1", r=3))
     assert "there are no ranks" in told(Party("client-1", r=1), method=None)
+    assert "is not cut at a rank" in told(Party("client-1", r=1), method=undula.DoRA(undula.LoRA(r=2)))
+    assert "where names no layer" in told(Party("client-1", where=()))
     assert "the split has no client 'north'" in told(Party("north", r=1))
     assert "leave out data" in told(Party("client-1", "rows.csv"))
     assert "needs data" in told(Party("client-1"), split=None)
@@ -115,10 +118,41 @@ def test_a_part_that_makes_no_sense_is_told_with_the_clients_name(home, tmp_path
     f = asked(home, federated={"clients": (Party("client-1", where=("query", "dense")),)})
     with pytest.raises(ValueError, match="client client-1: 'dense' names none of the layers that the federation"):
         Server(f, tmp_path / "out")
+    f = asked(home, federated={"clients": (Party("client-1", where="quary"),)})
+    with pytest.raises(LookupError, match="client client-1: where='quary' matches none"):
+        Server(f, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     same = asked(home, federated={"clients": (Party("client-1", r=2, where=("query", "value")),)})
     desk = Desk((rows := Rows(same)).settled(same), rows.server)
     assert desk.part(same.clients[0]) == WHOLE
+
+
+def test_ranks_are_those_of_the_layers_that_a_client_has(home, tmp_path):  # noqa: F811
+    """Of a layer that has fewer than it asks for it has all; none may have as many as it asks for."""
+    f = asked(home, FedIT(), undula.LoRA(r=4), {"rounds": 1, "clients": (Party("client-1", r=3),)},
+              overrides={"value": undula.LoRA(r=2)})  # fmt: skip
+    rows = Rows(f)
+    desk = Desk(rows.settled(f), rows.server)
+    cut = desk.part(f.clients[0]).of(desk.first)
+    assert {site.rpartition(".")[2]: f["A"].shape[0] for site, f in cut.factors.items()} == {"query": 3, "value": 2}
+    desk.adapter.save(tmp_path / "begun")
+    for party in (Party("client-1", r=5), Party("client-1", r=3, where="value")):
+        begun = asked(
+            home, FedIT(), None, {"clients": (party,)}, where="all-linear", begin_from=str(tmp_path / "begun")
+        )
+        with pytest.raises(ValueError, match=f"client client-1: r={party.r}, and the federation's adapter has"):
+            Server(begun, tmp_path / "out")
+
+
+def test_what_no_client_has_is_told(home, tmp_path):  # noqa: F811
+    names = ("client-1", "client-2", "client-3")
+    f = asked(home, federated={"clients": tuple(Party(name, r=1, where="query") for name in names)})
+    server = Server(f, tmp_path / "out")
+    assert "value" in server.notes[-2]
+    assert "no client has all ranks of bert.encoder.layer.0.attention.self.query, " in server.notes[-1]
+    assert not [
+        note for note in Server(asked(home, federated={"clients": LESS}), tmp_path / "all").notes if "no client" in note
+    ]
 
 
 def test_it_is_read_as_it_was_written(home, tmp_path):  # noqa: F811
@@ -188,6 +222,9 @@ def test_a_budget_of_its_own_under_noise_at_the_server_ends_its_part(home, tmp_p
         assert "allows 1 rounds, which are over" in record["clients"]["client-1"]["why"]
         assert "failed" not in record["clients"]["client-2"]
     assert how.spent(f, {"client-1": 3}, {})["epsilon"] == once
+    server = Server(f, tmp_path / "deaf", rows := Rows(f))  # and a client whose own file says no budget
+    go(server, clients_of(SimpleNamespace(federation=rows.settled(whole), desk=server.desk), Rows(whole)))
+    assert [r["clients"]["client-1"].get("failed") for r in server.records[1:]] == [None, "refused", "refused"]
     none = dataclasses.replace(whole, clients=(Party("client-1", epsilon=once / 2),))
     with pytest.raises(ValueError, match=r"privacy of client client-1: its own epsilon of .* allows no round"):
         Rows(none).client("client-1")

@@ -21,6 +21,7 @@ class Runtime(StrEnum):
 
     HERE = "in-process"
     FLOWER = "flower"
+    RAY = "ray"
 
 
 def federate(
@@ -36,7 +37,7 @@ def federate(
         Runtime,
         typer.Option(
             help="in-process: one client after the other. flower: a SuperLink and a SuperNode for each client, on "
-            "loopback over TLS: undula[flower]."
+            "loopback over TLS: undula[flower]. ray: clients side by side, in Flower's simulation: undula[simulation]."
         ),
     ] = Runtime.HERE,
     to: shell.Json = None,
@@ -67,6 +68,7 @@ def federate(
 @needs("train")
 def _looked_at(path: Path) -> list[dict[str, Any]]:
     from ..federated.desk import Desk
+    from ..federated.part import unreached
     from ..federated.rows import Rows
     from ..federated.server import check_goes_on
     from ..federated.spec import read
@@ -84,8 +86,11 @@ def _looked_at(path: Path) -> list[dict[str, Any]]:
     with quiet():
         desk = Desk(rows.settled(f), rows.server)
         check_goes_on(f.how, desk.first)
-        for name, row in zip(f.names, found, strict=True):
-            row["trains"] = desk.part(f.party(name)).of(desk.first).num_parameters()
+        parts = [desk.part(f.party(name)) for name in f.names]
+        for part, row in zip(parts, found, strict=True):
+            row["trains"] = part.of(desk.first).num_parameters()
+        for why in unreached(parts, desk.first):
+            shell.remark(why)
     server = {"client": "(the server)", "rows": 0, "to measure": len(rows.server)}
     return [*found, {**dict.fromkeys(found[0]), **server}]
 
@@ -97,7 +102,7 @@ def _run(path: Path, out: Path, resume: bool, runtime: Runtime) -> dict[str, Any
     from ..train.base import quiet
 
     federation = read(path)
-    verb = here if runtime is Runtime.HERE else _flower()
+    verb = {Runtime.HERE: lambda: here, Runtime.FLOWER: _flower, Runtime.RAY: _ray}[runtime]()
     with quiet():
         return verb(federation, out, resume=resume, told=lambda record: _told(record, federation))
 
@@ -105,6 +110,13 @@ def _run(path: Path, out: Path, resume: bool, runtime: Runtime) -> dict[str, Any
 @needs("flower")
 def _flower() -> Any:
     from ..federated.flower import run
+
+    return run
+
+
+@needs("simulation")
+def _ray() -> Any:
+    from ..federated.flower.simulated import run
 
     return run
 

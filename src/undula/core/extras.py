@@ -12,6 +12,7 @@ T = TypeVar("T")
 BROUGHT = {  # what each brings itself, beside the extras that it includes
     "cli": ("typer", "rich"),
     "flower": ("flwr",),
+    "simulation": ("ray",),
     "hf": ("transformers", "accelerate", "datasets", "tokenizers", "huggingface_hub", "peft", "numpy"),
     "train": ("sklearn", "rouge_score", "PIL", "scipy"),
     "plot": ("matplotlib",),
@@ -29,6 +30,7 @@ BROUGHT = {  # what each brings itself, beside the extras that it includes
 }
 INCLUDED = {
     "flower": ("train",),
+    "simulation": ("flower",),
     "train": ("hf", "cli", "plot"),
     "study": ("train", "plot"),
     "search": ("train",),

@@ -19,7 +19,8 @@ from ..train.measure import files_digest
 from ..train.prepared import assembled
 from ..train.tasks.task import Examples
 from .ffa import linear_factor
-from .part import WHOLE, Part, of_layers
+from .part import WHOLE, Part, most_ranks, of_layers
+from .party import MORE_RANKS
 from .spec import Federation, Party
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Desk:
         sites = None if party.where is None else self._layers(party.name, party.where)
         part = Part(party.r, sites)
         try:
+            if party.r is not None and party.r > (most := most_ranks(self.first, sites)):
+                raise ValueError(MORE_RANKS.format(party.name, party.r, most))
             return part if part.of(self.first).methods != self.first.methods else WHOLE
         except TypeError as error:
             raise TypeError(f"client {party.name}: {error}") from error
@@ -76,10 +79,17 @@ class Desk:
     def _layers(self, client: str, where: tuple[str, ...]) -> frozenset[str] | None:
         """Those of the adapter that these names choose; None for all."""
         with self._without():
-            asked = {each: {*choose(inner(self.model), each)} & {*self.first.methods} for each in where}
+            asked = {each: self._named(client, each) & {*self.first.methods} for each in where}
         if odd := [each for each, found in asked.items() if not found]:
             raise ValueError(f"client {client}: {odd[0]!r} names none of the layers that the federation adapts")
         return of_layers(list(self.first.methods), set().union(*asked.values()))
+
+    def _named(self, client: str, where: str) -> set[str]:
+        try:
+            return {*choose(inner(self.model), where)}
+        except (LookupError, TypeError) as error:
+            kind = LookupError if isinstance(error, LookupError) else TypeError
+            raise kind(f"client {client}: {error}") from error
 
     @contextlib.contextmanager
     def _without(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ aggregation has to know.  Parameters in full (heads, norms) all clients have.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,13 +72,37 @@ WHOLE = Part()
 
 def check_cut(method: Method, site: str) -> tuple[float, str, str]:
     """(s, B, A) of a LoRA, in dropout or not.  Raises TypeError for any other method."""
-    inside = method.inside()
-    if type(inside) is not LoRA:
+    alone = method.undropped()
+    if type(alone) is not LoRA:
         raise TypeError(
             f"{method!r} at {site} (rung {method.rung()}) is not cut at a rank, so no client has fewer ranks of it: "
             "take LoRA, or leave out the client's r"
         )
-    return inside.plain()
+    return alone.plain()
+
+
+def most_ranks(adapter: Adapter, sites: frozenset[str] | None) -> int:
+    """Of the layers that are cut, the most ranks that one has.  Raises TypeError for a method that is not cut."""
+    there = [(site, method) for site, method in adapter.methods.items() if sites is None or site in sites]
+    return max((adapter.factors[site][check_cut(method, site)[2]].shape[0] for site, method in there), default=0)
+
+
+def unreached(parts: Iterable[Part], adapter: Adapter) -> Iterator[str]:
+    """What of an adapter none of these has: a sentence for layers, and one for ranks."""
+    own, layers, ranks = list(parts), list[str](), list[str]()
+    for site in adapter.methods:
+        there = [p.r for p in own if p.sites is None or site in p.sites]
+        known = [r for r in there if r is not None]
+        if not there:
+            layers.append(site)
+        elif len(known) == len(there) and max(known) < most_ranks(adapter, frozenset({site})):
+            ranks.append(site)
+    for sites, told in (
+        (layers, "{}: nothing trains there"),
+        (ranks, "all ranks of {}: the last ones stay as they begin"),
+    ):
+        if sites:
+            yield "no client has " + told.format(", ".join(sites[:3]) + (", ..." if len(sites) > 3 else ""))
 
 
 def of_layers(sites: Sequence[str], found: set[str]) -> frozenset[str] | None:

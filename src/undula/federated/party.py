@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..core.given import Checked
+from ..core.method import Method
 from ..core.ranges import Positive, Rank
 from ..jobs.file import wrong_name
 from ..train.recipe import Recipe, checked_path
 from .part import check_cut
 from .privacy import Privacy
+
+MORE_RANKS = "client {}: r={}, and the federation's adapter has {}: leave it out, or take fewer"
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,28 @@ class Party(metaclass=Checked):
         if why := wrong_name(self.name):
             yield why.replace("a job", "a client")
         methods = [] if recipe.begin_from else [recipe.method, *recipe.overrides.values()]
-        for method in methods if self.r is not None else ():
-            if method is None:
-                yield f"client {self.name}: r={self.r}, and without a method there are no ranks"
-                continue
-            try:
-                check_cut(method, "every layer")
-            except TypeError as error:
-                yield f"client {self.name}: {error}"
-                continue
-            if self.r > (most := getattr(method.inside(), method.inside().size)):
-                yield f"client {self.name}: r={self.r}, and the federation's adapter has {most}"
+        yield from self._of_rank(methods) if self.r is not None else ()
+        if self.where == ():
+            yield f"client {self.name}: where names no layer: name some, or leave it out"
         roles = [role for role in recipe.task.roles if role in {f.name for f in fields(recipe.task)}]  # type: ignore[arg-type]
         if odd := [role for role in self.columns or () if role not in roles]:
             yield f"client {self.name}: columns are those of {', '.join(roles) or 'no role'}; found {', '.join(odd)}"
         if self.epsilon is not None:
             yield from self._of_epsilon(privacy)
+
+    def _of_rank(self, methods: Sequence[Method | None]) -> Iterator[str]:
+        known = []
+        for method in methods:
+            if method is None:
+                yield f"client {self.name}: r={self.r}, and without a method there are no ranks"
+                continue
+            try:
+                check_cut(method, "every layer")
+                known.append(method.undropped().r)  # type: ignore[attr-defined]
+            except TypeError as error:
+                yield f"client {self.name}: {error}"
+        if known and self.r > max(known):
+            yield MORE_RANKS.format(self.name, self.r, max(known))
 
     def _of_epsilon(self, privacy: Privacy | None) -> Iterator[str]:
         target = getattr(privacy, "epsilon", None)

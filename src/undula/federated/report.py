@@ -41,7 +41,7 @@ def concluded(server: Server) -> dict[str, Any]:
         "test": None if server.test is None else server.score(server.adapter, server.test),
         "bytes": {way: sum(r[way] for r in server.records[1:]) for way in ("down", "up")},
         "spread": spread(server.records[-1].get("spread", {}), task.headline),
-        "notes": [*([] if server.moved else [UNTRAINED]), *(f"the server: {note}" for note in server.desk.notes)],
+        "notes": [*([] if server.moved else [UNTRAINED]), *server.notes],
         "trained": server.moved,
         "versions": versions(),
         "out": str(out),

@@ -26,7 +26,7 @@ from .aggregation import Aggregation, bias, shares_of
 from .desk import Desk
 from .flat import flat
 from .messages import ROWS, Arrays, Failure, Reply
-from .part import WHOLE, Part
+from .part import WHOLE, Part, unreached
 from .rows import Rows
 from .spec import ALIKE, Federation
 
@@ -64,6 +64,8 @@ class Server:
         self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
         check_goes_on(self.federation.how, self.adapter)  # before OUT holds anything
         self.parts = {party.name: self.desk.part(party) for party in self.federation.clients}
+        self.notes = [f"the server: {note}" for note in self.desk.notes]
+        self.notes += unreached([self.part(name) for name in self.federation.names], self.adapter)
         self._claim(resume)
         self.asked: list[int] = []  # the rounds that clients were asked for, see `ask`
         if not (resume and self._restored()):
@@ -142,8 +144,10 @@ class Server:
         try:
             arrays, counts = said
             known = messages.counted(counts, name)
-            if self.federation.privacy is not None:
-                self.federation.privacy.noise_of(self.federation, name, int(known[ROWS]))
+            if (privacy := self.federation.privacy) is not None:
+                privacy.noise_of(self.federation, name, int(known[ROWS]))
+                if why := privacy.declined(self.federation, name, self.round + 1):  # whatever its own file says
+                    return Failure("refused", why)
             part = self.part(name)
             adapter = part.into(sent, messages.replied(arrays, part.of(sent), self.federation.how, name))
         except (ValueError, TypeError) as error:

@@ -18,8 +18,10 @@ r = 2                                (with a split: tables of those clients that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from hashlib import sha256
@@ -123,6 +125,12 @@ class Federation(metaclass=Checked):
         number = max(self.min_clients, math.ceil(self.fraction * len(self.names)))
         drawn = set(random.Random(self.seed("clients", round)).sample(self.names, number))
         return tuple(name for name in self.names if name in drawn)
+
+    @functools.cached_property
+    def planned(self) -> dict[str, int]:
+        """In how many rounds each client is asked."""
+        asked = Counter(name for round in range(1, self.rounds + 1) for name in self.chosen(round))
+        return {name: asked[name] for name in self.names}
 
     def run(self, out: Path) -> Run:
         """The run of which all clients take part."""

@@ -36,6 +36,8 @@ from .records import ARRAYS, CONFIG, ROUND, SETTINGS, answer, check_settings, nu
 from .strategy import Rounds
 
 FEDERATION, OUT = "UNDULA_FEDERATION", "UNDULA_OUT"
+Asked = Callable[[Client, Arrays, int], tuple[Arrays | None, Counts]]
+Found = Callable[[Mapping[str, Any]], Client]
 
 
 def server_app(by: Strategy | None = None) -> ServerApp:
@@ -54,31 +56,31 @@ def server_app(by: Strategy | None = None) -> ServerApp:
     return app
 
 
-def client_app(mods: Sequence[Callable[..., Any]] = ()) -> ClientApp:
-    """A client's part.  mods: what Flower does around a training, such as `flwr.clientapp.mod.message_size_mod`."""
+def client_app(mods: Sequence[Callable[..., Any]] = (), of: Found | None = None) -> ClientApp:
+    """A client's part.  mods: what Flower does around a training, such as `flwr.clientapp.mod.message_size_mod`; of:
+    finds the client by the configuration of its node (without: `client_of`)."""
     app = ClientApp()
 
     @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
-        return answered(message, context, lambda client, arrays, number: client.train(number, arrays))
+        return answered(message, of or client_of, context, lambda client, arrays, number: client.train(number, arrays))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return answered(message, context, lambda client, arrays, number: (None, client.evaluate(arrays)))
+        return answered(
+            message, of or client_of, context, lambda client, arrays, number: (None, client.evaluate(arrays))
+        )
 
     return app
 
 
-Asked = Callable[[Client, Arrays, int], tuple[Arrays | None, Counts]]
-
-
-def answered(message: Message, context: Context, ask: Asked) -> Message:
+def answered(message: Message, of: Found, context: Context, ask: Asked) -> Message:
     """The client's reply.  An error leaves the machine as its kind alone, since its text may quote rows: the text is in
     the node's own log.  Raises RuntimeError."""
     try:
         config = message.content[CONFIG]
-        client = client_of(context.node_config)
-        check_settings(client.federation, config[SETTINGS])
+        client = of(context.node_config)
+        check_settings(client.federation, config[SETTINGS], client.name)
         brief = {**numbers(message.content[ARRAYS]), FROZEN: np.frombuffer(config[FROZEN], np.uint8)}
         arrays, counts = ask(client, brief, int(config[ROUND]))
     except Exception as error:

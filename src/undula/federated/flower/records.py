@@ -21,7 +21,7 @@ from ..messages import FROZEN, Arrays, Counts, Failure, Reply
 from ..spec import Federation
 
 ARRAYS, COUNTS, CONFIG = "arrays", "metrics", "config"  # the names that Flower's strategies and mods go by
-ROUND, SETTINGS = "server-round", "settings"
+ROUND, SETTINGS, EPSILON = "server-round", "settings", "epsilon of "
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 OF_ONE_PARTY = ("model", "data", "begin_from")  # paths: what they hold is told apart by other means
 GONE = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
@@ -95,12 +95,25 @@ def settings(federation: Federation) -> str:
     values["clients"] = {party.name: party.part for party in federation.clients if party.part}
     if federation.privacy is not None:  # noise is set by the rounds that a client is in
         values |= {k: as_json(getattr(federation, k)) for k in ("fraction", "min_clients", "names")}
-    told = {k: sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:8] for k, v in sorted(values.items())}
-    return json.dumps(told)
+    own = {_budget(party.name): party.epsilon for party in federation.clients if party.epsilon is not None}
+    return json.dumps({k: _digest(v) for k, v in sorted((values | own).items())})
 
 
-def check_settings(federation: Federation, told: Any) -> None:
-    """Raises ValueError that names what a client has otherwise than the server."""
+def check_settings(federation: Federation, told: Any, name: str) -> None:
+    """Raises ValueError that names what a client has otherwise than the server: of the budgets of clients its own,
+    where the server says one (its record would say that of what has had less noise)."""
     mine, theirs = json.loads(settings(federation)), json.loads(str(told))
-    if odd := sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k)):
-        raise ValueError(f"{', '.join(odd)}: not as in the server's file. Give all parties one file")
+    budget = {_budget(name)} & {*theirs}
+    shared = budget | {k for k in {*mine, *theirs} if not k.startswith(EPSILON)}
+    if odd := sorted(k for k in shared if mine.get(k) != theirs.get(k)):
+        named = ", ".join("epsilon" if k in budget else k for k in odd)
+        raise ValueError(f"{named}: not as in the server's file. Give all parties one file")
+
+
+def _budget(client: str) -> str:
+    """What a client's own budget is called, which tells the other clients no name."""
+    return EPSILON + _digest(client)
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

@@ -73,14 +73,15 @@ def run(
             _wait_alone(place.out)
             try:
                 _session(place, followed)
-                return _report(place.out)
+                return report_of(place.out)
             except Ended:
                 tries, rounds = (tries + 1 if len(followed.records) == rounds else 1), len(followed.records)
                 if tries > TRIES:
                     raise
 
 
-def _report(out: Path) -> dict[str, Any]:
+def report_of(out: Path) -> dict[str, Any]:
+    """The report that is in OUT."""
     found: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
     return found
 

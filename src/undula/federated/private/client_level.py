@@ -25,7 +25,7 @@ from ..flat import flat, unflat
 from ..privacy import Federation, Privacy
 from . import accounting
 from .accounting import PRV
-from .dpsgd import _Budget, planned, rounds_with
+from .dpsgd import _Budget, rounds_with
 
 
 @Privacy.register
@@ -73,17 +73,17 @@ class ClientLevel(_Budget, Privacy):
             yield f"privacy: delta={self.delta:g} with {len(federation.names)} clients allows to tell of one outright"
 
     def noise_of(self, federation: Federation, name: str, rows: int) -> float | None:
-        if federation.party(name).epsilon is not None and planned(federation)[name] and not self.most(federation, name):
+        if federation.party(name).epsilon is not None and federation.planned[name] and not self.most(federation, name):
             raise ValueError(
                 f"its own epsilon of {federation.party(name).epsilon:g} allows no round: one alone costs "
                 f"{self._after(federation, 1):.3g}"
             )
-        return self.multiplier(max(planned(federation).values()))
+        return self.multiplier(max(federation.planned.values()))
 
     def pooled(
         self, sent: Adapter, adapters: Sequence[Adapter], weights: Sequence[float], federation: Federation, seed: int
     ) -> tuple[Sequence[Adapter], Sequence[float]]:
-        noise = self.multiplier(max(planned(federation).values()))
+        noise = self.multiplier(max(federation.planned.values()))
         return [self.mean(sent, adapters, len(federation.chosen(1)), noise, (seed,))], [1.0]
 
     def spent(self, federation: Federation, asked: Mapping[str, int], rows: Mapping[str, int]) -> dict[str, Any]:
@@ -92,14 +92,14 @@ class ClientLevel(_Budget, Privacy):
 
     def most(self, federation: Federation, name: str) -> int:
         """The rounds that a client's own budget allows, of those that are planned."""
-        most, own = planned(federation)[name], federation.party(name).epsilon
+        most, own = federation.planned[name], federation.party(name).epsilon
         if own is None:
             return most
         return bisect.bisect_right(range(1, most + 1), own, key=lambda rounds: self._after(federation, rounds))
 
     def _after(self, federation: Federation, rounds: int) -> float:
         """Epsilon of a client that was in so many rounds."""
-        noise = self.multiplier(max(planned(federation).values()))
+        noise = self.multiplier(max(federation.planned.values()))
         return accounting.epsilon(((noise, 1.0, rounds),), self.delta, self.accountant)
 
     def declined(self, federation: Federation, name: str, round: int) -> str:

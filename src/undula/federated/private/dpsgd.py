@@ -92,7 +92,7 @@ class DPSGD(_Budget, Privacy):
         yield from refused.of_run(federation.recipe)
 
     def noise_of(self, federation: Federation, name: str, rows: int) -> float | None:
-        return self._noise_of(federation, name, rows) if planned(federation)[name] else None
+        return self._noise_of(federation, name, rows) if federation.planned[name] else None
 
     def said(self, counts: dict[str, int | float]) -> dict[str, int | float]:
         """Without the loss, which no noise covers."""
@@ -116,7 +116,7 @@ class DPSGD(_Budget, Privacy):
             lambda numbers: row_losses(model, examples, numbers),
             rows=rows,
             batch=recipe.batch * recipe.accumulate,
-            steps=steps * planned(federation)[name],
+            steps=steps * federation.planned[name],
             at_once=recipe.batch if by_batch(examples) else 1,
             key=(name, round),
         ) as private:
@@ -140,7 +140,7 @@ class DPSGD(_Budget, Privacy):
     def _noise_of(self, federation: Federation, name: str, rows: int) -> float:
         """That of all, or what a budget of the client's own asks for, which is more."""
         recipe, own = federation.recipe, federation.party(name).epsilon
-        batch, steps = recipe.batch * recipe.accumulate, steps_of(recipe, rows) * planned(federation)[name]
+        batch, steps = recipe.batch * recipe.accumulate, steps_of(recipe, rows) * federation.planned[name]
         noise = self.multiplier(rows, batch, steps)
         if own is None:
             return noise
@@ -152,15 +152,6 @@ def steps_of(recipe: Any, rows: int) -> int:
     if recipe.max_steps is not None:
         return int(recipe.max_steps)
     return max(1, math.ceil(recipe.epochs * math.ceil(rows / (recipe.batch * recipe.accumulate))))
-
-
-def planned(federation: Federation) -> dict[str, int]:
-    """In how many rounds each client is asked, which the federation's seed says."""
-    found = dict.fromkeys(federation.names, 0)
-    for round in range(1, federation.rounds + 1):
-        for name in federation.chosen(round):
-            found[name] += 1
-    return found
 
 
 def rounds_with(federation: Federation, name: str, last: int) -> int:
