@@ -58,7 +58,7 @@ RATES = {"planted": (1e-2, 3e-2, 1e-1), "labels": (1e-2, 3e-2), "facts": (1e-2, 
 RANKS = {"planted": (1, 2, 4), "labels": (1, 2, 4), "facts": (1, 2, 4), "lemmas": (1,)}
 SIZES = {"planted": (64,), "labels": (500, 2000), "facts": (100, 300, 1000), "lemmas": (100, 300)}
 STEPS = {"planted": 400, "labels": 1000, "facts": 1000, "lemmas": 1000}
-EXTEND = 2  # rates beyond the edge of a sweep, each three times further
+EXTEND = 4  # rates beyond the edge of a sweep at most, each three times further
 BATCH, LENGTH = 64, 32
 CODES = ("red", "blue", "green", "stone", "river", "cloud", "bread", "horse", "piano", "tiger", "north", "seven")
 Loss = Callable[[int], Tensor]  # of a step
@@ -134,7 +134,11 @@ class Speaks(Tail):
 
     def __init__(self, model: Any, tokens: Tensor):
         super().__init__()
-        self.block, self.norm, self.answers = model.model.layers[29], model.model.norm, model.lm_head.weight[tokens]
+        self.block, self.norm, self.answers = (
+            model.model.layers[29],
+            model.model.norm,
+            model.lm_head.weight[tokens].detach(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.block.mlp(self.block.post_attention_layernorm(x))

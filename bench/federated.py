@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder to work in, which is kept")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first so many settings alone")
+    parser.add_argument("--seeds", type=int, help="so many, where others than the case's own are wanted")
     parser.add_argument("--ways", nargs="+", choices=[*HOWS, *NONLINEAR], help="these ways alone, and no aims")
     parser.add_argument("--table", type=Path, help="show what is in this file, and measure nothing")
     args = parser.parse_args()
@@ -279,6 +280,7 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     case = replace(CASES[args.case], **(SHORT if args.short else {}))
+    case = replace(case, seeds=args.seeds or case.seeds)
     if args.short and case.task is TEXTS:
         case = replace(case, task=replace(TEXTS, max_length=16))
     begun = time.process_time()
