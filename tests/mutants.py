@@ -518,6 +518,7 @@ MUTANTS = [
     ("optim/by_peft.py", "yield {**group, \"params\"", "yield {\"params\"", SEAMS + "::test_lora_fas_groups_keep_their_options_and_each_pair_a_state_of_its_own"),
     ("optim/by_peft.py", "if \"lora\" in p.site else", "if False else", SEAMS + "::test_lora_fas_groups_keep_their_options_and_each_pair_a_state_of_its_own"),
     ("train/tuning.py", "if all(abs(loss - before) <= FLAT", "if False and all(abs(loss - before) <= FLAT", "tests/interop/test_tuning.py::test_a_loss_that_no_rate_changes_has_no_rate"),
+    ("integrations/callback.py", "not finite(adapter.parameters())", "False", "tests/interop/test_forget.py::test_a_request_that_has_diverged_is_not_gone_on_from"),
     ("train/forgetting_rows.py", "name == \"train\" or ", "", "tests/interop/test_forget.py::test_classes_without_rows_are_refused_before_anything_is_trained"),
     ("optim/perturbed.py", "p.copy_(found[1])", "pass", OPTIM + "::test_a_forward_without_a_backward_leaves_nothing_moved_for_evaluation"),
     ("train/begun.py", "return {} if run.begin_from is None else files", "return {} if True else files", RECIPE + "::test_a_training_goes_on_orthogonal_to_what_the_one_before_has_used"),

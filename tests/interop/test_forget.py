@@ -20,6 +20,7 @@ from undula.cli.main import app
 from undula.penalties import GroupLasso
 from undula.train import Classification, ImageClassification, Regression, Run, forget
 from undula.train import forgetting as verb
+from undula.train.concluding import Diverged
 from undula.train.forgetting import merged
 from undula.train.forgetting_page import blocks, selected
 from undula.train.forgetting_rows import check_rows, quoted
@@ -195,6 +196,16 @@ def test_classes_without_rows_are_refused_before_anything_is_trained(home, tmp_p
     assert [r.message for r in caplog.records if "is not seen there" in r.message] == [
         "test has no row of blue: what becomes of it is not seen there"
     ]
+
+
+def test_a_request_that_has_diverged_is_not_gone_on_from(home, tmp_path):
+    """At the step at which it falls a checkpoint is due: of such numbers there is none."""
+    run = asked(home, tmp_path / "out", lr=1e30, max_steps=3)
+    for again in (lambda: forget(run, REQUESTS), lambda: verb.go_on(run.out)):
+        with pytest.raises(Diverged, match=r"diverged"):
+            again()
+    with pytest.raises(Diverged, match=r"request red has diverged at lr=1e\+30: begin in another directory"):
+        verb.go_on(run.out)
 
 
 def test_a_name_with_a_comma_stands_in_quotes():

@@ -14,6 +14,7 @@ from ..core.adapter import Adapter
 from ..host.host import selected
 from ..io import files
 from ..ranks import Course, Procedure, Quality
+from ..ranks.memory import finite
 from ..ranks.surgery import adopt
 
 STATE = "allocator"  # the stem of its two files in a checkpoint
@@ -117,8 +118,11 @@ class Allocating(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **found: Any) -> None:
         if state.is_world_process_zero:
             folder = _checkpoint(args, state)
-            if not (folder / files.CONFIG).is_file():  # `undula.train` has written it
-                selected(found["model"]).save(folder)
+            if not (folder / files.CONFIG).is_file():  # `undula.train` has written it, but where it has diverged
+                adapter = selected(found["model"])
+                if not self.saves_whole_models and not finite(adapter.parameters()):
+                    return
+                adapter.save(folder)
             self.write(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **found: Any) -> None:

@@ -223,7 +223,8 @@ def pull(optimizer: Any, those: list[Tensor], by: list[Tensor]) -> None:
     penalty's.  Optimisers that change the loss's gradients are told of it."""
     if not those:
         return
-    torch._foreach_add_([p.grad for p in those], by)  # type: ignore[misc]
+    there: Any = [p.grad for p in those]
+    torch._foreach_add_(there, by)
     bare = getattr(optimizer, "optimizer", optimizer)  # accelerate's has it inside
     if isinstance(bare, Paired):
         for p, g in zip(those, by, strict=True):

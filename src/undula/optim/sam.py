@@ -107,8 +107,8 @@ class SAMReference(Paired):
                 "SAMReference looks twice at the rows of a step: give step a closure that clears the gradients, "
                 "computes the loss and calls backward, as torch.optim.LBFGS takes it"
             )
-        own = {id(t): self.beside.get(id(t), 0.0) for t, _ in self.found}
-        now = norm([t.grad - own[id(t)] for t, _ in self.found])  # type: ignore[operator]
+        own: dict[int, Any] = {id(t): self.beside.get(id(t), 0.0) for t, _ in self.found}
+        now = norm([t.grad - own[id(t)] for t, _ in self.found])
         share = torch.where(self.length > 0, now / self.length, 1)
         for t, new in self.found:
             self.given.append((t, t.grad))

@@ -25,6 +25,7 @@ from ..host.reference import alone
 from ..io import files
 from ..io.whole import whole
 from .base import called_elsewhere, config_of, quiet
+from .concluding import Diverged
 from .fit import train
 from .forgetting_rows import check_rows, quoted
 from .restored import Restored, restored
@@ -72,6 +73,7 @@ def forget(
             merged(runs[i - 1].out, Path(each.model))
         if not (each.out / REPORT).is_file():
             train(each, resume=(each.out / RUN).is_file(), callbacks=callbacks)
+        _check_ended(each)
         stages += measured(each, first=i == 0)
     return concluded(run.out, stages)
 
@@ -195,6 +197,16 @@ def merged(request: Path, base: Path) -> None:
     with whole(base) as folder, quiet():
         opened.model.save_pretrained(folder)
         opened.processor.save_pretrained(folder)
+
+
+def _check_ended(run: Run) -> None:
+    """Raises Diverged for a request that has, and left no adapter to go on from."""
+    if files.parsed((run.out / REPORT).read_bytes(), str(run.out / REPORT))["state"] == "diverged":
+        assert isinstance(run.task, Forgets)
+        raise Diverged(
+            f"the training of the request {', '.join(run.task.forget)} has diverged at lr={run.lr}: begin in another "
+            "directory, with a lower rate (--lr)"
+        )
 
 
 def measured(run: Run, first: bool) -> list[dict[str, Any]]:
