@@ -377,6 +377,17 @@ def test_clients_side_by_side_in_rays_processes_make_the_bits_of_one(tmp_path, p
         simulated.run(f, tmp_path / "there")
 
 
+@pytest.mark.timeout(300)
+def test_a_simulation_that_cannot_begin_ends_at_once(tmp_path, parties, monkeypatch):
+    """Though the server's thread waits for answers."""
+    pytest.importorskip("ray")
+    from undula.federated.flower import simulated
+
+    monkeypatch.setitem(simulated.RAY, "RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(RuntimeError, match=r"the simulation has ended(?s:.*)Error: .*existing cluster"):
+        simulated.run(parties(FFA(), names=NAMES[:2]), tmp_path / "out")
+
+
 @pytest.fixture
 def begun():
     """A function that starts a command, which ends with the test."""

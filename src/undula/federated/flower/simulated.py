@@ -16,6 +16,7 @@ import secrets
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,8 @@ def run(
         os.chmod(place.folder, 0o700)
         write_text(place.given, json.dumps(federation.encode()))
         followed = Followed(place.out, told)
-        own = {**place.environment(NAME), **RAY, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        own = {k: v for k, v in place.environment(NAME).items() if k != "RAY_ADDRESS"}  # of a cluster of others'
+        own |= {**RAY, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         own |= {"RAY_TMPDIR": logs, FEDERATION: str(place.given), OUT: str(place.out)}
         processes.start(NAME, [sys.executable, "-c", CALL], own)
         while not processes.gone():
@@ -83,7 +85,19 @@ def run(
 
 
 def simulate() -> None:
-    """The rounds of the federation, and in the folder, that the environment names: see `apps`."""
+    """The rounds of the federation, and in the folder, that the environment names: see `apps`.  Ends this process
+    where it fails: the server's thread would wait for answers that nobody gives."""
+    try:
+        _simulated()
+    except BaseException as error:
+        traceback.print_exc()
+        while error.__cause__ is not None:
+            error = error.__cause__
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _simulated() -> None:
     from flwr.simulation import run_simulation
 
     federation, threads = opened(os.environ[FEDERATION]), torch.get_num_threads()
