@@ -6,7 +6,7 @@
 MiniLM on WordNet, LoRA at query and value.  "attack": one party with few rows trains on them for long by AdamW, without
 noise and with DP-SGD at several epsilons; the loss-threshold attack then asks of those rows and as many others, drawn
 from the same, who was in.
-"rounds": is it a THING or not, two classes made of WordNet's twenty; five clients by Dirichlet(0.5), FedIT (both
+"rounds": is it a THING or not, two classes made of WordNet's twenty; five clients with even parts, FedIT (both
 factors), FFA and FedSVD (B alone), without noise and with the same epsilons over all rounds.  Of several --rates the
 one with the best accuracy at the end is taken, for each way and each epsilon, on the rows that are measured on.
 """
@@ -14,10 +14,12 @@ one with the best accuracy at the end is taken, for each way and each epsilon, o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,16 @@ from undula.federated.rounds import clients_of, go
 from undula.federated.rows import Rows
 from undula.federated.server import Server
 from undula.federated.spec import Federation
-from undula.federated.split import Dirichlet, Even
+from undula.federated.split import Even
 from undula.optim.schedules import Constant
 from undula.train import Classification, Recipe
 
 EPSILONS, DELTA, CLIP = (None, 6.0, 3.0, 1.0), 1e-4, 1.0
+Rates = tuple[float, ...]
 HOWS: dict[str, Aggregation] = {"FedIT": FedIT(), "FFA": FFA(), "FedSVD": FedSVD()}
 
 
-THINGS = [
-    f"noun.{kind}"
-    for kind in ["animal", "artifact", "body", "food", "location", "object", "person", "plant", "substance"]
-]
+THINGS = ("animal", "artifact", "body", "food", "location", "object", "person", "plant", "substance")
 
 
 def small(work: Path, train: int, held: int, two: bool = False) -> Path:
@@ -85,7 +85,7 @@ def told(server: Server) -> dict[str, Any]:
     return {"accuracy": last["server"]["accuracy"], "loss": last["server"]["loss"], "epsilon": privacy.get("epsilon")}
 
 
-def attacked(work: Path, rows: int, steps: int, rates: tuple[float, ...]) -> dict[str, Any]:
+def attacked(work: Path, rows: int, steps: int, rates: Rates) -> dict[str, Any]:
     """{epsilon: {accuracy, loss, epsilon, before, attack, most}} of one party; the held rows are those that were not
     in.  before: the same attack on the adapter as it began, which nobody's rows are in."""
     data, found = small(work, rows, rows), {}
@@ -108,18 +108,17 @@ def attacked(work: Path, rows: int, steps: int, rates: tuple[float, ...]) -> dic
     return found
 
 
-def in_rounds(work: Path, rows: int, clients: int, rounds: int, steps: int, rates: tuple[float, ...]) -> dict[str, Any]:
-    """{way: {epsilon: {accuracy, loss, epsilon, lr}}}."""
+def in_rounds(work: Path, rows: int, clients: int, rounds: int, steps: int, rates: Rates) -> Iterator[dict[str, Any]]:
+    """{way: {epsilon: {accuracy, loss, epsilon, lr}}} so far, after each."""
     data, found = small(work, rows, 400, two=True), dict[str, Any]()
-    for name, how in HOWS.items():
-        for epsilon in EPSILONS:
-            each = []
-            for lr in rates:
-                f = asked(data, epsilon, lr, steps, 48, rounds=rounds, how=how, split=Dirichlet(0.5, clients))
-                each.append({**told(run(f, Path(tempfile.mkdtemp(dir=work)))), "lr": lr})
-            found.setdefault(name, {})[str(epsilon)] = max(each, key=lambda figures: figures["accuracy"])
-            print(name, epsilon, found[name][str(epsilon)], flush=True)
-    return found
+    for epsilon, (name, how) in itertools.product(EPSILONS, HOWS.items()):
+        each = []
+        for lr in rates:
+            f = asked(data, epsilon, lr, steps, 48, rounds=rounds, how=how, split=Even(clients))
+            each.append({**told(run(f, Path(tempfile.mkdtemp(dir=work)))), "lr": lr})
+        found.setdefault(name, {})[str(epsilon)] = max(each, key=lambda figures: figures["accuracy"])
+        print(name, epsilon, found[name][str(epsilon)], flush=True)
+        yield found
 
 
 def main() -> None:
@@ -129,17 +128,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    begun, figures = time.process_time(), dict[str, Any]()
+    begun, figures = time.process_time(), dict[str, Any](delta=DELTA, clip=CLIP)
+
+    def keep() -> None:
+        if args.json:
+            record(args.json, figures | {"cpu_seconds": round(time.process_time() - begun, 1)})
+
     with tempfile.TemporaryDirectory() as scratch:
         work, rates = Path(scratch), tuple(args.rates)
         if args.case != "rounds":
             figures["attack"] = attacked(work, 200, 150, rates)
         if args.case != "attack":
-            figures["rounds"] = in_rounds(work, 5600, 5, 5, 8, rates)
-    figures |= {"delta": DELTA, "clip": CLIP, "cpu_seconds": round(time.process_time() - begun, 1)}
+            for figures["rounds"] in in_rounds(work, 5600, 5, 5, 8, rates):
+                keep()
+    keep()
     print(json.dumps(figures, indent=1))
-    if args.json:
-        record(args.json, figures)
 
 
 if __name__ == "__main__":
