@@ -1,7 +1,7 @@
 """Privacy for real: what noise costs, which aggregation bears it, and what an attack on losses learns with and without.
 
-    python bench/private.py --json bench/results/private.json     # some minutes of one core
-    python bench/private.py --case attack                          # the attack alone
+    python bench/private.py --case rounds --rates 0.01 --json bench/results/private-rounds.json  # half an hour
+    python bench/private.py --case attack --rates 0.003 --json bench/results/private-attack.json  # some minutes
 
 MiniLM on WordNet, LoRA at query and value.  "attack": one party with few rows trains on them for long by AdamW, without
 noise and with DP-SGD at several epsilons; the loss-threshold attack then asks of those rows and as many others, drawn
@@ -19,7 +19,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,22 @@ def attacked(work: Path, rows: int, steps: int, rates: Rates) -> dict[str, Any]:
     return found
 
 
-def in_rounds(work: Path, rows: int, clients: int, rounds: int, steps: int, rates: Rates) -> Iterator[dict[str, Any]]:
+def in_rounds(
+    work: Path,
+    epsilons: Sequence[float | None],
+    rates: Rates,
+    rows: int,
+    clients: int,
+    rounds: int,
+    steps: int,
+    batch: int,
+) -> Iterator[dict[str, Any]]:
     """{way: {epsilon: {accuracy, loss, epsilon, lr}}} so far, after each."""
     data, found = small(work, rows, 400, two=True), dict[str, Any]()
-    for epsilon, (name, how) in itertools.product(EPSILONS, HOWS.items()):
+    for epsilon, (name, how) in itertools.product(epsilons, HOWS.items()):
         each = []
         for lr in rates:
-            f = asked(data, epsilon, lr, steps, 48, rounds=rounds, how=how, split=Even(clients))
+            f = asked(data, epsilon, lr, steps, batch, rounds=rounds, how=how, split=Even(clients))
             each.append({**told(run(f, Path(tempfile.mkdtemp(dir=work)))), "lr": lr})
         found.setdefault(name, {})[str(epsilon)] = max(each, key=lambda figures: figures["accuracy"])
         print(name, epsilon, found[name][str(epsilon)], flush=True)
@@ -125,8 +134,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=("attack", "rounds", "both"), default="both")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3])
+    parser.add_argument("--epsilons", type=float, nargs="*", help="of the rounds; 0: without noise")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    epsilons = EPSILONS if args.epsilons is None else tuple(epsilon or None for epsilon in args.epsilons)
     warnings.simplefilter("ignore")
     begun, figures = time.process_time(), dict[str, Any](delta=DELTA, clip=CLIP)
 
@@ -139,7 +150,9 @@ def main() -> None:
         if args.case != "rounds":
             figures["attack"] = attacked(work, 200, 150, rates)
         if args.case != "attack":
-            for figures["rounds"] in in_rounds(work, 5600, 5, 5, 8, rates):
+            for figures["rounds"] in in_rounds(
+                work, epsilons, rates, rows=5600, clients=5, rounds=6, steps=2, batch=256
+            ):
                 keep()
     keep()
     print(json.dumps(figures, indent=1))
