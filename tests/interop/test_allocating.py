@@ -41,7 +41,7 @@ from undula.train import (
     Run,
     evaluate,
 )
-from undula.train import trainer as training
+from undula.train import adapter_trainer as training
 from undula.train.prepared import prepare
 
 from ..support.courses import COURSES

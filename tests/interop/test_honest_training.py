@@ -239,7 +239,7 @@ def test_a_training_that_is_stopped_at_once_says_what_is_kept(when, usual, monke
     from typer.testing import CliRunner
 
     from undula.cli.main import app
-    from undula.train import prepared, trainer
+    from undula.train import adapter_trainer, prepared
 
     seen = []
 
@@ -249,7 +249,7 @@ def test_a_training_that_is_stopped_at_once_says_what_is_kept(when, usual, monke
             raise KeyboardInterrupt
 
     place = {"opening": (prepared, "open_model"), "measuring": (Classification, "score")}
-    monkeypatch.setattr(*place.get(when, (trainer, "still_statistics")), stop)
+    monkeypatch.setattr(*place.get(when, (adapter_trainer, "still_statistics")), stop)
     words = ["--task", "classification", "--where", "query", "--max-steps", 6, "--batch", 4, "--save-every", 2]
     command = ["train", "--model", usual.model, "--data", usual.data, "--out", usual.out, *words]
     done = CliRunner().invoke(app, [str(w) for w in command])

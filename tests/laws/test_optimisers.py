@@ -21,7 +21,7 @@ from undula.optim.mgpo import LoRAMGPO
 from undula.optim.paired import Paired
 from undula.optim.pairs import Stacked, alike, pairs
 from undula.optim.sam import SAMReference, mixed, without_conflict
-from undula.train.trainer import give_rate
+from undula.train.adapter_trainer import give_rate
 
 from ..support.courses import COURSES, STEPS, Loop, every
 from ..support.layers import net

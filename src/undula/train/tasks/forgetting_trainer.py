@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...host.reference import alone
 from ...observe.listen import moved
-from ..trainer import AdapterTrainer
+from ..adapter_trainer import AdapterTrainer
 from .lending import evaluating
 from .outputs import with_embeddings
 from .task import Examples

@@ -14,7 +14,7 @@ from trl import DPOTrainer
 from ...core.extras import needs
 from ...host.host import selected
 from ...host.reference import alone
-from ..trainer import AdapterTrainer
+from ..adapter_trainer import AdapterTrainer
 
 
 class PreferenceTrainer(AdapterTrainer, DPOTrainer):
