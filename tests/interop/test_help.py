@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tests.support import tiny
 from undula.cli import shell
 from undula.cli.main import VERBS, app
-from undula.train.recipe import PANELS
+from undula.train.fields import PANELS
 
 
 def helped(*words):

@@ -14,7 +14,7 @@ from torch import nn
 import undula
 from tests.support.numbers import shake
 from undula import DoRA, Dropout, LoRA, LoRAN
-from undula.host.where import layers_at, views
+from undula.host.matrices import layers_at, views
 
 transformers = pytest.importorskip("transformers")
 

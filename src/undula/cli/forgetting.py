@@ -14,7 +14,7 @@ from ..core.extras import needs
 from ..penalties import GroupLasso
 from ..train import Run
 from ..train.config import values_in
-from ..train.recipe import DATA, OUTPUT, PANELS, TRAINING
+from ..train.fields import DATA, OUTPUT, PANELS, TRAINING
 from . import declared, shell
 from .training import CONFIG, JSON, USUAL, bar, columns, stages, typed_options
 

@@ -12,7 +12,7 @@ import typer
 from ..core.extras import needs
 from ..host import merging
 from ..train import Restored, Run, restored
-from ..train.recipe import OUTPUT, PANELS
+from ..train.fields import OUTPUT, PANELS
 from . import adapters, declared, shell, training
 from .progress import busy
 

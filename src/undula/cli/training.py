@@ -14,9 +14,9 @@ from ..core.extras import needs
 from ..core.options import split_pair
 from ..train import Recipe, Run, Task, processes, restored
 from ..train.config import values_in
+from ..train.fields import DATA, OUTPUT, PANELS
 from ..train.fit import train as fit
 from ..train.page import PAGE
-from ..train.recipe import DATA, OUTPUT, PANELS
 from ..train.resume import left_behind
 from ..train.worries import diverged, worries
 from . import declared, pushing, shell

@@ -11,7 +11,7 @@ import typer
 from ..core.extras import needs
 from ..train import Recipe
 from ..train.config import values_in
-from ..train.recipe import OUTPUT, PANELS
+from ..train.fields import OUTPUT, PANELS
 from . import declared, shell
 from .training import COLUMN, CONFIG, USUAL, columns, stages, typed_options
 

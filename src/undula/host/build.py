@@ -13,28 +13,15 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.choice import plain
-from ..core.method import (
-    Evidence,
-    Evident,
-    Factors,
-    Method,
-    NoEvidence,
-    Reweight,
-    Site,
-)
+from ..core.method import Factors, Method, Reweight
+from ..core.site import Evidence, Evident, NoEvidence, Site
 from .apart import apart, check_theirs
 from .checks import check_acts, check_layer, check_padding, check_range, check_shapes, check_there
 from .masters import wide
+from .matrices import aliases, layers_at
 from .views import LinearView, outline, site
 from .weights import check_once, parameter_of
-from .where import (
-    Where,
-    aliases,
-    choose,
-    layers_at,
-    matches,
-    with_body,
-)
+from .where import Where, choose, matches, with_body
 
 Shapes = Mapping[str, tuple[int, int]]
 

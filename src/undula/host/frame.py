@@ -10,9 +10,10 @@ from ..core.method import Factors, Site
 from .apart import apart
 from .build import check_all_there, check_full, check_site, kernels
 from .checks import check_there
+from .matrices import aliases, layers_at, stacks, views
 from .views import LinearView, site
 from .weights import check_once
-from .where import aliases, inner, layers_at, stacks, views
+from .where import inner
 
 
 class Frame:

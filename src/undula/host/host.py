@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Live
 from ..core.calls import called
-from ..core.method import Evident, Factors, Method
+from ..core.method import Factors, Method
+from ..core.site import Evident
 from . import masters, quantised
 from .around import APART, in_parallel, of_sentences
 from .build import check_what, fitted, fresh, narrowed
+from .matrices import layers_at
 from .saving import guard, unguard
 from .sharded import is_fsdp
 from .shelf import Held
@@ -38,7 +40,7 @@ from .state import (
     stand_in,
 )
 from .views import LinearView
-from .where import Where, inner, layers_at
+from .where import Where, inner
 
 
 @called(

@@ -21,7 +21,9 @@ from .host import (
     nest,
     unnest,
 )
-from .route import ROUTES, Base, Route
+from .matrices import resolve
+from .route import ROUTES, Route
+from .rowwise import Base
 from .sharded import is_fsdp
 from .shelf import Held, OnShelf, marked
 from .slots import Slot
@@ -35,7 +37,7 @@ from .state import (
 )
 from .tables import Shelf
 from .weights import own
-from .where import inner, resolve
+from .where import inner
 
 KEPT = 3  # routes of blocks that were left within a block: the next step of an engine is often like the last
 
@@ -82,14 +84,7 @@ def rows(model: nn.Module, names: Sequence[str | None], tokens: Sequence[int] | 
                 )
         finally:
             ROUTES.set(tuple(r for r in ROUTES.get() if r is not route))
-            with host.lock.lock:
-                host.routes.remove(route)
-                around = next(reversed(host.mine()), None)
-                if around is not None and counts is not None and not route.owed:
-                    around.within = {**dict([*around.within.items()][-KEPT:]), (names, counts): route}
-                if not host.routes:
-                    _leave(model, host)
-                    host.lock.lock.notify_all()
+            _exit(model, host, route)
     finally:
         forget(model, host)
 
@@ -112,6 +107,18 @@ def _enter(model: nn.Module, host: Host, names: tuple[str | None, ...], tokens: 
     host.routes.append(route)
     host.routed = True
     return route
+
+
+def _exit(model: nn.Module, host: Host, route: Route) -> None:
+    """The block of a route ends; what it was made of is kept for the same names in the block around it."""
+    with host.lock.lock:
+        host.routes.remove(route)
+        around = next(reversed(host.mine()), None)
+        if around is not None and route.tokens is not None and not route.owed:
+            around.within = {**dict([*around.within.items()][-KEPT:]), (route.names, route.tokens): route}
+        if not host.routes:
+            _leave(model, host)
+            host.lock.lock.notify_all()
 
 
 def _routed(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..core.method import Factors, Reweight
 from . import masters, mounted
-from .route import At, Base, Routing
+from .route import At, Routing
+from .rowwise import Base
 from .sharded import PARALLEL, is_sharded
 from .views import Acts, LinearView, adapted
 from .weights import Read

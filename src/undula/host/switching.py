@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.method import Additive, Factors, Method
 from . import quantised
+from .matrices import layers_at
 from .views import LinearView, check_writable
-from .where import inner, layers_at
+from .where import inner
 
 
 @runtime_checkable

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.method import Factors, Outline, Reweight, Site
+from ..core.layer import Outline
+from ..core.method import Factors, Reweight, Site
 from . import masters, quantised
 from .product import CONVOLUTIONS, generator, is_stock, multiplies
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.ranges import NotNegative, PartShare, SomeShare
 from ..ranks.procedure import Quality
-from .groups import Blocks, Grouped, Groups
+from .grouped import Grouped
+from .groups import Blocks, Groups
 from .penalty import Penalty
 from .proximal import Proximal, ProximalCourse, SettlingCourse
 

@@ -1,15 +1,15 @@
 """Which numbers of an adapter are switched off together.
 
-A `Groups` gives every trained number of an adapter that it concerns one group.  A group is told by numbers alone, an
-index for each factor that broadcasts over it: of a rank (1, R) over B (O, R) and (R, 1) over A (R, I), so that norms of
-all groups are one pass over the adapter.
+A `Groups` gives every trained number of an adapter that it concerns one group; `grouped` computes with them.  A group
+is told by numbers alone, an index for each factor that broadcasts over it: of a rank (1, R) over B (O, R) and (R, 1)
+over A (R, I), so that norms of all groups are one pass over the adapter.
 """
 
 from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,77 +18,10 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.choice import Choice
-from ..core.method import Method
 from ..core.ranges import Rank
 from ..host.where import inner
+from .grouped import Grouped, Part
 from .penalty import trained_factors
-
-
-@dataclass(frozen=True)
-class Part:
-    """A factor, and the number of the group of each of its entries, as far as it broadcasts."""
-
-    tensor: Tensor
-    index: Tensor  # of integers; each of its sizes is the factor's or 1
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """An adapter's groups, numbered from 0."""
-
-    parts: tuple[Part, ...]
-    sizes: Tensor  # how many numbers each group has
-    names: tuple[str, ...]  # of groups, or of what single entries lie in
-
-    @property
-    def count(self) -> int:
-        return len(self.sizes)
-
-    def squares(self) -> Tensor:
-        """|x_g|^2 of every group, in float32 at least."""
-        found = torch.zeros_like(self.sizes)
-        for part in self.parts:
-            _added(found, part, _wide(part.tensor.detach()).square())
-        return found
-
-    def norms(self) -> Tensor:
-        """|x_g| of every group."""
-        return self.squares().sqrt()
-
-    @torch.no_grad()
-    def scale(self, factors: Tensor) -> None:
-        """x_g <- factors_g x_g.  A factor of zero gives zeros, whatever was there."""
-        for part in self.parts:
-            by = factors.to(part.tensor.device)[part.index]
-            part.tensor.copy_(torch.where(by == 0, 0.0, _wide(part.tensor) * by))
-
-    def spread(self, values: Mapping[int, float]) -> Tensor:
-        """What is known of each factor (by its id), for each group.  Raises ValueError where a group's factors
-        differ in it."""
-        least, most = torch.full_like(self.sizes, torch.inf), torch.full_like(self.sizes, -torch.inf)
-        for part in self.parts:
-            at, value = part.index.flatten().to(least.device), values[id(part.tensor)]
-            least[at], most[at] = least[at].clamp(max=value), most[at].clamp(min=value)
-        if (odd := (least != most).nonzero()).numel():
-            g = int(odd[0])
-            raise ValueError(
-                f"the factors of {self.names[g] if g < len(self.names) else 'a group'} step at different rates, "
-                f"{float(least[g]):g} and {float(most[g]):g}, and a group is drawn to zero at one: leave out b_ratio, "
-                "or take groups that lie within one factor, such as Filters() or Entries()"
-            )
-        return least
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
-
-
-def _added(found: Tensor, part: Part, values: Tensor) -> None:
-    """Adds to each group the sum of its entries' values."""
-    over = [d for d, n in enumerate(part.index.shape) if n == 1 and values.shape[d] > 1]
-    values = values.sum(over, keepdim=True) if over else values
-    found.index_add_(0, part.index.flatten().to(found.device), values.flatten().to(found))
-
 
 Numbered = Iterator[tuple[str, Tensor, Tensor, list[str]]]  # (site, factor, index within this turn, names)
 
@@ -112,19 +45,11 @@ class Groups(Choice):
                 )
         if not parts:
             raise ValueError(f"{self!r} finds no trained factor in this adapter: there is nothing to penalise")
-        return _grouped(tuple(parts.values()), tuple(numbers))
+        return Grouped.of(tuple(parts.values()), tuple(numbers))
 
     @abc.abstractmethod
     def numbered(self, model: nn.Module, adapter: Adapter) -> Numbered:
         """(site, factor, index into names, names of groups) of every factor that lies in groups."""
-
-
-def _grouped(parts: tuple[Part, ...], names: tuple[str, ...]) -> Grouped:
-    kind = torch.promote_types(max((p.tensor.dtype for p in parts), key=lambda d: d.itemsize), torch.float32)
-    sizes = torch.zeros(len(names), dtype=kind, device=parts[0].tensor.device)
-    for part in parts:
-        _added(sizes, part, torch.ones_like(part.tensor, dtype=kind))
-    return Grouped(parts, sizes, names)
 
 
 def _whole(t: Tensor) -> Tensor:
@@ -309,36 +234,3 @@ def head_size(model: nn.Module, what: Any) -> int:
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{what!r}: {type(model).__name__} does not say how large its heads are; say it: size=64")
     return size
-
-
-@torch.no_grad()
-def zero_is_base(method: Method, f: Mapping[str, Tensor], shape: tuple[int, int]) -> bool:
-    """Whether the layer is the base's where all trained factors are zero, seen at one layer of this shape."""
-    from ..core.method import Additive, Reweight
-
-    method = method.undropped()
-    zero = {k: torch.zeros_like(t) if t.requires_grad else t.detach() for k, t in f.items()}
-    first = next(iter(f.values()))
-    if isinstance(method, Additive):
-        return not method.delta(zero).any()
-    kind = first.dtype if first.is_floating_point() else torch.float32
-    layer = Plain(torch.linspace(-1, 1, shape[0] * shape[1], dtype=kind, device=first.device).view(shape))
-    if isinstance(method, Reweight):
-        return torch.equal(method.weight(layer.weight, zero), layer.weight)
-    x = torch.linspace(-1, 1, 2 * shape[1], dtype=kind, device=first.device).view(2, -1)
-    return torch.equal(method.forward(x, layer, zero), layer(x))
-
-
-class Plain:
-    """A linear layer without anything else."""
-
-    training, channel, plain, bias = False, -1, True, None
-
-    def __init__(self, W_OI: Tensor):
-        self.weight = W_OI
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.project(x, self.weight)
-
-    def project(self, x: Tensor, M_KI: Tensor) -> Tensor:
-        return x @ M_KI.T

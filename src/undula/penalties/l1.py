@@ -16,7 +16,8 @@ from ..core.ranges import NotNegative
 from ..host.host import selected
 from ..ranks.procedure import Quality
 from .group_lasso import shrunk
-from .groups import Entries, Grouped, Groups
+from .grouped import Grouped
+from .groups import Entries, Groups
 from .penalty import Penalty, rates, trained_factors
 from .proximal import Proximal, ProximalCourse
 

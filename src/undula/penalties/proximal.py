@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from ..core.method import Method
 from ..host.host import selected
 from ..ranks.procedure import Quality
-from .groups import Grouped, Groups, zero_is_base
+from .grouped import Grouped
+from .groups import Groups
 from .penalty import Penalty, PenaltyCourse, rates
+from .zero import zero_is_base
 
 TOLD = 64  # groups whose names a report tells
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.ranges import NotNegative, PartShare, Share, SomeShare
 from ..ranks.procedure import Quality
-from .groups import Grouped, Groups, Ranks
+from .grouped import Grouped
+from .groups import Groups, Ranks
 from .penalty import Penalty
 from .proximal import Proximal, SettlingCourse
 

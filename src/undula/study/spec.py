@@ -20,7 +20,8 @@ from ..core.ranges import (
 )
 from ..ranks import Procedure
 from ..train.fields import default_of
-from ..train.recipe import AUTO, Settings, refusals
+from ..train.recipe import AUTO, Settings
+from ..train.refusals import refusals
 from ..train.tasks.task import Task
 
 Halving = Annotated[int, Range(least=2, most=1 << 16)]

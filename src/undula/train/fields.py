@@ -1,16 +1,49 @@
-"""The fields of the dataclasses that say how is trained (see `recipe`): order, defaults, types, values in files."""
+"""The fields of the dataclasses that say how is trained (see `recipe`): what is known of one, order, defaults, types,
+values in files."""
 
 from __future__ import annotations
 
 import types
 import typing
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 import torch
 
 from ..core.choice import from_json
 from ..core.given import hints, within
+
+DATA, LAYERS, TRAINING, EVALUATION, OUTPUT = PANELS = (
+    *("Model, data and task", "Method and layers", "Training", "Evaluation", "Run and output"),
+)
+
+
+def facts(
+    help: str,
+    *,
+    flag: str | None = None,
+    options: str | None = None,
+    layers: bool = False,
+    figures: bool = True,
+    offered: bool = True,
+    panel: str | None = None,
+    word: str | None = None,
+) -> dict[str, Any]:
+    """What is known of a field beside its name, type and default.
+
+    help: what the command line says of it; `{names}` are the members of its family.
+    flag: its option, where that is not called as it is; options: that of its own options, where it is a choice.
+    layers: of the layers that a method adapts, so without a method it does nothing.
+    figures: whether it can change what comes out; offered: whether people may set it.
+    panel: under which title the help shows it; None: that of the layers, or of the training.
+    word: what may stand for it in the place of a number.
+    """
+    return {**locals(), "panel": panel or (LAYERS if layers else TRAINING)}
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field with a default; see `facts`."""
+    return field(default=default, metadata=facts(help, **more))
 
 
 def told(kind: type) -> list[Field[Any]]:

@@ -13,7 +13,7 @@ import torch
 
 from ..core.adapter import Adapter
 from ..core.ranges import Count
-from ..host.where import resolve
+from ..host.matrices import resolve
 from ..io import files
 from .base import config_of
 from .data.faults import Faults

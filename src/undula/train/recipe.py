@@ -9,7 +9,7 @@ where it is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +18,7 @@ import torch
 
 from ..core.choice import as_json
 from ..core.given import Checked
-from ..core.layer import Outline
-from ..core.method import Method, Site
+from ..core.method import Method
 from ..core.ranges import (
     Bits,
     Count,
@@ -33,10 +32,11 @@ from ..kernels import units
 from ..optim.optimisers import AdamW, Optimiser
 from ..optim.schedules import Linear, Schedule
 from ..penalties.penalty import Penalty, listed, together
-from ..ranks import Allocator, Procedure
+from ..ranks import Procedure
 from . import config
 from .data.decoding import text_encoding
-from .fields import decoded, default_of, told
+from .fields import DATA, EVALUATION, LAYERS, OUTPUT, TRAINING, decoded, default_of, facts, option, told
+from .refusals import refusals
 from .tasks.task import Task
 
 Every = Annotated[float, Range(least=0, most=1e9)]
@@ -51,37 +51,6 @@ FIRST = frozenset({
 })  # fmt: skip
 
 PLACES = ("where", "exclude", "overrides", "probe_batches")  # what an adapter that is there says by itself
-DATA, LAYERS, TRAINING, EVALUATION, OUTPUT = PANELS = (
-    *("Model, data and task", "Method and layers", "Training", "Evaluation", "Run and output"),
-)
-
-
-def facts(
-    help: str,
-    *,
-    flag: str | None = None,
-    options: str | None = None,
-    layers: bool = False,
-    figures: bool = True,
-    offered: bool = True,
-    panel: str | None = None,
-    word: str | None = None,
-) -> dict[str, Any]:
-    """What is known of a field beside its name, type and default.
-
-    help: what the command line says of it; `{names}` are the members of its family.
-    flag: its option, where that is not called as it is; options: that of its own options, where it is a choice.
-    layers: of the layers that a method adapts, so without a method it does nothing.
-    figures: whether it can change what comes out; offered: whether people may set it.
-    panel: under which title the help shows it; None: that of the layers, or of the training.
-    word: what may stand for it in the place of a number.
-    """
-    return {**locals(), "panel": panel or (LAYERS if layers else TRAINING)}
-
-
-def option(default: Any, help: str, **more: Any) -> Any:
-    """A field with a default; see `facts`."""
-    return field(default=default, metadata=facts(help, **more))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,72 +267,6 @@ class Recipe(Settings):
         said["schedule"] = None if plain else self.rates()
         kept = {f.name for f in told(Recipe) if f.name in FIRST or said[f.name] != default_of(f)}
         return {name: _json(value) for name, value in said.items() if name in kept}
-
-
-def refusals(
-    allocator: Procedure | None,
-    method: Method | None,
-    overrides: Mapping[str, Method],
-    optimiser: Optimiser,
-    penalty: tuple[Penalty, ...] = (),
-) -> Iterator[tuple[str, str]]:
-    """(field, why) of what an allocator, a penalty, or an optimiser that sees pairs, does not go with."""
-    if optimiser.paired:
-        if method is None:
-            yield "optimiser", f"{optimiser!r} moves the factors of adapted layers, and without a method there are none"
-        for name, each in (("optimiser", method), *(("overrides", m) for m in overrides.values())):
-            if optimiser.by_pairs and each is not None and not has_pairs(each):
-                yield (
-                    name,
-                    f"{optimiser!r} moves pairs of factors A and B, and {each!r} has none: take LoRA or what is made "
-                    "of it, or another optimiser, such as AdamW()",
-                )
-    own = getattr(allocator, "procedures", (allocator,))
-    if given := [p for p in own if isinstance(p, Penalty)]:
-        yield "allocator", f"{given[0]!r} is a penalty: it goes into penalty=..., --penalty"
-        return
-    yield from _unpenalised(allocator, method, overrides, penalty)
-    if optimiser.alone and (odd := [p for p in penalty if p.pulls and p.active]):
-        yield (
-            "penalty",
-            f"{odd[0]!r} adds a gradient of its own to the factors', and {optimiser!r} follows the loss's alone: take "
-            "another optimiser, such as AdamW() or LoRAPro()",
-        )
-    if allocator is None:
-        return
-    if not optimiser.follows:
-        yield "optimiser", f"what {optimiser!r} remembers cannot follow {allocator!r}: take another optimiser"
-    for name, each in (("allocator", method), *(("overrides", m) for m in overrides.values())):
-        if each is None or not allocator.serves(each):
-            yield name, allocator.refusal(each)
-    if allocator.entrywise and not optimiser.entrywise:
-        yield (
-            "optimiser",
-            f"{allocator!r} lets single entries of a factor begin again, and {optimiser!r} remembers sums of its rows "
-            "and columns, which have no entries: take another optimiser, such as AdamW()",
-        )
-
-
-def _unpenalised(
-    allocator: Procedure | None, method: Method | None, overrides: Mapping[str, Method], penalty: tuple[Penalty, ...]
-) -> Iterator[tuple[str, str]]:
-    """(field, why) of what penalties do not go with."""
-    own = getattr(allocator, "procedures", (allocator,))
-    for added in (p for p in penalty if p.active):
-        for name, found in (("penalty", method), *(("overrides", m) for m in overrides.values())):
-            if found is None or not added.serves(found):
-                yield name, added.refusal(found)
-        if added.fixed and any(isinstance(p, Allocator) for p in own):
-            yield "penalty", f"{added!r} settles which groups of factors stay, and {allocator!r} changes the factors"
-
-
-def has_pairs(method: Method) -> bool:
-    """Whether its update is made of products of two factors, as far as can be told without a model."""
-    try:
-        site = Site("layer", Outline((64, 64), torch.float32), (64, 64), torch.float32, torch.device("meta"))
-        return method.products(method.init(site)) is not None
-    except (ValueError, LookupError, TypeError, RuntimeError):  # it does not fit such a layer: the model will tell
-        return True
 
 
 def recipe_of(data: Mapping[str, Any]) -> Recipe:

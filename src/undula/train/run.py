@@ -16,7 +16,8 @@ from typing import Any
 
 from ..io import files
 from . import config
-from .recipe import OUTPUT, Recipe, checked_path, facts, recipe_of
+from .fields import OUTPUT, facts
+from .recipe import Recipe, checked_path, recipe_of
 
 RUN, REPORT, CHECKPOINTS = "run.json", "report.json", "checkpoints"
 CONFIG = "run.toml"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...core.method import Additive, Factors, Method
 from ...host.merging import check_mergeable
-from ...host.route import Rows, rows_of
+from ...host.rowwise import Rows, rows_of
 from ...host.views import Conv1DView, LinearView, adapted, outline, view
 from ...io import files
 from ...methods.sum import Sum

@@ -17,9 +17,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...host import quantised
+from ...host.matrices import aliases
 from ...host.merging import check_mergeable, untie
 from ...host.views import EmbeddingView, LinearView, check_writable, view
-from ...host.where import aliases
 from ...io import files, reading
 from . import starting, storing
 from .config import UndulaConfig
