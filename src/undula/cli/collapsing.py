@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -170,6 +170,29 @@ def export(
     """Write an adapter as a plain LoRA.  What is none is collapsed first, and the error of that printed; what is one
     leaves as it is, or collapsed as --how and --set say."""
     {Form.gguf: gguf.fresh, Form.kohya: _fresh_file}.get(form, shell.fresh)(out)
+    _check_form(form, component, stability, model)
+    adapter = Adapter.load(path)
+    check_agreed(path, adapter, model)
+    found = _as_lora(path, adapter, how, options, data, rows, model)
+    lora = adapter if found is None else found.made.adapter
+    base = None
+    if form is Form.gguf:
+        gguf.write_lora(path, lora, out, model)
+    elif form is Form.kohya:
+        export_kohya(lora, out, str(component), named_layers(str(model), component) if stability else None)
+    elif component is not None:
+        with whole(out) as folder:
+            export_diffusers(lora, folder, component)
+    else:
+        base = _for_peft(path, adapter, found, out, model, vllm.export_vllm if form is Form.vllm else export_lora)
+    _exported(found, adapter, out)
+    if form is Form.vllm:
+        rank, name = files.headed(out)[0]["r"], out.resolve().name
+        shell.note(f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {rank} --lora-modules {name}={out}")
+
+
+def _check_form(form: Form, component: str | None, stability: bool, model: str | None) -> None:
+    """Raises ValueError for options of another form."""
     if (component is None) == (form in (Form.diffusers, Form.kohya)):
         raise ValueError(
             "--format diffusers and kohya go with --component, the part of the pipeline that is adapted: unet, "
@@ -177,43 +200,50 @@ def export(
         )
     if stability and (form is not Form.kohya or model is None):
         raise ValueError("--stability goes with --format kohya and --model, the pipeline whose UNet has the layers")
-    adapter = Adapter.load(path)
-    check_agreed(path, adapter, model)
-    exact = issubclass(adapter.rung, LowRank) and how is None and not options
-    if exact and (rows is not None or data is not None):
+
+
+def _as_lora(
+    path: Path,
+    adapter: Adapter,
+    how: str | None,
+    options: list[str],
+    data: str | None,
+    rows: int | None,
+    model: str | None,
+) -> Squeezed | None:
+    """What has to be collapsed, or is to be; None for what leaves as it is.  Raises ValueError."""
+    if not issubclass(adapter.rung, LowRank) or how is not None or options:
+        return _squeezed(path, adapter, how, options, data, rows, model)
+    if rows is not None or data is not None:
         raise ValueError(
             "a method on the rung LowRank is exported exactly, without data: leave out --rows and --data, or collapse "
             "it (--how truncate --set r=4)"
         )
-    found = None if exact else _squeezed(path, adapter, how, options, data, rows, model)
+    return None
+
+
+def _for_peft(
+    path: Path,
+    adapter: Adapter,
+    found: Squeezed | None,
+    out: Path,
+    model: str | None,
+    write: Callable[[Adapter, Path, str | None, str | None], object],
+) -> str | None:
+    """Writes a directory as PEFT has it, with what goes along with an adapter.  Returns the base that it names."""
     lora = adapter if found is None else found.made.adapter
     base, task = _about(lora.about, model, found.opened if found else None)
-    if form is Form.gguf:
-        gguf.write_lora(path, lora, out, model)
-        return _exported(found, adapter, out)
-    if form is Form.kohya:
-        unet = named_layers(str(model), component) if stability else None
-        export_kohya(lora, out, str(component), unet)
-        return _exported(found, adapter, out)
-    beside = companions(path, adapter, model) if component is None else None
-    write = vllm.export_vllm if form is Form.vllm else export_lora
+    beside = companions(path, adapter, model)
     with whole(out) as folder:
-        if component is not None:
-            export_diffusers(lora, folder, component)
-        elif isinstance(beside, Companions):
-            write(lora, folder, beside.base, task)
+        if isinstance(beside, Companions):
+            base = beside.base
+            write(lora, folder, base, task)
             beside.write(folder, out.resolve().name, "" if found is None else _costs(adapter, found.made))
         else:
             write(lora, folder, base, task)
     if isinstance(beside, str):
         shell.say(f"only the adapter's own files were written: {beside}", "yellow")
-    _exported(found, adapter, out)
-    if form is Form.vllm:
-        served = (beside.base if isinstance(beside, Companions) else base) or "BASE"
-        rank = files.headed(out)[0]["r"]
-        shell.note(
-            f"vllm serve {served} --enable-lora --max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
-        )
+    return base
 
 
 def _fresh_file(out: Path) -> None:

@@ -63,16 +63,11 @@ def generate(
     for opened in every:
         opened.check_writes()
     hows = [sampling(opened, max_new_tokens, temperature, top_p, seed) for opened in every]
-    opened, how = every[0], hows[0]
     given = _prompts(prompt)
     if len(given) == 1 and out is None and form is None and not _rows(given[0], prompt):
-        for opened, how, name in zip(every, hows, several.names if several.beside else [""], strict=True):
-            if name:
-                shell.out.print(f"[{name}]", markup=False, highlight=False)
-            _, whole = _spoken(opened, opened.written_rows(given[0], system, raw)[0], how, 0)
-            _tell_cut(0 if whole else 1, 1, how)
+        _show(every, hows, several.names if several.beside else [""], given[0], system, raw)
         return
-    asked = predicting.rows_asked(opened.run, opened.roles, given, column, split, skip_faulty)
+    asked = predicting.rows_asked(every[0].run, every[0].roles, given, column, split, skip_faulty)
     said = [row.get("messages") or row.get("prompt") or row.get("text") for row in asked.asked]
     ended: list[bool] = []
 
@@ -92,7 +87,7 @@ def generate(
             answers = several.merged([list(itertools.islice(found, len(said))) for _ in every])
         names = answers_out.write(to, shape, asked.rows, answers, False)
     predicting.told(out, len(said), names)
-    _tell_cut(ended.count(False), len(ended), how)
+    _tell_cut(ended.count(False), len(ended), hows[0])
 
 
 def sampling(opened: Restored, most: int | None, temperature: float, top_p: float, seed: int) -> Sampling:
@@ -101,6 +96,22 @@ def sampling(opened: Restored, most: int | None, temperature: float, top_p: floa
     from ..train.tasks.generation import Sampling
 
     return Sampling(most or opened.run.task.max_completion or WRITTEN, temperature, top_p, seed)  # type: ignore[attr-defined]
+
+
+def _show(
+    every: Sequence[Restored],
+    hows: Sequence[Sampling],
+    names: Sequence[str],
+    prompt: str,
+    system: str | None,
+    raw: bool,
+) -> None:
+    """Writes what each writes after one prompt into the output, as it comes; under its name, where it has one."""
+    for opened, how, name in zip(every, hows, names, strict=True):
+        if name:
+            shell.out.print(f"[{name}]", markup=False, highlight=False)
+        _, whole = _spoken(opened, opened.written_rows(prompt, system, raw)[0], how, 0)
+        _tell_cut(0 if whole else 1, 1, how)
 
 
 def _rows(given: str, typed: Sequence[str] | None) -> bool:

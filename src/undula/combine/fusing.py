@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..core.adapter import Adapter, Live
 from ..core.method import Factors, Method
@@ -54,15 +55,7 @@ def fused(
     for site, parts in walk(values):
         there = [part for part in parts if part is not None]
         own = together(part.factors[site] for part in there)
-        kind = next(t.dtype for t in own.values() if t.is_floating_point())
-        wide, device = torch.promote_types(kind, torch.float32), next(iter(own.values())).device
-        O = there[0].shapes[site][0]
-        gates = {
-            name: torch.full(
-                (O,), share * OPEN if name == "w_out" else 0.0, dtype=wide, device=device, requires_grad=True
-            )
-            for name in GATES
-        }
+        gates = _gates(own, there[0].shapes[site][0], share)
         methods[site] = Fusion(tuple(part.methods[site] for part in there))
         factors[site] = {k: t.detach() for k, t in own.items()} | gates
         shapes[site] = there[0].shapes[site]
@@ -70,3 +63,11 @@ def fused(
             kernels |= part.kernels
             apart |= part.apart
     return Adapter(methods, factors, shapes, full, kernels, agreed(values), apart)
+
+
+def _gates(own: Factors, O: int, share: float) -> dict[str, Tensor]:
+    """Gates (O) that let through this share of the sum of the parts that have these factors."""
+    kind = next(t.dtype for t in own.values() if t.is_floating_point())
+    wide, device = torch.promote_types(kind, torch.float32), next(iter(own.values())).device
+    begin = {name: share * OPEN if name == "w_out" else 0.0 for name in GATES}
+    return {name: torch.full((O,), b, dtype=wide, device=device, requires_grad=True) for name, b in begin.items()}

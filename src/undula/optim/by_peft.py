@@ -72,9 +72,7 @@ def _lora_fa(
     adapter = selected(adapted)
     check_whole(adapter.parameters(), "training with LoRAFA")
     found = pairs(adapter)
-    given = list(params)
-    groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
-    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups = _grouped(params)
     _check(found, groups)
     told = {id(t): (name, p.scale) for i, p in enumerate(found) for name, t in _named(i, p)}
     for p in found:
@@ -110,6 +108,13 @@ def _lora_fa(
 
     groups_of: Any = list(_couples_first(found, groups))
     return Named(groups_of, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def _grouped(params: Params) -> list[dict[str, Any]]:
+    """Groups of lists, of what optimisers take: parameters or groups of them."""
+    given = list(params)
+    groups: list[dict[str, Any]] = given if given and isinstance(given[0], dict) else [{"params": given}]
+    return [{**group, "params": list(group["params"])} for group in groups]
 
 
 def _check(found: list[Pair], groups: list[dict[str, Any]]) -> None:
