@@ -17,7 +17,7 @@ import typer
 from ..core.choice import Choice, plain
 from ..core.given import hints
 from ..core.options import build, changed, split_pair
-from ..train.fields import bare, default_of, is_union, told
+from ..train.fields import PANELS, bare, default_of, is_union, told
 from ..train.recipe import Settings
 from . import shell
 
@@ -83,14 +83,26 @@ def _shape(hint: Any) -> str:
     return SHAPES.get(hint, "TEXT")
 
 
-def in_panels(made: list[inspect.Parameter], panels: Sequence[str], early: Sequence[str]) -> list[inspect.Parameter]:
-    """The parameters in the order of the help: by panel, in each those first that are needed `early`."""
+def option(name: str, kind: Any, default: Any = None) -> inspect.Parameter:
+    """A parameter beside the fields; `kind` is annotated with its `typer.Option`."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def signature(
+    options: Sequence[inspect.Parameter],
+    early: Sequence[str],
+    panels: Sequence[str] = PANELS,
+    arguments: Sequence[inspect.Parameter] = (),
+) -> inspect.Signature:
+    """What a verb takes: its context, arguments, and options in the order of the help: by panel, in each those first
+    that are needed `early`."""
 
     def order(p: inspect.Parameter) -> tuple[int, int]:
         panel = panels.index(p.annotation.__metadata__[0].rich_help_panel)
         return panel, early.index(p.name) if p.name in early else len(early)
 
-    return sorted(made, key=order)
+    ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    return inspect.Signature([ctx, *arguments, *sorted(options, key=order)])
 
 
 def values(
@@ -174,8 +186,8 @@ def _parameter(
 ) -> inspect.Parameter:
     names = f"{flag}/--no-{flag[2:]}" if bool in (kind, *typing.get_args(kind)) else flag
     kind, parser = (Any, _number_or(word)) if word else (kind, None)
-    declared = Annotated[kind, typer.Option(names, help=help, metavar=shape, rich_help_panel=panel, parser=parser)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
+    flags = typer.Option(names, help=help, metavar=shape, rich_help_panel=panel, parser=parser)
+    return option(name, Annotated[kind, flags], default)
 
 
 def _number_or(word: str) -> Callable[[Any], Any]:

@@ -14,7 +14,7 @@ from ..core.extras import needs
 from ..penalties import GroupLasso
 from ..train import Run
 from ..train.config import values_in
-from ..train.fields import DATA, OUTPUT, PANELS, TRAINING
+from ..train.fields import DATA, OUTPUT, TRAINING
 from . import declared, shell
 from .training import CONFIG, JSON, USUAL, bar, columns, stages, typed_options
 
@@ -85,30 +85,26 @@ def _classes(text: str) -> list[str]:
 
 
 def _signature() -> inspect.Signature:
-    only = inspect.Parameter.KEYWORD_ONLY
-    ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     column = typer.Option("--column", help="As in text=review. Repeatable.", rich_help_panel=DATA)
     options = [
         *declared.parameters(Run, USUAL),
-        inspect.Parameter("forget", only, default=[], annotation=FORGET),
+        declared.option("forget", FORGET, []),
         *(_option(name, *of) for name, of in OPTIONS.items()),
-        inspect.Parameter("config", only, default=None, annotation=CONFIG),
-        inspect.Parameter("column", only, default=[], annotation=Annotated[declared.Texts, column]),
-        inspect.Parameter("resume", only, default=None, annotation=RESUME),
-        inspect.Parameter("undo", only, default=[], annotation=UNDO),
-        inspect.Parameter("to", only, default=None, annotation=JSON),
+        declared.option("config", CONFIG),
+        declared.option("column", Annotated[declared.Texts, column], []),
+        declared.option("resume", RESUME),
+        declared.option("undo", UNDO, []),
+        declared.option("to", JSON),
     ]
     early = ("model", "data", "task", "forget", "column", "task_set", "beta", "bound", "shots", "lr", "out", "resume")
-    return inspect.Signature([ctx, *declared.in_panels(options, PANELS, early)])
+    return declared.signature(options, early)
 
 
 def _option(name: str, kind: type, help: str) -> inspect.Parameter:
     flag = typer.Option(
         f"--{name.replace('_', '-')}", help=help, metavar={int: "N", float: "X"}[kind], rich_help_panel=TRAINING
     )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
-    )
+    return declared.option(name, Annotated[kind | None, flag])
 
 
 forget.__signature__ = _signature()  # type: ignore[attr-defined]

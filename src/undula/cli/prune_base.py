@@ -91,23 +91,18 @@ def _filled(typed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _signature() -> inspect.Signature:
-    only = inspect.Parameter.KEYWORD_ONLY
-    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     options = [p for p in declared.parameters(Run, training.USUAL) if p.name not in OWN]
     options += [
-        inspect.Parameter("out", only, annotation=OUT),
-        inspect.Parameter("run", only, default=None, annotation=RUN),
-        inspect.Parameter("sparsity", only, default=0.5, annotation=SPARSITY),
-        inspect.Parameter("structures", only, default="heads,channels", annotation=STRUCTURES),
-        inspect.Parameter("scores", only, default="gradients", annotation=SCORES),
-        inspect.Parameter("every", only, default=10, annotation=EVERY),
-        inspect.Parameter("to", only, default=None, annotation=training.JSON),
+        declared.option("out", OUT, inspect.Parameter.empty),
+        declared.option("run", RUN),
+        declared.option("sparsity", SPARSITY, 0.5),
+        declared.option("structures", STRUCTURES, "heads,channels"),
+        declared.option("scores", SCORES, "gradients"),
+        declared.option("every", EVERY, 10),
+        declared.option("to", training.JSON),
     ]
-    first = [
-        inspect.Parameter("ctx", either, annotation=typer.Context),
-        inspect.Parameter("path", either, default=None, annotation=TRAINED),
-    ]
-    return inspect.Signature([*first, *declared.in_panels(options, (*PANELS[:2], PANEL, *PANELS[2:]), training.EARLY)])
+    path = inspect.Parameter("path", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=TRAINED)
+    return declared.signature(options, training.EARLY, (*PANELS[:2], PANEL, *PANELS[2:]), [path])
 
 
 prune_base.__signature__ = _signature()  # type: ignore[attr-defined]

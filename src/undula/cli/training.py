@@ -14,7 +14,7 @@ from ..core.extras import needs
 from ..core.options import split_pair
 from ..train import Recipe, Run, Task, processes, restored
 from ..train.config import values_in
-from ..train.fields import DATA, OUTPUT, PANELS
+from ..train.fields import DATA, OUTPUT
 from ..train.fit import train as fit
 from ..train.page import PAGE
 from ..train.resume import left_behind
@@ -108,19 +108,17 @@ def train(ctx: typer.Context, **typed: Any) -> None:
 
 def _signature() -> inspect.Signature:
     """The options of `train`: the fields of a run, and what is no part of one."""
-    only = inspect.Parameter.KEYWORD_ONLY
-    ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     options = [
         *declared.parameters(Run, USUAL),
-        inspect.Parameter("config", only, default=None, annotation=CONFIG),
-        inspect.Parameter("column", only, default=[], annotation=COLUMN),
-        inspect.Parameter("dry_run", only, default=False, annotation=DRY),
-        inspect.Parameter("report_to", only, default=[], annotation=REPORT_TO),
-        inspect.Parameter("push", only, default=None, annotation=PUSH),
-        inspect.Parameter("resume", only, default=None, annotation=RESUME),
-        inspect.Parameter("to", only, default=None, annotation=JSON),
+        declared.option("config", CONFIG),
+        declared.option("column", COLUMN, []),
+        declared.option("dry_run", DRY, False),
+        declared.option("report_to", REPORT_TO, []),
+        declared.option("push", PUSH),
+        declared.option("resume", RESUME),
+        declared.option("to", JSON),
     ]
-    return inspect.Signature([ctx, *declared.in_panels(options, PANELS, EARLY)])
+    return declared.signature(options, EARLY)
 
 
 train.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import typer
 from ..core.extras import needs
 from ..train import Recipe
 from ..train.config import values_in
-from ..train.fields import OUTPUT, PANELS
+from ..train.fields import OUTPUT
 from . import declared, shell
 from .training import COLUMN, CONFIG, USUAL, columns, stages, typed_options
 
@@ -123,17 +123,15 @@ def _study(path: Path, to: Path | None) -> None:
 
 
 def _signature() -> inspect.Signature:
-    only = inspect.Parameter.KEYWORD_ONLY
-    ctx = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     options = [
         *(p for p in declared.parameters(Recipe, USUAL) if p.name != "lr"),
-        inspect.Parameter("config", only, default=None, annotation=CONFIG),
-        inspect.Parameter("column", only, default=[], annotation=COLUMN),
-        inspect.Parameter("study", only, default=None, annotation=STUDY),
-        inspect.Parameter("plot", only, default=None, annotation=PLOT),
-        inspect.Parameter("to", only, default=None, annotation=JSON),
+        declared.option("config", CONFIG),
+        declared.option("column", COLUMN, []),
+        declared.option("study", STUDY),
+        declared.option("plot", PLOT),
+        declared.option("to", JSON),
     ]
-    return inspect.Signature([ctx, *declared.in_panels(options, PANELS, EARLY)])
+    return declared.signature(options, EARLY)
 
 
 tune.__signature__ = _signature()  # type: ignore[attr-defined]

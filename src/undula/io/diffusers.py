@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from . import files, tensorfile
-from .draft import Draft, clean
+from .draft import filled
 from .peft import LEAF, lora_state, read_lora
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # what a pipeline's load_lora_weights looks for in a folder
@@ -44,11 +44,7 @@ def export_diffusers(adapter: Adapter, path: str | Path, component: str = "unet"
     metadata = {"format": "pt", METADATA: json.dumps(told, indent=2, sort_keys=True)}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    clean(folder / WEIGHTS)
-    with Draft(folder / WEIGHTS) as draft:
-        tensorfile.write(draft.file, named, metadata)
-        draft.flush()
-        draft.place()
+    filled(folder / WEIGHTS, lambda file: tensorfile.write(file, named, metadata))
 
 
 def load_diffusers(path: str | Path, component: str | None = None) -> Adapter:

@@ -14,7 +14,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 try:
     import fcntl
@@ -85,13 +85,18 @@ def atomic(path: Path, produce: Callable[[str], object]) -> None:
         draft.place()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text: complete or not at all."""
+def filled(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """`fill` writes into the open file that it is given; then this is `path`, which is complete or not there."""
     clean(path)
     with Draft(path) as draft:
-        draft.file.write(text.encode("utf-8"))
+        fill(draft.file)
         draft.flush()
         draft.place()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text: complete or not at all."""
+    filled(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def clean(path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import tensorfile
-from .draft import Draft, atomic, clean, write_text
+from .draft import Draft, atomic, clean, filled, write_text
 from .strict import door, parsed
 
 __all__ = ["CONFIG", "PREFIX", "TENSORS", "atomic", "check_finite", "check_name", "configuration", "conversion", "door",
@@ -223,12 +223,7 @@ def write_state(folder: Path, name: str, values: Mapping[str, Any], tensors: Map
     checksum of the tensors with them, stand in both: those beside the tensors count."""
     held = {key: t.detach().cpu() for key, t in tensors.items()}
     text = json.dumps({**values, SUM: tensorfile.checksum(held)})
-    for suffix in ("safetensors", "json"):
-        clean(folder / f"{name}.{suffix}")
-    with Draft(folder / f"{name}.safetensors") as draft:
-        tensorfile.write(draft.file, held, {EMBEDDED: text})
-        draft.flush()
-        draft.place()
+    filled(folder / f"{name}.safetensors", lambda file: tensorfile.write(file, held, {EMBEDDED: text}))
     write_text(folder / f"{name}.json", text + "\n")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from . import families, files, tensorfile
-from .draft import Draft, clean
+from .draft import filled
 from .peft import lora_state, read_lora
 from .stability import stability
 from .tensorfile import Told
@@ -245,8 +245,4 @@ def export_kohya(adapter: Adapter, path: str | Path, component: str = "unet", un
     told = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(r), "ss_network_alpha": str(r)}
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    clean(file)
-    with Draft(file) as draft:
-        tensorfile.write(draft.file, named, told)
-        draft.flush()
-        draft.place()
+    filled(file, lambda opened: tensorfile.write(opened, named, told))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..io import tensorfile
-from ..io.draft import Draft, clean
+from ..io.draft import filled
 from ..io.files import check_finite
 from ..io.strict import door, parsed
 from .places import written
@@ -55,11 +55,7 @@ class Encoder(nn.Module):
         check_place(path)
         told = {"version": VERSION, "seed": SEED, "base": self.base, "model": self.model}
         path.parent.mkdir(parents=True, exist_ok=True)
-        clean(path)
-        with Draft(path) as draft:
-            tensorfile.write(draft.file, self.state_dict(), {KEY: json.dumps(told)})
-            draft.flush()
-            draft.place()
+        filled(path, lambda file: tensorfile.write(file, self.state_dict(), {KEY: json.dumps(told)}))
 
     @staticmethod
     def load(path: str | Path) -> Encoder:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..io import tensorfile
-from ..io.draft import Draft, clean
+from ..io.draft import Draft, filled
 from ..io.strict import door, parsed
 from . import entry as entries
 from .entry import Entry
@@ -160,11 +160,7 @@ def _write(index: Index, path: Path) -> None:
     tensors = {"entries": raw, "texts": index.texts, "weights": index.weights}
     told = {"version": VERSION, "seed": SEED, "model": index.model, "sum": tensorfile.checksum(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    clean(path)
-    with Draft(path) as draft:
-        tensorfile.write(draft.file, tensors, {KEY: json.dumps(told)})
-        draft.flush()
-        draft.place()
+    filled(path, lambda file: tensorfile.write(file, tensors, {KEY: json.dumps(told)}))
 
 
 def load(path: str | Path, folder: str | Path | None = None) -> Index:
