@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import record, tell
 
 import undula
 from undula import bundled, combine
@@ -185,7 +185,7 @@ def timed(tasks: Tasks, combiner: combine.Combiner, total: float) -> tuple[undul
     return combiner(tasks.bodies, [total / len(TASKS)] * len(TASKS)), time.perf_counter() - begun
 
 
-def ways(tasks: Tasks, data: dict[str, Path]) -> dict[str, Any]:
+def ways(tasks: Tasks) -> dict[str, Any]:
     """{name: rank -> combiner}."""
     found: dict[str, Any] = {}
     for name in combine.NAMED:
@@ -208,7 +208,7 @@ def run(size: Size, folder: Path) -> dict[str, Any]:
     bounds = kept(folder / "bounds.json", lambda: bounds_of(tasks, data["all"], folder, size))
     print(bounds, flush=True)
     rows = []
-    for name, make in ways(tasks, data).items():
+    for name, make in ways(tasks).items():
         rows += kept(folder / f"rows-{name}.json", lambda name=name, make=make: measured(tasks, name, make))
     rates = bounds.pop("multi-task rates")
     for row in rows:
@@ -320,8 +320,7 @@ def main() -> None:
         found = run(size, place)
     targets, met = judged(found)
     found |= {"targets": targets, "targets_met": met}
-    for what, value in targets.items():
-        print(f"{'met   ' if met[what] else 'MISSED'} {what}: {value:.3g}")
+    tell(targets, met)
     if given.json:
         record(given.json, found)
     if given.plot:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from experts import Encoder, Task, classes_of, expert, right, tasks
-from record import once, record
+from record import mean, once, record, tell
 from torch import Tensor
 
 import undula
@@ -163,12 +163,8 @@ def means(found: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
     for way in dict.fromkeys(row["way"] for row in found["rows"]):
         own = [row for row in found["rows"] if row["way"] == way]
         figures = [k for k in own[0] if k not in ("way", "task")]
-        told[way] = {k: _mean([row[k] for row in own]) for k in figures}
+        told[way] = {k: mean([row[k] for row in own]) for k in figures}
     return told
-
-
-def _mean(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def judged(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, bool]]:
@@ -191,7 +187,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"| found by | {' | '.join(figures)} |", "|---|" + "---:|" * len(figures)]
     for way, own in told.items():
         lines.append(f"| {way} | {' | '.join(f'{own[k][0]:.2f} ± {own[k][1]:.2f}' for k in figures)} |")
-    bounds = {k: _mean([b[k] for b in found["bounds"].values()]) for k in ("base", "best")}
+    bounds = {k: mean([b[k] for b in found["bounds"].values()]) for k in ("base", "best")}
     return "\n".join([*lines, *(f"{k}: {v:.3f} ± {e:.3f}" for k, (v, e) in bounds.items())])
 
 
@@ -209,8 +205,7 @@ def main() -> None:
     targets, met = judged(found)
     found |= {"targets": targets, "targets_met": met}
     print(table(found))
-    for what, value in targets.items():
-        print(f"{'met   ' if met[what] else 'MISSED'} {what}: {value:.3g}")
+    tell(targets, met)
     if given.json:
         record(given.json, found, f"python bench/find.py --library LIBRARY --tasks TASKS --json {given.json}")
     sys.exit(0 if all(met.values()) else 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import record, tell
 from torch import nn
 
 import undula
@@ -133,8 +133,7 @@ def main() -> None:
         found = run(Path(folder) / "adapters", given.adapters, given.again)
         targets, met = judged(found)
         found |= {"targets": targets, "targets_met": met}
-        for what, value in targets.items():
-            print(f"{'met   ' if met[what] else 'MISSED'} {what}: {value:.3g}", flush=True)
+        tell(targets, met)
         if given.json:
             record(given.json, found)
     sys.exit(0 if given.quick or all(met.values()) else 1)

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from experts import Encoder, Task, classes_of, expert, renamed, tasks
-from record import once, record
+from record import mean, once, record, tell
 from torch import Tensor
 
 import undula
@@ -205,8 +205,7 @@ def paired(found: dict[str, Any], one: str, other: str) -> tuple[float, float]:
     for (arm, task, seed), value in of.items():
         if arm == one:
             by_task.setdefault(task, []).append(value - of[other, task, seed])
-    means = [statistics.mean(v) for v in by_task.values()]
-    return statistics.mean(means), statistics.stdev(means) / len(means) ** 0.5
+    return mean([statistics.mean(v) for v in by_task.values()])
 
 
 def table(found: dict[str, Any]) -> str:
@@ -214,8 +213,8 @@ def table(found: dict[str, Any]) -> str:
     for arm in dict.fromkeys(r["arm"] for r in found["rows"]):
         own = [r for r in found["rows"] if r["arm"] == arm]
         gain, error = paired(found, arm, "average")
-        mean, took = (statistics.mean(r[k] for r in own) for k in ("accuracy", "cpu seconds"))
-        lines.append(f"| {arm} | {mean:.3f} | {gain:+.3f} ± {error:.3f} | {took:.1f} |")
+        accuracy, took = (statistics.mean(r[k] for r in own) for k in ("accuracy", "cpu seconds"))
+        lines.append(f"| {arm} | {accuracy:.3f} | {gain:+.3f} ± {error:.3f} | {took:.1f} |")
     return "\n".join(lines)
 
 
@@ -239,8 +238,7 @@ def main() -> None:
     found["targets"] = {f"accuracy of gates over {other}'s > 0": value for other, value in gain.items()}
     found["targets_met"] = {what: value > 0 for what, value in found["targets"].items()}
     print(table(found))
-    for what, value in found["targets"].items():
-        print(f"{'met   ' if found['targets_met'][what] else 'MISSED'} {what}: {value:.3f}")
+    tell(found["targets"], found["targets_met"])
     if given.json:
         record(given.json, found, f"python bench/fuse.py --library LIBRARY --tasks TASKS --json {given.json}")
     sys.exit(0 if all(found["targets_met"].values()) else 1)

@@ -32,7 +32,7 @@ from typing import Any
 
 import expert_tasks
 import torch
-from record import kept, record
+from record import kept, mean, record
 from torch import Tensor
 
 import undula
@@ -157,12 +157,6 @@ def with_rows(held: Held, ways: Ways, vectors: dict[str, Tensor], number: int, s
         torch.manual_seed(seed)
         learned(held.opened, rows, steps)
         yield {"way": way, "shots": number, "seed": seed, "accuracy": held.accuracy()}
-
-
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, its standard error)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), error
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import record
+from record import record, tell
 from step import CLOCKS, base, ratios  # the benchmark beside this one
 
 import undula
@@ -163,8 +163,7 @@ def main() -> None:
         * (entered["frozen"]["enter"] + entered["frozen"]["first forward"] - entered["frozen"]["later forward"]),
     }
     met = {n: v <= float(n.rpartition(" ")[2]) for n, v in targets.items()}
-    for n, v in targets.items():
-        print(f"{'met   ' if met[n] else 'MISSED'} {n}: {v:.3f}")
+    tell(targets, met)
     if args.json:
         result = {
             "threads": args.threads,

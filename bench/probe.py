@@ -10,7 +10,6 @@ one for each of 210 layers and each batch, so that variant has fewer batches (ab
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import json
 import subprocess
@@ -18,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+import resident
 import torch
 from record import record
-from step import resident, resource_peak  # the benchmark beside this one
 from torch import nn
 
 import undula
@@ -84,13 +83,11 @@ def measured(name: str) -> dict[str, float]:
         runs += 1
         return loss_of(model, batch)
 
-    ctypes.CDLL(None).malloc_trim(0)  # what loading freed goes back to the system, so that it hides nothing
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")
+    before = resident.begin()
     wall, cpu = time.perf_counter(), time.process_time()
     undula.attach(model, Centred(LoRA(r=8), start), probe=Probe(batches, loss, hold))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"seconds": wall, "cpu_seconds": cpu, "memory_mib": (resource_peak() - before) / 2**20, "passes": runs}
+    return {"seconds": wall, "cpu_seconds": cpu, "memory_mib": (resident.most() - before) / 2**20, "passes": runs}
 
 
 def main() -> None:

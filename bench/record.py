@@ -1,13 +1,16 @@
-"""How the programs beside this one keep their figures: one JSON file with date, machine, command and torch."""
+"""How the programs beside this one keep their figures, one JSON file with date, machine, command and torch, and tell
+them."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +54,15 @@ def once(path: Path, how: dict[str, Any], make: Callable[[], Any]) -> Any:
     if not path.is_file():
         record(path, {**how, "rows": [make()]})
     return kept(path, how)[0]
+
+
+def tell(targets: Mapping[str, float], met: Mapping[str, bool]) -> None:
+    """Prints of each aim whether it is met, and what was measured."""
+    for what, value in targets.items():
+        print(f"{'met   ' if met[what] else 'MISSED'} {what}: {value:.3g}", flush=True)
+
+
+def mean(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error

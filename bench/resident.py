@@ -8,14 +8,19 @@ import resource
 from pathlib import Path
 
 
+def now() -> int:
+    """The bytes that are resident."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def begin() -> int:
     """From here on the largest counts.  Returns the bytes that are resident now: what was taken and freed goes back to
     the system before, else it would hide what is taken from here on."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = now()
     Path("/proc/self/clear_refs").write_text("5")
-    return now
+    return before
 
 
 def most() -> int:

@@ -20,12 +20,13 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import record, tell
+from resident import now
 
 import undula
 from undula.bundled import model_path
@@ -290,8 +291,40 @@ def registered(bench: Bench, paths: Sequence[Path]) -> dict[str, float]:
     return {"first": statistics.median(spent[:9]), "last": statistics.median(spent[-9:]), "all": sum(spent)}
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+def ways_of(args: argparse.Namespace, few: int, small: int) -> dict[str, Way]:
+    """What is compared: requests through no adapter, one, few, as many as there are requests, and mixes."""
+    n = args.requests
+    ways = {"base": Way("", 0, n), "1 adapter": Way("lora8", 1, n), f"{few} adapters": Way("lora8", few, n)}
+    ways[f"{n} adapters"] = Way("lora8", n, n)
+    for mix in args.mixes[1:]:
+        ways[f"{min(n, args.mixed)} adapters, {mix}"] = Way(mix, min(n, args.mixed), n)
+    ways |= {"base, 16 rows": Way("", 0, small), "16 rows of 16 adapters": Way("lora8", small, small)}
+    if args.long_prompt:
+        ways |= {
+            "base, prefill": Way("", 0, small, "prefill"),
+            f"{few} adapters, prefill": Way("lora8", few, small, "prefill"),
+        }
+    return ways
+
+
+def growing(
+    bench: Bench, args: argparse.Namespace, folder: Path, pair: dict[str, Way], way: str
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """(how many adapters are registered, what adding them took and what `way` still gives) of each number."""
+    first = len(bench.pool.names())
+    more = linked(folder, folder / "lora8-0", max(args.registered))
+    for total in args.registered:
+        have, grown = len(bench.pool.names()), now()
+        adding = registered(bench, more[have - first : total - first])
+        yield (
+            total,
+            {
+                "seconds to add one": adding["last"],
+                "seconds to add all of them": adding["all"],
+                "bytes of each that is registered": (now() - grown) / max(1, total - have),
+                "throughput / base": bench.rounds(pair, args.rounds)[way]["throughput / base"],
+            },
+        )
 
 
 def measured(
@@ -303,24 +336,14 @@ def measured(
     for mix in args.mixes:
         write(bench.model, folder, mix, max(n, small) if mix == "lora8" else min(n, args.mixed), args.where)
         registered(bench, [folder / f"{mix}-{i}" for i in range(len(list(folder.glob(f"{mix}-*"))))])
-    ways = {"base": Way("", 0, n), "1 adapter": Way("lora8", 1, n), f"{few} adapters": Way("lora8", few, n)}
-    ways[f"{n} adapters"] = Way("lora8", n, n)
-    for mix in args.mixes[1:]:
-        ways[f"{min(n, args.mixed)} adapters, {mix}"] = Way(mix, min(n, args.mixed), n)
-    ways |= {"base, 16 rows": Way("", 0, small), "16 rows of 16 adapters": Way("lora8", small, small)}
-    if args.long_prompt:
-        ways |= {
-            "base, prefill": Way("", 0, small, "prefill"),
-            f"{few} adapters, prefill": Way("lora8", few, small, "prefill"),
-        }
-    before = resident()
+    ways, before = ways_of(args, few, small), now()
     found: dict[str, Any] = {"ways": bench.rounds(ways, args.rounds)}
     stats = bench.pool.stats()
     found["bytes of an adapter"] = {
         "lora8, its tensors": sum(f.stat().st_size for f in (folder / "lora8-0").glob("*.safetensors")),
         "all that are loaded, as counted": stats.bytes,
         "loaded": stats.loaded,
-        "grown by, of the process": resident() - before,
+        "grown by, of the process": now() - before,
     }
     keep(found)
     if args.peers:
@@ -334,20 +357,10 @@ def measured(
         narrow.pool.close()
         del narrow
         keep(found)
-    eight = found["ways"][f"{few} adapters"]["throughput / base"]
-    more = linked(folder, folder / "lora8-0", max(args.registered))
     found["registered"] = at = {}
-    for total in args.registered:
-        have = len(bench.pool.names())
-        grown = resident()
-        adding = registered(bench, more[have - stats.registered : total - stats.registered])
-        at[str(total)] = {
-            "seconds to add one": adding["last"],
-            "seconds to add all of them": adding["all"],
-            "bytes of each that is registered": (resident() - grown) / max(1, total - have),
-            **{k: bench.rounds(pair, args.rounds)[f"{few} adapters"][k] for k in ("throughput / base",)},
-        }
-        at[str(total)]["throughput / that of few"] = at[str(total)]["throughput / base"] / eight
+    for total, figures in growing(bench, args, folder, pair, f"{few} adapters"):
+        eight = found["ways"][f"{few} adapters"]["throughput / base"]
+        at[str(total)] = figures | {"throughput / that of few": figures["throughput / base"] / eight}
         keep(found)
     rate = 0.7 * found["ways"][f"{few} adapters"]["tokens a second"] / args.new
     if args.clock == "wall":
@@ -414,8 +427,7 @@ def main() -> None:
 
     def keep(found: dict[str, Any]) -> None:
         targets, met = judged(found, args.requests)
-        for name, value in targets.items():
-            print(f"{'met   ' if met[name] else 'MISSED'} {name}: {value:.3f}", flush=True)
+        tell(targets, met)
         if args.json:
             record(args.json, {**head, "targets_met": all(met.values()), "met": met, "targets": targets, **found})
 

@@ -15,9 +15,7 @@ weights that are made there; a clock waits for the device, and torch tells the p
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import resident
 import shaped
 import torch
 from record import record
@@ -260,22 +259,11 @@ def peak(case: str, name: str) -> float:
     model.train()
     prepare, go = variant(name, model, batch)
     prepare()
-    ctypes.CDLL(None).malloc_trim(0)  # what a start took and freed goes back, or it would hide what a step takes
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")
+    before = resident.begin()
     for _ in range(2):
         go()
         model.zero_grad(set_to_none=True)
-    return (resource_peak() - before) / 2**20
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def resource_peak() -> int:
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return (resident.most() - before) / 2**20
 
 
 def ratios(a: list[float], b: list[float]) -> dict[str, float]:

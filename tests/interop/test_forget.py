@@ -24,6 +24,7 @@ from undula.train.concluding import Diverged
 from undula.train.forgetting import merged
 from undula.train.forgetting_page import blocks, selected
 from undula.train.forgetting_rows import check_rows, quoted
+from undula.train.forgetting_runs import feed_forward, planned
 from undula.train.tasks.forgetting import ForgetImages, ForgetTexts, forgetting, h_mean
 from undula.train.tasks.forgetting_trainer import balanced, chosen
 from undula.train.tasks.task import Examples
@@ -192,7 +193,7 @@ def test_classes_without_rows_are_refused_before_anything_is_trained(home, tmp_p
         with pytest.raises(ValueError, match=f"{split} has no row of blue among its .*, which is to be forgotten"):
             forget(lacking, requests)
         assert not (tmp_path / "out").exists()
-    check_rows(list(verb.planned(lacking, [["red", "blue"]], {})))
+    check_rows(list(planned(lacking, [["red", "blue"]], {})))
     assert [r.message for r in caplog.records if "is not seen there" in r.message] == [
         "test has no row of blue: what becomes of it is not seen there"
     ]
@@ -214,7 +215,7 @@ def test_a_name_with_a_comma_stands_in_quotes():
 
 
 def test_the_default_layers_are_those_of_feed_forward_networks(home):
-    names = verb.feed_forward(str(home / "whole"))
+    names = feed_forward(str(home / "whole"))
     assert names
     assert all(("intermediate" in n or "output" in n) and "attention" not in n for n in names)
 

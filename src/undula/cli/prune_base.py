@@ -11,7 +11,7 @@ import typer
 
 from ..core.extras import needs
 from ..host import merging
-from ..train import Restored, Run, restored
+from ..train import Run, restored
 from ..train.fields import OUTPUT, PANELS
 from . import adapters, declared, shell, training
 from .progress import busy
@@ -120,7 +120,7 @@ def _write(path: Path, out: Path, to: Path | None) -> None:
     parts = [f"{kind}: {after:,} of {before:,} in each layer" for kind, (before, after) in made.structures.items()]
     stay = f"{made.after:,} of {made.before:,} parameters stay"
     adapters.write_whole(opened, out, note=f"Pruned while it was trained (LoRAPrune): {'; '.join(parts)}; {stay}.")
-    shell.write(to, _told(opened, made, path, out))
+    shell.write(to, _told(made, path, out))
     if str(to) == "-":
         return
     for part in parts:
@@ -130,7 +130,7 @@ def _write(path: Path, out: Path, to: Path | None) -> None:
     shell.note(f"{stay}{told}. Saved in {out}, its training in {path}")
 
 
-def _told(opened: Restored, made: Pruned, path: Path, out: Path) -> dict[str, Any]:
+def _told(made: Pruned, path: Path, out: Path) -> dict[str, Any]:
     return {
         "structures": {kind: {"before": b, "after": a} for kind, (b, a) in made.structures.items()},
         "parameters": {"before": made.before, "after": made.after},

@@ -56,7 +56,7 @@ class Truncate(Approximation):
     def fit(self, adapter: Adapter, model: nn.Module | None) -> dict[str, Fit]:
         for site, m in adapter.methods.items():
             if not isinstance(m, Additive) and (model is None or not isinstance(m, Reweight)):
-                raise TypeError(_no_delta(site, m, model))
+                raise TypeError(_no_delta(site, m))
         return {s: self._site(s, adapter.methods[s], f, model) for s, f in adapter.factors.items()}
 
     def _site(self, site: str, m: Method, f: Factors, model: nn.Module | None) -> Fit:
@@ -73,7 +73,7 @@ class Truncate(Approximation):
         return Fit(B, A, None, float(miss) ** 2, float(whole) ** 2)
 
 
-def _no_delta(site: str, m: Method, model: nn.Module | None) -> str:
+def _no_delta(site: str, m: Method) -> str:
     if isinstance(m, Reweight):
         return (
             f"{m!r} at {site} has an update W' - W only together with its base: give the model instead of the adapter"

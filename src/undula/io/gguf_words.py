@@ -78,7 +78,7 @@ def words_of(tokenizer: Any, size: int, ends: Sequence[int] = ()) -> Words:
         template = template.get("default")
     if made["model"].get("byte_fallback"):
         adds["space_prefix"] = _prefixed(made)
-        scores = _scores(made, tokens, merges)
+        scores = _scores(tokens, merges)
         return Words("llama", "default", tokens, types, scores=scores, ids=ids, adds=adds, template=template)
     adds["space_prefix"] = False
     pre = _splitting(made).name
@@ -172,7 +172,7 @@ def _prefixed(made: dict[str, Any]) -> bool:
     )
 
 
-def _scores(made: dict[str, Any], tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
     """SentencePiece merges the neighbours whose piece has the highest score, a BPE those whose merge comes first: a
     piece's score is minus the place of its first merge.  Refuses merges of one piece that others come between."""
     place: dict[str, int] = {}

@@ -93,7 +93,7 @@ def export_gguf(model: Any, tokenizer: Any, path: str | Path, encoding: Encoding
             yield places[name], turned(family, config, name, p), _stored(p, kept), name
 
     def produce(place: str) -> None:
-        write_file(place, family, lambda w: _describe(w, family, config, words, kept), tensors, lost)
+        write_file(place, family, lambda w: _describe(w, config, words, kept), tensors, lost)
 
     atomic(Path(path), produce)
     return lost
@@ -166,7 +166,7 @@ def _frequencies(family: Family, config: Any) -> Tensor | None:
     return (plain / stretched.double()).float()
 
 
-def _describe(writer: GGUFWriter, family: Family, config: Any, words: Words, encoding: Encoding) -> None:
+def _describe(writer: GGUFWriter, config: Any, words: Words, encoding: Encoding) -> None:
     """The metadata: what the model is, then its tokenizer."""
     import gguf
 

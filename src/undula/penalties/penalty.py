@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, ClassVar, Self
 
@@ -191,7 +191,3 @@ def rates(optimizer: torch.optim.Optimizer, trained: list[Tensor], name: str) ->
 def trained_factors(adapter: Adapter) -> Iterator[tuple[str, str, Tensor]]:
     """(site, name, factor) of those that train; what sites share comes with each."""
     return ((site, name, t) for site, name, t in adapter.tensors() if t.requires_grad)
-
-
-def factors_that_train(f: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t for name, t in f.items() if t.requires_grad}

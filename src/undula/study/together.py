@@ -137,7 +137,7 @@ class Figures(Kept):
         losses = [
             (int(step), loss) for step, loss in course.losses if step % course.log_every == 0 or not math.isfinite(loss)
         ]
-        found = came_to(trial, watch.ready, watch, losses, course.job.step)
+        found = came_to(watch.ready, watch, losses, course.job.step)
         found |= {"seconds": round(course.seconds, 3)} | about(trial, watch.ready, watch, self.sources)
         found["made"] |= {"together": True}
         if trial.tested:

@@ -111,7 +111,7 @@ def perform(trial: Trial, watch: Watch, sources: Sources | None = None) -> dict[
         begin(trial, ready, watch, parts)
         set_seed(run.seed)
         times, losses, steps = _fit(ready, watch) if ready.adapter.parameters() else _as_it_is(watch)
-    found = came_to(trial, ready, watch, losses, steps)
+    found = came_to(ready, watch, losses, steps)
     found |= {"seconds": round(times.wall, 3), "cpu_seconds": round(times.cpu, 3), "peak_memory_bytes": memory.bytes}
     found |= about(trial, ready, watch, sources)
     found |= tested(watch.restore(), Examples(task, parts["test"], ready.processor)) if trial.tested else {}
@@ -132,7 +132,7 @@ def begin(trial: Trial, ready: Prepared, watch: Watch, parts: DatasetDict) -> No
     watch.begin(ready, trial.evaluations)
 
 
-def came_to(trial: Trial, ready: Prepared, watch: Watch, losses: list[tuple[int, float]], steps: int) -> dict[str, Any]:
+def came_to(ready: Prepared, watch: Watch, losses: list[tuple[int, float]], steps: int) -> dict[str, Any]:
     """What was trained.  Raises Diverged."""
     run = ready.run
     if lost := [step for step, loss in losses if not math.isfinite(loss)]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..core.adapter import Adapter
-from ..io import files
 from ..io.draft import write_text
 from ..io.native import README as NATIVE
 from ..io.peft import README as PEFT
@@ -21,7 +20,7 @@ from .base import asset_of, called_elsewhere
 from .data.load import BUNDLED
 from .data.media import MEDIA
 from .foreign import CLASSES, Unmeasured
-from .run import RUN, Run
+from .run import Run
 from .tasks.causal_lm import CausalLM
 from .tasks.task import Task
 
@@ -244,8 +243,3 @@ def of_run(run: Run, adapter: Adapter) -> Card:
     names = tuple(getattr(run.task, "names", ()))
     base = called_elsewhere(run.model)
     return Card("undula", run.out.resolve().name, run.task, base, run.model, adapter, names)
-
-
-def is_run(path: Path) -> bool:
-    """Whether a directory is a run's."""
-    return (path / RUN).is_file() and (path / files.CONFIG).is_file()

@@ -25,7 +25,6 @@ from .run import Run
 from .several import check_one_base, share
 
 MODEL = "config.json"  # of a whole model
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what a model is made of: no pickles
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -88,7 +88,7 @@ def _title(run: Run, report: Mapping[str, Any]) -> str:
 
 
 def _sections(run: Run, report: Mapping[str, Any], rows: Dataset, sites: list[Mapping[str, Any]]) -> Iterator[Section]:
-    yield Section("In short", (Bullets(tuple(_opening(run, report))),))
+    yield Section("In short", (Bullets(tuple(_opening(report))),))
     yield Section("Before and after", tuple(_numbers(report)))
     yield Section("Course", (Drawn(tuple(curves.figures(report))),))
     yield Section("Classes", tuple(_classes(report)))
@@ -101,7 +101,7 @@ def _sections(run: Run, report: Mapping[str, Any], rows: Dataset, sites: list[Ma
     yield Section("How to repeat it", (Code("run.toml", written(run)), Code("Versions", with_what)))
 
 
-def _opening(run: Run, report: Mapping[str, Any]) -> Iterator[str]:
+def _opening(report: Mapping[str, Any]) -> Iterator[str]:
     metric, before, after = report["metric"], report["before"] or {}, report["after"] or {}
     if metric in after:
         course = f"{metric}: {said(before.get(metric))} before, {said(after[metric])} after"
