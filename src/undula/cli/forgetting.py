@@ -16,7 +16,7 @@ from ..train import Run
 from ..train.config import values_in
 from ..train.fields import DATA, OUTPUT, TRAINING
 from . import declared, shell
-from .training import CONFIG, JSON, USUAL, bar, columns, stages, typed_options
+from .training import CONFIG, JSON, USUAL, bar, stages, take_columns, typed_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,10 +68,7 @@ def forget(ctx: typer.Context, **typed: Any) -> None:
     needed += ["forget"] if not typed["forget"] else []
     if needed:
         raise ValueError(f"forget needs {', '.join(f'--{name}' for name in needed)} (or --resume DIRECTORY)")
-    if typed["column"]:
-        task = said["task"] if "task" in said and "task" not in given else typed["task"]
-        typed["task_set"] = [*columns(task, typed["column"]), *typed["task_set"]]
-        given["task_set"] = "--column"
+    take_columns(typed, said, given)
     made = declared.values(Run, typed, said, given)
     if "penalty" not in given and "penalty" not in said:
         made["penalty"] = PENALTY

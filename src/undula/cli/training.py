@@ -91,10 +91,7 @@ def train(ctx: typer.Context, **typed: Any) -> None:
     if needed:
         where = "or --resume DIRECTORY, or --config FILE" if not said else f"in {typed['config']} or here"
         raise ValueError(f"train needs {', '.join(f'--{name}' for name in needed)} ({where})")
-    if typed["column"]:
-        task = said["task"] if "task" in said and "task" not in given else typed["task"]
-        typed["task_set"] = [*columns(task, typed["column"]), *typed["task_set"]]
-        given["task_set"] = "--column"
+    take_columns(typed, said, given)
     if typed["begin_from"] is not None and "method" not in given:
         typed["method"] = "none"  # the adapter's
     made = declared.values(Run, typed, said, given)
@@ -151,7 +148,15 @@ def _check_none(given: Mapping[str, str]) -> None:
         )
 
 
-def columns(task: str | Task, pairs: list[str]) -> list[str]:
+def take_columns(typed: dict[str, Any], said: Mapping[str, Any], given: dict[str, str]) -> None:
+    """Makes --column options of the task, that of the file where none was typed.  Raises LookupError."""
+    if typed["column"]:
+        task = said["task"] if "task" in said and "task" not in given else typed["task"]
+        typed["task_set"] = [*_columns(task, typed["column"]), *typed["task_set"]]
+        given["task_set"] = "--column"
+
+
+def _columns(task: str | Task, pairs: list[str]) -> list[str]:
     kind = type(task) if isinstance(task, Task) else declared.member(Task, task.partition(",")[0])
     unknown = [p for p in pairs if split_pair(p, "a column")[0] not in kind.roles]
     if unknown:

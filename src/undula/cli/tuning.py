@@ -13,7 +13,7 @@ from ..train import Recipe
 from ..train.config import values_in
 from ..train.fields import OUTPUT
 from . import declared, shell
-from .training import COLUMN, CONFIG, USUAL, columns, stages, typed_options
+from .training import COLUMN, CONFIG, USUAL, stages, take_columns, typed_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,10 +53,7 @@ def tune(ctx: typer.Context, **typed: Any) -> None:
     said = {} if typed["config"] is None else values_in(typed["config"], Recipe, aside=("out", "lr"))
     if needed := [name for name in ("model", "data", "task") if typed[name] is None and name not in said]:
         raise ValueError(f"tune needs {', '.join(f'--{name}' for name in needed)} (or --config FILE)")
-    if typed["column"]:
-        task = said["task"] if "task" in said and "task" not in given else typed["task"]
-        typed["task_set"] = [*columns(task, typed["column"]), *typed["task_set"]]
-        given["task_set"] = "--column"
+    take_columns(typed, said, given)
     if typed["begin_from"] is not None and "method" not in given:
         typed["method"] = "none"
     made = declared.values(Recipe, typed | {"lr": None}, said, given)

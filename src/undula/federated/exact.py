@@ -19,7 +19,7 @@ from ..methods.lora import Fixed, LoRA
 from ..methods.sum import as_pair
 from .aggregation import Aggregation, Client
 from .fedsvd import complement
-from .pairs import pairs_of
+from .pairs import are_pairs, pairs_of
 
 
 @Aggregation.register
@@ -34,7 +34,7 @@ class Exact(Aggregation):
     rank: Rank | None = None
 
     def at(self, site: str, clients: Sequence[Client], before: Factors | None) -> tuple[Method, Factors]:
-        if all(isinstance(c.method, LowRank) and c.method.plain() is not None for c in clients):
+        if are_pairs(clients):
             pairs = pairs_of(site, clients, "Exact")
             B = torch.cat([p * B for p, B in zip(pairs.shares, pairs.B, strict=True)], 1)
             rank = pairs.rank if self.rank is None else self.rank

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.method import Factors, LowRank, Method
+from ..core.method import Factors, Method
 from .aggregation import Aggregation, Client
-from .pairs import pairs_of, weighted
+from .pairs import are_pairs, pairs_of, weighted
 
 
 @Aggregation.register
@@ -28,7 +28,7 @@ class FedIT(Aggregation):
     source = "Zhang et al. 2024, arXiv:2305.05644; ranks: Cho et al. 2024, arXiv:2401.06432"
 
     def at(self, site: str, clients: Sequence[Client], before: Factors | None) -> tuple[Method, Factors]:
-        if all(isinstance(c.method, LowRank) and c.method.plain() is not None for c in clients):
+        if are_pairs(clients):
             pairs = pairs_of(site, clients, "FedIT")
             whole = math.fsum(pairs.shares)
             A = weighted([p / whole for p in pairs.shares] if whole else [1 / len(clients)] * len(clients), pairs.A)

@@ -37,6 +37,11 @@ class Pairs:
         return made
 
 
+def are_pairs(clients: Sequence[Client]) -> bool:
+    """Whether the update of each is s B A of two factors as they are."""
+    return all(isinstance(c.method, LowRank) and c.method.plain() is not None for c in clients)
+
+
 def pairs_of(site: str, clients: Sequence[Client], what: str) -> Pairs:
     """Raises TypeError where the update is no product of two factors as they are, ValueError where clients have
     different methods."""

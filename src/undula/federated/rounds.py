@@ -19,7 +19,7 @@ from .spec import Federation
 T = TypeVar("T")
 
 
-class Party(Protocol):
+class Participant(Protocol):
     """What takes part: a `Client`, or what stands for one."""
 
     def train(self, round: int, arrays: Arrays) -> tuple[Arrays, Counts]:
@@ -29,7 +29,7 @@ class Party(Protocol):
         """See `Client.evaluate`."""
 
 
-def clients_of(server: Server, rows: Rows) -> dict[str, Party]:
+def clients_of(server: Server, rows: Rows) -> dict[str, Participant]:
     """All clients of a federation, on the server's own desk."""
     return {name: Client(server.federation, name, rows, server.desk) for name in server.federation.names}
 
@@ -40,7 +40,7 @@ def federate(
     out: str | Path,
     *,
     resume: bool = False,
-    parties: Callable[[Server, Rows], Mapping[str, Party]] = clients_of,
+    parties: Callable[[Server, Rows], Mapping[str, Participant]] = clients_of,
     told: Callable[[Record], Any] = lambda record: None,
 ) -> dict[str, Any]:
     """Runs the rounds that are left, writes the adapter and the report, and returns this (OUT/report.json).
@@ -60,7 +60,7 @@ def federate(
         return concluded(server)
 
 
-def go(server: Server, parties: Mapping[str, Party], told: Callable[[Record], Any] = lambda record: None) -> None:
+def go(server: Server, parties: Mapping[str, Participant], told: Callable[[Record], Any] = lambda record: None) -> None:
     """The rounds that are left.  Raises RuntimeError where no client gets through the first."""
     f = server.federation
     while server.round < f.rounds or server.measures():
@@ -86,7 +86,10 @@ def check_first(record: Record) -> None:
 
 
 def each(
-    names: Iterable[str], parties: Mapping[str, Party], ask: Callable[[str, Party], T], timeout: float | None
+    names: Iterable[str],
+    parties: Mapping[str, Participant],
+    ask: Callable[[str, Participant], T],
+    timeout: float | None,
 ) -> dict[str, T | Failure]:
     """What each of these answers; of one that raises, is not there or takes more than `timeout` seconds, a Failure."""
     found: dict[str, T | Failure] = {}

@@ -219,13 +219,10 @@ class Server:
     def _claim(self, resume: bool) -> None:
         path, said = self.out / SPEC, self.federation.encode()
         digest = {"model": self.desk.base, "the server's rows": rows_digest(self.held.rows)}
+        check_place(self.out, resume)
         if not path.is_file():
-            if self.out.is_dir() and any(p.name != RUNTIME for p in self.out.iterdir()):
-                raise FileExistsError(f"{self.out} is not empty: name another directory")
             write_json(path, {"version": VERSION, "federation": said, "digest": digest})
             return
-        if not resume:
-            raise FileExistsError(f"{self.out} holds a federation already: --resume goes on with it; or name another")
         there = stored(self.out)
         odd = [k for k in said if there["federation"].get(k) != said[k]]
         odd += [k for k in digest if there["digest"].get(k) != digest[k]]
@@ -253,6 +250,15 @@ class Server:
             self.state, self.round, self.records = parts["state/"], values["round"], values["records"]
             self.asked = values["asked"]
         return True
+
+
+def check_place(out: Path, resume: bool) -> None:
+    """Raises FileExistsError where OUT holds something, and is not to be gone on with."""
+    if (out / SPEC).is_file():
+        if not resume:
+            raise FileExistsError(f"{out} holds a federation already: --resume goes on with it; or name another")
+    elif out.is_dir() and any(p.name != RUNTIME for p in out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: name another directory")
 
 
 def check_goes_on(how: Aggregation, first: Adapter) -> None:

@@ -108,6 +108,12 @@ def drawn(mu: Tensor, log: Tensor, draw: torch.Generator | None) -> Tensor:
     return mu + (0.5 * log).exp() * torch.randn(mu.shape, generator=draw, dtype=mu.dtype)
 
 
+def checkpoints(library: Library, experts: Tensor, draw: torch.Generator) -> Tensor:
+    """(B, D): of each of these experts, by their numbers (B,), a checkpoint that is drawn."""
+    every = [library.experts[i].checkpoints for i in experts.tolist()]
+    return torch.stack([rows[int(torch.randint(len(rows), (), generator=draw))] for rows in every])
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

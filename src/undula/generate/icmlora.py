@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..train.rows import spaced
-from .fitting import FLOOR, Basis, Standard, drawn, keep, kept, seeded, trained
+from .fitting import FLOOR, Basis, Standard, checkpoints, drawn, keep, kept, seeded, trained
 from .icm_nets import Convolutional, Dense, Net
 from .library import Library
 from .task_vector import ROWS, of_experts, task_vectors
@@ -82,9 +82,8 @@ class ICMLoRA:
 
         def loss() -> Tensor:
             rows = torch.randint(len(t), (options.batch,), generator=draw)
-            points = [library.experts[i].checkpoints for i in rows.tolist()]
-            X = torch.stack([p[int(torch.randint(len(p), (), generator=draw))] for p in points])
-            return made.net.loss(space(X), t[rows], options.beta, draw)
+            X = space(checkpoints(library, rows, draw))
+            return made.net.loss(X, t[rows], options.beta, draw)
 
         losses = trained(made.net, loss, options.steps, options.lr, "training ICM-LoRA")
         return cls(library, options, space, tasks, made.net, tuple(losses))

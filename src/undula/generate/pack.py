@@ -94,13 +94,9 @@ class Layout:
                         "train all experts with one seed"
                     )
 
-    def digest(self, adapter: Adapter, name: str = "the adapter") -> str:
-        """SHA-256 of its numbers, in hex: of a start what tells whether two experts began at one."""
-        return digest(self.pack(adapter, name))
-
 
 def digest(vector: Tensor) -> str:
-    """SHA-256 of a vector's bytes."""
+    """SHA-256 of a vector's bytes, in hex: of a start what tells whether two experts began at one."""
     return hashlib.sha256(vector.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from .fitting import Basis, drawn, keep, kept, kl, seeded, trained
+from .fitting import Basis, checkpoints, drawn, keep, kept, kl, seeded, trained
 from .library import Library
 from .mixture import TAU, K, Mixture, mixture
 
@@ -101,8 +101,8 @@ class SGLoRA:
 
         def loss() -> Tensor:
             rows = torch.randint(len(library.experts), (options.batch,), generator=draw)
-            X = torch.stack([_one(library.experts[i].checkpoints, draw) for i in rows.tolist()])
-            return net.loss(basis(X), c[rows], options.lam, draw)
+            X = basis(checkpoints(library, rows, draw))
+            return net.loss(X, c[rows], options.lam, draw)
 
         losses = trained(net, loss, options.steps, options.lr, "training SG-LoRA")
         return cls(library, options, basis, net, tuple(losses))
@@ -142,8 +142,3 @@ def _mixture(library: Library, query: str | Tensor, options: Options) -> Mixture
 def _condition(found: Mixture, basis: Basis) -> Tensor:
     """(2 P,): mean and variance of a mixture, in coordinates."""
     return torch.cat([basis(found.mean), basis.spread(found.variance)])
-
-
-def _one(rows: Tensor, draw: torch.Generator) -> Tensor:
-    """One of the rows, drawn."""
-    return rows[int(torch.randint(len(rows), (), generator=draw))]

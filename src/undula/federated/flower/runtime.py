@@ -21,7 +21,7 @@ from ...core.extras import needs
 from ...io.files import write_text
 from ...io.whole import alone_in
 from ...train.run import REPORT
-from ..server import RUNTIME, SPEC, STATE, Record
+from ..server import RUNTIME, SPEC, STATE, Record, check_place
 from ..spec import Federation
 from .apps import FEDERATION, OUT
 from .bundle import write_app
@@ -97,14 +97,6 @@ def _wait_alone(out: Path) -> None:
             if time.monotonic() > end:
                 raise
             time.sleep(0.2)
-
-
-def check_place(out: Path, resume: bool) -> None:
-    """Raises FileExistsError, as `Server` does."""
-    if (out / SPEC).is_file() and not resume:
-        raise FileExistsError(f"{out} holds a federation already: --resume goes on with it; or name another")
-    if not (out / SPEC).is_file() and out.is_dir() and any(p.name != RUNTIME for p in out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: name another directory")
 
 
 @dataclass(frozen=True)

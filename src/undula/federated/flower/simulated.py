@@ -32,12 +32,12 @@ from ...io.whole import alone_in
 from ..client import Client
 from ..desk import Desk
 from ..rows import Rows
-from ..server import Record
+from ..server import Record, check_place
 from ..spec import Federation
 from .apps import FEDERATION, OUT, client_app, opened, server_app
 from .processes import Processes
 from .records import CONFIG
-from .runtime import LOOK, Followed, Place, check_place, report_of
+from .runtime import LOOK, Followed, Place, report_of
 
 NAME, CLIENT = "simulation", "client"
 RAY = {  # no telemetry, this environment as it is, and ports on loopback: Ray is told that it can have no cluster here

@@ -25,19 +25,22 @@ class _Budget:
     """What the two kinds of privacy have in common: a target epsilon or a noise multiplier, and where noise is from."""
 
     epsilon: float | None
+    delta: float
     noise: float | None
+    accountant: str
+    seed: int | None
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         if (self.epsilon is None) == (self.noise is None):
             raise ValueError(f"{name} takes a target (epsilon=3.0) or a noise multiplier (noise=1.0): one of them")
-        if self.accountant not in ACCOUNTANTS:  # type: ignore[attr-defined]
-            raise ValueError(f"{name}.accountant is {' or '.join(ACCOUNTANTS)}, found {self.accountant!r}")  # type: ignore[attr-defined]
+        if self.accountant not in ACCOUNTANTS:
+            raise ValueError(f"{name}.accountant is {' or '.join(ACCOUNTANTS)}, found {self.accountant!r}")
 
     def told(self, worst: float, federation: Federation) -> dict[str, Any]:
         """What a record says; `worst`: the epsilon of who has spent the most, None where nothing bounds it."""
-        where = "the system" if self.seed is None else "a seed, for experiments"  # type: ignore[attr-defined]
-        found = {"epsilon": worst if math.isfinite(worst) else None, "delta": self.delta, "noise from": where}  # type: ignore[attr-defined]
+        where = "the system" if self.seed is None else "a seed, for experiments"
+        found = {"epsilon": worst if math.isfinite(worst) else None, "delta": self.delta, "noise from": where}
         own = {party.name: party.epsilon for party in federation.clients if party.epsilon is not None}
         return found | ({"budgets of their own": own} if own else {})
 

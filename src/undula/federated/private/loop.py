@@ -130,8 +130,9 @@ class Private:
         found = []
         for part in parts:
             self.optimizer.zero_grad()
-            found += [self._gradients(part)] if part else []
-            if not part:
+            if part:
+                found.append(self._gradients(part))
+            else:  # nobody was drawn: the step is noise alone
                 self.hooks.begin(0)
                 self.hooks.finish()
             self.optimizer.signal_skip_step(part is not parts[-1])
