@@ -478,7 +478,7 @@ MUTANTS = [
     ("bundled/prompts.py", "not SAID.fullmatch(text)", "not SAID.match(text)", "tests/interop/test_bundled_sounds.py::test_prompts_are_those_whose_text_is_sure"),
     ("penalties/group_lasso.py", "1 - steps / norms", "1 - steps", "tests/laws/test_penalties.py"),
     ("penalties/group_lasso.py", "return grouped.sizes.sqrt() if self.by_size", "return grouped.sizes if self.by_size", "tests/laws/test_penalties.py::test_by_size_a_step_takes_weight_times_rate_from_the_root_mean_square_of_each_group"),
-    ("penalties/group_lasso.py", "return self.settled(steps) if self.active and self.fixed else 0", "return 0", "tests/laws/test_penalties.py::test_what_is_settled_stays_and_trains_on_without_the_penalty"),
+    ("penalties/proximal.py", "return self.settled(steps) if self.active and self.fixed else 0", "return 0", "tests/laws/test_penalties.py::test_what_is_settled_stays_and_trains_on_without_the_penalty"),
     ("study/guess.py", "or cell.asker.key in store.rates()", "", "tests/interop/test_study_auto.py::test_a_sweep_begins_around_what_is_found_and_what_goes_on_finds_nothing_anew"),
     ("study/store.py", "insert or ignore into rates", "insert or replace into rates", "tests/interop/test_study_auto.py::test_a_dry_run_finds_nothing_and_says_what_will_be"),
     ("penalties/orthogonal_to_earlier.py", "torch.cat(those)", "those[0]", "tests/laws/test_penalties.py::test_tasks_in_sequence_keep_apart"),

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
 from ..core.ranges import NotNegative, PartShare, SomeShare
 from ..ranks.procedure import Quality
 from .grouped import Grouped
 from .groups import Blocks, Groups
 from .penalty import Penalty
-from .proximal import Proximal, ProximalCourse, SettlingCourse
+from .proximal import ProximalCourse, Settling, SettlingCourse
 
 
 def shrunk(norms: Tensor, steps: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def shrunk(norms: Tensor, steps: Tensor) -> Tensor:
 
 @Penalty.register
 @dataclass(frozen=True)
-class GroupLasso(Proximal):
+class GroupLasso(Settling):
     """The sum of the sizes of groups: `groups` that are not needed end at zero.  It begins after the share `after` of
     the updates, and ends at the share `settle`, from which on zeros stay.  `by_size`: a group weighs by the square root
     of how many numbers it has."""
@@ -48,27 +47,9 @@ class GroupLasso(Proximal):
     by_size: bool = False
     settle: SomeShare = 1.0
 
-    def __post_init__(self) -> None:
-        if self.after >= self.settle:
-            raise ValueError(f"{self!r}: it begins after {self.after:g} and settles at {self.settle:g} of the updates")
-
     @property
     def fixed(self) -> bool:
         return self.settle < 1
-
-    @property
-    def grouping(self) -> Groups:
-        return self.groups
-
-    def begins(self, steps: int) -> int:
-        return round(self.after * steps)
-
-    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
-        return self.settled(steps) if self.active and self.fixed else 0
-
-    def settled(self, steps: int) -> int:
-        """The update at which it is settled which groups stay."""
-        return max(1, round(self.settle * steps))
 
     def weights(self, grouped: Grouped) -> Tensor:
         """c."""
@@ -90,10 +71,6 @@ class LassoCourse(SettlingCourse):
     """What is not zero stays."""
 
     how: GroupLasso
-
-    @property
-    def settled(self) -> int:
-        return self.how.settled(self.steps)
 
     def staying(self, grouped: Grouped) -> Tensor:
         return (grouped.norms() > 0).to(grouped.sizes)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter
 from ..core.method import Method
 from ..host.host import selected
 from ..ranks.procedure import Quality
@@ -64,6 +65,33 @@ class Proximal(Penalty):
         if len(grouped.names) == grouped.count <= TOLD:
             found["in_use"] = [name for name, stay in zip(grouped.names, stays.tolist(), strict=True) if stay]
         return found
+
+
+class Settling(Proximal):
+    """One of `groups` that begins after the share `after` of the updates; where it is `fixed` it is settled at the
+    share `settle` which groups stay."""
+
+    groups: Groups
+    after: float
+    settle: float
+
+    def __post_init__(self) -> None:
+        if self.after >= self.settle:
+            raise ValueError(f"{self!r}: it begins after {self.after:g} and settles at {self.settle:g} of the updates")
+
+    @property
+    def grouping(self) -> Groups:
+        return self.groups
+
+    def begins(self, steps: int) -> int:
+        return round(self.after * steps)
+
+    def settled(self, steps: int) -> int:
+        """The update at which it is settled."""
+        return max(1, round(self.settle * steps))
+
+    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
+        return self.settled(steps) if self.active and self.fixed else 0
 
 
 class ProximalCourse(PenaltyCourse):
@@ -119,12 +147,8 @@ class SettlingCourse(ProximalCourse):
     """From one update on it is settled which groups stay: the others are zero, and what stays trains on without the
     penalty.  `stays`: 1 for each group that stays, 0 for the others; None before."""
 
+    how: Settling
     stays: Tensor | None = None
-
-    @property
-    def settled(self) -> int:
-        """The update at which it is settled."""
-        raise NotImplementedError
 
     def staying(self, grouped: Grouped) -> Tensor:
         """`stays`, from what the groups are now."""
@@ -133,7 +157,7 @@ class SettlingCourse(ProximalCourse):
     def stepped(self, grouped: Grouped) -> None:
         if self.stays is None:
             super().stepped(grouped)
-            if self.step >= self.settled:
+            if self.step >= self.how.settled(self.steps):
                 self._settle(grouped)
         elif len(self.stays) != grouped.count:
             raise RuntimeError(

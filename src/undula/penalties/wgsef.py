@@ -20,13 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
 from ..core.ranges import NotNegative, PartShare, Share, SomeShare
 from ..ranks.procedure import Quality
 from .grouped import Grouped
 from .groups import Groups, Ranks
 from .penalty import Penalty
-from .proximal import Proximal, SettlingCourse
+from .proximal import Settling, SettlingCourse
 
 
 def levels(a: Tensor, c: Tensor, k: float) -> Tensor:
@@ -70,7 +69,7 @@ def factors(norms: Tensor, d: Tensor, k: int, step: Tensor) -> Tensor:
 
 @Penalty.register
 @dataclass(frozen=True)
-class WGSEF(Proximal):
+class WGSEF(Settling):
     """The envelope of having `sparsity` of all groups at zero, and from the share `settle` of the updates on exactly
     so many.  It begins after the share `after`."""
 
@@ -84,27 +83,9 @@ class WGSEF(Proximal):
     after: PartShare = 0.0
     settle: SomeShare = 0.75
 
-    def __post_init__(self) -> None:
-        if self.after >= self.settle:
-            raise ValueError(f"{self!r}: it begins after {self.after:g} and settles at {self.settle:g} of the updates")
-
     @property
     def fixed(self) -> bool:
         return True
-
-    @property
-    def grouping(self) -> Groups:
-        return self.groups
-
-    def begins(self, steps: int) -> int:
-        return round(self.after * steps)
-
-    def settled(self, steps: int) -> int:
-        """The update at which it is settled which groups stay."""
-        return max(1, round(self.settle * steps))
-
-    def counts_from(self, steps: int, adapter: Adapter | None = None) -> int:
-        return self.settled(steps) if self.active else 0
 
     def kept(self, groups: int) -> int:
         """k: how many of so many groups stay."""
@@ -130,10 +111,6 @@ class WGSEFCourse(SettlingCourse):
     """The k largest groups stay."""
 
     how: WGSEF
-
-    @property
-    def settled(self) -> int:
-        return self.how.settled(self.steps)
 
     def staying(self, grouped: Grouped) -> Tensor:
         size = grouped.squares() / self.how.weights(grouped)
