@@ -173,7 +173,13 @@ def export(
     _check_form(form, component, stability, model)
     adapter = Adapter.load(path)
     check_agreed(path, adapter, model)
-    found = _as_lora(path, adapter, how, options, data, rows, model)
+    exact = issubclass(adapter.rung, LowRank) and how is None and not options
+    if exact and (rows is not None or data is not None):
+        raise ValueError(
+            "a method on the rung LowRank is exported exactly, without data: leave out --rows and --data, or collapse "
+            "it (--how truncate --set r=4)"
+        )
+    found = None if exact else _squeezed(path, adapter, how, options, data, rows, model)
     lora = adapter if found is None else found.made.adapter
     base = None
     if form is Form.gguf:
@@ -200,26 +206,6 @@ def _check_form(form: Form, component: str | None, stability: bool, model: str |
         )
     if stability and (form is not Form.kohya or model is None):
         raise ValueError("--stability goes with --format kohya and --model, the pipeline whose UNet has the layers")
-
-
-def _as_lora(
-    path: Path,
-    adapter: Adapter,
-    how: str | None,
-    options: list[str],
-    data: str | None,
-    rows: int | None,
-    model: str | None,
-) -> Squeezed | None:
-    """What has to be collapsed, or is to be; None for what leaves as it is.  Raises ValueError."""
-    if not issubclass(adapter.rung, LowRank) or how is not None or options:
-        return _squeezed(path, adapter, how, options, data, rows, model)
-    if rows is not None or data is not None:
-        raise ValueError(
-            "a method on the rung LowRank is exported exactly, without data: leave out --rows and --data, or collapse "
-            "it (--how truncate --set r=4)"
-        )
-    return None
 
 
 def _for_peft(
