@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.method import Factors, Site
 from .apart import apart
-from .build import check_all_there, check_full, check_site, kernels
+from .build import kernels
 from .checks import check_there
+from .fitting import check_all_there, check_full, check_site
 from .matrices import aliases, layers_at, stacks, views
 from .views import LinearView, site
 from .weights import check_once

@@ -20,7 +20,8 @@ from ..core.method import Factors, Method
 from ..core.site import Evident
 from . import masters, quantised
 from .around import APART, in_parallel, of_sentences
-from .build import check_what, fitted, fresh, narrowed
+from .build import check_what, fresh
+from .fitting import fitted, narrowed
 from .matrices import layers_at
 from .saving import guard, unguard
 from .sharded import is_fsdp

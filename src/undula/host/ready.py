@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.adapter import Adapter
 from . import quantised
-from .build import narrowed
+from .fitting import narrowed
 from .frame import Frame
 from .host import check_free, deselect, forget
 from .shelf import Held, lying, placed

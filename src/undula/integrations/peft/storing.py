@@ -94,7 +94,7 @@ def checked(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) ->
 
 
 def _check_numbers(at: str, layer: UndulaLayer, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """What `undula.host.build.fitted` asks of the numbers of a given adapter.  Raises ValueError."""
+    """What `undula.host.fitting.fitted` asks of the numbers of a given adapter.  Raises ValueError."""
     hosted = layer.undula_factors[adapter]
     try:
         for k, t in tensors.items():
