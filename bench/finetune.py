@@ -402,7 +402,7 @@ def sized(case: Case, args: argparse.Namespace) -> Case:
     return dataclasses.replace(case, task=task, steps=args.steps or case.steps, batch=args.batch or case.batch)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="*", choices=CASES)
     parser.add_argument("--only", nargs="*", choices=WAYS, default=list(WAYS))
@@ -418,7 +418,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--peak", nargs=3, metavar=("CASE", "DTYPE", "WAY"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
     torch.set_num_threads(args.threads)
     logging.getLogger("undula").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -436,9 +440,7 @@ def main() -> None:
             left |= set() if HAS_PLAIN else {"plain"}
             names = [n for n in args.only if n not in left]
             memory = {} if args.no_memory else {n: measured(args, name, dtype, n) for n in names}
-            found = (
-                timed(case, [] if args.no_time else names, args, dtype) if not args.no_time else untimed(case, dtype)
-            )
+            found = untimed(case, dtype) if args.no_time else timed(case, names, args, dtype)
             made[f"{name}, {dtype}"] = report(f"{name}, {dtype}", names, found, memory, case)
             aims += judged(name, dtype, made[f"{name}, {dtype}"])
     for a in aims:

@@ -308,7 +308,7 @@ def report(case: str, names: list[str], seconds: dict[str, list[float]], memory:
     return rows
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="*", choices=[*CASES, *AWAY])
     parser.add_argument("--only", nargs="*", choices=[*OUTSIDE, *METHODS])
@@ -322,7 +322,11 @@ def main() -> None:
     parser.add_argument("--no-time", action="store_true", help="peak memory alone, which other work does not disturb")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed()
     torch.set_num_threads(args.threads)
     if args.peak:
         print(peak(*args.peak))
