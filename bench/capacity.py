@@ -1,11 +1,11 @@
 """When does a nonlinear adapter pay?  What few trained numbers can hold.
 
-    python bench/capacity.py planted --json bench/results/capacity-planted.json   # three minutes of one core
-    python bench/capacity.py labels --json bench/results/capacity-labels.json     # MiniLM
-    python bench/capacity.py facts --json bench/results/capacity-facts.json       # SmolLM2
-    python bench/capacity.py lemmas --json bench/results/capacity-lemmas.json     # SmolLM2
+    python bench/capacity.py planted --json bench/results/capacity-planted.json           # some minutes of one core
+    python bench/capacity.py labels --ranks 1 --json bench/results/capacity-labels.json   # MiniLM; 4 s a training
+    python bench/capacity.py facts --ranks 1 --sizes 300 --json bench/results/capacity-facts.json   # SmolLM2; 25 s
     python bench/capacity.py facts --sizes 100 --ranks 1 --methods LoRA --seeds 0
-    python bench/capacity.py labels --table bench/results/capacity-labels.json    # as Markdown; measures nothing
+    python bench/capacity.py lemmas                                                       # SmolLM2; never run in full
+    python bench/capacity.py labels --table bench/results/capacity-labels.json            # Markdown; measures nothing
 
 planted   a matrix (64, 64) is to become W + D, D random and so of full rank: the share of |D|^2 that is reached, beside
           the truncated singular value decomposition's, the most that an update of rank r can.  AuroRA's B h(x) has
@@ -21,8 +21,10 @@ lemmas    WordNet glosses -> their words, of those that are two tokens at most (
 Numbers are to bind, so labels, facts and lemmas adapt one matrix, the one that widens in the last block (MiniLM's
 `intermediate.dense`, SmolLM2's `up_proj`).  What comes before it never changes and is computed once for each row; what
 comes after it is the model's own modules.  Every method has as many trained numbers as LoRA of that rank, or as near as
-its form allows (told in each row).  Rates are swept on the first seed, on while an edge is best, and the best serves
-the others.  Rows that the file holds are not made again.
+its form allows (told in each row).  Rates are swept on the first seed, on while an edge is best (EXTEND times at
+most), and the best serves the others.  A seed draws D, or labels and words, factors, frozen matrices and the head; the
+glosses are the same.  There are no other rows: what is asked is what training on rows leaves of them.  Rows that the
+file holds are not made again; a kill loses one row, or one sweep.
 """
 
 from __future__ import annotations
@@ -58,17 +60,18 @@ RATES = {"planted": (1e-2, 3e-2, 1e-1), "labels": (1e-2, 3e-2), "facts": (1e-2, 
 RANKS = {"planted": (1, 2, 4), "labels": (1, 2, 4), "facts": (1, 2, 4), "lemmas": (1,)}
 SIZES = {"planted": (64,), "labels": (500, 2000), "facts": (100, 300, 1000), "lemmas": (100, 300)}
 STEPS = {"planted": 400, "labels": 1000, "facts": 1000, "lemmas": 1000}
+ROUNDING = 1e-6  # of a share, in float32
 EXTEND = 4  # rates beyond the edge of a sweep at most, each three times further
 BATCH, LENGTH = 64, 32
 CODES = ("red", "blue", "green", "stone", "river", "cloud", "bread", "horse", "piano", "tiger", "north", "seven")
 Loss = Callable[[int], Tensor]  # of a step
 
 
-def method_of(name: str, r: int, O: int, I: int) -> undula.Method:
-    """At rank r; VeRA's so that its rank + O numbers are the r (O + I) of LoRA."""
+def method_of(name: str, r: int, O: int, I: int, seed: int) -> undula.Method:
+    """At rank r; VeRA's so that its rank + O numbers are the r (O + I) of LoRA, its frozen matrices drawn by `seed`."""
     kind, options = METHODS[name]
     if name == "VeRA":
-        return undula.Method.build(kind, {"r": max(1, r * (O + I) - O)})
+        return undula.Method.build(kind, {"r": max(1, r * (O + I) - O), "seed": seed})
     return undula.Method.build(kind, {"r": r, "alpha": 2 * r, **options})
 
 
@@ -89,7 +92,7 @@ def planted(name: str, r: int, size: int, seed: int, lr: float, steps: int) -> d
     model = nn.Sequential(nn.Linear(size, size, bias=False))
     D = torch.randn(size, size) / size**0.5
     W = model[0].weight.detach().clone()
-    adapter = undula.attach(model, method_of(name, r, size, size), "*")
+    adapter = undula.attach(model, method_of(name, r, size, size, seed), "*")
     one = torch.eye(size)
     trained(adapter, lambda _: (model(one).T - W - D).square().sum(), steps, lr)
     with torch.no_grad():
@@ -226,7 +229,7 @@ def held(
     tail, x, truth = rows(size, seed)
     layer = tail.get_submodule(tail.wide)
     torch.manual_seed(seed)
-    adapter = undula.attach(tail, method_of(name, r, layer.out_features, layer.in_features), [tail.wide])
+    adapter = undula.attach(tail, method_of(name, r, layer.out_features, layer.in_features, seed), [tail.wide])
 
     def loss(step: int) -> Tensor:
         at = rows_of(step, size)
@@ -259,34 +262,47 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
 def swept(
     measure: Callable[[float], dict[str, Any]], rates: tuple[float, ...]
 ) -> tuple[float, dict[float, dict[str, Any]]]:
-    """The best rate, and what each gave; on beyond an edge that is best."""
+    """The best rate, and what each gave; on beyond an edge that is best.  What has diverged (NaN) is never best."""
     tried = {lr: measure(lr) for lr in rates}
+
+    def best() -> float:
+        return max(tried, key=lambda lr: -math.inf if math.isnan(tried[lr]["score"]) else tried[lr]["score"])
+
     for _ in range(EXTEND):
-        best = max(tried, key=lambda lr: tried[lr]["score"])
-        if min(tried) < best < max(tried) or tried[best]["score"] == 1:
+        here = best()
+        if min(tried) < here < max(tried) or tried[here]["score"] == 1:
             break
-        further = float(f"{best * 10**0.5 if best == max(tried) else best / 10**0.5:.1g}")
+        further = float(f"{here * 10**0.5 if here == max(tried) else here / 10**0.5:.1g}")
         tried[further] = measure(further)
-    return max(tried, key=lambda lr: tried[lr]["score"]), tried
+    return best(), tried
+
+
+Group = tuple[int, int, str]  # size, rank, method
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:
+    """In the order in which groups begin; rows of later seeds may stand anywhere."""
+    found: dict[Group, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["size"], row["r"], row["method"]), []).append(row)
+    return found
 
 
 def made(args: argparse.Namespace, there: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each (size, rank, method, seed) that is not there; the first seed's tells its sweep."""
-    found = {(r["size"], r["r"], r["method"], r["seed"]): r for r in there}
+    """A row for each (size, rank, method, seed) that is not there; the first of a method tells its sweep, whose rate
+    serves all seeds."""
+    found = grouped(there)
     for size, r, name in itertools.product(args.sizes, args.ranks, args.methods):
-        best: float | None = None
-        for seed in args.seeds:
-            row = found.get((size, r, name, seed))
-            if row is None:
-                measure = functools.partial(KINDS[args.kind], name, r, size, seed, steps=args.steps)
-                what = {"method": name, "r": r, "size": size, "seed": seed}
-                if best is None:
-                    lr, tried = swept(lambda lr, measure=measure: measure(lr=lr), RATES[args.kind])
-                    row = {**what, "lr": lr, **tried[lr], "swept": {f"{k:g}": t["score"] for k, t in tried.items()}}
-                else:
-                    row = {**what, "lr": best, **measure(lr=best)}
-                yield row
-            best = row["lr"]
+        rows = found.get((size, r, name), [])
+        best = rows[0]["lr"] if rows else None
+        for seed in (seed for seed in args.seeds if seed not in {row["seed"] for row in rows}):
+            measure = functools.partial(KINDS[args.kind], name, r, size, seed, steps=args.steps)
+            what = {"method": name, "r": r, "size": size, "seed": seed}
+            if best is None:
+                best, tried = swept(lambda lr, measure=measure: measure(lr=lr), RATES[args.kind])
+                yield {**what, "lr": best, **tried[best], "swept": {f"{k:g}": t["score"] for k, t in tried.items()}}
+            else:
+                yield {**what, "lr": best, **measure(lr=best)}
 
 
 def bits(kind: str, row: dict[str, Any]) -> float:
@@ -300,16 +316,22 @@ def bits(kind: str, row: dict[str, Any]) -> float:
 
 
 def table(kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:
-    unit = "rows" if kind == "lemmas" else "bits"
-    yield f"| rows | r | method | numbers | lr | before | held | least, most | {unit} a number |"
+    """Means over seeds; beside them what rank r can reach at most (planted), or what was right before the training."""
+    beside, last = ("before", "rows a number") if kind == "lemmas" else ("before", "bits a number")
+    if kind == "planted":
+        beside, last = "linear_bound", "over the bound"
+    yield f"| size | r | method | numbers | lr | {beside} | held | least, most | {last} |"
     yield "|---:|---:|---|---:|---:|---:|---:|---|---:|"
-    for (size, r, name), these in itertools.groupby(rows, key=lambda row: (row["size"], row["r"], row["method"])):
-        each = list(these)
-        scores, before = [row["score"] for row in each], statistics.fmean(row["before"] for row in each)
-        dense = statistics.fmean(bits(kind, row) / row["trained"] for row in each)
+    for (size, r, name), each in grouped(rows).items():
+        scores = [row["score"] for row in each]
+        if kind == "planted":
+            told = f"{sum(row['score'] > row[beside] + ROUNDING for row in each)} of {len(each)}"
+        else:
+            told = f"{statistics.fmean(bits(kind, row) / row['trained'] for row in each):.3f}"
         yield (
-            f"| {size} | {r} | {name} | {each[0]['trained']} | {each[0]['lr']:g} | {before:.3f} "
-            f"| {statistics.fmean(scores):.3f} | {min(scores):.3f}, {max(scores):.3f} | {dense:.3f} |"
+            f"| {size} | {r} | {name} | {each[0]['trained']} | {each[0]['lr']:g} "
+            f"| {statistics.fmean(row[beside] for row in each):.3f} | {statistics.fmean(scores):.3f} "
+            f"| {min(scores):.3f}, {max(scores):.3f} | {told} |"
         )
 
 

@@ -10,6 +10,7 @@ stays as it was when its task ended.  What forgets is the encoder's adapter (all
 
     plain   one LoRA, trained on
     olora   a LoRA for each task, the earlier ones merged, with `undula.penalties.OrthogonalToEarlier` against their A
+    merged  the same without the penalty: what a LoRA for each task does by itself
     gorp    one LoRA under GORP (energy 0.95), closed after each task
     osf     PEFT's orthogonal subspace fine-tuning: 1/2, 2/3, 5/6 of the directions frozen, merged after each task
     apart   an adapter for each task, on the encoder as it was: what there is to keep
@@ -38,7 +39,7 @@ from undula.optim.gorp import GORP
 from undula.penalties import OrthogonalToEarlier
 
 TASKS = ("wordnet", "rotten-tomatoes", "debian-section")
-ARMS = ("plain", "olora", "gorp", "osf", "apart")
+ARMS = ("plain", "olora", "merged", "gorp", "osf", "apart")
 RATES = {"osf": 3e-4}
 SHARES = (1 / 2, 2 / 3, 5 / 6)  # of the directions that osf freezes, task by task
 LR, HEAD_LR, LENGTH, BATCH = 3e-3, 1e-2, 32, 16
@@ -99,7 +100,7 @@ class Arm:
             self.model.body = get_peft_model(body, kept)
             trained = [p for p in self.model.body.parameters() if p.requires_grad]
         else:
-            if self.name in ("olora", "apart") or self.adapter is None:
+            if self.name in ("olora", "merged", "apart") or self.adapter is None:
                 self.adapter = undula.attach(body, undula.LoRA(r=8))
             trained = self.adapter.parameters()
         self.model.heads.requires_grad_(False)
@@ -122,6 +123,8 @@ class Arm:
             place = self.scratch / str(len(self.before))
             self.adapter.save(place)
             self.before.append(str(place))
+            undula.merge(self.model.body, keep=False)
+        elif self.name == "merged":
             undula.merge(self.model.body, keep=False)
         elif self.name == "osf":
             self.model.body = self.model.body.merge_and_unload().requires_grad_(False)

@@ -19,12 +19,16 @@ import torch
 
 def record(path: Path, figures: dict[str, Any], command: str = "") -> None:
     """Writes PATH whole or not at all.  `command` where the words of this process are not those that repeat it.  Where
-    `targets_met` says it of several aims, they stand under `met`, and it is whether all are."""
+    `targets_met` says it of several aims, they stand under `met`, and it is whether all are.  `commands` are all those
+    that have made its rows, where one was not enough."""
     if isinstance(each := figures.get("targets_met"), dict):
         figures = {**figures, "met": each, "targets_met": bool(each) and all(each.values())}
+    command = command or " ".join(["python", *sys.argv])
+    earlier = [each for each in _before(path, figures) if each != command]
     head = {
         "date": datetime.date.today().isoformat(),
-        "command": command or " ".join(["python", *sys.argv]),
+        "command": command,
+        **({"commands": [*earlier, command]} if earlier else {}),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
     }
@@ -32,6 +36,15 @@ def record(path: Path, figures: dict[str, Any], command: str = "") -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(head | figures, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def _before(path: Path, figures: dict[str, Any]) -> list[str]:
+    """The commands that made the rows which PATH holds, where `figures` go on from those."""
+    found = json.loads(path.read_text(encoding="utf-8")) if "rows" in figures and path.is_file() else {}
+    rows = json.loads(json.dumps(figures.get("rows", [])))
+    if not found.get("rows") or found["rows"] != rows[: len(found["rows"])]:
+        return []
+    return list(found.get("commands", [found["command"]]))
 
 
 def kept(path: Path | None, how: dict[str, Any]) -> list[dict[str, Any]]:

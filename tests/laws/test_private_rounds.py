@@ -1,6 +1,7 @@
 """Privacy in rounds: of rows on the clients, of clients at the server; what costs nothing after it; the attack."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -344,3 +345,15 @@ def test_of_a_mean_with_noise_no_bias_is_told(home, tmp_path):
         server, parties = begun(asked(home, privacy, FedIT(), weights="alike"), tmp_path / str(told))
         rounds(server, parties, 1)
         assert ("bias" in server.records[1]) == told
+
+
+def test_the_attack_in_classes_does_not_see_that_classes_are_more_frequent(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    import private
+
+    of_members, of_others = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 1])
+    told = torch.tensor([0.1, 0.9])  # a model that knows the classes' shares alone
+    assert membership(told[of_members], told[of_others]).auc == 0.75
+    assert private.in_classes(told[of_members], told[of_others], of_members, of_others) == 0.5
+    members, others = torch.tensor([1.0, 2.0, 5.0, 0.0]), torch.tensor([2.0, 1.0, 0.0, -1.0])
+    assert private.in_classes(members, others, of_members, of_others) == (1 + 0.5 + 0 + 1 + 0.5 + 0) / 6
