@@ -2,7 +2,7 @@
 
     python bench/capacity.py planted --json bench/results/capacity-planted.json           # some minutes of one core
     python bench/capacity.py labels --ranks 1 --json bench/results/capacity-labels.json   # MiniLM; 4 s a training
-    python bench/capacity.py facts --ranks 1 --sizes 300 --json bench/results/capacity-facts.json   # SmolLM2; 25 s
+    python bench/capacity.py facts --ranks 1 --sizes 300 1000 --json bench/results/capacity-facts.json   # 25 s
     python bench/capacity.py facts --sizes 100 --ranks 1 --methods LoRA --seeds 0
     python bench/capacity.py lemmas                                                       # SmolLM2; never run in full
     python bench/capacity.py labels --table bench/results/capacity-labels.json            # Markdown; measures nothing
