@@ -4,8 +4,9 @@ PY := .venv/bin/python
 READY := .venv/.undula-ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+unexport PYTHONDONTWRITEBYTECODE  # each of hundreds of processes would compile the sources again
 
-.PHONY: demo demo-lm quick test test-all journeys federated setup mutants bench soak lint snippets docs
+.PHONY: demo demo-lm quick models test test-all journeys federated setup mutants bench soak lint snippets docs
 
 demo: setup
 	$(PY) -m undula.bundled fetch minilm wordnet
@@ -19,13 +20,15 @@ demo-lm: setup
 quick: setup
 	$(PY) -m pytest -n 2 --dist worksteal --few 3 tests/laws tests/oracles/test_methods.py tests/oracles/test_collapse.py
 
-test: setup
-	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 whisper-tiny-en wordnet
+test: setup models
 	$(PY) -m pytest -n 2 --dist worksteal $(LONG:%=--ignore=tests/journeys/%)
 
+# Side by side: one is as large as the others together.
+models: setup
+	$(PY) -m undula.bundled fetch smollm2 wordnet & $(PY) -m undula.bundled fetch minilm efficientnet-lite0 whisper-tiny-en && wait $$!
+
 # Of large products of cases all, where `make test` takes a part in which each method meets each law, see tests/support/thinning.py.
-test-all: setup
-	$(PY) -m undula.bundled fetch minilm smollm2 efficientnet-lite0 whisper-tiny-en wordnet
+test-all: setup models
 	$(PY) -m pytest -n 2 --dist worksteal --all-cases $(LONG:%=--ignore=tests/journeys/%)
 
 # Walks that `make snippets` takes too, as the tutorials on tables and on chat models: a minute and more each.
@@ -84,6 +87,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "undula needs Python 3.11 or newer, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install -q --disable-pip-version-check --no-compile torch==2.13.0
+	$(PY) -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(PY) -m compileall -qq -j 0 -x /tests/ .venv/lib || true  # pip would on one core; some files are templates, no Python
 	touch $@

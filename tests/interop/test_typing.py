@@ -1,8 +1,6 @@
 """undula as a user's type checker and editor see it."""
 
-import os
-import subprocess
-import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -10,60 +8,16 @@ import undula
 
 SOURCES = Path(undula.__file__).parent
 
-USER = """
-from collections.abc import Mapping
-from pathlib import Path
-from torch import Tensor, nn
-import undula
-from undula import LoRA, Run, VeRA
-from undula.study.read import read
-from undula.train import CausalLM, Classification, Prepared, prepare, restored
-
-model = nn.Sequential(nn.Linear(8, 8))
-adapter: undula.Adapter = undula.attach(model, LoRA(r=2), where=["0"])
-errors: dict[str, float] = undula.merge(model)
-run = Run(model="m", data="d", task=CausalLM(), method=VeRA(r=2), out=Path("o"))
-report: dict[str, object] = undula.train(run, resume=True)
-other = Classification(names=("a", "b"))
-ready: Prepared = prepare(run)
-opened = restored("o")
-done = undula.study("s.toml", out="runs")
-study = read("s.toml")
-names: list[str] = list(undula.methods())
-loss: float = undula.collapse(model, undula.Truncate(2)).error
-callback = undula.allocating(undula.ranks.AdaLoRA(target=2))
-config = undula.peft_config(LoRA())
-centred: undula.Method = undula.Centred(LoRA(), undula.starts.PiSSA())
+ROOT = Path(__file__).parents[2]
 
 
-class Mine(undula.Additive):
-    def init(self, site: undula.Site) -> dict[str, Tensor]:
-        return {}
-
-    def delta(self, f: Mapping[str, Tensor]) -> Tensor:
-        return f["A"]
-"""
-WRONG = 'undula.train("m")\nundula.study(resume=True)\nundula.LoRa(r=2)\n'
-MYPY = """
-[mypy]
-strict = true
-follow_imports = silent
-[mypy-torch.*,transformers.*,datasets.*,peft.*,numpy.*,scipy.*,pyarrow.*,PIL.*,safetensors.*,rich.*,typer.*,trl.*]
-follow_imports = skip
-"""
-
-
-def test_a_users_mypy_knows_the_verbs_and_the_methods(tmp_path):
-    """Strict, with undula's sources where an installation has them: nothing to complain about in right calls (other
-    packages are skipped, which costs a minute less), and each wrong one found."""
-    (tmp_path / "user.py").write_text(USER + WRONG)
-    (tmp_path / "mypy.ini").write_text(MYPY)
-    run = [sys.executable, "-m", "mypy", "--cache-dir", os.devnull, "--config-file", "mypy.ini", "user.py"]
-    env = os.environ | {"PYTHONPATH": str(SOURCES.parent)}
-    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
-    lines = [int(line.split(":")[1]) for line in done.stdout.splitlines() if " error: " in line]
-    first = USER.count("\n") + 1
-    assert lines == list(range(first, first + 3)), done.stdout + done.stderr
+def test_a_users_module_is_checked_with_the_sources():
+    """By mypy in `make lint`: right calls strictly, and of each wrong one that it is found."""
+    mypy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert mypy["files"] == ["src", "tests/user.py"]
+    (strict,) = (rule for rule in mypy["overrides"] if rule["module"] == "tests.user")
+    assert strict["warn_unused_ignores"]
+    assert (ROOT / "tests/user.py").read_text().count("  # type: ignore[") == 3
 
 
 def test_the_marker_is_there():

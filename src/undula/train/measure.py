@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -59,13 +60,16 @@ class PeakMemory:
 def versions() -> dict[str, str]:
     """The versions that a result may depend on."""
     names = ("undula", "torch", "transformers", "accelerate", "datasets")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {"python": platform.python_version(), **{name: _version(name) for name in names}}
+    return {name: version for name, version in found.items() if version}
+
+
+@functools.cache  # a look takes milliseconds, and every training takes five
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 WHOLE, PIECES, PIECE = 256 << 20, 256, 1 << 20  # files up to so many bytes are read whole, of others so many pieces
