@@ -616,7 +616,6 @@ MUTANTS = [
     ("train/tasks/lending.py", "if count > 1:", "if False:", "tests/interop/test_lending.py"),
     ("train/concluding.py", "    write_json(run.out / REPORT, report)\n    return report", "    return report", "tests/interop/test_training_report.py::test_a_run_is_finished_when_all_is_written"),
     ("train/tasks/weighing.py", "return (each * weight.to(each)[labels]).mean()", "return (each * weight.to(each)[labels]).sum() / weight[labels].sum()", "tests/interop/test_training_weights.py::test_accumulated_batches_are_one_batch"),
-    ("train/tasks/heads.py", "over = n * sum(right) - sum(t * p", "over = n * sum(right) - sum(t * t", "tests/interop/test_data_training.py::test_agreement_is_scikit_learns"),
     ("train/details.py", "losses.argsort(descending=True, stable=True)", "losses.argsort(stable=True)", "tests/interop/test_training_report.py::test_figures_of_classes_are_those_of_scikit_learn"),
     ("combine/lego.py", "return svd.balanced(B_OR, A_RI)", "return B_OR, A_RI", "tests/laws/test_combine.py::test_lego_of_as_many_groups_as_ranks_is_the_sum"),
     ("combine/update.py", "torch.cat([w * B for w, (B, _)", "torch.cat([B for w, (B, _)", "tests/laws/test_combine.py::test_stacking_is_the_sum_and_taking_away_gives_the_base"),

@@ -47,7 +47,6 @@ from undula.train.data.load import read_file, with_validation
 from undula.train.prepared import prepare
 from undula.train.resume import claim
 from undula.train.rows import rows_of
-from undula.train.tasks.heads import agreement
 from undula.train.tasks.limits import Cuts, positions, table_of
 from undula.train.tasks.outputs import order_of, with_head
 
@@ -320,21 +319,6 @@ def test_macro_f1_is_over_all_classes():
     logits = torch.eye(3)[[0, 1, 0, 0]]
     found = Classification(names=("a", "b", "c")).metrics(logits, [0, 1, 1, 0])
     assert found["macro_f1"] == pytest.approx((0.8 + 2 / 3 + 0) / 3)
-
-
-@pytest.mark.parametrize(("met", "said"), [(3, 3), (3, 1), (1, 3), (2, 4), (1, 1)])
-def test_agreement_is_scikit_learns(met, said):
-    """Also where rows or answers are of one class, or of fewer than there are."""
-    from sklearn import metrics
-
-    labels, guesses = torch.randint(met, (40,)), torch.randint(said, (40,))
-    found = agreement(labels, guesses, 5)
-    wanted = {
-        "accuracy": metrics.accuracy_score(labels, guesses),
-        "macro_f1": metrics.f1_score(labels, guesses, labels=range(5), average="macro", zero_division=0),
-        "mcc": metrics.matthews_corrcoef(labels, guesses),
-    }
-    assert found == pytest.approx(wanted, rel=1e-12)
 
 
 # Splits
