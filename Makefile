@@ -31,8 +31,8 @@ models: setup
 test-all: setup models
 	$(PY) -m pytest -n 2 --dist worksteal --all-cases $(LONG:%=--ignore=tests/journeys/%)
 
-# Walks that `make snippets` takes too, as the tutorials on tables and on chat models: a minute and more each.
-LONG := test_classifier.py test_chat.py
+# Walks that `make snippets` takes too, as the tutorials on tables, on chat models and on images.
+LONG := test_classifier.py test_chat.py test_images.py
 
 # The walks of new users, from a file to predictions by the command line alone, with their times.
 journeys: setup

@@ -4,8 +4,8 @@
 
 A file's Python blocks share one namespace, in order; all blocks of a file run in one temporary directory.  Blocks of
 any other kind (```text, ```toml, ```py) are only shown.  Two processes share the files; what a page prints comes when
-it has ended.  `undula` in a bash block is the real command but for its imports (support/warm.py), which would take half
-of the time.
+it has ended.  They and `undula` in a bash block are forks of one process that has imported undula and what it uses
+(support/warm.py): imports would take half of the time.
 """
 
 import contextlib
@@ -21,10 +21,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the commands in bash blocks
+
 import torch
 from support import warm
 
 LONG = ("README.md", "study.md", "compare.md", "jobs.md", "training.md")  # come first: none is left to one process
+OWN = ("undula.cli.main", "undula.train.concluding", "undula.train.fit", "undula.train.page")
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.M | re.S)
 
 
@@ -79,15 +82,17 @@ def page(path: Path) -> tuple[str, bool]:
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands in bash blocks
+    from undula.kernels import between, in_c
+
     paths = [Path(p).resolve() for p in sys.argv[1:]]
-    with tempfile.TemporaryDirectory() as folder, warm.commands(folder):
+    in_c.passes(), between.passes()  # a compiler's seconds in each process
+    with warm.forked(OWN) as folder:
         os.environ["PATH"] = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         pages(sorted(paths, key=lambda path: path.name not in LONG))
 
 
 def pages(paths: list[Path]) -> None:
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         for done in as_completed([pool.submit(page, path) for path in paths]):
             told, sound = done.result()
             print(told, end="", flush=True)

@@ -17,10 +17,12 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -56,15 +58,20 @@ sys.exit(code)
 
 
 def start(folder):
-    """Begins to make the commands, which `ready` waits for.  The folder's path has to be short enough for a socket's
-    (100 characters); the process ends with this one."""
+    """Begins to make the commands, which `ready` waits for.  The process ends with this one."""
+    return subprocess.Popen([sys.executable, "-P", __file__, written(folder)], stdin=subprocess.DEVNULL)
+
+
+def written(folder):
+    """Writes the commands; returns where they look for the process, a path that has to be short enough for a socket's
+    (100 characters)."""
     folder = Path(folder).resolve()
     address = str(folder / "warm")
     for name, words in ("python", []), ("undula", ["-m", "undula"]):
         text = COMMAND.format(python=sys.executable, address=address, words=words)
         (folder / name).write_text(text, encoding="utf-8")
         (folder / name).chmod(0o755)
-    return subprocess.Popen([sys.executable, "-P", __file__, address], stdin=subprocess.DEVNULL)
+    return address
 
 
 def ready(folder, limit=180.0):
@@ -83,6 +90,27 @@ def commands(folder):
             yield
         finally:
             process.terminate()
+
+
+@contextlib.contextmanager
+def forked(more):
+    """A folder with the commands, by a fork of this process, which imports everything, `more` too, and may have no
+    threads."""
+    imported(more)
+    folder = tempfile.mkdtemp()  # whose removal no fork takes over
+    address = written(folder)
+    if not (process := os.fork()):
+        try:
+            main(address)
+        finally:
+            os._exit(1)
+    try:
+        ready(folder)
+        yield folder
+    finally:
+        os.kill(process, signal.SIGTERM)
+        os.waitpid(process, 0)
+        shutil.rmtree(folder)
 
 
 def exactly(connection, count):
@@ -138,14 +166,20 @@ def perform(words):
         runpy.run_path(words[0], run_name="__main__")
 
 
-def main(address):
-    for name in IMPORTED:
+def imported(more=()):
+    for name in (*IMPORTED, *more):
         importlib.import_module(name)
     import torch
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    get_checkpoint_conversion_mapping("bert")  # makes a thousand patterns, for models of all kinds
     torch.set_num_threads(1)  # a fork has no threads but its own
     gc.collect()
     gc.freeze()  # forks leave the pages of what they never change to the first
+
+
+def main(address):
+    imported()
     parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listening:
