@@ -699,6 +699,23 @@ def test_unused_columns_are_named(tmp_path):
         CausalLM().rows(datasets.Dataset.from_list([{"a": "x", "b": "y"}]))
 
 
+@pytest.mark.parametrize(("task", "row"), [
+    (Classification(text="label"), {"text": "good", "label": "good"}),
+    (CausalLM(prompt="q", completion="q"), {"q": "good"}),
+    (CausalLM(context="prompt"), {"prompt": "good", "completion": "good"}),
+])  # fmt: skip
+def test_one_column_is_not_two_things(task, row):
+    """What is learned would be what is told."""
+    with pytest.raises(LookupError, match=r"the column '.*' is both .* and .* Name another for one of them: --column"):
+        task.rows(datasets.Dataset.from_list([row]))
+
+
+def test_what_may_be_missing_leaves_its_column_to_what_is_named():
+    assert Classification(text="sentence2").columns(["sentence2", "label"]) == {"text": "sentence2", "label": "label"}
+    assert CausalLM(prompt="input").columns(["input", "output"]) == {"prompt": "input", "completion": "output"}
+    assert CausalLM(prompt="input").inputs(["input"]) == {"prompt": "input"}
+
+
 def test_old_runs_keep_their_names(tmp_path):
     """A task encodes as before where the newer columns are not named: a study's records stay its own."""
     assert set(CausalLM().encode()) == {

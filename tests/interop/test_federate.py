@@ -112,6 +112,10 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_opened(home, monke
     done = ask(home / "fed.toml", "--out", home / "out")
     assert done.exit_code == 2
     assert "line 9: a run has no 'steps'" in done.output
+    (home / "fed.toml").write_text('optimiser = "gorp"\n' + FED.format(home=home))
+    done = ask(home / "fed.toml", "--out", home / "out")
+    assert done.exit_code == 2
+    assert "rounds leave nothing of that" in " ".join(done.output.split())
     done = ask(home / "none.toml", "--out", home / "out")
     assert done.exit_code == 2
     assert "fed.toml" in done.output

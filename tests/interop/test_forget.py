@@ -299,3 +299,5 @@ def test_prototype_terms_and_the_command_line(home, tmp_path):
     done = CliRunner().invoke(app, ["forget", "--resume", str(tmp_path / "a"), "--undo", "red"])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "a" / "report.json").read_text())["undone"] == [["red"]]
+    assert "red (taken back)" in done.output.replace("\n", " ")
+    assert "Taken back: red. All figures are of before" in (tmp_path / "a" / "report.html").read_text()

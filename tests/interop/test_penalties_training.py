@@ -146,9 +146,10 @@ def test_on_the_command_line(usual, tmp_path):
     def call(*more):
         return CliRunner().invoke(app, [str(w) for w in (*words, *more)])
 
-    done = call("--penalty", "group-lasso,weight=0.5,groups=ranks", "--penalty", "kltobase")
+    done = call("--penalty", "group-lasso,weight=1e6,groups=ranks", "--penalty", "kltobase")
     assert done.exit_code == 0, done.output
-    assert Run.load(tmp_path / "a").penalty == (GroupLasso(0.5, groups=Ranks()), KLToBase())
+    assert Run.load(tmp_path / "a").penalty == (GroupLasso(1e6, groups=Ranks()), KLToBase())
+    assert "has drawn all of its" in " ".join(done.output.split())  # nothing is left of the adapter
     bad = {
         "grouplaso": "no penalty is called 'grouplaso'",
         "l1,strength=2": "L1 has no option strength; it has: weight",

@@ -525,6 +525,17 @@ def test_folders_of_living_processes_are_left_alone(tmp_path):
         pass
 
 
+def test_scratch_space_is_ones_own_and_what_a_kill_has_left_goes_with_the_next(tmp_path):
+    from undula.io.whole import scratch
+
+    (tmp_path / ".unfinished-ray-0").mkdir()
+    with scratch(tmp_path, "ray") as first, scratch(tmp_path, "ray") as second:
+        (first / "x").write_text("x")
+        assert sorted(tmp_path.iterdir()) == sorted([first, second])
+        assert first.stat().st_mode & 0o777 == 0o700
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_nothing_can_be_written_the_place_is_named(tmp_path):
     """As it was asked for, and not the hidden name; a full disk says none at all."""
     from undula.io.draft import Draft

@@ -134,14 +134,14 @@ def _forget(run: Run, requests: list[list[str]], options: dict[str, Any], to: Pa
 
 
 def _show(report: dict[str, Any], to: Path | None) -> None:
-    from ..train.forgetting_page import blocks
+    from ..train.forgetting_page import blocks, called, since
 
     shell.write(to, report)
     if str(to) != "-":
         names = ("forgotten_before", "forgotten", "kept_before", "kept", "h_mean")
         shell.show(
             [
-                {"request": ", ".join(r["request"]), **{n: r[n] for n in names}, "blocks": blocks(r["groups"])}
+                {"request": called(report, r["request"]), **{n: r[n] for n in names}, "blocks": blocks(r["groups"])}
                 for r in report["requests"]
             ]
         )
@@ -150,3 +150,5 @@ def _show(report: dict[str, Any], to: Path | None) -> None:
             f"Of the classes that no request names {kept['before']:.4f} were right before, {kept['after']:.4f} are "
             f"({report['split']} rows). Saved in {report['out']}"
         )
+        for said in since(report):
+            shell.note(said)

@@ -60,6 +60,10 @@ NOT_OF_CLIENTS = {
 }
 
 
+NOTHING_BEFORE = (
+    "keeps away from what the tasks before have used, and rounds leave nothing of that: begin with an adapter that it "
+    "has trained (begin_from), or take another, such as AdamW"
+)
 Place = str | tuple[str, int]  # a field, or one of its tables
 
 
@@ -170,6 +174,8 @@ def faults_of(f: Federation) -> Iterator[tuple[Place, str]]:
             yield name, f"{name}: {why}"
     if f.recipe.lr is None:
         yield "lr", "lr is auto, which no client can find for all: name a rate"
+    if f.recipe.optimiser.carries and f.recipe.begin_from is None:
+        yield "optimiser", f"{f.recipe.optimiser!r}: {NOTHING_BEFORE}"
     yield from _of_clients(f)
     if f.weights not in WEIGHTS:
         yield "weights", f'weights are "{ROWS}" or "{ALIKE}", found {f.weights!r}'

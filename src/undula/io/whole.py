@@ -52,6 +52,18 @@ def whole(path: Path) -> Iterator[Path]:
         _unlock(lock)
 
 
+@contextlib.contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """A folder in `parent`, for this user alone, until the context ends; a kill leaves it to the next that asks."""
+    sweep(parent)
+    folder, lock = _locked(parent, name, 0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
 def _told(error: BaseException, folder: Path, path: Path) -> BaseException:
     """An error with the place that was asked for where it says none, or the hidden one; what other libraries say of a
     disk, which name no place either, as an OSError."""
@@ -104,11 +116,11 @@ def sweep(parent: Path) -> None:
             _unlock(lock)
 
 
-def _locked(parent: Path, name: str) -> tuple[Path, int]:
+def _locked(parent: Path, name: str, mode: int = 0o777) -> tuple[Path, int]:
     """A new folder in `parent`, and its lock."""
     while True:
         folder = parent / f"{UNFINISHED}{name}-{secrets.token_hex(4)}"
-        folder.mkdir()  # with the modes of the umask, which those of `tempfile` are not
+        folder.mkdir(mode)  # with the modes of the umask, which those of `tempfile` are not
         lock = _lock(folder)
         if lock is not None and folder.is_dir():
             return folder, lock  # else another process swept it between the two lines

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.method import Method
 from ..host.host import selected
+from ..host.masters import wide
 from ..ranks.procedure import Quality
 from .grouped import Grouped
 from .groups import Groups
@@ -116,7 +117,16 @@ class ProximalCourse(PenaltyCourse):
                     f"{self.how!r} draws trained factors to zero, and {method!r} at {site} (rung {method.rung()}) is "
                     "not the base there: take a method whose factors of zero change nothing, such as LoRA"
                 )
-        self._rates(self.grouped())
+        grouped = self.grouped()
+        self._rates(grouped)
+        if narrow := {t.dtype for t in (part.tensor for part in grouped.parts) if t.dtype != wide(t.dtype)}:
+            least = max(torch.finfo(kind).eps for kind in narrow)
+            kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in narrow))
+            warnings.warn(
+                f"{self.how!r} takes steps of its weight times the rate, and {kinds} loses those below {least / 2:.1g} "
+                "of a number: keep the factors in float32 (change the model's type before attach)",
+                stacklevel=2,
+            )
 
     def grouped(self) -> Grouped:
         """The groups of the adapter as it is now: an allocator may have changed its factors."""

@@ -19,7 +19,7 @@ from .base import called_elsewhere
 from .begun import carry
 from .card import of_run, put
 from .details import details, diagnosis
-from .doubts import doubts, finite
+from .doubts import closed, doubts, finite
 from .measure import PeakMemory, versions
 from .prepared import Prepared
 from .resume import last_checkpoint
@@ -47,11 +47,12 @@ def concluded(
     after = {} if lost else processes.by_first(lambda: _after(ready))
     memory.read()
     last = course["losses"][-1:] + [[0, v] for v in after.values()]
+    made = _made(ready)
     diverged = not after or not all(math.isfinite(loss) for _, loss in last)
     report = {
         "state": "diverged" if diverged else "stopped" if course["steps"] < course["steps_asked"] else "done",
-        "warnings": [] if diverged else _doubts(ready, before, after, course["losses"]),
-        **_made(ready),
+        "warnings": [] if diverged else [*_doubts(ready, before, after, course["losses"]), *closed(made)],
+        **made,
         "metric": run.task.headline,
         "before": before,
         "after": after,

@@ -41,6 +41,16 @@ def doubts(
     return found
 
 
+def closed(report: Mapping[str, Any]) -> list[str]:
+    """Sentences on penalties that have drawn all that they look at to zero."""
+    return [
+        f"{p['is']} with weight {p['weight']:g} has drawn all of its {p['result']['groups']} groups to zero: the "
+        "adapted layers answer as the base's do. Lower its weight"
+        for p in report.get("penalties", ())
+        if p["result"].get("groups") and p["result"].get("zero") == p["result"]["groups"]
+    ]
+
+
 def one_class(held: Dataset, after: Mapping[str, float]) -> int | None:
     """The class that every row is said to be of, told by the metrics: then the accuracy is that class's share p, and
     macro F1 is 2 p / (1 + p) over the number of classes.  None where there are several, or it is no classification."""

@@ -203,7 +203,7 @@ def concluded(out: Path, stages: list[dict[str, Any]]) -> dict[str, Any]:
         "out": str(out),
     }
     for row in rows:
-        for why in selected(row["groups"]):
+        for why in () if row["request"] in said["undone"] else selected(row["groups"]):
             LOG.warning(f"{', '.join(row['request'])}: {why}")
     _summed(out, run, requests, said["undone"])
     write(out, report)

@@ -23,6 +23,21 @@ def share(stage: Mapping[str, Any], names: Iterable[str]) -> float:
     return sum(stage["classes"][name] * stage["rows"][name] for name in there) / rows if rows else 0.0
 
 
+def called(report: Mapping[str, Any], request: Iterable[str]) -> str:
+    """A request by its classes, with what has become of it."""
+    names = list(request)
+    return ", ".join(names) + (" (taken back)" if names in report["undone"] else "")
+
+
+def since(report: Mapping[str, Any]) -> Iterator[str]:
+    """What figures of a sequence of which requests were taken back do not say."""
+    if report["undone"]:
+        yield (
+            f"Taken back: {'; '.join(', '.join(request) for request in report['undone'])}. All figures are of before "
+            f"that; of what is there now: undula eval {report['out']}"
+        )
+
+
 def write(out: Path, report: Mapping[str, Any]) -> None:
     """Writes the page.  Whatever goes wrong here is told and ends nothing."""
     try:
@@ -56,7 +71,7 @@ def _told(report: Mapping[str, Any]) -> list[str]:
         f"Classes that no request names: {_percent(kept['before'])} before, {_percent(kept['after'])} after.",
     ]
     found += [f"{', '.join(r['request'])}: {why}." for r in report["requests"] for why in selected(r["groups"])]
-    return found + [f"Taken back: {', '.join(request)}." for request in report["undone"]]
+    return [*found, *since(report)]
 
 
 def selected(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -96,7 +111,7 @@ def _table(report: Mapping[str, Any]) -> Table:
     rows = []
     for r in report["requests"]:
         shown = [_percent(r[k]) for k in ("forgotten_before", "forgotten", "kept_before", "kept", "h_mean", "earlier")]
-        rows.append((", ".join(r["request"]), *shown, blocks(r["groups"])))
+        rows.append((called(report, r["request"]), *shown, blocks(r["groups"])))
     return Table(
         head, tuple(rows), "Earlier requests: the accuracy on what they have forgotten", frozenset({"request"})
     )

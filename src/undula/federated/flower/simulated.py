@@ -28,7 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from ...core.extras import needs
 from ...io.files import write_text
-from ...io.whole import alone_in
+from ...io.whole import alone_in, scratch
 from ..client import Client
 from ..desk import Desk
 from ..rows import Rows
@@ -65,15 +65,14 @@ def run(
     importlib.import_module("ray")  # before anything is written
     place = Place(Path(out).resolve(), federation)
     check_place(place.out, resume)
-    # where Ray keeps what is said, too
-    room = tempfile.TemporaryDirectory(prefix="undula-", ignore_cleanup_errors=True)
+    room = scratch(Path(tempfile.gettempdir()), "ray")  # where Ray keeps what is said, too; paths of sockets are short
     with alone_in(place.folder), room as logs, Processes(place.folder / "logs") as processes:
         os.chmod(place.folder, 0o700)
         write_text(place.given, json.dumps(federation.encode()))
         followed = Followed(place.out, told)
         own = {k: v for k, v in place.environment(NAME).items() if k != "RAY_ADDRESS"}  # of a cluster of others'
         own |= {**RAY, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        own |= {"RAY_TMPDIR": logs, FEDERATION: str(place.given), OUT: str(place.out)}
+        own |= {"RAY_TMPDIR": str(logs), FEDERATION: str(place.given), OUT: str(place.out)}
         processes.start(NAME, [sys.executable, "-c", CALL], own)
         while not processes.gone():
             followed.look()

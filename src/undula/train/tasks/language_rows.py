@@ -60,9 +60,7 @@ class LanguageRows(Task):
                 "completion=...)",
             )
         roles = (*form, "context") if form == ("prompt", "completion") else form
-        made = {role: column for role in roles if (column := self._column(role, there, found)) is not None}
-        if made.get("context") in (made.get("prompt"), made.get("completion")):
-            made.pop("context", None)
+        made = self._columns(roles, there, found)
         if faults is None:
             found.check()
         return made
@@ -97,10 +95,7 @@ class LanguageRows(Task):
         named = [form for form in forms if any(getattr(self, role) is not None for role in form)]
         met = [form for form in forms if all(any(c in there for c in self.roles[role]) for role in form)]
         form = (*named, *met, ("prompt",))[0]
-        made = self._columns((*form, "context") if form == ("prompt",) else form, there, faults)
-        if made.get("context") == made.get("prompt"):
-            made.pop("context", None)
-        return made
+        return self._columns((*form, "context") if form == ("prompt",) else form, there, faults)
 
     def asked(self, split: Dataset, faults: Faults) -> Dataset:
         from datasets import Dataset

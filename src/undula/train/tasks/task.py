@@ -270,9 +270,24 @@ Any other task of transformers takes five lines of Python, with a loop or a Trai
     def _columns(self, roles: Iterable[str], there: Sequence[str], faults: Faults | None) -> dict[str, str]:
         found = faults if faults is not None else Faults()
         made = {role: column for role in roles if (column := self._column(role, there, found)) is not None}
+        made = self._apart(made, found)
         if faults is None:
             found.check()
         return made
+
+    def _apart(self, made: Mapping[str, str], faults: Faults) -> dict[str, str]:
+        """{role: column} without optional roles that nobody has named and whose column another has.  A column that two
+        others have is a fault."""
+        asked = {role for role in made if role not in self.optional or getattr(self, role) is not None}
+        taken = {made[role] for role in asked}
+        left = {role: column for role, column in made.items() if role in asked or column not in taken}
+        for column in dict.fromkeys(left.values()):
+            if len(those := [role for role in left if left[role] == column]) > 1:
+                faults.missing(
+                    f"the column {column!r} is both {' and '.join(those)}, which are told apart by nothing",
+                    f"Name another for one of them: --column {those[0]}=... or --column {those[-1]}=...",
+                )
+        return left
 
     def _column(self, role: str, there: Sequence[str], faults: Faults) -> str | None:
         named = getattr(self, role)
