@@ -21,12 +21,14 @@ import undula
 from tests.support import tiny
 from undula import ranks
 from undula.optim.schedules import Constant, Cosine, Linear
+from undula.penalties import OrthogonalToEarlier
 from undula.study.plan import Plan
 from undula.study.read import parse
 from undula.study.trial import Diverged, perform
 from undula.study.watch import Watch
 from undula.train import CausalLM, Classification, Plain, Run, restored
 from undula.train.doubts import doubts
+from undula.train.prepared import prepare
 from undula.train.worries import diverged
 
 from ..support.courses import COURSES
@@ -311,14 +313,18 @@ def test_a_resume_after_the_last_step_makes_none(name, usual, monkeypatch):
 # Resuming
 
 
-@pytest.mark.parametrize("part", ["training rows", "model"])
+@pytest.mark.parametrize("part", ["training rows", "model", "the adapter in"])
 def test_a_resume_notices_what_has_changed(part, usual, tmp_path):
     """`before` would be of the old rows, `after` of the new ones."""
     import shutil
 
     folder = shutil.copytree(usual.model, tmp_path / "model")
     data = Path(shutil.copy(usual.data, tmp_path / "rows.jsonl"))
-    run = dataclasses.replace(usual, model=str(folder), data=str(data))
+    run, place = dataclasses.replace(usual, model=str(folder), data=str(data)), tmp_path / "earlier"
+    earlier = prepare(run).adapter
+    if part == "the adapter in":
+        earlier.save(place)
+        run = dataclasses.replace(run, penalty=OrthogonalToEarlier(earlier=(str(place),)))
 
     class Fall(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -327,7 +333,9 @@ def test_a_resume_notices_what_has_changed(part, usual, tmp_path):
 
     with pytest.raises(MemoryError):
         undula.train(run, callbacks=(Fall(),))
-    if part == "model":
+    if part == "the adapter in":
+        earlier.map(lambda f: {name: t + 1 for name, t in f.items()}).save(place)
+    elif part == "model":
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 7}))
     else:

@@ -12,7 +12,7 @@ import undula
 from tests.support import tiny
 from undula.cli.main import app
 from undula.optim.optimisers import LoRAFA, LoRSum
-from undula.penalties import L1, NLG, WGSEF, BALoRA, GroupLasso, KLToBase, Orthogonal, Ranks
+from undula.penalties import L1, NLG, WGSEF, BALoRA, GroupLasso, KLToBase, Orthogonal, OrthogonalToEarlier, Ranks
 from undula.study.read import Faults, parse
 from undula.train import CausalLM, Classification, MultiLabel, Preference, Regression, Run, Similarity, prepare
 from undula.train.look import check_course
@@ -137,6 +137,12 @@ def test_what_an_optimiser_cannot_see_is_refused_before_rows_are_measured(usual,
     ready = prepare(dataclasses.replace(usual, optimiser=LoRAFA(), out=tmp_path))
     check_course(ready)
     assert all(p.requires_grad for _, _, p in ready.adapter.tensors())
+
+
+def test_an_earlier_adapter_that_is_not_there_is_told_before_anything_is_read(usual, tmp_path):
+    how = OrthogonalToEarlier(earlier=(str(tmp_path / "nowhere"),))
+    with pytest.raises(FileNotFoundError, match="nowhere is no adapter directory"):
+        prepare(dataclasses.replace(usual, penalty=how), read=None)
 
 
 def test_on_the_command_line(usual, tmp_path):

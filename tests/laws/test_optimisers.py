@@ -718,6 +718,19 @@ def test_a_second_task_moves_nothing_within_what_the_first_has_used(base):
         assert across or moved.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_has_diverged_goes_on_as_such(kind):
+    """Numbers that are none end in no solver: the training tells it."""
+    model, adapter = attached(LORA)
+    optimizer = kind(adapter.parameters(), model, lr=0.1)
+    for _ in range(2):
+        learnt(model)
+        for p in adapter.parameters():
+            p.grad.fill_(torch.nan)
+        optimizer.step()
+    assert not any(torch.isfinite(p).any() for p in adapter.parameters())
+
+
 # PEFT's
 
 

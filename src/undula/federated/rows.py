@@ -120,13 +120,14 @@ class Rows:
         assert party.data is not None
         task = dataclasses.replace(self.task, **(party.columns or {}))  # type: ignore[type-var]
         faults = Faults(f.recipe.skip_faulty, f.recipe.encoding)  # the server's faults are its own
+        kinds, rows = (FileNotFoundError, LookupError, ValueError), None
         try:
-            found = task.splits(load_data(party.data, faults), "train", "validation", faults=faults)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"client {name}: {error}") from error
-        except (LookupError, ValueError) as error:
-            kind = LookupError if isinstance(error, LookupError) else ValueError
-            raise kind(f"client {name}: {error}. {ALIKE}") from error
+            rows = load_data(party.data, faults)
+            found = task.splits(rows, "train", "validation", faults=faults)
+        except kinds as error:
+            kind = next(kind for kind in kinds if isinstance(error, kind))
+            more = "" if rows is None else f". {ALIKE}"
+            raise kind(f"client {name}: {error}{more}") from error
         _tell(f"client {name}", faults)
         return dict(found) | {"train": sample(found["train"], f.recipe.train_rows, f.seed("rows", name))}
 

@@ -117,16 +117,27 @@ class Paired(torch.optim.Optimizer):
                 loss = closure()
         with self.widened():
             try:
-                self.adjust()
+                with self._solved():
+                    self.adjust()
                 if self.max_norm:
                     nn.utils.clip_grad_norm_([p for g in self.param_groups for p in g["params"]], self.max_norm)
                 self.base_step()
-                self.moved()
+                with self._solved():
+                    self.moved()
             finally:
                 for p, grad in self.given:
                     p.grad = grad
                 self.given, self.beside = [], {}
         return loss
+
+    @contextlib.contextmanager
+    def _solved(self) -> Iterator[None]:
+        """No solver takes factors that are not finite: the step goes on without it, and the training tells of them."""
+        try:
+            yield
+        except torch.linalg.LinAlgError:
+            if all(torch.isfinite(t).all() for p in self.pairs() for t in (p.A, p.B)):
+                raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -38,6 +38,10 @@ class OrthogonalToEarlier(Penalty):
     weight: NotNegative = 0.5
     earlier: tuple[str, ...] = ()
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.earlier
+
     def serves(self, method: Method) -> bool:
         return isinstance(method, LowRank) and method.plain() is not None
 
@@ -62,7 +66,7 @@ class OrthogonalToEarlier(Penalty):
         """{directory: {site of this adapter: the rows of A there}}.  Raises ValueError where none is named, or one has
         no layer of this adapter or another size of inputs there."""
         if not self.earlier:
-            raise ValueError(f"{self!r} needs the directories of adapters of tasks before: earlier=(...,)")
+            raise ValueError(f"{self!r} needs the directories of adapters of tasks before: earlier=DIRECTORY")
         here = {site: A_RI.shape[1] for site, _, A_RI in pairs(adapter, self)}
         found: dict[str, dict[str, Tensor]] = {}
         for place in self.earlier:

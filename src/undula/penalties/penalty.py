@@ -84,6 +84,11 @@ class Penalty(Procedure, Choice):
         return False
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The directories of adapters that it looks at."""
+        return ()
+
+    @property
     def active(self) -> bool:
         """Whether it does anything."""
         return self.weight != 0

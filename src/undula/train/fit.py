@@ -13,6 +13,7 @@ from ..core.calls import called
 from ..core.extras import needs
 from . import processes
 from .base import model_folder
+from .begun import BASES
 from .concluding import concluded, course_of, with_best
 from .look import check_course
 from .measure import PeakMemory, files_digest, rows_digest
@@ -104,13 +105,17 @@ def measured_before(ready: Prepared, resume: bool, tuned: Mapping[str, Any] | No
 
 
 def _digest(ready: Prepared) -> dict[str, str]:
-    """What rows, model and tokenizer are, told by their content."""
-    folder = Path(model_folder(ready.run.model))
+    """What rows, model, tokenizer and the adapters that a training reads are, told by their content."""
+    folder, run = Path(model_folder(ready.run.model)), ready.run
+    read = {} if run.begin_from is None else {"the adapter that it begins from": run.begin_from}
+    earlier = [place for how in run.penalty if how.active for place in how.reads]
+    read |= {f"the adapter in {place}": place for place in earlier}
     commit = getattr(ready.model.config, "_commit_hash", None)
     return {
         "model": files_digest(folder) if folder.is_dir() else str(commit),
         "training rows": rows_digest(ready.train.rows),
         "validation rows": rows_digest(ready.held.rows),
+        **{name: files_digest(Path(place), ("adapter_", BASES)) for name, place in read.items()},
     }
 
 

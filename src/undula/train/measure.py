@@ -75,11 +75,11 @@ def _version(name: str) -> str | None:
 WHOLE, PIECES, PIECE = 256 << 20, 256, 1 << 20  # files up to so many bytes are read whole, of others so many pieces
 
 
-def files_digest(folder: Path) -> str:
-    """A hash of the files of a model and its tokenizer: names, sizes and contents.  Of files above 256 MiB it reads 256
-    pieces of 1 MiB, evenly spread."""
+def files_digest(folder: Path, begin: tuple[str, ...] = ("",)) -> str:
+    """A hash of the files of a folder, such as a model's and its tokenizer's: names, that begin so, sizes and contents.
+    Of files above 256 MiB it reads 256 pieces of 1 MiB, evenly spread."""
     made = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name.startswith(begin)):
         size = path.stat().st_size
         made.update(f"{path.name} {size} ".encode())
         with open(path, "rb") as file:

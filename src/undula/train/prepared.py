@@ -16,6 +16,7 @@ from ..core.adapter import Adapter
 from ..core.extras import needs
 from ..host.build import chosen_parameters, fresh
 from ..host.host import attach
+from ..io.outline import head
 from ..methods.lora import LoRA
 from ..observe.probe import Probe
 from ..optim.groups import factors_B
@@ -62,6 +63,8 @@ def prepare(
         from .begun import with_method
 
         run = with_method(run)
+    for place in (place for how in run.penalty if how.active for place in how.reads):
+        head(place)  # what is no adapter is told before rows are read and the base is opened
     if run.method is None and not run.full and not run.task.has_head:
         raise ValueError("without a method only a head trains, and this task has none: choose a method")
     with stage(f"reading {run.data}"):
