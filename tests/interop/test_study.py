@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import undula
 from tests.support import tiny
 from undula.cli.main import app
-from undula.study import orders
+from undula.study import drive, orders
 from undula.study import report as report_package
 from undula.study.drive import counted, estimate, report, run, warnings
 from undula.study.outcome import FINAL, SWEEP
@@ -403,6 +403,21 @@ def test_two_processes_share_a_study(whole, brief, processes, tmp_path):
     assert {r.attempts for r in records.values()} == {1}
     assert len({r.worker for r in records.values()}) == 2
     assert table(run(study, tmp_path)) == table(whole[1], "LoRA", [1])
+
+
+def test_a_run_that_another_process_begins_while_a_study_opens_stays_its_own(brief, tmp_path, monkeypatch):
+    plan, known = Plan(parse(brief)), Plan.known
+    store, other = Store(tmp_path / "runs.sqlite"), Store(tmp_path / "runs.sqlite")
+    key, trial = next(iter(plan.trials().items()))
+
+    def begun_meanwhile(plan, store):
+        found = known(plan, store)
+        assert other.claim(trial)
+        return found
+
+    monkeypatch.setattr(Plan, "known", begun_meanwhile)
+    drive._delete_stale(plan, store, retry_failed=False)
+    assert store.records([key])[key].state == "running"
 
 
 def test_a_failed_run_is_recorded_and_the_rest_goes_on(text, tmp_path):

@@ -66,8 +66,9 @@ def run(
 
 def _delete_stale(plan: Plan, store: Store, retry_failed: bool) -> None:
     """Deletes the records of runs that must be made again: those that do not count, and failed ones if asked to."""
+    held = store.records(plan.trials())  # before the rest: what another process begins meanwhile is not among them
     known = plan.known(store)
-    store.forget({k: r for k, r in store.records(plan.trials()).items() if k not in known})
+    store.forget({k: r for k, r in held.items() if k not in known})
     if retry_failed:
         keys = [k for key, t in plan.trials().items() for k in (key, *t.formers)]
         store.forget({k: r for k, r in store.records(keys).items() if r.error is not None})
