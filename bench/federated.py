@@ -5,7 +5,7 @@
     python bench/federated.py --case reviews --json bench/results/federated-reviews.json
     python bench/federated.py --case images --json bench/results/federated-images.json
     python bench/federated.py --short --work runs/federated                        # goes on there after a kill
-    python bench/federated.py --short --settings 1 --ways "FLASC" "FLASC start"    # a few ways, beside nothing
+    python bench/federated.py --short --settings 10/0.5 --ways "FLASC" "FedIT"     # a few ways alone
     python bench/federated.py --table bench/results/federated-short.json           # as Markdown; measures nothing
 
 A data set's training rows are divided among clients by Dirichlet(alpha); in each round some of them take a few steps
@@ -27,6 +27,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ NONLINEAR: dict[str, tuple[Aggregation, Method]] = {
     "FedIT LoRAN": (FedIT(), undula.LoRAN(r=4)),
     "FLASC LoRAN": (FLASC(lr=RATE, from_start=True), undula.LoRAN(r=4)),
 }
-SETTINGS = ((10, 0.5), (10, 0.1), (50, 0.1), (50, 0.5))
+ALONE, CENTRAL = "alone", "central"
+SETTINGS = {f"{clients}/{alpha}": (clients, alpha) for clients, alpha in ((10, 0.5), (10, 0.1), (50, 0.1), (50, 0.5))}
 
 
 def ways(clients: int, alpha: float, short: bool) -> dict[str, tuple[Aggregation, Method]]:
@@ -177,32 +179,24 @@ def compared(case: Case, work: Path, short: bool, settings: Any, only: Any = ())
     for clients, alpha in settings:
         split, many = Dirichlet(alpha, clients), {"fraction": case.chosen / clients}
         own = max(1, round(case.rounds * case.chosen / clients)) * case.steps  # steps of a client in all rounds
+        by_itself, whole = replace(case, steps=own), replace(case, steps=case.steps * case.chosen)
+        hows = ways(clients, alpha, short)
+        told = {name: [] for name in (*hows, *((ALONE, CENTRAL) if hows else ())) if name in (only or {name})}
         for seed in range(case.seeds):
-            runs = {
-                n: asked(case, data, m, seed, how=h, split=split, **many)
-                for n, (h, m) in ways(clients, alpha, short).items()
-                if n in (only or {n})
-            }
-            if not runs:
-                continue
-            told = found.setdefault(f"{clients} clients, alpha {alpha:g}", {})
-            for name, f in runs.items():
-                stem = f"{clients}-{alpha:g}-{seed}-{name.replace('/', '_')}"
-                told.setdefault(name, []).append(
-                    kept(work / f"{stem}.json", lambda f=f, stem=stem: rounds_of(f, work / stem))
-                )
-            if only:
-                continue
-            stem = f"{clients}-{alpha:g}-{seed}-alone"
-            by_itself = asked(replace(case, steps=own), data, LORA, seed, split=split, **many)
-            told.setdefault("alone", []).append(
-                kept(work / f"{stem}.json", lambda f=by_itself, stem=stem: alone(f, work / stem, 10))
-            )
-            stem = f"central-{seed}"
-            whole = asked(replace(case, steps=case.steps * case.chosen), data, LORA, seed, split=Even(1))
-            told.setdefault("central", []).append(
-                kept(work / f"{stem}.json", lambda f=whole, stem=stem: rounds_of(f, work / stem))
-            )
+            for name, runs in told.items():
+                stem = f"{clients}-{alpha:g}-{seed}-{name.replace('/', '_')}" if name != CENTRAL else f"{name}-{seed}"
+                out = work / stem
+                if name == ALONE:
+                    f = asked(by_itself, data, LORA, seed, split=split, **many)
+                elif name == CENTRAL:
+                    f = asked(whole, data, LORA, seed, split=Even(1))
+                else:
+                    how, method = hows[name]
+                    f = asked(case, data, method, seed, how=how, split=split, **many)
+                make = partial(alone, f, out, 10) if name == ALONE else partial(rounds_of, f, out)
+                runs.append(kept(work / f"{stem}.json", make))
+        if told:
+            found[f"{clients} clients, alpha {alpha:g}"] = told
     return found
 
 
@@ -270,9 +264,11 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="few rounds, few steps, one seed")
     parser.add_argument("--work", type=Path, help="a folder to work in, which is kept")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first so many settings alone")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="clients/alpha")
     parser.add_argument("--seeds", type=int, help="so many, where others than the case's own are wanted")
-    parser.add_argument("--ways", nargs="+", choices=[*HOWS, *NONLINEAR], help="these ways alone, and no aims")
+    parser.add_argument(
+        "--ways", nargs="+", choices=[*HOWS, *NONLINEAR, ALONE, CENTRAL], help="these ways alone, and no aims"
+    )
     parser.add_argument("--table", type=Path, help="show what is in this file, and measure nothing")
     args = parser.parse_args()
     if args.table:
@@ -287,7 +283,7 @@ def main() -> None:
     with contextlib.ExitStack() as closes:
         work = args.work or Path(closes.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
-        found = compared(case, work, args.short, SETTINGS[: args.settings], args.ways)
+        found = compared(case, work, args.short, [SETTINGS[s] for s in args.settings], args.ways)
     told = {
         "case": args.case,
         "short": args.short,
