@@ -81,7 +81,7 @@ LORA = undula.LoRA(r=4)
 RATE, SLOWER = (
     3e-2,
     1e-2,
-)  # of FLASC's server: in ten rounds the better of the two at a quarter; at a sixteenth it diverges
+)  # of FLASC's server: in ten rounds the first is better at a quarter, and diverges at a sixteenth
 HOWS: dict[str, Aggregation] = {
     "FedIT": FedIT(), "FFA": FFA(), "FedSVD": FedSVD(), "FAIR": FAIR(), "Exact": Exact(), "FLASC": FLASC(lr=RATE),
     "FLASC 1/16": FLASC(down=1 / 16, up=1 / 16, lr=SLOWER), "FLASC start": FLASC(lr=RATE, from_start=True),
@@ -277,8 +277,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     case = replace(CASES[args.case], **(SHORT if args.short else {}))
     case = replace(case, seeds=args.seeds or case.seeds)
-    if args.short and case.task is TEXTS:
-        case = replace(case, task=replace(TEXTS, max_length=16))
+    if args.short and isinstance(case.task, Classification):
+        case = replace(case, task=replace(case.task, max_length=case.task.max_length // 2))
     begun = time.process_time()
     with contextlib.ExitStack() as closes:
         work = args.work or Path(closes.enter_context(tempfile.TemporaryDirectory()))
