@@ -78,10 +78,8 @@ CASES = {
 }  # fmt: skip
 SHORT = {"rows": 4000, "held": 300, "rounds": 10, "steps": 5, "seeds": 1}
 LORA = undula.LoRA(r=4)
-RATE, SLOWER = (
-    3e-2,
-    1e-2,
-)  # of FLASC's server: in ten rounds the first is better at a quarter, and diverges at a sixteenth
+# Of FLASC's server: in ten rounds the first is the better at a quarter, and diverges at a sixteenth.
+RATE, SLOWER = 3e-2, 1e-2
 HOWS: dict[str, Aggregation] = {
     "FedIT": FedIT(), "FFA": FFA(), "FedSVD": FedSVD(), "FAIR": FAIR(), "Exact": Exact(), "FLASC": FLASC(lr=RATE),
     "FLASC 1/16": FLASC(down=1 / 16, up=1 / 16, lr=SLOWER), "FLASC start": FLASC(lr=RATE, from_start=True),
