@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 import undula
 from tests.support import tiny
 from undula.cli.main import app
-from undula.cli.many import size_of
 from undula.host.host import detach
 from undula.io.whole import alone_in
 from undula.jobs import checkpoint
@@ -165,10 +164,6 @@ def test_options_that_mean_nothing_are_refused(place, tmp_path, options, why):
     told = CliRunner().invoke(app, ["train-many", str(place / "jobs.toml"), "--out", str(tmp_path), *options])
     assert told.exit_code == 2
     assert why in " ".join(told.output.split())
-
-
-def test_sizes_are_read_as_people_write_them():
-    assert [size_of(text) for text in ("4GB", "500 MiB", "2e9", "1k")] == [4 * 10**9, 500 * 2**20, 2 * 10**9, 1000]
 
 
 def test_one_directory_has_one_process_at_a_time(place, tmp_path):

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from undula.cli.serving import size_of
 from undula.serve.request import Busy, Refused
 from undula.serve.server.errors import Wrong, body_of, without_paths
 from undula.serve.server.keys import ANYONE, Keys, keys_of
@@ -192,20 +191,6 @@ def test_errors_have_openais_shape():
         "error": {"message": "x", "type": "rate_limit_error", "param": "p", "code": "c"}
     }
     assert body_of("x", 503)["error"]["type"] == "server_error"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("2GB", 2 * 10**9), ("1.5 gib", 3 * 2**29), ("500m", 5 * 10**8), ("64MiB", 2**26), ("1000", 1000), ("2kb", 2000)],
-)
-def test_sizes_are_read_as_people_write_them(text, size):
-    assert size_of(text, "--memory") == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "0", "1e9", "2 GB of it", "i"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="--memory"):
-        size_of(text, "--memory")
 
 
 def test_loopback_is_told_from_the_network():

@@ -17,7 +17,7 @@ from tests.support.numbers import shake
 from tests.support.zoo import LOW_RANK, MERGEABLE
 from undula import Additive, DoRA, Dropout, LoRA, LoRAN, Masked, RankStabilised, SHiRA, Sum, compress
 from undula.cli.main import app
-from undula.cli.squeezing import bytes_in, sum_of
+from undula.cli.squeezing import sum_of
 from undula.compress import ByBudget, ByEnergy, ByError, ByRank, BySize, Randomised
 from undula.io.sites import Opened
 from undula.kernels import svd
@@ -385,14 +385,6 @@ def test_the_verb_takes_a_folder_or_nothing(tmp_path):
     assert not (tmp_path / "other").exists()
     for wrong in ([], ["--rank", "2", "--error", "0.1"]):
         assert run(app, ["squeeze", str(tmp_path / "many" / "a"), *wrong, "--out", str(tmp_path / "x")]).exit_code == 2
-    assert (bytes_in("2MB"), bytes_in("1.5MiB"), bytes_in("500k"), bytes_in("77")) == (
-        2_000_000,
-        1_572_864,
-        500_000,
-        77,
-    )
-    with pytest.raises(ValueError, match="a size is written"):
-        bytes_in("two")
 
 
 def test_every_plain_pair_leaves_as_a_lora_of_pefts(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -17,11 +16,11 @@ from rich.table import Table
 from ..core.extras import needs
 from ..train import Interrupted
 from . import shell
+from .sizes import bytes_of
 
 if TYPE_CHECKING:
     from ..jobs.job import Job
 
-BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 TENTHS = 10  # lines of a job's course where there is no terminal
 EVERY = 4.0  # times in a second that the table is drawn
 WORKERS = 2  # where nobody says how many
@@ -57,7 +56,7 @@ def train_many(
     to: shell.Json = None,
 ) -> None:
     """Train many adapters on one base at once, each as if alone.  Ctrl-C saves all jobs and says how to go on."""
-    bytes_ = None if budget is None else size_of(budget)
+    bytes_ = None if budget is None else bytes_of(budget, "--budget")
     _check_together(plain, budget, executor, workers)
     try:
         if executor is Executor.RAY:
@@ -111,18 +110,6 @@ def _check_together(plain: bool, budget: str | None, executor: Executor, workers
         raise ValueError("--plain trains one job after the other here: leave out --executor ray, or --plain")
     if plain and budget is not None:
         raise ValueError("--budget would do nothing beside --plain: one job at a time is in memory")
-
-
-def size_of(text: str) -> int:
-    """Bytes of 4GB, 500MiB, 2e9.  Raises ValueError."""
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    try:
-        size = int(float(found[1]) * BYTES[found[2]]) if found else 0
-    except (ValueError, KeyError):
-        size = 0
-    if size < 1:
-        raise ValueError(f"--budget is a number of bytes, such as 4GB or 500MiB; found {text!r:.40}")
-    return size
 
 
 def _rows(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

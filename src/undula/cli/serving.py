@@ -8,7 +8,6 @@ import enum
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ..core.extras import needs
 from ..io.files import CONFIG
 from ..train.recipe import dtype_called
 from . import shell
+from .sizes import bytes_of
 
 if TYPE_CHECKING:
     import socket
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from ..serve.server.opening import Plan
     from ..serve.server.served import Served
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 WHAT, WHO, MUCH = "What is served", "Address and keys", "How much"
 
 
@@ -135,7 +134,7 @@ def serve(
     does not."""
     check_alone(base, more)
     found = checked_keys(keys, host, no_keys)
-    sizes = size_of(memory, "--memory"), size_of(cache, "--cache"), size_of(copies, "--copies") if copies else 0
+    sizes = bytes_of(memory, "--memory"), bytes_of(cache, "--cache"), bytes_of(copies, "--copies") if copies else 0
     if threads is not None:
         import torch
 
@@ -157,14 +156,6 @@ def check_alone(base: str, more: list[str]) -> None:
             base, places = "BASE", [str(Path(base).parent), *places]
         meant = " ".join(f"--adapters {shlex.quote(place)}" for place in dict.fromkeys(places))
         raise ValueError(f"one base is served; adapters lie in directories that are named: undula serve {base} {meant}")
-
-
-def size_of(text: str, option: str) -> int:
-    """The bytes that 2GB, 500 MiB, 1.5g or a plain number say.  Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if found is None or found[2] not in UNITS or (size := int(float(found[1]) * UNITS[found[2]])) < 1:
-        raise ValueError(f"{option} is a number of bytes, as 500MB, 2GB or 1GiB; found {text!r}")
-    return size
 
 
 @needs("serve")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +25,8 @@ from ..train.run import RUN
 from . import shell
 from .carry import carry
 from .progress import layers_bar
+from .sizes import bytes_of
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
 Where = Annotated[Path, typer.Argument(help="The directory of an adapter, or a folder of such directories.")]
 
 
@@ -110,7 +108,7 @@ def _target(
         "--energy": lambda: ByEnergy(energy or 0.0),
         "--error": lambda: ByError(error or 0.0),
         "--budget": lambda: ByBudget(budget or 0),
-        "--size": lambda: BySize(bytes_in(size or "")),
+        "--size": lambda: BySize(bytes_of(size or "", "--size")),
     }
     values = (rank, energy, error, budget, size)
     given = [name for name, value in zip(options, values, strict=True) if value is not None]
@@ -119,14 +117,6 @@ def _target(
             f"squeeze needs one target: {', '.join(options)}; found {' and '.join(given) if given else 'none'}"
         )
     return options[given[0]]()
-
-
-def bytes_in(text: str) -> int:
-    """The bytes in a size: 2MB is two million, 2MiB 2 * 1024^2.  Raises ValueError."""
-    found = SIZE.fullmatch(text.strip())
-    if found is None:
-        raise ValueError(f"a size is written 2MB, 500k, 1.5MiB or as bytes; found {text!r}")
-    return int(float(found[1]) * UNITS[(found[2] or "").lower()])
 
 
 def _squeezed(
