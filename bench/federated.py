@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from record import record
+from record import once, record
 
 import undula
 from undula.bundled import dataset
@@ -159,13 +159,14 @@ def alone(f: Federation, out: Path, most: int) -> dict[str, Any]:
     return {**means, "clients": spread(each, metric)}
 
 
-def kept(path: Path, make: Any) -> dict[str, Any]:
-    """What `make` gives, kept in a file."""
-    if not path.is_file():
+def kept(path: Path, how: dict[str, Any], make: Any) -> dict[str, Any]:
+    """What `make` gives, kept in a file with how it was made."""
+
+    def timed() -> dict[str, Any]:
         begun = time.process_time()
-        found = {**make(), "cpu_seconds": round(time.process_time() - begun, 1)}
-        path.write_text(json.dumps(found), encoding="utf-8")
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {**make(), "cpu_seconds": round(time.process_time() - begun, 1)}
+
+    told: dict[str, Any] = once(path, how, timed)
     print(path.stem, f"accuracy {told['accuracy'][-1]:.4f}, loss {told['loss'][-1]:.4f}, bias {told.get('bias')}, "
           f"{told['cpu_seconds']} s", flush=True)  # fmt: skip
     return told
@@ -192,7 +193,13 @@ def compared(case: Case, work: Path, short: bool, settings: Any, only: Any = ())
                     how, method = hows[name]
                     f = asked(case, data, method, seed, how=how, split=split, **many)
                 make = partial(alone, f, out, 10) if name == ALONE else partial(rounds_of, f, out)
-                runs.append(kept(work / f"{stem}.json", make))
+                runs.append(
+                    kept(
+                        work / f"{stem}.json",
+                        {"of_rows": [case.rows, case.held], "run": repr(f).replace(str(work), "")},
+                        make,
+                    )
+                )
         if told:
             found[f"{clients} clients, alpha {alpha:g}"] = told
     return found

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record
+from record import once, record
 
 import undula
 from undula.bundled import dataset
@@ -194,8 +194,10 @@ def main() -> None:
 
 
 def compared(case: Case, number: int, out: Path) -> dict[str, Any]:
-    """What each way leaves, after `number` requests; what is in OUT already is not made again."""
+    """What each way leaves, after `number` requests; what is in OUT already is not made again.
+    Raises ValueError where that was made otherwise."""
     begun = time.process_time()
+    once(out / "how.json", {"case": repr(case), "requests": number}, dict)
     rows = dataset(case.data)
     task, parts = case.task.read(rows, "train", "validation", "test")
     names: tuple[str, ...] = task.names  # type: ignore[attr-defined]
