@@ -20,8 +20,9 @@ from torch.testing import assert_close
 
 import undula
 from tests.support import tiny
-from undula.federated import FFA, FLASC, FedSVD
+from undula.federated import FFA, FLASC, Exact, FedIT, FedSVD
 from undula.federated.client import Client
+from undula.federated.flat import flat
 from undula.federated.messages import Failure
 from undula.federated.private import DPSGD
 from undula.federated.rounds import clients_of, federate
@@ -32,8 +33,10 @@ from undula.train import Classification, Recipe
 pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.client.mod import secaggplus_mod
 from flwr.clientapp.mod import fixedclipping_mod, message_size_mod
 from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg, FedMedian, Krum
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -77,7 +80,7 @@ class Grid:
         )
         self.nodes = {name: 100 + i for i, name in enumerate(federation.names)}
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-        self.config = {}
+        self.config, self.kept = {}, {name: RecordDict() for name in self.nodes}  # what a node keeps between messages
         for name in self.nodes:
             given = folder / f"{name}.given.json"
             given.write_text(json.dumps((settings or {}).get(name, federation).encode()))
@@ -92,7 +95,7 @@ class Grid:
             message.metadata.__dict__["_message_id"] = f"message {next(self.number)}"
             got = self.carried(message)
             name = next(n for n, node in self.nodes.items() if node == got.metadata.dst_node_id)
-            context = Context(1, got.metadata.dst_node_id, self.config[name], RecordDict(), {})
+            context = Context(1, got.metadata.dst_node_id, self.config[name], self.kept[name], {})
             try:
                 reply = self.lies[name](got) if name in self.lies else self.app(got, context)
             except Exception as error:  # as Flower's own process of a client does
@@ -288,6 +291,60 @@ def test_mods_and_wrappers_of_differential_privacy_stand_within(tmp_path, partie
         around.start(grid, around.strategy.last, 2)
 
 
+SECURE = SecAggPlusWorkflow(3, 2, max_weight=30.0, clipping_range=1.0)
+
+
+@pytest.mark.parametrize("how", [FFA(), FedSVD(), FedIT()], ids=str)
+def test_a_secure_aggregation_tells_the_server_the_mean_alone(tmp_path, parties, how):
+    f = parties(how)
+    server, grid = rounds_of(f, tmp_path / "secure", by=SECURE, app=client_app([secaggplus_mod]))
+    plain, seen = rounds_of(f, tmp_path / "plain")
+    assert len(grid.up) == 2 * 3 * 4 + 3  # four stages of three clients in each round, and what they measure
+    # numbers are rounded by 1 / 2^21, and B and A of FedSVD are those of a product
+    assert_close(flat(server.adapter), flat(plain.adapter), rtol=0, atol=1e-4 if how.remakes else 5e-6)
+    ends = [a.data[-32:] for _, m in seen.up[:3] for a in m.content["arrays"].values()]
+    own = [data for data in ends if data not in seen.sent[0]]  # none that nothing has moved from what they were sent
+    assert own
+    assert all(any(data in m for m in seen.sent) for data in own)
+    assert not any(data in m for data in own for m in grid.sent)
+    for told in server.records[1:]:
+        assert not {"bias", "stayed"} & set(told)
+        assert all("change" not in c and c["num-examples"] == 27 for c in told["clients"].values())
+    assert any("SecAgg+" in note for note in server.notes)
+
+
+def test_who_falls_out_of_a_secure_aggregation_is_a_line_and_what_does_not_fit_is_refused(tmp_path, parties, capfd):
+    f, one, stages = parties(FFA(), rounds=1), "west", []
+    app = client_app([secaggplus_mod])
+    grid = Grid(f, tmp_path, app=app)
+
+    def falls_out(message):  # once its keys are shared: the others have to take its masks out of the sum
+        stages.append(message)
+        if len(stages) == 3:
+            raise RuntimeError("gone")
+        return app(message, Context(1, grid.nodes[one], grid.config[one], grid.kept[one], {}))
+
+    grid.lies[one] = falls_out
+    rounds = Rounds(Server(f, tmp_path / "out"), SECURE)
+    rounds.go_on(grid)
+    left, _ = rounds_of(dataclasses.replace(f, clients=f.clients[:2]), tmp_path / "two")
+    assert "gone" in rounds.server.records[1]["clients"][one]["why"]
+    assert_close(flat(rounds.server.adapter), flat(left.adapter), rtol=0, atol=5e-6)
+
+    def told(by, app, how=FFA()):
+        with pytest.raises(RuntimeError, match="no client got through") as caught:
+            rounds_of(parties(how, rounds=1), tmp_path / str(len(list(tmp_path.iterdir()))), by=by, app=app)
+        return capfd.readouterr().err + str(caught.value)
+
+    assert "a weight of 27 is above max_weight=20" in told(SecAggPlusWorkflow(3, 2, max_weight=20.0), app)
+    assert "above clipping_range=1e-06" in told(SecAggPlusWorkflow(3, 2, max_weight=30.0, clipping_range=1e-6), app)
+    assert "client_app(mods=[secaggplus_mod])" in told(SECURE, client_app())
+    assert "KeyError" in told(None, app)  # a client that is asked for its own numbers does not give them
+    for how in (Exact(), FLASC()):
+        with pytest.raises(ValueError, match="SecAggPlusWorkflow cannot stand beside"):
+            Rounds(Server(parties(how), tmp_path / type(how).__name__), SECURE)
+
+
 def test_parties_agree_on_what_noise_is_set_by(parties):
     """A client whose file has fewer of its rounds than the server's would have less noise than the record says."""
     how = DPSGD(epsilon=3.0, delta=1e-3)
@@ -338,6 +395,25 @@ def test_three_processes_on_loopback_make_the_bits_of_one(tmp_path, parties):
     assert "Activated" in (flower / "logs" / "superlink.txt").read_text()
     with pytest.raises(FileExistsError, match="--resume goes on with it"):
         run(f, tmp_path / "there")
+
+
+@pytest.mark.timeout(300)
+def test_a_secure_aggregation_of_processes(tmp_path, parties):
+    app = tmp_path / "secure_app.py"
+    app.write_text(
+        "from flwr.client.mod import secaggplus_mod\n"
+        "from flwr.server.workflow import SecAggPlusWorkflow\n"
+        "from undula.federated.flower import client_app, server_app\n"
+        "server = server_app(by=SecAggPlusWorkflow(3, 2, max_weight=30.0, clipping_range=1.0))\n"
+        "client = client_app(mods=[secaggplus_mod])\n"
+    )
+    f = parties(FFA(), rounds=1)
+    there = run(f, tmp_path / "there", app=app)
+    federate(f, tmp_path / "here")
+    for name, t in load_file(tmp_path / "here" / "state.safetensors").items():
+        assert_close(load_file(tmp_path / "there" / "state.safetensors")[name], t, rtol=0, atol=5e-6)
+    assert any("SecAgg+" in note for note in there["notes"])
+    assert all("change" not in c for c in there["rounds"][1]["clients"].values())
 
 
 @pytest.mark.timeout(900)

@@ -44,6 +44,7 @@ class Aggregation(Choice):
 
     sparse: ClassVar[bool] = False  # whether what is sent is zero for the most part, and travels packed, see `wire`
     remakes: ClassVar[bool] = False  # whether factors that clients do not train change all the same
+    needs_each: ClassVar[bool] = False  # whether the mean of what clients send is not enough
     trains: ClassVar[str | None] = None  # what alone clients may train of each layer: "linear", see `Method.linear_in`
 
     @property

@@ -30,6 +30,7 @@ class Exact(Aggregation):
     which clients can go on; else a plain LoRA.  Raises TypeError below the Additive rung."""
 
     source = "Wang et al. 2024, arXiv:2409.05976; Bai et al. 2024, arXiv:2402.11505"
+    needs_each = True
 
     rank: Rank | None = None
 

@@ -87,6 +87,7 @@ class FAIR(Aggregation):
     the weight of |dB|^2: large is FedIT, 0 the least squares.  Raises TypeError for a method that is no pair."""
 
     source = "Bian et al. 2025, arXiv:2411.14961"
+    needs_each = True
 
     lam: NotNegative = 0.01
     discrepancy: Discrepancy = Frobenius()

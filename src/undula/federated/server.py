@@ -60,6 +60,7 @@ class Server:
         self.held = self.desk.examples(rows.server)
         self.test = None if rows.test is None else self.desk.examples(rows.test)
         self.pool: Pool = lambda sent, adapters, weights: (adapters, weights)
+        self.sees_each = True  # and not the mean of all in the place of each
         self.state: dict[str, torch.Tensor] = {}
         self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
         check_goes_on(self.federation.how, self.adapter)  # before OUT holds anything
@@ -125,8 +126,8 @@ class Server:
                 record["clients"][name] = {"failed": found.kind, "why": found.why[:500]}
                 continue
             adapter, counts, size = found
-            change = float((flat(adapter) - flat(sent)).norm())
-            record["clients"][name] = {**counts, "change": change, "bytes": size}
+            change = {"change": float((flat(adapter) - flat(sent)).norm())} if self.sees_each else {}
+            record["clients"][name] = {**counts, **change, "bytes": size}
             record["up"] += size
             adapters.append(adapter)
             weights.append(1.0 if f.weights == ALIKE else float(counts[ROWS]))

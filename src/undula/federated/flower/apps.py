@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
@@ -33,6 +34,7 @@ from ..server import Server
 from ..spec import Federation, read
 from .processes import leave_with_parent
 from .records import ARRAYS, CONFIG, ROUND, SETTINGS, answer, check_settings, numbers
+from .secure import asked_securely, plainly, secure_answer
 from .strategy import Rounds
 
 FEDERATION, OUT = "UNDULA_FEDERATION", "UNDULA_OUT"
@@ -40,9 +42,9 @@ Asked = Callable[[Client, Arrays, int], tuple[Arrays | None, Counts]]
 Found = Callable[[Mapping[str, Any]], Client]
 
 
-def server_app(by: Strategy | None = None) -> ServerApp:
-    """The server's part.  by: a strategy of Flower's that makes one of the clients' adapters, before the federation's
-    aggregation gets it: see `Rounds`."""
+def server_app(by: Strategy | SecAggPlusWorkflow | None = None) -> ServerApp:
+    """The server's part.  by: a strategy of Flower's, or its secure aggregation, that makes one of the clients'
+    adapters, before the federation's aggregation gets it: see `Rounds`."""
     app = ServerApp()
 
     @app.main()
@@ -57,8 +59,9 @@ def server_app(by: Strategy | None = None) -> ServerApp:
 
 
 def client_app(mods: Sequence[Callable[..., Any]] = (), of: Found | None = None) -> ClientApp:
-    """A client's part.  mods: what Flower does around a training, such as `flwr.clientapp.mod.message_size_mod`; of:
-    finds the client by the configuration of its node (without: `client_of`)."""
+    """A client's part.  mods: what Flower does around a training, such as `flwr.clientapp.mod.message_size_mod`, or
+    `flwr.client.mod.secaggplus_mod` for a secure aggregation; of: finds the client by the configuration of its node
+    (without: `client_of`)."""
     app = ClientApp()
 
     @app.train(mods=list(mods))
@@ -78,11 +81,14 @@ def answered(message: Message, of: Found, context: Context, ask: Asked) -> Messa
     """The client's reply.  An error leaves the machine as its kind alone, since its text may quote rows: the text is in
     the node's own log.  Raises RuntimeError."""
     try:
-        config = message.content[CONFIG]
+        secure = asked_securely(message)
+        config, told = plainly(message, context) if secure else (message.content[CONFIG], message.content[ARRAYS])
         client = of(context.node_config)
         check_settings(client.federation, config[SETTINGS], client.name)
-        brief = {**numbers(message.content[ARRAYS]), FROZEN: np.frombuffer(config[FROZEN], np.uint8)}
+        brief = {**numbers(told), FROZEN: np.frombuffer(config[FROZEN], np.uint8)}
         arrays, counts = ask(client, brief, int(config[ROUND]))
+        if secure and arrays is not None:
+            return secure_answer(message, context, client.federation, arrays, counts)
     except Exception as error:
         traceback.print_exc()
         raise RuntimeError(f"{type(error).__name__}; the log of this client's node says more") from None

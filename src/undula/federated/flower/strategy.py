@@ -8,19 +8,26 @@ from logging import INFO
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.supercore import log
 
 from ...core.adapter import Adapter
 from .. import messages
-from ..messages import FROZEN, ROWS, Failure, Reply
+from ..messages import FROZEN, ROWS, Arrays, Failure, Reply
 from ..part import Part
+from ..private import DPSGD
 from ..rounds import check_first
 from ..server import Server
 from .records import ARRAYS, CONFIG, COUNTS, ROUND, SETTINGS, counts_of, failure, numbers, record, reply_of, settings
+from .secure import TRAIN, Masked
 
-TRAIN, EVALUATE = "train", "evaluate"
+EVALUATE = "evaluate"
+MASKED = (
+    "a secure aggregation (SecAgg+): the server has seen the mean of what clients trained, and of no client its own. "
+    "So neither their changes nor the bias are told, and bytes are those of the numbers before they were masked"
+)
 # seconds, where the federation has no timeout: nodes may connect; an answer may come.  A client's process that outlives
 # its task at Flower's never answers, and Flower still hears from its node
 PATIENCE, LONGEST = 60.0, 3600.0
@@ -32,28 +39,37 @@ class Rounds(FedAvg):
 
     by: a strategy of Flower's, such as FedMedian(), Krum() or a wrapper of differential privacy: it makes one of the
     replies that count, and the federation's aggregation gets that in their place.  For FFA and FedSVD that is one B.
-    Raises ValueError where that has no sense: with FLASC's packed messages, or beside the federation's own privacy.
+    Or SecAggPlusWorkflow(...): then the server learns the mean of the replies alone, see `secure`.
+    Raises ValueError where that has no sense: with FLASC's packed messages, beside the federation's own privacy (of
+    rows, "dp-sgd", a secure aggregation may stand beside), or where the mean alone is not enough.
     """
 
-    def __init__(self, server: Server, by: Strategy | None = None):
+    def __init__(self, server: Server, by: Strategy | SecAggPlusWorkflow | None = None):
         super().__init__()
-        self.server, self.by, self.last = server, by, record(server.brief())
+        self.secure = by if isinstance(by, SecAggPlusWorkflow) else None
+        self.server, self.by, self.last = server, None if self.secure else by, record(server.brief())
         self.asked: list[tuple[str, Message]] = []
         self.absent: dict[str, Failure] = {}
         self.number = 0  # of the round, as Flower counts those of this start
         if by is None:
             return
-        parts = [name for name, part in server.parts.items() if not part.whole]
-        if parts or server.federation.how.sparse or server.federation.privacy is not None:
-            what = f"the part that {parts[0]} has" if parts else server.federation.privacy or server.federation.how
+        f, parts = server.federation, [name for name, part in server.parts.items() if not part.whole]
+        private = f.privacy is not None and not (self.secure and isinstance(f.privacy, DPSGD))
+        if parts or f.how.sparse or private or (self.secure and f.how.needs_each):
+            what = f"the part that {parts[0]} has" if parts else f.privacy if private else f.how
             raise ValueError(f"{type(by).__name__} cannot stand beside {what}: leave one of them out")
-        server.pool = self._pooled
+        server.pool = self._one if self.secure else self._pooled
+        if self.secure:
+            server.sees_each = False
+            server.notes.append(MASKED)
 
     def go_on(self, grid: Grid) -> None:
         """The rounds that are left."""
         f = self.server.federation
         if self.server.round == f.rounds and not self.server.measures():
             return
+        if self.secure:
+            grid = cast(Grid, Masked(grid, self.secure, self.timeout, self._like))
         self._connected(grid, f.names, len(f.names))
         if self.server.measures():  # it ended between a round and this
             asked = self.configure_evaluate(self.server.round, self.last, ConfigRecord(), grid)
@@ -170,6 +186,15 @@ class Rounds(FedAvg):
 
     def _none(self) -> dict[str, Any]:
         return {name: Failure("late", f"no answer within {self.timeout:g} s") for name, _ in self.asked}
+
+    def _like(self) -> Arrays:
+        """A reply's arrays."""
+        return messages.reply(self.server.adapter, self.server.adapter, self.server.federation.how)
+
+    @staticmethod
+    def _one(sent: Adapter, adapters: list[Adapter], weights: list[float]) -> tuple[list[Adapter], list[float]]:
+        """All adapters are the mean."""
+        return adapters[:1], [1.0]
 
     def _pooled(
         self, sent: Adapter, adapters: list[Adapter], weights: list[float]

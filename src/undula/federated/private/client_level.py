@@ -19,8 +19,6 @@ import torch
 
 from ...core.adapter import Adapter
 from ...core.ranges import Inside, NotNegative, Positive, Seed
-from ..exact import Exact
-from ..fair import FAIR
 from ..flat import flat, unflat
 from ..privacy import Federation, Privacy
 from . import accounting
@@ -62,7 +60,7 @@ class ClientLevel(_Budget, Privacy):
         return unflat(sent, start + (total + noise * self.clip * drawn) / number)
 
     def refusals(self, federation: Federation) -> Iterator[str]:
-        if isinstance(federation.how, Exact | FAIR):
+        if federation.how.needs_each:
             yield (
                 f"how: {federation.how!r} needs the update of each client, and under ClientLevel a mean with noise is "
                 "all that there is: take FedIT, FFA, FedSVD or FLASC"
