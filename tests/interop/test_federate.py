@@ -159,6 +159,9 @@ def test_a_runtime_that_is_not_installed_says_what_is(home, runtime, extra):
 def test_what_is_cut_is_told_at_the_end_and_on_the_page(home):
     text = (home / "fed.toml").read_text()
     (home / "fed.toml").write_text(text.replace('"classification"', '{ is = "classification", max_length = 4 }'))
+    done = ask(home / "fed.toml", "--out", home / "out", "--dry-run")
+    for who in ("the server: 10 of 10 rows", "13 of 13 north rows", "2 of 2 north validation rows"):
+        assert f"{who}: the text is cut at its end" in " ".join(done.output.split())
     done = ask(home / "fed.toml", "--out", home / "out")
     assert done.exit_code == 0, done.output
     notes = json.loads((home / "out/report.json").read_text())["notes"]

@@ -69,6 +69,7 @@ def federate(
 def _looked_at(path: Path) -> list[dict[str, Any]]:
     from ..federated.desk import Desk
     from ..federated.part import unreached
+    from ..federated.rounds import clients_at
     from ..federated.rows import Rows
     from ..federated.server import check_goes_on
     from ..federated.spec import read
@@ -86,11 +87,12 @@ def _looked_at(path: Path) -> list[dict[str, Any]]:
     with quiet():
         desk = Desk(rows.settled(f), rows.server)
         check_goes_on(f.how, desk.first)
-        parts = [desk.part(f.party(name)) for name in f.names]
-        for part, row in zip(parts, found, strict=True):
-            row["trains"] = part.of(desk.first).num_parameters()
-        for why in unreached(parts, desk.first):
-            shell.remark(why)
+        clients = clients_at(desk, desk.federation, rows)  # which tell what is cut of their rows
+        for client, row in zip(clients.values(), found, strict=True):
+            row["trains"] = client.like.num_parameters()
+        notes = [f"the server: {note}" for note in desk.notes]
+        for note in (*notes, *unreached([client.part for client in clients.values()], desk.first)):
+            shell.remark(note)
     server = {"client": "(the server)", "rows": 0, "to measure": len(rows.server)}
     return [*found, {**dict.fromkeys(found[0]), **server}]
 

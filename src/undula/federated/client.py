@@ -31,8 +31,18 @@ class Client:
         self.held = None if parts.held is None else self.desk.examples(parts.held)
         self.part = self.desk.part(self.federation.party(name))
         self.like = self.part.of(self.desk.first)
-        for note in self.desk.run.task.fits(self.rows, self.desk.model, name):
+        for note in self._looked():
             LOG.warning(note)
+
+    def _looked(self) -> list[str]:
+        """What is cut of its rows.  Raises ValueError for rows that the model cannot take; of those that it measures on
+        that is a sentence."""
+        fits = self.desk.run.task.fits
+        notes = fits(self.rows, self.desk.model, self.name)
+        try:
+            return notes if self.held is None else notes + fits(self.held, self.desk.model, f"{self.name} validation")
+        except ValueError as error:
+            return [*notes, str(error)]
 
     def train(self, round: int, arrays: Arrays) -> tuple[Arrays, Counts]:
         """One round, counted from 1: (its adapter's numbers, {"num-examples", "loss", "steps"}), see `messages`.

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..core.extras import needs
+from ..core.turns import turn
 from ..io.whole import alone_in
 from .client import Client
+from .desk import Desk
 from .messages import Arrays, Counts, Failure
 from .report import concluded
 from .rows import Rows
-from .server import Record, Server
+from .server import Record, Server, check_place
 from .spec import Federation
 
 T = TypeVar("T")
@@ -33,10 +35,16 @@ class Participant(Protocol):
 
 def clients_of(server: Server, rows: Rows) -> dict[str, Participant]:
     """All clients of a federation, on the server's own desk."""
-    return {name: Client(server.federation, name, rows, server.desk) for name in server.federation.names}
+    return {**clients_at(server.desk, server.federation, rows)}
+
+
+def clients_at(desk: Desk, federation: Federation, rows: Rows) -> dict[str, Client]:
+    """The same before there is a server.  Raises ValueError or LookupError for rows that cannot be trained on."""
+    return {name: Client(federation, name, rows, desk) for name in federation.names}
 
 
 @needs("train")
+@turn()
 def federate(
     federation: Federation,
     out: str | Path,
@@ -53,12 +61,14 @@ def federate(
     """
     out = Path(out)
     with alone_in(out):
+        check_place(out, resume)
         rows = Rows(federation)
-        if parties is clients_of:  # whose rows are here: what is wrong with them is told before OUT holds anything
-            for name in federation.names:
-                rows.client(name)
-        server = Server(federation, out, rows, resume=resume)
-        go(server, parties(server, rows), told)
+        desk = Desk(rows.settled(federation), rows.server)
+        # what is wrong with rows that are here is told before OUT holds anything
+        here = clients_at(desk, desk.federation, rows) if parties is clients_of else {}
+        digests = {f"the rows of {name}": rows.digest(name) for name in here}
+        server = Server(federation, out, rows, desk, resume, digests)
+        go(server, here or parties(server, rows), told)
         return concluded(server)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..train.base import config_of
 from ..train.data.faults import Faults
 from ..train.data.load import load_data, sample, with_validation
+from ..train.measure import rows_digest
 from ..train.rows import LOG, in_own_order
 from ..train.tasks.heads import Classes
 from ..train.tasks.task import Task
@@ -113,6 +114,10 @@ class Rows:
                     raise ValueError(f"privacy of client {name}: {error}") from error
             self._clients[name] = made
         return self._clients[name]
+
+    def digest(self, name: str) -> str:
+        """What tells the rows of one client from others, and from themselves in another order."""
+        return "/".join(rows_digest(part) for part in self.client(name) if part is not None)
 
     def _own(self, name: str) -> dict[str, Dataset]:
         f = self.asked

@@ -1,6 +1,6 @@
 """The server: what goes out in each round, what is made of what comes back, what is kept of it on disk.
 
-OUT/federation.json              the federation, and what tells its base and the server's rows from others
+OUT/federation.json              the federation, and what tells its base and the rows that are here from others
 OUT/state.{json,safetensors}     the last round: the adapter, what the aggregation keeps, the records of all rounds
 
 A client that fails, or sends what is no answer, is a line in the round's record; the round goes on without it.
@@ -18,6 +18,7 @@ import torch
 
 from ..core.adapter import Adapter
 from ..io import files
+from ..train.fit import adapters_read
 from ..train.measure import rows_digest
 from ..train.run import write_json
 from ..train.tasks.task import Examples
@@ -41,9 +42,9 @@ class Server:
     """round: the last one that is done.  adapter: what it has come to.  records: of round 0, before any, and of each
     since.  pool: what another library makes of the clients' adapters first.
 
-    rows, desk: where this process has them already.  With `resume` it goes on from the last round in OUT, to the bit as
-    if it had not ended.  Raises FileExistsError where OUT holds another, ValueError where it was begun with something
-    else.
+    rows, desk: where this process has them already.  told: what else a federation that goes on must have begun with, by
+    what it is called.  With `resume` it goes on from the last round in OUT, to the bit as if it had not ended.  Raises
+    FileExistsError where OUT holds another, ValueError where it was begun with something else.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Server:
         rows: Rows | None = None,
         desk: Desk | None = None,
         resume: bool = False,
+        told: Mapping[str, str] | None = None,
     ):
         rows = rows or Rows(federation)
         self.federation, self.out = rows.settled(federation), Path(out)
@@ -65,9 +67,10 @@ class Server:
         self.adapter, self.round, self.records = self.desk.first, 0, list[Record]()
         check_goes_on(self.federation.how, self.adapter)  # before OUT holds anything
         self.parts = {party.name: self.desk.part(party) for party in self.federation.clients}
-        self.notes = [f"the server: {note}" for note in self.desk.notes]
+        cut = [] if self.test is None else self.desk.run.task.fits(self.test, self.desk.model, "test")
+        self.notes = [f"the server: {note}" for note in (*self.desk.notes, *cut)]
         self.notes += unreached([self.part(name) for name in self.federation.names], self.adapter)
-        self._claim(resume)
+        self._claim(resume, told or {})
         self.asked: list[int] = []  # the rounds that clients were asked for, see `ask`
         if not (resume and self._restored()):
             self.records.append({"round": 0, "server": self.score(self.adapter, self.held)})
@@ -217,19 +220,23 @@ class Server:
         self.records[-1]["spread"] = found
         self._save()
 
-    def _claim(self, resume: bool) -> None:
+    def _claim(self, resume: bool, told: Mapping[str, str]) -> None:
         path, said = self.out / SPEC, self.federation.encode()
-        digest = {"model": self.desk.base, "the server's rows": rows_digest(self.held.rows)}
+        start = messages.digest(self.desk.first, self.federation.how, "").hex()
+        own = {"the server's rows": self.held, "the server's test rows": self.test}
+        digest = {"model": self.desk.base, **{k: rows_digest(v.rows) for k, v in own.items() if v is not None}, **told,
+                  **adapters_read(self.desk.run), "numbers that clients draw themselves": start}  # fmt: skip
         check_place(self.out, resume)
         if not path.is_file():
             write_json(path, {"version": VERSION, "federation": said, "digest": digest})
             return
         there = stored(self.out)
         odd = [k for k in said if there["federation"].get(k) != said[k]]
-        odd += [k for k in digest if there["digest"].get(k) != digest[k]]
+        odd += [k for k in digest if there["digest"].get(k, digest[k]) != digest[k]]  # those of old have fewer
         if odd:
             raise ValueError(
-                f"{', '.join(odd)}: not what the federation in {self.out} began with. Name another directory"
+                f"{', '.join(odd)}: not what the federation in {self.out} began with. Put it back, or name another "
+                "directory"
             )
 
     def _save(self) -> None:

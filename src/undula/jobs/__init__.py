@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.extras import needs
+from ..core.turns import turn
 
 if TYPE_CHECKING:
     from ..train.recipe import Recipe
@@ -22,6 +23,7 @@ __all__ = ["train_many"]
 
 
 @needs("train")
+@turn()
 def train_many(
     jobs: str | Path | Mapping[str, Recipe],
     out: str | Path,

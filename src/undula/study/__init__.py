@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.extras import needs
+from ..core.turns import turn
 
 if TYPE_CHECKING:
     from .drive import Finished
@@ -21,6 +22,7 @@ __all__ = ["study"]
 
 
 @needs("study")
+@turn()
 def study(
     study: Study | str | Path,
     out: str | Path | None = None,

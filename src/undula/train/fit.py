@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.calls import called
 from ..core.extras import needs
+from ..core.turns import turn
 from . import processes
 from .base import model_folder
 from .begun import BASES
@@ -44,6 +45,7 @@ class Interrupted(RuntimeError):
 
 @called("undula.train(undula.Run(model=..., data=..., task=..., method=undula.LoRA(), out=...))")
 @needs("train")
+@turn()
 def train(
     run: Run,
     *,
@@ -106,17 +108,21 @@ def measured_before(ready: Prepared, resume: bool, tuned: Mapping[str, Any] | No
 
 def _digest(ready: Prepared) -> dict[str, str]:
     """What rows, model, tokenizer and the adapters that a training reads are, told by their content."""
-    folder, run = Path(model_folder(ready.run.model)), ready.run
-    read = {} if run.begin_from is None else {"the adapter that it begins from": run.begin_from}
-    earlier = [place for how in run.penalty if how.active for place in how.reads]
-    read |= {f"the adapter in {place}": place for place in earlier}
+    folder = Path(model_folder(ready.run.model))
     commit = getattr(ready.model.config, "_commit_hash", None)
     return {
         "model": files_digest(folder) if folder.is_dir() else str(commit),
         "training rows": rows_digest(ready.train.rows),
         "validation rows": rows_digest(ready.held.rows),
-        **{name: files_digest(Path(place), ("adapter_", BASES)) for name, place in read.items()},
+        **adapters_read(ready.run),
     }
+
+
+def adapters_read(run: Run) -> dict[str, str]:
+    """The adapters that a training reads, told by the content of their files."""
+    read = {} if run.begin_from is None else {"the adapter that it begins from": run.begin_from}
+    read |= {f"the adapter in {place}": place for how in run.penalty if how.active for place in how.reads}
+    return {name: files_digest(Path(place), ("adapter_", BASES)) for name, place in read.items()}
 
 
 def _fit(ready: Prepared, resume: bool, callbacks: Iterable[TrainerCallback]) -> tuple[Prepared, dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.adapter import Adapter
 from ..core.extras import needs
+from ..core.turns import turn
 from ..host import merging
 from ..host.reference import alone
 from ..io import files
@@ -41,6 +42,7 @@ VERSION = 1
 
 
 @needs("train")
+@turn()
 def forget(
     run: Run,
     requests: Sequence[Sequence[str]],

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..core.extras import needs
+from ..core.turns import turn
 from ..observe.curvature import differences, top_eigenvalue
 from ..optim.optimisers import SGD, AdamW, Optimiser
 from . import processes
@@ -89,6 +90,7 @@ class Tuned:
 
 
 @needs("train")
+@turn()
 def tune(run: Recipe) -> Tuned:
     """A learning rate for a run that has not begun: see this module.  It opens data and model and writes nothing; the
     same recipe gives the same rate.

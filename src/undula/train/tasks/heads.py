@@ -174,5 +174,5 @@ class Classes(HeadTask):
             "macro_f1": float(
                 f1_score(labels, guesses, labels=range(len(self.names)), average="macro", zero_division=0)
             ),
-            "mcc": float(matthews_corrcoef(labels, guesses)),
+            "mcc": float(matthews_corrcoef(labels, guesses)) if len({*labels, *guesses}) > 1 else 0.0,
         }
