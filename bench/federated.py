@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -29,8 +28,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from record import mean as with_error
 from record import once, record
 
 import undula
@@ -137,7 +138,7 @@ def rounds_of(f: Federation, out: Path) -> dict[str, Any]:
         "loss": [r["server"]["loss"] for r in records],
         "down": [r["down"] for r in records[1:]],
         "up": [r["up"] for r in records[1:]],
-        "bias": statistics.fmean(biases) if biases else None,
+        "bias": fmean(biases) if biases else None,
         "failed": sum("failed" in c for c in counted),
         "spread": spread(records[-1]["spread"], metric),
         "trains": server.adapter.num_parameters(),
@@ -155,7 +156,7 @@ def alone(f: Federation, out: Path, most: int) -> dict[str, Any]:
         found.append(server.desk.score(replied(arrays, server.desk.first, f.how, name), server.held))
     metric = server.desk.run.task.headline
     each = {str(i): score for i, score in enumerate(found)}
-    means = {k: [statistics.fmean(s[name] for s in found)] for k, name in (("accuracy", metric), ("loss", "loss"))}
+    means = {k: [fmean(s[name] for s in found)] for k, name in (("accuracy", metric), ("loss", "loss"))}
     return {**means, "clients": spread(each, metric)}
 
 
@@ -207,7 +208,7 @@ def compared(case: Case, work: Path, short: bool, settings: Any, only: Any = ())
 
 def mean(runs: list[dict[str, Any]], name: str = "accuracy") -> float:
     """Over seeds, after the last round."""
-    return statistics.fmean(run[name][-1] for run in runs)
+    return fmean(run[name][-1] for run in runs)
 
 
 def bytes_to(run: dict[str, Any], wanted: float) -> int | None:
@@ -227,9 +228,9 @@ def answers(found: dict[str, Any]) -> dict[str, Any]:
         less = {}
         for name in (n for n in runs if isinstance(HOWS.get(n), FLASC)):
             pairs = [
-                (bytes_to(a, b["accuracy"][-1]), sum(b["down"]) + sum(b["up"]))
-                for a, b in zip(runs[name], base, strict=True)
-            ]
+                (bytes_to(a, b["accuracy"][-1]) if mean([b]) > mean([own]) else None, sum(b["down"]) + sum(b["up"]))
+                for a, b, own in zip(runs[name], base, runs[ALONE], strict=True)
+            ]  # only where FedIT is better than clients alone: what has learned nothing is equalled by nothing
             less[name] = [None if sent is None else round(whole / sent, 2) for sent, whole in pairs]
         told[setting] = {"accuracy_over_FedIT": gains, "bytes_of_FedIT_over_bytes_at_its_accuracy": less}
     exact = [run["bias"] for runs in found.values() for name in ("FFA", "FedSVD") for run in runs.get(name, [])]
@@ -247,20 +248,21 @@ def answers(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
-    yield "| clients | way | accuracy | loss | bias | MB down | MB up | of clients' own rows: least, most |"
+    """Means over seeds; differences from FedIT of the same seed, with their standard error where there are several."""
+    yield "| clients | way | accuracy | over FedIT | loss | bias | MB down, up | of clients' own rows: least, most |"
     yield "|---|---|---|---|---|---|---|---|"
     for setting, runs in found.items():
         for name, each in runs.items():
-            sent = [
-                f"{statistics.fmean(sum(r[k]) for r in each) / 1e6:.2f}" if k in each[0] else "" for k in ("down", "up")
-            ]
-            bias = each[0].get("bias")
-            own = each[0].get("spread") or {}
-            ends = f"{own['least']:.3f}, {own['most']:.3f}" if own else ""
-            yield (
-                f"| {setting} | {name} | {mean(each):.3f} | {mean(each, 'loss'):.3f} | "
-                f"{'' if bias is None else f'{bias:.2g}'} | {' | '.join(sent)} | {ends} |"
-            )
+            over = ""
+            if name != "FedIT" and "FedIT" in runs:
+                gains = [mean([a]) - mean([b]) for a, b in zip(each, runs["FedIT"], strict=True)]
+                over = "{:+.3f} ± {:.3f}".format(*with_error(gains)) if len(gains) > 1 else f"{gains[0]:+.3f}"
+            sent = [f"{fmean(sum(r[k]) for r in each) / 1e6:.2f}" for k in ("down", "up") if k in each[0]]
+            bias = "" if each[0].get("bias") is None else f"{fmean(r['bias'] for r in each):.2g}"
+            ends = ("least", "most") if each[0].get("spread") else ()
+            own = [f"{fmean(r['spread'][k] for r in each):.3f}" for k in ends]
+            numbers = f"{mean(each):.3f} | {over} | {mean(each, 'loss'):.3f} | {bias}"
+            yield f"| {setting} | {name} | {numbers} | {', '.join(sent)} | {', '.join(own)} |"
 
 
 def main() -> None:
