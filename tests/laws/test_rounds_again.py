@@ -11,14 +11,17 @@ import torch
 import undula
 from tests.laws.test_rounds import asked, desk, home, parties, rows  # noqa: F401
 from tests.support import tiny
+from undula.cli.federating import kinds_of
 from undula.core.turns import turn
 from undula.federated import FFA, FLASC, FedIT
 from undula.federated import messages as M
 from undula.federated.client import Client
 from undula.federated.desk import Desk
+from undula.federated.report import told
 from undula.federated.rounds import federate
 from undula.federated.rows import Rows
 from undula.federated.server import Server
+from undula.federated.spec import Party, changed
 from undula.train import Classification, forget
 
 
@@ -40,6 +43,21 @@ def test_rows_of_a_client_that_changed_meanwhile_are_told(home, tmp_path):  # no
         federate(f, out, resume=True, told=stops)
 
 
+def test_a_setting_that_changed_meanwhile_is_told_by_its_name(home):  # noqa: F811
+    """By the line of the file that says it, and a client by its own."""
+    north, south = (Party(name, f"{name}.csv") for name in ("north", "south"))
+    given = {"split": None, "clients": (north, south)}
+    before = asked(home, federated=given).encode()
+    for now, odd in (
+        (asked(home, federated=given), []),
+        (asked(home, FFA(), federated={**given, "rounds": 3}, lr=0.5, batch=2), ["rounds", "how", "batch", "lr"]),
+        (asked(home, federated={**given, "clients": (north, dataclasses.replace(south, r=1))}), ["client south"]),
+        (asked(home, federated={**given, "clients": (south, north)}), ["the order of clients"]),
+        (asked(home, federated={**given, "clients": (north,)}), ["client south"]),
+    ):
+        assert list(changed(before, now.encode())) == odd
+
+
 def test_an_adapter_that_rounds_begin_from_and_that_changed_meanwhile_is_told(home, desk, tmp_path):  # noqa: F811
     place, out = tmp_path / "before", tmp_path / "out"
     desk.first.save(place)
@@ -50,8 +68,8 @@ def test_an_adapter_that_rounds_begin_from_and_that_changed_meanwhile_is_told(ho
         Server(f, out, resume=True)
 
 
-@pytest.mark.parametrize(("how", "told"), [(FFA(), True), (FLASC(from_start=True), True), (FedIT(), False)], ids=str)
-def test_a_start_that_is_in_no_message_is_the_one_that_rounds_began_with(how, told, home, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("how", "refused"), [(FFA(), True), (FLASC(from_start=True), True), (FedIT(), False)], ids=str)
+def test_a_start_that_is_in_no_message_is_the_one_that_rounds_began_with(how, refused, home, tmp_path):  # noqa: F811
     """Another version of torch may draw other numbers: clients would train on those, the server counts from these."""
     known = Rows(asked(home, how))
     f, out = known.settled(known.asked), tmp_path / "out"
@@ -59,7 +77,7 @@ def test_a_start_that_is_in_no_message_is_the_one_that_rounds_began_with(how, to
     Server(f, out, known, first)
     other = copy.copy(first)
     other.first = M.filled(first.first, {name: t + 1 for name, t in M.named(first.first).items()})
-    if told:
+    if refused:
         with pytest.raises(ValueError, match=r"^numbers that clients draw themselves: not what"):
             Server(f, out, known, other, resume=True)
     else:
@@ -112,6 +130,14 @@ def test_trainings_of_one_process_take_turns(verb, caplog):
     thread.join(60)
     assert done == [verb]
     assert "another training is under way in this process" in caplog.text
+
+
+def test_labels_of_rows_that_have_several_are_counted():
+    assert kinds_of([[0, 2], [], [2]]) == kinds_of([0, 1, 1]) == 2
+
+
+def test_an_epsilon_that_nothing_bounds_is_said_to_be_so():
+    assert told(None) == "unbounded"
 
 
 def test_a_client_of_one_class_is_measured_without_a_word():

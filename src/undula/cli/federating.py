@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,7 +80,7 @@ def _looked_at(path: Path) -> list[dict[str, Any]]:
     f, found = rows.asked, []
     for name in f.names:
         train, held = rows.client(name)
-        kinds = len(set(train["label"][:])) if "label" in train.column_names else None
+        kinds = kinds_of(train["label"][:]) if "label" in train.column_names else None
         found.append({"client": name, "rows": len(train), "to measure": 0 if held is None else len(held),
                       "labels": kinds})  # fmt: skip
         if f.privacy is not None:  # the multiplier
@@ -95,6 +96,11 @@ def _looked_at(path: Path) -> list[dict[str, Any]]:
             shell.remark(note)
     server = {"client": "(the server)", "rows": 0, "to measure": len(rows.server)}
     return [*found, {**dict.fromkeys(found[0]), **server}]
+
+
+def kinds_of(labels: Sequence[Any]) -> int:
+    """How many labels there are; a row may have several."""
+    return len({label for each in labels for label in (each if isinstance(each, list) else [each])})
 
 
 @needs("train")

@@ -118,7 +118,9 @@ def said(value: Any) -> str:
 
 
 def told(value: Any) -> str:
-    """A number, names, or numbers by name."""
+    """A number (None: of an epsilon that nothing bounds), names, or numbers by name."""
+    if value is None:
+        return "unbounded"
     if isinstance(value, Mapping):
         return ", ".join(f"{said(number)} of {name}" for name, number in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else said(value)
@@ -175,7 +177,7 @@ def _rounds(report: Report) -> Iterator[Block]:
         numbers = (r["server"].get(metric), r["server"].get("loss") if metric != "loss" else None,
                    r.get("bias", {}).get("mean"))  # fmt: skip
         sent = [size(r[way]) if way in r else "" for way in ("down", "up")]
-        spent = said((r.get("privacy") or {}).get("epsilon"))
+        spent = told(r["privacy"]["epsilon"]) if r.get("privacy") else ""
         rows.append((str(r["round"]), str(len(there) - failed), str(failed), *map(said, numbers), *sent, spent,
                      r.get("stayed", "")))  # fmt: skip
     more = f"The last {SHOWN} of {len(rounds)}; all are in report.json. " if len(rounds) > SHOWN else ""

@@ -29,7 +29,7 @@ from .flat import flat
 from .messages import ROWS, Arrays, Failure, Reply
 from .part import WHOLE, Part, unreached
 from .rows import Rows
-from .spec import ALIKE, Federation
+from .spec import ALIKE, Federation, changed
 
 SPEC, STATE, VERSION = "federation.json", "state", 1
 RUNTIME = "flower"  # a folder in OUT, of what carries the rounds
@@ -231,7 +231,8 @@ class Server:
             write_json(path, {"version": VERSION, "federation": said, "digest": digest})
             return
         there = stored(self.out)
-        odd = [k for k in said if there["federation"].get(k) != said[k]]
+        with files.door(str(path)):  # what is said there may be no federation
+            odd = list(changed(there["federation"], said))
         odd += [k for k in digest if there["digest"].get(k, digest[k]) != digest[k]]  # those of old have fewer
         if odd:
             raise ValueError(

@@ -158,6 +158,18 @@ class Federation(metaclass=Checked):
         return Federation(recipe_of(data["recipe"]), clients=clients, **own)
 
 
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of an encoded federation is not as it was: settings, and clients, by their names."""
+    old, new = ({f"client {each['name']}": each for each in said.get("clients", ())} for said in (before, now))
+    pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = [(before, now), (before["recipe"], now["recipe"])]
+    for a, b in (*pairs, (old, new)):
+        for name in {**a, **b}:
+            if name not in ("recipe", "clients") and a.get(name) != b.get(name):
+                yield name
+    if list(old) != list(new) and {*old} == {*new}:
+        yield "the order of clients"
+
+
 def written(f: Federation) -> str:
     """The federation as a TOML file, from which `read` makes the same one."""
     r = f.recipe
