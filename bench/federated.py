@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="clients/alpha")
     parser.add_argument("--seeds", type=int, help="so many, where others than the case's own are wanted")
+    parser.add_argument("--lr", type=float, help="in the place of the case's own, but for the head")
     parser.add_argument(
         "--ways", nargs="+", choices=[*HOWS, *NONLINEAR, ALONE, CENTRAL], help="these ways alone, and no aims"
     )
@@ -283,7 +284,7 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     case = replace(CASES[args.case], **(SHORT if args.short else {}))
-    case = replace(case, seeds=args.seeds or case.seeds)
+    case = replace(case, seeds=args.seeds or case.seeds, lr=args.lr or case.lr)
     if args.short and isinstance(case.task, Classification):
         case = replace(case, task=replace(case.task, max_length=case.task.max_length // 2))
     begun = time.process_time()

@@ -1,10 +1,11 @@
 """Boxes in made-up lidar scans: a small LION learns on 64 beams, adapters move it to a sensor of 16 with few scans.
 
-    python examples/pointclouds/detect.py                      # 20 minutes of CPU; runs/detect.svg, .json
-    python examples/pointclouds/detect.py --quick              # does everything run?
+    python examples/pointclouds/detect.py          # 7 minutes of CPU; runs/detect.svg, .json
+    python examples/pointclouds/detect.py --wide   # three seeds, rates chosen for each way, a base of 16 beams too
+    python examples/pointclouds/detect.py --quick  # does everything run?
 
-Rates are chosen on validation scans of the 16-beam sensor, one seed each; figures are of the test scans.  What has run
-is kept in --work, and a run that was stopped goes on from there.
+With --wide rates are chosen on validation scans of the 16-beam sensor, one seed each; without, they are those that were
+chosen so.  Figures are of the test scans.  What has run is kept in --work; a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ from undula.methods.activations import Sinter
 FEATURES = 6
 WHERE = ["all-linear", "head.first", "head.second"]  # linear layers, sparse kernels among them, and two convolutions
 FULL = ["head.heat", "head.box"]
-WAYS: dict[str, tuple[undula.Method | None, tuple[float, ...]]] = {  # name: (method, rates to try)
+WAYS: dict[
+    str, tuple[undula.Method | None, tuple[float, ...]]
+] = {  # name: (method, rates to try, of which the first was chosen)
     "LoRA r=4": (undula.LoRA(r=4), (3e-4, 1e-3, 3e-3, 1e-2)),
     "LoRAN r=4": (undula.LoRAN(r=4, activation=Sinter(a=0.02, w=300.0)), (3e-4, 1e-3, 3e-3, 1e-2)),
-    "AuroRA r=2": (undula.AuroRA(r=2), (3e-4, 1e-3, 3e-3, 1e-2)),
+    "AuroRA r=2": (undula.AuroRA(r=2), (1e-3, 3e-4, 3e-3, 1e-2)),
     "full fine-tuning": (None, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "from scratch": (None, (1e-3, 3e-3, 1e-2)),
+    "from scratch": (None, (1e-2, 1e-3, 3e-3)),
 }
 # Numbers of scenes: of training, from here on, and of what is measured
 TRAINING, FEW, VALIDATION, TEST = 1_000_000, 2_000_000, 3_000_000, 4_000_000
@@ -52,11 +55,12 @@ class Size:
     steps: int = 100
     validation: int = 24
     test: int = 48
-    seeds: int = 3
+    seeds: int = 1
+    sweep: bool = False
     tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
 
 
-QUICK = Size(4, 2, 2, 2, 2, 2, 1, (512, 1024))
+QUICK = Size(4, 2, 2, 2, 2, 2, tokens=(512, 1024))
 
 
 def scans(first: int, number: int, beams: int) -> list[Sample]:
@@ -112,16 +116,16 @@ def adapted(way: str, lr: float, seed: int, folder: Path, size: Size, tested: li
 
 
 def compared(folder: Path, size: Size) -> list[dict[str, Any]]:
-    """All ways: the rate by the validation scans at seed 0, then every seed on the test scans."""
+    """All ways: the rate by the validation scans at seed 0, where there is a sweep; then every seed on test scans."""
     validation, test = scans(VALIDATION, size.validation, 16), scans(TEST, size.test, 16)
     rows = []
     for way, (_, rates) in WAYS.items():
         name = way.replace(" ", "-")
         tried = [
             kept(folder / f"{name}-{lr:g}.json", lambda way=way, lr=lr: adapted(way, lr, 0, folder, size, validation))
-            for lr in rates
+            for lr in (rates if size.sweep else ())
         ]
-        best = max(tried, key=lambda row: row["AP"])["lr"]
+        best = max(tried, key=lambda row: row["AP"])["lr"] if tried else rates[0]
         for seed in range(1, size.seeds + 1):
             file = folder / f"{name}-{best:g}-test-{seed}.json"
             row = kept(file, lambda way=way, lr=best, seed=seed: adapted(way, lr, seed, folder, size, test))
@@ -151,14 +155,15 @@ def least(run: Callable[..., Any], *args: torch.Tensor) -> float:
 
 
 def without(folder: Path, size: Size) -> dict[str, dict[str, float]]:
-    """The base where it learned, and on the other sensor as it is; a model that learned on many scans of the other."""
-    test = {beams: scans(TEST, size.test, beams) for beams in (64, 16)}
-    model = base(folder, 64, size)
-    return {
-        "base, 64 beams": measure(model, test[64]),
-        "base, 16 beams": measure(model, test[16]),
-        f"{size.pool} scans of 16 beams": measure(base(folder, 16, size), test[16]),
-    }
+    """The base where it learned, and on the other sensor as it is; with a sweep a model, too, that learned on many
+    scans of the other."""
+
+    def found(learned: int, beams: int) -> dict[str, float]:
+        file = folder / f"base-{learned}-on-{beams}.json"
+        return kept(file, lambda: measure(base(folder, learned, size), scans(TEST, size.test, beams)))
+
+    many = {f"{size.pool} scans of 16 beams": found(16, 16)} if size.sweep else {}
+    return {"base, 64 beams": found(64, 64), "base, 16 beams": found(64, 16), **many}
 
 
 def targets(found: dict[str, Any]) -> dict[str, bool]:
@@ -190,11 +195,12 @@ def told(rows: list[dict[str, Any]], others: dict[str, dict[str, float]], consol
 
 
 def main() -> None:
-    given = arguments(__doc__, "detect")
+    given = arguments(__doc__, "detect", wide="three seeds, rates chosen for each way, a base of 16 beams too")
     size = QUICK if given.quick else Size()
+    size = replace(size, seeds=3, sweep=True) if given.wide else size
     folder = given.work
-    check_size(folder, vars(size), free=("seeds",))
-    others = kept(folder / "others.json", lambda: without(folder, size))
+    check_size(folder, vars(size), free=("seeds", "sweep"))
+    others = without(folder, size)
     found = {
         "size": vars(size),
         "shape": vars(Shape()),

@@ -51,7 +51,8 @@ def pairs_of(site: str, clients: Sequence[Client], what: str) -> Pairs:
         if plain is None:
             raise TypeError(
                 f"{what} works on the two factors of an update s B A; {client.method!r} at {site} (client "
-                f"{client.number}) stands on the rung {client.method.rung()} without such a pair: take FedIT, or Exact"
+                f"{client.number}) stands on the rung {client.method.rung()} without such a pair: take FedIT (or, "
+                "outside of rounds, Exact, which makes a LoRA of what is Additive)"
             )
         told.append((client, client.method, plain))  # type: ignore[arg-type]
     kinds = {type(client.method) for client in clients}
