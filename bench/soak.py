@@ -137,7 +137,7 @@ class Inside:
     def _start(self) -> None:
         import threading
 
-        from undula.cli.serving import size_of
+        from undula.cli.sizes import bytes_of
         from undula.serve.jobs import Limits
         from undula.serve.server.bounds import Bounds
         from undula.serve.server.opening import Plan, opened
@@ -146,7 +146,7 @@ class Inside:
 
         limits = Limits(running=RUNNING, waiting=WAITING, cache=2**23)
         plan = Plan(
-            str(self.root / "base"), Places.of((self.root / "adapters",)), memory=size_of(MEMORY, ""), limits=limits,
+            str(self.root / "base"), Places.of((self.root / "adapters",)), memory=bytes_of(MEMORY, ""), limits=limits,
             bounds=Bounds(deadline=DEADLINE),
         )  # fmt: skip
         self.served, _ = opened(plan, lambda _: None)
