@@ -453,6 +453,28 @@ def test_clients_side_by_side_in_rays_processes_make_the_bits_of_one(tmp_path, p
         simulated.run(f, tmp_path / "there")
 
 
+@pytest.mark.timeout(600)
+def test_a_process_of_rays_that_dies_ends_the_rounds_and_they_go_on(tmp_path, parties):
+    pytest.importorskip("ray")
+    from undula.federated.flower import simulated
+
+    f, killed = parties(FedIT(), rounds=3), []
+
+    def kill_one(record):
+        those = subprocess.run(
+            ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        killed.append(next(int(line.split()[0]) for line in those if "ray::ClientAppActor" in line))
+        os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match=r"a process of Ray's died while .* --resume goes on after"):
+        simulated.run(f, tmp_path / "there", told=lambda record: killed or kill_one(record))
+    there = simulated.run(f, tmp_path / "there", resume=True)
+    assert not any("failed" in client for r in there["rounds"][1:] for client in r["clients"].values())
+    federate(f, tmp_path / "here")
+    assert bytes_of(tmp_path / "there") == bytes_of(tmp_path / "here")
+
+
 @pytest.mark.timeout(300)
 def test_a_simulation_that_cannot_begin_ends_at_once(tmp_path, parties, monkeypatch):
     """Though the server's thread waits for answers."""

@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -46,6 +47,7 @@ RAY = {  # no telemetry, this environment as it is, and ports on loopback: Ray i
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
 }
+DIED = re.compile(r"ray\.exceptions\.(ActorDied|ActorUnavailable|RayActor|WorkerCrashed|NodeDied|OutOfMemory)")
 CALL = f"from {__name__} import simulate; simulate()"
 
 
@@ -138,12 +140,21 @@ class Named:
         return [SimpleNamespace(name=n, node_id=node) for n, node in zip(self.names, nodes, strict=True)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """See Flower's `Grid`."""
+        """See Flower's `Grid`.  Raises RuntimeError where a process of Ray's has died: none takes its place, and what
+        comes to it from then on would fail."""
         name_of, asked = {node.node_id: node.name for node in self.get_nodes()}, list(messages)
         for message in asked:
             config = {**message.content[CONFIG], CLIENT: name_of[message.metadata.dst_node_id]}
             message.content = RecordDict({**message.content, CONFIG: ConfigRecord(config)})
-        return self.grid.send_and_receive(asked, timeout=timeout)
+        found = list(self.grid.send_and_receive(asked, timeout=timeout))
+        dead = [m for m in found if m.has_error() and DIED.search(m.error.reason or "")]
+        if dead:
+            name = name_of[dead[0].metadata.src_node_id]
+            raise RuntimeError(
+                f"a process of Ray's died while {name} was at work (was there memory enough?). --resume goes on after "
+                "the last round that is done"
+            )
+        return found
 
 
 class Clients:
