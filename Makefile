@@ -49,7 +49,7 @@ federated: .venv-flower/.undula-ready
 	$(PYTHON) -m venv .venv-flower
 	grep -vE '^(certifi|click|fastapi|packaging|protobuf|rich|starlette|typer|uvicorn)==' constraints.txt > .venv-flower/constraints.txt
 	$(FLOWER) -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(FLOWER) -m pip install -q --disable-pip-version-check -c .venv-flower/constraints.txt -e '.[simulation]' 'pytest>=8' 'pytest-timeout>=2.3'
+	$(FLOWER) -m pip install -q --disable-pip-version-check -c .venv-flower/constraints.txt -e '.[federated,simulation]' 'pytest>=8' 'pytest-timeout>=2.3'
 	touch $@
 
 # Does every test family fail when what it guards is broken?

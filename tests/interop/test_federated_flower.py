@@ -313,23 +313,40 @@ def test_a_secure_aggregation_tells_the_server_the_mean_alone(tmp_path, parties,
     assert any("SecAgg+" in note for note in server.notes)
 
 
-def test_who_falls_out_of_a_secure_aggregation_is_a_line_and_what_does_not_fit_is_refused(tmp_path, parties, capfd):
+@pytest.mark.parametrize("stage", [3, 4])
+def test_who_falls_out_of_a_secure_aggregation_counts_where_its_numbers_have_come(tmp_path, parties, stage):
     f, one, stages = parties(FFA(), rounds=1), "west", []
     app = client_app([secaggplus_mod])
     grid = Grid(f, tmp_path, app=app)
 
     def falls_out(message):  # once its keys are shared: the others have to take its masks out of the sum
         stages.append(message)
-        if len(stages) == 3:
+        if len(stages) == stage:
             raise RuntimeError("gone")
         return app(message, Context(1, grid.nodes[one], grid.config[one], grid.kept[one], {}))
 
     grid.lies[one] = falls_out
     rounds = Rounds(Server(f, tmp_path / "out"), SECURE)
     rounds.go_on(grid)
-    left, _ = rounds_of(dataclasses.replace(f, clients=f.clients[:2]), tmp_path / "two")
-    assert "gone" in rounds.server.records[1]["clients"][one]["why"]
-    assert_close(flat(rounds.server.adapter), flat(left.adapter), rtol=0, atol=5e-6)
+    left, _ = rounds_of(dataclasses.replace(f, clients=f.clients[: stage - 1]), tmp_path / "open")
+    assert ("gone" in rounds.server.records[1]["clients"][one].get("why", "")) == (stage == 3)
+    # clipping_range / 2^21 times max_weight over the mean of the rows, 27, and float32's own
+    assert_close(flat(rounds.server.adapter), flat(left.adapter), rtol=0, atol=30 / 27 / 2**21 + 1e-8)
+
+
+def test_rows_are_private_within_a_secure_aggregation(tmp_path, parties):
+    pytest.importorskip("opacus")
+    f = parties(FFA(), rounds=1, privacy=DPSGD(epsilon=8.0, delta=1e-3, seed=3))
+    server, _ = rounds_of(f, tmp_path / "secure", by=SECURE, app=client_app([secaggplus_mod]))
+    plain, _ = rounds_of(f, tmp_path / "open")
+    assert server.moved
+    assert_close(flat(server.adapter), flat(plain.adapter), rtol=0, atol=5e-6)
+    assert server.records[1]["privacy"] == plain.records[1]["privacy"]
+    assert not any("loss" in client for client in server.records[1]["clients"].values())
+
+
+def test_what_does_not_fit_a_secure_aggregation_is_refused(tmp_path, parties, capfd):
+    app = client_app([secaggplus_mod])
 
     def told(by, app, how=FFA()):
         with pytest.raises(RuntimeError, match="no client got through") as caught:

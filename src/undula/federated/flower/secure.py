@@ -73,8 +73,8 @@ class Masked:
         return found
 
     def _reply(self, asked: Message, result: FitRes | None, why: str) -> Message:
-        failed = self.errors.get(asked.metadata.dst_node_id)
-        if failed is not None or result is None:
+        if result is None:  # who fails once its masked numbers have come is in the sum all the same
+            failed = self.errors.get(asked.metadata.dst_node_id)
             return Message(failed or Error(ErrorCode.UNKNOWN, why), reply_to=asked)
         like, mean = self.like(), parameters_to_ndarrays(result.parameters)
         try:
@@ -92,14 +92,14 @@ class _Ends:
         self.asked, self.results = asked, dict[int, FitRes]()
 
     def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> list[tuple[Any, FitIns]]:
-        return [(SimpleNamespace(node_id=m.metadata.dst_node_id), _older(m.content)) for m in self.asked]
+        return [(SimpleNamespace(node_id=m.metadata.dst_node_id), _fit_ins(m.content)) for m in self.asked]
 
     def aggregate_fit(self, server_round: int, results: list[tuple[Any, FitRes]], failures: Any) -> tuple[None, dict]:  # type: ignore[type-arg]
         self.results = {proxy.node_id: result for proxy, result in results}
         return None, {}
 
 
-def _older(content: RecordDict) -> FitIns:
+def _fit_ins(content: RecordDict) -> FitIns:
     arrays, config = content[ARRAYS], dict(content[CONFIG])
     told = Parameters([a.data for a in arrays.values()], "numpy.ndarray")
     return FitIns(told, {**config, NAMES: json.dumps(list(arrays))})
